@@ -1,0 +1,51 @@
+"""How CPU kernels are compiled and started: threads, forked workers, the disk cache."""
+
+import functools
+import os
+import threading
+import types
+
+import numba
+import torch
+
+_import_pid = os.getpid()
+_lock = threading.Lock()
+
+
+class Kernel:
+    """A Numba function with a parallel and a serial build, chosen at every call.
+
+    The parallel build uses as many threads as `torch.get_num_threads()`. OpenMP cannot be used in a
+    process forked after its first parallel region (a `DataLoader` worker): there, and where torch
+    runs one thread, the serial build runs instead. Both give the same bits.
+    """
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    @functools.cached_property
+    def parallel(self):
+        return numba.njit(self.function, parallel=True, cache=True, nogil=True, error_model="numpy")
+
+    @functools.cached_property
+    def serial(self):
+        # Numba's disk cache knows a function by its qualified name, not by how it was compiled.
+        twin = types.FunctionType(self.function.__code__, self.function.__globals__)
+        twin.__name__ = self.function.__name__ + "_serial"
+        twin.__qualname__ = self.function.__qualname__ + "_serial"
+        twin.__module__ = self.function.__module__
+        return numba.njit(twin, cache=True, nogil=True, error_model="numpy")
+
+    def __call__(self, *args):
+        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        if threads == 1 or os.getpid() != _import_pid:
+            return self.serial(*args)
+        with _lock:  # Numba's fallback threading layer is not safe to enter twice
+            numba.set_num_threads(threads)
+            return self.parallel(*args)
+
+
+def kernel(function):
+    """Decorator: compile `function` (Numba, `prange` over independent work) at first use."""
+    return Kernel(function)

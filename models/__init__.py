@@ -1,0 +1,1 @@
+"""AutoFocusFormer and other models built from the public ops."""

@@ -1,0 +1,1 @@
+"""Irregular tokens: balanced clustering, neighbourhood attention, scored merging."""

@@ -1,0 +1,164 @@
+"""Clusters of tokens, and the neighbourhoods made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def offsets_of(sizes: tuple[int, ...] | list[int], device: torch.device | None = None) -> Tensor:
+    """Start of each sample in a packed batch, and the end: (B+1,) int64 from B host integers."""
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return torch.tensor(starts, dtype=torch.int64, device=device)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Clusters:
+    """Tokens of a packed batch sorted so that every cluster is a contiguous range of rows.
+
+    Attributes:
+        order: (T,) int64, `order[r]` is the input row that stands in row r.
+        offsets: (K+1,) int32, cluster c is rows `offsets[c]` to `offsets[c+1]`.
+        centers: (K, D) float32, mean position of each cluster's tokens.
+        sizes: tokens per sample, B host integers.
+        counts: clusters per sample, B host integers; an empty sample has none.
+        cluster_size: no cluster has more tokens than this.
+    """
+
+    order: Tensor
+    offsets: Tensor
+    centers: Tensor
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
+    cluster_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.order.shape[0]
+
+    @property
+    def num_clusters(self) -> int:
+        return self.centers.shape[0]
+
+    @property
+    def inverse_order(self) -> Tensor:
+        """(T,) int64, the row where each input token went: `x[order][inverse_order]` is `x`."""
+        inverse = torch.empty_like(self.order)
+        inverse[self.order] = torch.arange(self.num_tokens, device=self.order.device)
+        return inverse
+
+    @property
+    def assignment(self) -> Tensor:
+        """(T,) int64, the cluster of each row (rows in cluster order)."""
+        lengths = (self.offsets[1:] - self.offsets[:-1]).long()
+        index = torch.arange(self.num_clusters, device=self.offsets.device)
+        return torch.repeat_interleave(index, lengths, output_size=self.num_tokens)
+
+    def __repr__(self) -> str:
+        return (
+            f"Clusters({self.num_clusters} of at most {self.cluster_size}, "
+            f"{self.num_tokens} tokens in {len(self.sizes)} samples)"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ClusterInverse:
+    """For each cluster, the queries that attend to it (ascending): what a backward pass walks.
+
+    Attributes:
+        offsets: (K+1,) int32, the range of `queries` that belongs to each cluster.
+        queries: (E,) int32, query rows.
+    """
+
+    offsets: Tensor
+    queries: Tensor
+
+    @staticmethod
+    def of(cluster_index: Tensor, num_clusters: int) -> ClusterInverse:
+        """Invert a (Q, R) list of clusters, entries of -1 left out."""
+        flat = cluster_index.reshape(-1)
+        queries, radius = cluster_index.shape
+        unused = flat < 0
+        key = torch.where(unused, num_clusters, flat)
+        sorted_key, entry = torch.sort(key, stable=True)
+        bounds = torch.arange(num_clusters + 1, device=flat.device, dtype=sorted_key.dtype)
+        offsets = torch.searchsorted(sorted_key, bounds).int()
+        return ClusterInverse(offsets, (entry // max(radius, 1)).int())
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Neighborhoods:
+    """The clusters that each query attends to; its neighbourhood is all of their tokens.
+
+    Attributes:
+        cluster_index: (Q, R) int32, nearest cluster first; -1 where a query has fewer than R.
+            Queries are the tokens in cluster order, or a selection of them.
+        clusters: the clusters that `cluster_index` points to.
+        inverse: the same relation from the clusters' side, or `None`. Backward passes of the fast
+            ops need it: build it once per stage with `with_inverse`, else each call builds its own.
+    """
+
+    cluster_index: Tensor
+    clusters: Clusters
+    inverse: ClusterInverse | None = None
+
+    @property
+    def num_queries(self) -> int:
+        return self.cluster_index.shape[0]
+
+    @property
+    def radius(self) -> int:
+        """R, the number of clusters in a neighbourhood."""
+        return self.cluster_index.shape[1]
+
+    def with_inverse(self) -> Neighborhoods:
+        """The same neighbourhoods with their inverse lists, for training."""
+        if self.inverse is not None:
+            return self
+        inverse = ClusterInverse.of(self.cluster_index, self.clusters.num_clusters)
+        return Neighborhoods(self.cluster_index, self.clusters, inverse)
+
+    def select(self, rows: Tensor) -> Neighborhoods:
+        """The neighbourhoods of some queries, by row index (Q',); clusters stay as they are."""
+        return Neighborhoods(self.cluster_index[rows], self.clusters)
+
+    def members(self) -> tuple[Tensor, Tensor]:
+        """Token rows of each neighbourhood: index (Q, R*m) int64 and mask (Q, R*m) bool.
+
+        Entries follow `cluster_index`, then the row inside the cluster. Where the mask is False
+        the index is 0. For references and graph tools: the fast ops never build it.
+        """
+        size = self.clusters.cluster_size
+        index = self.cluster_index.long()
+        known = index >= 0
+        index = index.clamp(min=0)
+        starts = self.clusters.offsets[index].long()
+        lengths = self.clusters.offsets[index + 1].long() - starts if index.numel() else starts
+        slot = torch.arange(size, device=index.device)
+        mask = (slot < lengths[..., None]) & known[..., None]
+        rows = torch.where(mask, starts[..., None] + slot, 0)
+        width = self.radius * size
+        return rows.reshape(-1, width), mask.reshape(-1, width)
+
+    def to_edge_index(self) -> Tensor:
+        """(2, E) int64 edges (token, query): messages flow from row 0 to row 1, as in PyG."""
+        rows, mask = self.members()
+        query = torch.arange(self.num_queries, device=rows.device)[:, None].expand_as(rows)
+        return torch.stack([rows[mask], query[mask]])
+
+    def __repr__(self) -> str:
+        return (
+            f"Neighborhoods({self.num_queries} queries x {self.radius} clusters of {self.clusters})"
+        )
+
+
+for _cls, _name in (
+    (Clusters, "Clusters"),
+    (ClusterInverse, "ClusterInverse"),
+    (Neighborhoods, "Neighborhoods"),
+):
+    torch.export.register_dataclass(_cls, serialized_type_name=f"pointformer.{_name}")
