@@ -81,7 +81,7 @@ class ClusterInverse:
     def of(cluster_index: Tensor, num_clusters: int) -> ClusterInverse:
         """Invert a (Q, R) list of clusters, entries of -1 left out."""
         flat = cluster_index.reshape(-1)
-        queries, radius = cluster_index.shape
+        radius = cluster_index.shape[1]
         unused = flat < 0
         key = torch.where(unused, num_clusters, flat)
         sorted_key, entry = torch.sort(key, stable=True)

@@ -1,0 +1,325 @@
+"""`TokenSet`: a packed batch of tokens with positions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pointformer._checks import check_positions, check_sizes, check_tensor, describe
+from pointformer.clusters import Clusters, offsets_of
+
+Extent = tuple[tuple[float, ...], ...]
+
+
+def _per_sample(name: str, value: object, batch: int, dimensions: int) -> Extent | None:
+    """B rows of D host floats from a row for all samples, B rows, or a tensor."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    rows = list(value)  # type: ignore[call-overload]
+    if rows and not isinstance(rows[0], list | tuple):
+        rows = [rows] * batch
+    if len(rows) != batch or any(len(row) != dimensions for row in rows):
+        raise ValueError(
+            f"{name}: expected {dimensions} numbers per sample for {batch} samples, got {value!r:.80}"
+        )
+    return tuple(tuple(row) for row in rows)
+
+
+def _cells(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Cell indices (x, y[, z]) of a grid of shape ([Z,] H, W), x fastest: float32."""
+    axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
+    mesh = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([axis.reshape(-1) for axis in reversed(mesh)], dim=1)
+
+
+@dataclass(frozen=True, eq=False, repr=False, init=False)
+class TokenSet:
+    """Tokens of a batch of samples, packed: one flat list, never padded. Immutable.
+
+    Attributes:
+        positions: (T, D) float32, D = 2 or 3, axes in the order x, y[, z].
+        features: (T, C), any float dtype.
+        sizes: tokens per sample, B host integers.
+        extent: per sample the D sides of the canvas, in the units of `positions` (host numbers), or
+            `None` where no canvas is known. A feature map of h x w has the extent (w, h).
+        origin: (B, D) float64 on the host, what to add to `positions` for world coordinates, or
+            `None` for zero.
+        clusters: set by `cluster`; rows are then in cluster order. Permuting or selecting rows
+            clears it.
+
+    Raises:
+        TypeError, ValueError: a shape, dtype, device or size does not fit; the message names it.
+    """
+
+    positions: Tensor
+    features: Tensor
+    sizes: tuple[int, ...]
+    extent: Extent | None
+    origin: Tensor | None
+    clusters: Clusters | None
+
+    def __init__(
+        self,
+        positions: Tensor,
+        features: Tensor,
+        sizes: Sequence[int] | None = None,
+        extent: Sequence | Tensor | None = None,
+        origin: Tensor | None = None,
+        clusters: Clusters | None = None,
+    ) -> None:
+        if isinstance(positions, np.ndarray | list) or isinstance(features, np.ndarray | list):
+            wrong = positions if isinstance(positions, np.ndarray | list) else features
+            raise TypeError(f"TokenSet: expected tensors, got {describe(wrong)}")
+        if isinstance(positions, Tensor) and isinstance(features, Tensor):
+            check_positions("positions", positions)
+            count, dimensions = positions.shape
+            check_tensor("features", features, (count, "C"), device=positions.device)
+            sizes = check_sizes("sizes", sizes, count)
+            extent = _per_sample("extent", extent, len(sizes), dimensions)
+            if origin is not None:
+                check_tensor("origin", origin, (len(sizes), dimensions), (torch.float64,))
+            if clusters is not None and clusters.num_tokens != count:
+                raise ValueError(f"clusters: expected {count} tokens, got {clusters}")
+        # Otherwise a pytree is being rebuilt around leaves that are no tensors: nothing to check.
+        for name, value in (
+            ("positions", positions),
+            ("features", features),
+            ("sizes", sizes),
+            ("extent", extent),
+            ("origin", origin),
+            ("clusters", clusters),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def dimensions(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return self.features.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.features.dtype
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all samples have the same number of tokens, so that (B, N, C) is a view."""
+        return len(set(self.sizes)) <= 1
+
+    @property
+    def batch_offsets(self) -> Tensor:
+        """(B+1,) int64, the row where each sample starts, and T."""
+        return offsets_of(self.sizes, self.device)
+
+    @property
+    def sample_index(self) -> Tensor:
+        """(T,) int64, the sample of each row."""
+        sizes = torch.tensor(self.sizes, device=self.device)
+        samples = torch.arange(self.batch_size, device=self.device)
+        return torch.repeat_interleave(samples, sizes, output_size=self.num_tokens)
+
+    def with_features(self, features: Tensor) -> TokenSet:
+        """The same tokens with other features (T, C')."""
+        return TokenSet(
+            self.positions, features, self.sizes, self.extent, self.origin, self.clusters
+        )
+
+    def select(self, index: Tensor, sizes: Sequence[int]) -> TokenSet:
+        """The rows `index` (T',), grouped by sample, `sizes` of them per sample; no clusters."""
+        return TokenSet(
+            self.positions[index], self.features[index], sizes, self.extent, self.origin
+        )
+
+    def cluster(
+        self,
+        cluster_size: int = 8,
+        *,
+        curve: str = "hilbert",
+        anchors: bool = True,
+        remainder: str = "spread",
+        global_size: int = 0,
+        impl: str | None = None,
+    ) -> TokenSet:
+        """The tokens reordered into balanced clusters; see `balanced_cluster`."""
+        from pointformer.geometry.clustering import balanced_cluster
+
+        clusters = balanced_cluster(
+            self.positions,
+            cluster_size,
+            sizes=self.sizes,
+            extent=self.extent,
+            curve=curve,
+            anchors=anchors,
+            remainder=remainder,
+            global_size=global_size,
+            impl=impl,
+        )
+        return TokenSet(
+            self.positions[clusters.order],
+            self.features[clusters.order],
+            self.sizes,
+            self.extent,
+            self.origin,
+            clusters,
+        )
+
+    def input_order(self) -> TokenSet:
+        """Undo `cluster`: the tokens in the order they had before, without clusters."""
+        if self.clusters is None:
+            return self
+        return self.select(self.clusters.inverse_order, self.sizes)
+
+    @classmethod
+    def from_grid(cls, maps: Tensor | Sequence[Tensor]) -> TokenSet:
+        """One token per cell of feature maps: (B, C, H, W) or (B, C, Z, H, W), or a list of maps
+        without the batch axis whose sizes may differ. Positions are cell indices (x, y[, z]),
+        x fastest; the extent is (W, H[, Z]).
+        """
+        if isinstance(maps, Tensor) and maps.dim() not in (4, 5):
+            raise ValueError(
+                f"maps: expected (B, C, H, W) or (B, C, Z, H, W), got {describe(maps)}"
+            )
+        if isinstance(maps, Tensor):
+            batch, _, *shape = maps.shape
+            grid = _cells(shape, maps.device)
+            features = maps.flatten(2).transpose(1, 2).reshape(batch * len(grid), -1)
+            return cls(grid.repeat(batch, 1), features, [len(grid)] * batch, shape[::-1])
+        if not maps:
+            raise ValueError("maps: expected at least one feature map, got none")
+        for sample in maps:
+            if not isinstance(sample, Tensor) or sample.dim() not in (3, 4):
+                raise ValueError(
+                    f"maps: expected (C, H, W) or (C, Z, H, W), got {describe(sample)}"
+                )
+        shapes = [tuple(sample.shape[1:]) for sample in maps]
+        grids = {shape: _cells(shape, maps[0].device) for shape in set(shapes)}
+        return cls(
+            torch.cat([grids[shape] for shape in shapes]),
+            torch.cat([sample.flatten(1).T for sample in maps]),
+            [len(grids[shape]) for shape in shapes],
+            [shape[::-1] for shape in shapes],
+        )
+
+    def to_grid(self, fill: float = 0.0) -> Tensor | list[Tensor]:
+        """Feature maps (B, C, H, W) or (B, C, Z, H, W) with each token in the cell of its (integer)
+        position and `fill` in cells without one; a list of maps if the extents differ.
+        """
+        if self.extent is None:
+            raise ValueError("to_grid: this token set has no extent, so the map's size is unknown")
+        shapes = [tuple(int(side) for side in reversed(extent)) for extent in self.extent]
+        volumes = [int(np.prod(shape)) for shape in shapes]
+        sides = torch.tensor(self.extent, dtype=torch.int64, device=self.device)
+        strides = torch.cat([torch.ones_like(sides[:, :1]), sides.cumprod(1)[:, :-1]], dim=1)
+        sample = self.sample_index
+        base = offsets_of(volumes, self.device)[sample]
+        cell = base + (self.positions.long() * strides[sample]).sum(1)
+        flat = self.features.new_full((sum(volumes), self.channels), fill)
+        flat = flat.index_copy(0, cell, self.features)
+        if len(set(shapes)) == 1:
+            batch = flat.view(self.batch_size, volumes[0], self.channels).transpose(1, 2)
+            return batch.reshape(self.batch_size, self.channels, *shapes[0])
+        pieces = flat.split(volumes)
+        return [
+            piece.T.reshape(self.channels, *shape)
+            for piece, shape in zip(pieces, shapes, strict=True)
+        ]
+
+    @classmethod
+    def from_list(cls, sets: Sequence[TokenSet]) -> TokenSet:
+        """Pack several token sets into one batch, in order; clusters are dropped."""
+        if not sets:
+            raise ValueError("sets: expected at least one token set, got none")
+        sets = [s.input_order() for s in sets]
+        extent = None
+        if all(s.extent is not None for s in sets):
+            extent = list(itertools.chain.from_iterable(s.extent for s in sets if s.extent))
+        origin = None
+        if any(s.origin is not None for s in sets):
+            zeros = [torch.zeros(s.batch_size, s.dimensions, dtype=torch.float64) for s in sets]
+            origins = [
+                zero if s.origin is None else s.origin for s, zero in zip(sets, zeros, strict=True)
+            ]
+            origin = torch.cat(origins)
+        return cls(
+            torch.cat([s.positions for s in sets]),
+            torch.cat([s.features for s in sets]),
+            [size for s in sets for size in s.sizes],
+            extent,
+            origin,
+        )
+
+    def to_list(self) -> list[TokenSet]:
+        """One token set per sample, rows as they stand, clusters dropped."""
+        return [
+            TokenSet(
+                positions,
+                features,
+                (size,),
+                None if self.extent is None else (self.extent[b],),
+                None if self.origin is None else self.origin[b : b + 1],
+            )
+            for b, (positions, features, size) in enumerate(
+                zip(
+                    self.positions.split(self.sizes),
+                    self.features.split(self.sizes),
+                    self.sizes,
+                    strict=True,
+                )
+            )
+        ]
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> TokenSet:
+        """Move all tensors to `device`; cast the features (never the positions) to `dtype`."""
+        clusters = self.clusters
+        if clusters is not None:
+            clusters = Clusters(
+                clusters.order.to(device),
+                clusters.offsets.to(device),
+                clusters.centers.to(device),
+                clusters.sizes,
+                clusters.counts,
+                clusters.cluster_size,
+            )
+        return TokenSet(
+            self.positions.to(device),
+            self.features.to(device=device, dtype=dtype),
+            self.sizes,
+            self.extent,
+            self.origin,
+            clusters,
+        )
+
+    def __repr__(self) -> str:
+        sizes = f"{self.sizes[0]} each" if self.is_uniform and self.sizes else f"{self.sizes}"
+        name = str(self.dtype).removeprefix("torch.")
+        clusters = "" if self.clusters is None else f", {self.clusters.num_clusters} clusters"
+        return (
+            f"TokenSet({self.num_tokens} tokens in {self.dimensions}-D, {self.channels} channels "
+            f"{name} on {self.device}, {self.batch_size} samples: {sizes}{clusters})"
+        )
+
+
+torch.export.register_dataclass(TokenSet, serialized_type_name="pointformer.TokenSet")
