@@ -85,3 +85,22 @@ def check_finite(name: str, positions: Tensor, sizes: Sequence[int]) -> None:
                 f"{positions[row].tolist()} in row {row - start} ({len(bad)} such rows in all)"
             )
         start += size
+
+
+def check_per_sample(
+    name: str, value: object, samples: int, dimensions: int
+) -> tuple[tuple[float, ...], ...] | None:
+    """B rows of D host numbers from one row for all samples, B rows, or a tensor; `None` stays."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    rows = list(value)  # type: ignore[call-overload]
+    if rows and not isinstance(rows[0], list | tuple):
+        rows = [rows] * samples
+    if len(rows) != samples or any(len(row) != dimensions for row in rows):
+        raise ValueError(
+            f"{name}: expected {dimensions} numbers per sample for {samples} samples, "
+            f"got {value!r:.80}"
+        )
+    return tuple(tuple(row) for row in rows)

@@ -1,0 +1,11 @@
+"""Geometry of tokens: curves, balanced clustering, selection of centers, neighbor search."""
+
+from pointformer.geometry.clustering import balanced_cluster
+from pointformer.geometry.curves import hilbert_code, morton_code, snake_code
+
+__all__ = [
+    "balanced_cluster",
+    "hilbert_code",
+    "morton_code",
+    "snake_code",
+]

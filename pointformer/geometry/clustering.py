@@ -1,0 +1,256 @@
+"""Balanced clustering along a space-filling curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pointformer._checks import check_finite, check_per_sample, check_positions, check_sizes
+from pointformer._dispatch import choose
+from pointformer.clusters import Clusters, offsets_of
+from pointformer.geometry.curves import CURVES, curve_code
+from pointformer.reference import clustering as reference
+
+_REMAINDERS = ("spread", "last")
+_Rows = Sequence[tuple[float, ...]]
+_MAX_CELLS = 1 << 20  # per axis: the curves' codes hold 21 bits of each coordinate
+_LEVELS = {2: 16, 3: 15}  # bits per axis of the quantisation without anchors
+
+
+def balanced_cluster(
+    positions: Tensor,
+    cluster_size: int = 8,
+    *,
+    sizes: Sequence[int] | None = None,
+    extent: Sequence | Tensor | None = None,
+    origin: Sequence | Tensor | None = None,
+    curve: str = "hilbert",
+    anchors: bool = True,
+    remainder: str = "spread",
+    global_size: int = 0,
+    impl: str | None = None,
+) -> Clusters:
+    """Sort the tokens of each sample along a curve and cut them into clusters of equal size.
+
+    AutoFocusFormer, section 3.1. With n tokens and k = ceil(n / cluster_size), the canvas is divided
+    into about k cells, each with an anchor at its center, and the anchors are walked along the
+    curve. Tokens are ordered by the anchor of their cell, then by the ratio of the squared distances
+    to the previous and the next anchor of the walk, then by input row. The order is the same bit for
+    bit in every implementation and does not depend on the other samples.
+
+    The cells are as square as they can be: with L = (volume / k) ** (1/D) an axis has
+    round(side / L) of them (half to even). An axis that would get none gets one, and L follows from
+    the others; an axis of length 0 has one. A single anchor has virtual neighbors one cell away
+    along the longest axis; the walk is extended by linear extrapolation at both ends.
+
+    `curve="snake"` follows the released AutoFocusFormer, made for lattices with cells of size 1:
+    its anchors lie half a unit below the centers of the cells. The other curves measure in cells,
+    so that the order does not depend on the unit of the positions.
+
+    Args:
+        positions: (T, D) float32, D = 2 or 3, axes (x, y[, z]), samples one after the other.
+        cluster_size: no cluster gets more tokens than this.
+        sizes: tokens per sample, B host integers; `None` for one sample.
+        extent: sides of each sample's canvas, B x D host numbers in the units of `positions`, or D
+            numbers for all samples; tokens outside belong to the nearest cells. `None` measures the
+            bounding boxes, which waits for the device.
+        origin: lower corner of each sample's canvas, like `extent`; 0 by default. Without `extent`
+            it is the lower corner of the bounding box and cannot be given.
+        curve: "hilbert", "morton" or "snake".
+        anchors: `False` for the plain order of the curve over a fine lattice (65,536 levels along
+            the longest axis in 2-D, 32,768 in 3-D), ties by input row.
+        remainder: "spread" for ceil(n / cluster_size) clusters whose sizes differ by at most one,
+            larger ones first; "last" for full clusters, where a sample's last may be short.
+        global_size: samples with at most this many tokens keep the order of their rows.
+        impl: "reference" or "cpu"; `None` chooses by device.
+
+    Returns:
+        The clusters; put features in their order with `x[clusters.order]`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or a position is NaN or infinite; the
+            message names the argument, and the sample.
+    """
+    positions = check_positions("positions", positions).detach()
+    sizes = check_sizes("sizes", sizes, positions.shape[0])
+    dimensions = positions.shape[1]
+    if cluster_size < 1:
+        raise ValueError(f"cluster_size: expected a positive integer, got {cluster_size!r}")
+    for name, value, known in (("curve", curve, CURVES), ("remainder", remainder, _REMAINDERS)):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    corners = check_per_sample("origin", origin, len(sizes), dimensions)
+    sides = check_per_sample("extent", extent, len(sizes), dimensions)
+    check_finite("positions", positions, sizes)
+    if sides is None:
+        if corners is not None:
+            raise ValueError("origin: give extent too, or neither")
+        corners, sides = _bounding_boxes(positions, sizes)
+    if any(not 0 <= side < math.inf for row in sides for side in row):
+        raise ValueError(f"extent: expected finite numbers >= 0, got {sides!r:.80}")
+    choose("balanced_cluster", impl, {}, positions.device)
+    keys_of, centers_of = reference.cluster_keys, reference.cluster_centers
+    device = positions.device
+    counts = tuple(-(-size // cluster_size) for size in sizes)
+    in_order = [size <= global_size for size in sizes]
+    if all(in_order):
+        order = torch.arange(positions.shape[0], device=device)
+    else:
+        if anchors:
+            walk = _anchor_walk(counts, corners, sides, in_order, curve, dimensions, device)
+            keys = keys_of(positions, offsets_of(sizes, device), *walk)
+        else:
+            keys = _plain_keys(positions, sizes, corners, sides, in_order, curve)
+        order = torch.sort(keys, stable=True).indices
+    offsets = _cluster_offsets(sizes, counts, cluster_size, remainder, device)
+    centers = centers_of(positions, order, offsets)
+    return Clusters(order, offsets, centers, sizes, counts, cluster_size)
+
+
+def _bounding_boxes(positions: Tensor, sizes: tuple[int, ...]) -> tuple[_Rows, _Rows]:
+    """Lower corner and sides of each sample's bounding box; zeros for an empty sample."""
+    corners, sides = [], []
+    for part in positions.split(sizes):
+        if len(part) == 0:
+            part = positions.new_zeros(1, positions.shape[1])
+        low, high = part.amin(0), part.amax(0)
+        corners.append(tuple(low.tolist()))
+        sides.append(tuple((high - low).tolist()))
+    return corners, sides
+
+
+def _anchor_grid(sides: Sequence[float], clusters: int) -> tuple[list[int], list[float]]:
+    """Cells per axis, about `clusters` in all, and the sides of a cell."""
+    shape = [1] * len(sides)
+    axes = [axis for axis, side in enumerate(sides) if side > 0]
+    length = 1.0
+    while axes:
+        volume = math.prod(sides[axis] for axis in axes) / max(clusters, 1)
+        length = math.sqrt(volume) if len(axes) == 2 else volume ** (1 / len(axes))
+        rounded = {axis: round(sides[axis] / length) for axis in axes}
+        if all(rounded.values()):
+            for axis, cells in rounded.items():
+                shape[axis] = min(cells, _MAX_CELLS)
+            break
+        axes = [axis for axis in axes if rounded[axis]]
+    cell = [side / cells if side > 0 else length for side, cells in zip(sides, shape, strict=True)]
+    return shape, cell
+
+
+def _anchor_walk(
+    counts: Sequence[int],
+    corners: _Rows | None,
+    sides: _Rows,
+    in_order: Sequence[bool],
+    curve: str,
+    dimensions: int,
+    device: torch.device,
+) -> tuple[Tensor, ...]:
+    """What turns positions into keys: see the arguments of `reference.cluster_keys`."""
+    known: dict[tuple, tuple[list[int], list[float]]] = {}
+    for key in zip(sides, counts, strict=True):
+        if key not in known:
+            known[key] = _anchor_grid(*key)
+    grids = [known[key] for key in zip(sides, counts, strict=True)]
+    # A sample that keeps its order has one cell of infinite size: all of its tokens tie.
+    flat, endless = [1] * dimensions, [math.inf] * dimensions
+    shape_rows = [flat if still else grid[0] for grid, still in zip(grids, in_order, strict=True)]
+    cell_rows = [endless if still else grid[1] for grid, still in zip(grids, in_order, strict=True)]
+    cells_of = [math.prod(row) for row in shape_rows]
+
+    shape = torch.tensor(shape_rows, dtype=torch.int64, device=device)
+    cell_size = torch.tensor(cell_rows, dtype=torch.float32, device=device)
+    origin = torch.zeros_like(cell_size)
+    if corners is not None:
+        origin = torch.tensor(corners, dtype=torch.float32, device=device)
+    unit = cell_size
+    if curve == "snake":
+        unit = torch.where(cell_size.isinf(), cell_size, 1.0)
+
+    first_cell = offsets_of(cells_of, device)
+    total, samples = sum(cells_of), torch.arange(len(counts), device=device)
+    sample = torch.repeat_interleave(samples, first_cell.diff(), output_size=total)
+    index = torch.arange(total, device=device) - first_cell[sample]
+    axes = []
+    for axis in range(dimensions):
+        axes.append(index % shape[sample, axis])
+        index = index // shape[sample, axis]
+    cells = torch.stack(axes, dim=1)
+
+    bits = max((max(row) for row in shape_rows), default=1).bit_length()
+    walk = torch.sort(curve_code(curve, cells, shape[sample], bits)).indices
+    if len(counts) > 1:
+        walk = walk[torch.sort(sample[walk], stable=True).indices]
+    row = torch.arange(total, device=device) + 2 * sample + 1
+    anchor_of_cell = torch.empty_like(row)
+    anchor_of_cell[walk] = row
+
+    center = cells[walk].float()
+    if curve == "snake":
+        side = cell_size[sample]
+        center = center * side + side / 2 - 0.5
+    else:
+        center = center + 0.5
+    anchors = center.new_zeros(total + 2 * len(counts), dimensions)
+    anchors[row] = center
+    first = first_cell[:-1] + 2 * samples + 1
+    last = first_cell[1:] + 2 * samples
+    single = (first == last)[:, None]
+    longest = torch.tensor([row.index(max(row)) for row in sides], device=device)
+    step = torch.zeros_like(origin).scatter(1, longest[:, None], 1.0) * (cell_size / unit)
+    start, end = anchors[first], anchors[last]
+    second = torch.where(single, start + step, anchors[first + 1])
+    second_last = torch.where(single, end - step, anchors[last - 1])
+    anchors[first - 1] = start - (second - start)
+    anchors[last + 1] = end + (end - second_last)
+    return origin, cell_size, unit, shape, first_cell[:-1], anchor_of_cell, anchors
+
+
+def _plain_keys(
+    positions: Tensor,
+    sizes: tuple[int, ...],
+    corners: _Rows | None,
+    sides: _Rows,
+    in_order: Sequence[bool],
+    curve: str,
+) -> Tensor:
+    """Sort keys (T,) int64 without anchors: (sample, place on the curve over a fine lattice)."""
+    dimensions, device = positions.shape[1], positions.device
+    bits = _LEVELS[dimensions]
+    levels = 1 << bits
+    longest = [math.inf if still else max(row) for row, still in zip(sides, in_order, strict=True)]
+    unit = torch.tensor([side / levels or math.inf for side in longest], device=device)
+    samples = torch.arange(len(sizes), device=device)
+    lengths = torch.tensor(sizes, device=device)
+    sample = torch.repeat_interleave(samples, lengths, output_size=len(positions))
+    if corners is not None:
+        positions = positions - torch.tensor(corners, dtype=torch.float32, device=device)[sample]
+    cells = (positions / unit[sample, None]).floor().clamp(0, levels - 1).long()
+    shape = torch.full((dimensions,), levels, device=device)
+    return (sample << (bits * dimensions)) | curve_code(curve, cells, shape, bits)
+
+
+def _cluster_offsets(
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    cluster_size: int,
+    remainder: str,
+    device: torch.device,
+) -> Tensor:
+    """(K+1,) int32, the row where each cluster starts, and T."""
+    total = sum(counts)
+    samples = torch.arange(len(sizes), device=device)
+    first = offsets_of(counts, device)
+    sample = torch.repeat_interleave(samples, first.diff(), output_size=total)
+    place = torch.arange(total, device=device) - first[sample]
+    start = offsets_of(sizes, device)
+    if remainder == "last":
+        inside = place * cluster_size
+    else:
+        count = first.diff().clamp(min=1)
+        size = start.diff()
+        inside = place * (size // count)[sample] + place.minimum((size % count)[sample])
+    return torch.cat([start[sample] + inside, start[-1:]]).int()
