@@ -1,0 +1,49 @@
+"""Neighborhood attention by gathering every neighborhood: readable, and slow for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pointformer.clusters import Neighborhoods
+from pointformer.reference.relative_position import relative_position
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    neighborhoods: Neighborhoods,
+    *,
+    position_weight: Tensor | None,
+    position_bias: Tensor | None,
+    blank_key: Tensor | None,
+    blank_value: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """See `pointformer.ops.neighborhood_attention`; float64 inputs are computed in float64."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    with torch.autocast(query.device.type, enabled=False):
+        rows, mask = neighborhoods.members()  # (T, M)
+        mask = mask[:, None]
+        scaled = query.to(dtype) * scale
+        logits = torch.einsum("thd,tmhd->thm", scaled, key.to(dtype)[rows])
+        if position_weight is not None:
+            points = positions.detach().to(dtype)
+            full = position_weight.shape[1] != positions.shape[1]
+            features = relative_position(points[rows] - points[:, None], full)
+            logits = logits + torch.einsum("tmf,hf->thm", features, position_weight.to(dtype))
+        if position_bias is not None:
+            logits = logits + position_bias.to(dtype)[:, None]
+        # The lowest number instead of minus infinity: an empty neighborhood then gives 0, not NaN.
+        logits = logits.masked_fill(~mask, torch.finfo(dtype).min)
+        if blank_key is not None:
+            blank = torch.einsum("thd,hd->th", scaled, blank_key.to(dtype))
+            logits = torch.cat([logits, blank[..., None]], -1)
+        attention = logits.softmax(-1)
+        members = attention[..., : rows.shape[1]].masked_fill(~mask, 0.0)
+        output = torch.einsum("thm,tmhd->thd", members, value.to(dtype)[rows])
+        if blank_value is not None:
+            output = output + attention[..., -1:] * blank_value.to(dtype)
+        return output.to(query.dtype)
