@@ -2,10 +2,13 @@
 
 from pointformer.geometry.clustering import balanced_cluster
 from pointformer.geometry.curves import hilbert_code, morton_code, snake_code
+from pointformer.geometry.neighbors import knn, nearest_clusters
 
 __all__ = [
     "balanced_cluster",
     "hilbert_code",
+    "knn",
     "morton_code",
+    "nearest_clusters",
     "snake_code",
 ]

@@ -7,8 +7,215 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pointformer import reference
-from pointformer._checks import check_finite, check_positions, check_sizes, describe
+from pointformer._checks import check_finite, check_positions, check_sizes, check_tensor
 from pointformer._dispatch import choose
-from pointformer.clusters import Clusters, Neighborhoods
-from pointformer.reference.neighbors import squared_distance
+from pointformer.clusters import Clusters, Neighborhoods, offsets_of
+from pointformer.reference import neighbors as reference
+
+_SCOPES = ("token", "tile")
+
+
+def nearest_clusters(
+    positions: Tensor,
+    clusters: Clusters,
+    num_clusters: int = 6,
+    *,
+    scope: str = "token",
+    tile_size: int = 16,
+    include_own: bool = False,
+    global_size: int = 0,
+    impl: str | None = None,
+) -> Neighborhoods:
+    """The clusters whose centers are nearest to each token (AutoFocusFormer, section 3.2).
+
+    Exact and the same bit for bit in every implementation: clusters of the token's own sample by
+    squared distance in float32, dx*dx + dy*dy [+ dz*dz] with every operation rounded, ties to the
+    lowest cluster. The fast path takes linear time also for very uneven density, as long as the
+    clusters follow a space-filling curve.
+
+    Args:
+        positions: (T, D) float32, D = 2 or 3, rows in cluster order.
+        clusters: the clusters of these tokens.
+        num_clusters: clusters in a neighborhood; a sample with fewer lists all it has.
+        scope: "token" for a neighborhood around each token; "tile" to let the tokens of a query
+            tile share the one around their mean position. Tiles are `tile_size` consecutive rows,
+            starting with a sample's first; its last tile may be short. The mean is the float32 sum
+            in row order divided by the count.
+        tile_size: tokens in a tile.
+        include_own: put clusters that the token, or a token of its tile, belongs to in the place of
+            the farthest others if they are missing. Where a tile belongs to more than
+            `num_clusters` clusters, some of them are left out.
+        global_size: samples with at most this many tokens list all their clusters.
+        impl: "reference" or "cpu"; `None` chooses by device.
+
+    Returns:
+        Neighborhoods with `cluster_index` (T, R) int32, nearest first, padded with -1. R is the
+        longest list of a sample.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or a position is NaN or infinite.
+    """
+    positions = check_positions("positions", positions).detach()
+    tokens, dimensions = positions.shape
+    if not isinstance(clusters, Clusters):
+        raise TypeError(f"clusters: expected Clusters, got {type(clusters).__name__}")
+    if tokens != clusters.num_tokens:
+        raise ValueError(
+            f"positions: expected {clusters.num_tokens} rows as in clusters, got {tokens}"
+        )
+    centers = check_tensor(
+        "clusters.centers", clusters.centers, ("K", dimensions), (torch.float32,), positions.device
+    ).detach()
+    for name, value, least in (
+        ("num_clusters", num_clusters, 1),
+        ("tile_size", tile_size, 1),
+        ("global_size", global_size, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+    if scope not in _SCOPES:
+        raise ValueError(f"scope: expected one of {', '.join(_SCOPES)}, got {scope!r}")
+    sizes, counts = clusters.sizes, clusters.counts
+    check_finite("positions", positions, sizes)
+    limits = tuple(
+        count if size <= global_size else min(num_clusters, count)
+        for size, count in zip(sizes, counts, strict=True)
+    )
+    width = max(limits, default=0)
+    choose("nearest_clusters", impl, {}, positions.device)
+    tile = tile_size if scope == "tile" else 1
+    query, query_sizes = positions, sizes
+    if tile > 1:
+        rows, query_sizes = _tile_rows(sizes, tile, positions.device)
+        query = _tile_means(positions, rows)
+    index, _ = reference.nearest(query, centers, query_sizes, counts, limits, width)
+    if include_own and width:
+        own = clusters.assignment.int()
+        own = own[rows.clamp(min=0)].where(rows >= 0, -1) if tile > 1 else own[:, None]
+        index = _include(own, index, query, centers)
+    if tile > 1:
+        repeats = (rows >= 0).sum(1)
+        index = torch.repeat_interleave(index, repeats, 0, output_size=tokens)
+    return Neighborhoods(index, clusters)
+
+
+def knn(
+    positions: Tensor,
+    k: int,
+    *,
+    query: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
+    query_sizes: Sequence[int] | None = None,
+    include_self: bool = True,
+    return_distance: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The k nearest points of the same sample, for each point or for given query positions.
+
+    Exact: squared distances in float32, dx*dx + dy*dy [+ dz*dz] with every operation rounded, ties
+    to the lowest row.
+
+    Args:
+        positions: (T, D) float32, D = 2 or 3, samples one after the other.
+        k: neighbors per query.
+        query: (Q, D) float32 query positions; `None` asks for the neighbors of the points.
+        sizes: points per sample, B host integers; `None` for one sample.
+        query_sizes: queries per sample, B host integers; `None` for one sample.
+        include_self: `False` leaves each point out of its own list; only without `query`.
+        return_distance: also return the distances.
+        impl: "reference" or "cpu"; `None` chooses by device.
+
+    Returns:
+        Rows of `positions`, (Q, k) int32, nearest first, -1 where the sample has too few points.
+        With `return_distance` also the distances (Q, k) float32, in the units of `positions`,
+        infinite there. No gradient flows through them.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or a position is NaN or infinite.
+    """
+    positions = check_positions("positions", positions).detach()
+    sizes = check_sizes("sizes", sizes, positions.shape[0])
+    check_finite("positions", positions, sizes)
+    if k < 1:
+        raise ValueError(f"k: expected a positive integer, got {k!r}")
+    if query is None:
+        if query_sizes is not None:
+            raise ValueError("query_sizes: expected None where query is None")
+        query_sizes = sizes
+    else:
+        if not include_self:
+            raise ValueError("include_self: False needs query=None, there is no own point else")
+        query = check_positions("query", query, positions.shape[1]).detach()
+        check_tensor("query", query, device=positions.device)
+        query_sizes = check_sizes("query_sizes", query_sizes, query.shape[0])
+        if len(query_sizes) != len(sizes):
+            raise ValueError(
+                f"query_sizes: expected {len(sizes)} samples as in sizes, got {len(query_sizes)}"
+            )
+        check_finite("query", query, query_sizes)
+    width = k if include_self else k + 1
+    limits = (width,) * len(sizes)
+    choose("knn", impl, {}, positions.device)
+    index, distance = reference.nearest(
+        positions if query is None else query, positions, query_sizes, sizes, limits, width
+    )
+    if not include_self:
+        own = torch.arange(positions.shape[0], dtype=torch.int32, device=positions.device)
+        after_own = (index == own[:, None]).cumsum(1)[:, :k] > 0
+        index = torch.where(after_own, index[:, 1:], index[:, :k])
+        distance = torch.where(after_own, distance[:, 1:], distance[:, :k])
+    return (index, distance.sqrt()) if return_distance else index
+
+
+def _tile_rows(
+    sizes: Sequence[int], tile: int, device: torch.device
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Rows of each tile, (tiles, tile) int64 with -1 for none, and the tiles per sample."""
+    counts = tuple(-(-size // tile) for size in sizes)
+    tiles = sum(counts)
+    sample = torch.repeat_interleave(
+        torch.arange(len(sizes), device=device),
+        torch.tensor(counts, dtype=torch.int64, device=device),
+        output_size=tiles,
+    )
+    starts, first_tile = offsets_of(tuple(sizes), device), offsets_of(counts, device)
+    first = starts[sample] + (torch.arange(tiles, device=device) - first_tile[sample]) * tile
+    rows = first[:, None] + torch.arange(tile, device=device)
+    return rows.where(rows < starts[sample + 1, None], -1), counts
+
+
+def _tile_means(positions: Tensor, rows: Tensor) -> Tensor:
+    """Mean position of each tile: a float32 sum in row order, divided by the count."""
+    known = (rows >= 0)[..., None]
+    members = positions[rows.clamp(min=0)].where(known, 0.0)
+    total = members[:, 0]
+    for slot in range(1, rows.shape[1]):
+        total = total + members[:, slot]
+    return total / known.sum(1)
+
+
+def _include(own: Tensor, index: Tensor, query: Tensor, centers: Tensor) -> Tensor:
+    """Put the clusters `own` (Q, W), -1 for none, into the lists `index` (Q, R).
+
+    A cluster missing from a full list is farther than all of it, so the list stays sorted if the
+    farthest entries that are not own are dropped and the missing ones appended by distance.
+    """
+    repeated = torch.zeros_like(own, dtype=torch.bool)
+    repeated[:, 1:] = own[:, 1:] == own[:, :-1]  # tokens of one cluster are consecutive
+    listed = (own[..., None] == index[:, None, :]).any(2)
+    missing = (own >= 0) & ~repeated & ~listed
+    if own.shape[1] > 1:
+        distance = reference.squared_distance(query[:, None], centers[own.clamp(min=0).long()])
+        nearest = distance.where(missing, torch.inf).sort(1, stable=True).indices
+        own, missing = own.gather(1, nearest), missing.gather(1, nearest)
+    spare = (index[..., None] != own[:, None, :]).all(2) & (index >= 0)
+    from_the_end = spare.flip(1).cumsum(1).flip(1)
+    keep = (index >= 0) & ~(spare & (from_the_end <= missing.sum(1, keepdim=True)))
+    # Kept and missing clusters move to the left; a column on the right takes what is left out.
+    wanted = torch.cat([keep, missing], 1)
+    slot = wanted.cumsum(1) - 1
+    wanted &= slot < (index >= 0).sum(1, keepdim=True)
+    width = index.shape[1]
+    result = index.new_full((index.shape[0], width + 1), -1)
+    result.scatter_(1, slot.where(wanted, width), torch.cat([index, own], 1))
+    return result[:, :width].contiguous()
