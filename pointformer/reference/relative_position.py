@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def relative_position(delta: Tensor, full: bool = True) -> Tensor:
-    """The relative position features phi of AutoFocusFormer (section 3.3, Table 5).
+    """The relative position features phi of AutoFocusFormer (section 4.2).
 
     Args:
         delta: (..., D) neighbor minus query, D = 2 or 3.

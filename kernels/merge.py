@@ -1,0 +1,58 @@
+"""Fused neighborhood merging: the registered op and its gradients. All tensors are float32."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from pointformer.kernels.library import LIBRARY
+
+_INPUTS = (
+    "Tensor features, Tensor scores, Tensor positions, Tensor center_positions, "
+    "Tensor cluster_offsets, Tensor cluster_index, "
+    "Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps"
+)
+_GRADIENTS = ", ".join(["Tensor"] * 6)  # features, scores and the four of the weight net
+LIBRARY.define(f"scored_merge({_INPUTS}) -> Tensor")
+LIBRARY.define(f"scored_merge_backward(Tensor grad, {_INPUTS}) -> ({_GRADIENTS})")
+fused_merge = torch.ops.pointformer.scored_merge.default
+_backward = torch.ops.pointformer.scored_merge_backward.default
+
+
+@torch.library.register_fake("pointformer::scored_merge", lib=LIBRARY)
+def _fake(features, scores, positions, center_positions, offsets, index, weight, *rest):
+    return features.new_empty(index.shape[0], weight.shape[0] * features.shape[1])
+
+
+@torch.library.register_fake("pointformer::scored_merge_backward", lib=LIBRARY)
+def _fake_backward(grad, features, scores, positions, centers, offsets, index, *net_and_eps):
+    *net, _ = net_and_eps
+    return tuple(x.new_empty(x.shape) for x in (features, scores, *net))
+
+
+@torch.library.impl("pointformer::scored_merge", "cpu", lib=LIBRARY)
+def _forward_cpu(*inputs):
+    from pointformer.kernels.cpu import merge
+
+    return merge.forward(*inputs)
+
+
+@torch.library.impl("pointformer::scored_merge_backward", "cpu", lib=LIBRARY)
+def _backward_cpu(grad, *inputs):
+    from pointformer.kernels.cpu import merge
+
+    return merge.backward(grad, *inputs)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+@once_differentiable
+def _differentiate(ctx, grad):
+    features, scores, *net = _backward(grad, *ctx.saved_tensors, ctx.eps)
+    return features, scores, None, None, None, None, *net, None
+
+
+torch.library.register_autograd(
+    "pointformer::scored_merge", _differentiate, setup_context=_save, lib=LIBRARY
+)

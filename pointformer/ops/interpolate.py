@@ -1,0 +1,108 @@
+"""Inverse-distance interpolation between token sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pointformer._checks import check_finite, check_positions, check_sizes, check_tensor, describe
+from pointformer._dispatch import choose
+from pointformer.geometry.neighbors import knn
+from pointformer.kernels.interpolate import fused_interpolate
+from pointformer.reference.interpolate import interpolate as reference_interpolate
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def interpolate(
+    features: Tensor,
+    positions: Tensor,
+    query_positions: Tensor,
+    *,
+    sizes: Sequence[int] | None = None,
+    query_sizes: Sequence[int] | None = None,
+    neighbor_index: Tensor | None = None,
+    k: int = 4,
+    power: Tensor | float = 6.0,
+    eps: float = 1e-11,
+    impl: str | None = None,
+) -> Tensor:
+    """Features at other positions: mean of the nearest tokens, weighted by inverse distance.
+
+    Shepard's interpolation, as AutoFocusFormer uses it in place of the bilinear one:
+
+        w_j = 1 / (distance_j ** power + eps), normalized to sum 1 over the neighbors.
+
+    Args:
+        features: (T, C) floating.
+        positions: (T, D) float32, D = 2 or 3.
+        query_positions: (Q, D) float32.
+        sizes: tokens per sample, which must add up to T; None: one sample.
+        query_sizes: queries per sample, which must add up to Q; None: one sample.
+        neighbor_index: (Q, k) int32 or int64, rows of the neighbors, -1 where there are fewer;
+            None: the `k` nearest tokens of the query's sample. Give it where several feature sets
+            share positions: the search costs more than the interpolation.
+        k: neighbors to search for.
+        power: of the distance, a positive number, or a tensor of one element to learn it.
+        eps: positive, in units of distance ** power.
+        impl: "reference", "cpu" or None (the fast path of the device where it supports the
+            arguments). "cpu" does not take float64, gives no gradient for positions, and is
+            differentiable once; the reference does all of these.
+
+    Returns:
+        (Q, C) in the dtype of `features`; a query without neighbors gets zeros.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype, device or value does not fit.
+        IndexError: a row of `neighbor_index` does not exist.
+    """
+    check_tensor("features", features, ("T", "C"), _FLOATS)
+    tokens, device = features.shape[0], features.device
+    check_positions("positions", positions)
+    check_tensor("positions", positions, (tokens, "D"), device=device)
+    check_positions("query_positions", query_positions, positions.shape[1])
+    check_tensor("query_positions", query_positions, device=device)
+    queries = query_positions.shape[0]
+    check_finite("positions", positions, check_sizes("sizes", sizes, tokens))
+    check_finite(
+        "query_positions", query_positions, check_sizes("query_sizes", query_sizes, queries)
+    )
+    if isinstance(power, Tensor):
+        check_tensor("power", power, dtypes=_FLOATS, device=device)
+        if power.numel() != 1:
+            raise ValueError(f"power: expected one number, got {describe(power)}")
+    elif not power > 0:
+        raise ValueError(f"power: expected a positive number, got {power}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps}")
+    if neighbor_index is None:
+        neighbor_index = knn(
+            positions.detach(),
+            k,
+            query=query_positions.detach(),
+            sizes=sizes,
+            query_sizes=query_sizes,
+        )
+    else:
+        check_tensor(
+            "neighbor_index", neighbor_index, (queries, "k"), (torch.int32, torch.int64), device
+        )
+
+    def cpu_lacks() -> str | None:
+        if device.type != "cpu":
+            return f"features are on {device}"
+        if features.dtype == torch.float64:
+            return "features are float64"
+        if positions.requires_grad or query_positions.requires_grad:
+            return "positions or query_positions require a gradient"
+        return None
+
+    if choose("interpolate", impl, {}, device) == "reference":
+        return reference_interpolate(
+            features, positions, query_positions, neighbor_index, power, eps
+        )
+    power = power.float() if isinstance(power, Tensor) else torch.full((), power, device=device)
+    inputs = (features.float(), positions, query_positions, neighbor_index.int(), power, eps)
+    return fused_interpolate(*inputs).to(features.dtype)

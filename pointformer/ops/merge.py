@@ -1,0 +1,204 @@
+"""Merging of token neighborhoods: the downsampling of AutoFocusFormer, and PointConv."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pointformer._checks import check_finite, check_positions, check_tensor, describe
+from pointformer._dispatch import choose
+from pointformer.clusters import Neighborhoods
+from pointformer.kernels.merge import fused_merge
+from pointformer.reference.merge import merge as reference_merge
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def scored_merge(
+    features: Tensor,
+    scores: Tensor,
+    positions: Tensor,
+    centers: Tensor,
+    neighborhoods: Neighborhoods,
+    *,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float = 1e-5,
+    impl: str | None = None,
+) -> Tensor:
+    """Merge the neighborhoods of chosen centers (AutoFocusFormer, Eq. 4).
+
+    For a center at p and the tokens j of its neighborhood,
+
+        w_j = GELU(LayerNorm(weight @ phi(p_j - p) + bias))        (M,)
+        out[m * C + c] = sum over j of w_j[m] * scores[j] * features[j, c]
+
+    without normalization over j. phi is the relative position (dx, dy, distance, dy/distance,
+    dx/distance) in 2-D, (dx, dy, dz, distance, unit vector) in 3-D, zeros at distance 0. The
+    LayerNorm(M * C) and Linear(M * C, C') that follow in the paper's downsampling are the model's.
+
+    Args:
+        features: (T, C) floating, rows in cluster order.
+        scores: (T,) floating, the importance of the tokens.
+        positions: (T, D) float32, D = 2 or 3. They get no gradient.
+        centers: (T',) int32 or int64, rows of the tokens to merge around.
+        neighborhoods: of all T tokens. The -1 entries of `cluster_index` and the missing tokens of
+            short clusters contribute nothing.
+        weight: (M, F), M = 4 in the paper; F = 5 (2-D) or 7 (3-D) for all of phi, F = D to use
+            only the differences.
+        bias, norm_weight, norm_bias: (M,).
+        eps: of the LayerNorm over M.
+        impl: "reference", "cpu" or None (the fast path of the device where it supports the
+            arguments). "cpu" needs M = 4, does not take float64, and is differentiable once.
+
+    Returns:
+        (T', M * C) in the dtype of `features`; sums are in float32, for float64 in float64.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device does not fit.
+        IndexError: a row of `centers` or `cluster_index` does not exist.
+    """
+    check_tensor("features", features, ("T", "C"), _FLOATS)
+    tokens, device = features.shape[0], features.device
+    check_tensor("scores", scores, (tokens,), _FLOATS, device)
+    positions = _check_positions("positions", positions, tokens, None, device)
+    check_tensor("centers", centers, ("T'",), _INTEGERS, device)
+    if neighborhoods.num_queries != tokens or neighborhoods.clusters.num_tokens != tokens:
+        raise ValueError(f"neighborhoods: expected those of {tokens} tokens, got {neighborhoods}")
+    _check_weight_net(weight, bias, norm_weight, norm_bias, positions.shape[1], device)
+
+    def cpu_lacks() -> str | None:
+        return _cpu_lacks(features, weight)
+
+    centered = neighborhoods.select(centers)
+    net = (weight, bias, norm_weight, norm_bias)
+    if choose("scored_merge", impl, {}, device) == "reference":
+        rows, mask = centered.members()
+        inputs = (features, scores, positions, positions[centers], rows, mask)
+        return reference_merge(*inputs, *net, eps)
+    lists = (centered.clusters.offsets, centered.cluster_index)
+    return _fused(features, scores, positions, positions[centers], *lists, net, eps)
+
+
+def point_conv(
+    features: Tensor,
+    positions: Tensor,
+    neighbor_index: Tensor,
+    *,
+    center_positions: Tensor | None = None,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float = 1e-5,
+    impl: str | None = None,
+) -> Tensor:
+    """Sum listed neighbors under weights learned from their relative positions (PointConv).
+
+    `scored_merge` with explicit neighbors and without scores, see there for the weights. The
+    decoder of AutoFocusFormer subtracts the other way round, neighbor from center: flip the signs
+    of the `weight` columns of differences and directions to load its checkpoints.
+
+    Args:
+        features: (T, C) floating.
+        positions: (T, D) float32, D = 2 or 3. They get no gradient.
+        neighbor_index: (Q, k) int32 or int64, rows of the neighbors, -1 where there are fewer.
+        center_positions: (Q, D) float32; None if the centers are the T tokens themselves.
+        weight, bias, norm_weight, norm_bias, eps: the weight net.
+        impl: as for `scored_merge`.
+
+    Returns:
+        (Q, M * C) in the dtype of `features`, channel m * C + c.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device does not fit, or a
+            position is NaN or infinite.
+        IndexError: a row of `neighbor_index` does not exist.
+    """
+    check_tensor("features", features, ("T", "C"), _FLOATS)
+    tokens, device = features.shape[0], features.device
+    positions = _check_positions("positions", positions, tokens, None, device)
+    check_tensor("neighbor_index", neighbor_index, ("Q", "k"), _INTEGERS, device)
+    queries, dimensions = neighbor_index.shape[0], positions.shape[1]
+    if center_positions is None:
+        if queries != tokens:
+            raise ValueError(
+                f"neighbor_index: expected one row for each of the {tokens} tokens where "
+                f"center_positions is None, got {describe(neighbor_index)}"
+            )
+        center_positions = positions
+    else:
+        center_positions = _check_positions(
+            "center_positions", center_positions, queries, dimensions, device
+        )
+        check_finite("center_positions", center_positions, (queries,))
+    check_finite("positions", positions, (tokens,))
+    _check_weight_net(weight, bias, norm_weight, norm_bias, dimensions, device)
+
+    def cpu_lacks() -> str | None:
+        return _cpu_lacks(features, weight)
+
+    net = (weight, bias, norm_weight, norm_bias)
+    if choose("point_conv", impl, {}, device) == "reference":
+        scores = features.new_ones(tokens)
+        index = neighbor_index.long()
+        inputs = (features, scores, positions, center_positions, index, index >= 0)
+        return reference_merge(*inputs, *net, eps)
+    # Every token is a cluster of its own.
+    offsets = torch.arange(tokens + 1, dtype=torch.int32, device=device)
+    lists = (offsets, neighbor_index.int())
+    scores = torch.ones(tokens, device=device)
+    return _fused(features, scores, positions, center_positions, *lists, net, eps)
+
+
+def _fused(
+    features: Tensor,
+    scores: Tensor,
+    positions: Tensor,
+    center_positions: Tensor,
+    offsets: Tensor,
+    cluster_index: Tensor,
+    net: tuple[Tensor, ...],
+    eps: float,
+) -> Tensor:
+    lists = (positions, center_positions, offsets, cluster_index)
+    merged = fused_merge(features.float(), scores.float(), *lists, *(x.float() for x in net), eps)
+    return merged.to(features.dtype)
+
+
+def _check_positions(
+    name: str, positions: Tensor, rows: int, dimensions: int | None, device: torch.device
+) -> Tensor:
+    positions = check_positions(name, positions, dimensions)
+    return check_tensor(name, positions, (rows, "D"), device=device).detach()
+
+
+def _check_weight_net(
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    dimensions: int,
+    device: torch.device,
+) -> None:
+    check_tensor("weight", weight, ("M", "F"), _FLOATS, device)
+    if weight.shape[1] not in (dimensions, 2 * dimensions + 1):
+        raise ValueError(
+            f"weight: expected shape (M, {2 * dimensions + 1}), or (M, {dimensions}) to use only "
+            f"the differences of {dimensions}-D positions, got {describe(weight)}"
+        )
+    for name, value in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        check_tensor(name, value, (weight.shape[0],), _FLOATS, device)
+
+
+def _cpu_lacks(features: Tensor, weight: Tensor) -> str | None:
+    if features.device.type != "cpu":
+        return f"features are on {features.device}"
+    if features.dtype == torch.float64:
+        return "features are float64"
+    if weight.shape[0] != 4:
+        return f"weight has M = {weight.shape[0]} rows, it is written for 4"
+    return None
