@@ -1,1 +1,20 @@
-"""AutoFocusFormer and other models built from the public ops."""
+"""AutoFocusFormer and its heads, built from the public ops."""
+
+from pointformer.models.checkpoints import CheckpointError, load_model, load_released, save_model
+from pointformer.models.complexity import Complexity, count
+from pointformer.models.config import AFFConfig
+from pointformer.models.model import Model
+from pointformer.models.registry import create_model, list_models
+
+__all__ = [
+    "AFFConfig",
+    "CheckpointError",
+    "Complexity",
+    "Model",
+    "count",
+    "create_model",
+    "list_models",
+    "load_model",
+    "load_released",
+    "save_model",
+]

@@ -1,1 +1,27 @@
-"""Irregular tokens: balanced clustering, neighbourhood attention, scored merging."""
+"""Irregular tokens for vision: balanced clustering, neighbourhood attention, scored merging.
+
+A `TokenSet` is a packed batch of tokens with positions. The ops work on 2-D and 3-D positions and
+on batches of samples of different sizes; models built from them are in `pointformer.models`.
+"""
+
+from pointformer.clusters import ClusterInverse, Clusters, Neighborhoods
+from pointformer.geometry import balanced_cluster, knn, nearest_clusters, select_centers
+from pointformer.ops import interpolate, neighborhood_attention, point_conv, scored_merge
+from pointformer.tokens import TokenSet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClusterInverse",
+    "Clusters",
+    "Neighborhoods",
+    "TokenSet",
+    "balanced_cluster",
+    "interpolate",
+    "knn",
+    "nearest_clusters",
+    "neighborhood_attention",
+    "point_conv",
+    "scored_merge",
+    "select_centers",
+]

@@ -27,7 +27,7 @@ def _per_sample(name: str, value: object, batch: int, dimensions: int) -> Extent
         rows = [rows] * batch
     if len(rows) != batch or any(len(row) != dimensions for row in rows):
         raise ValueError(
-            f"{name}: expected {dimensions} numbers per sample for {batch} samples, got {value!r:.80}"
+            f"{name}: expected {dimensions} numbers for each of {batch} samples, got {value!r:.80}"
         )
     return tuple(tuple(row) for row in rows)
 

@@ -1,0 +1,36 @@
+"""The command line: `pointformer segment | focus | models`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pointformer.cli import focus, models, segment
+
+_COMMANDS = {"segment": segment, "focus": focus, "models": models}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pointformer", description="Adaptive tokens: find objects, see where a model looks."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        text = module.__doc__.strip()
+        sub = commands.add_parser(name, help=text.splitlines()[0], description=text)
+        module.add_arguments(sub)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code, 0 if all went well."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _COMMANDS[options.command].run(options)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"pointformer: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pointformer: interrupted", file=sys.stderr)
+        return 130

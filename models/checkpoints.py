@@ -1,0 +1,205 @@
+"""Reading and writing weights: our safetensors files, and the released AFF checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pointformer._files import atomic_path
+from pointformer.models.config import AFFConfig
+from pointformer.models.model import Model
+
+_METADATA = "pointformer"
+
+
+class CheckpointError(ValueError):
+    """A file cannot be used as the checkpoint it was given as; the message names the file."""
+
+
+def save_model(model: Model, path: str | os.PathLike) -> None:
+    """Write weights and configuration as one safetensors file, complete or not at all."""
+    description = {
+        "name": model.name,
+        "head": model.head_name,
+        "num_classes": model.num_classes,
+        "config": dataclasses.asdict(model.config),
+    }
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={_METADATA: json.dumps(description)})
+
+
+def load_model(path: str | os.PathLike, **overrides: object) -> Model:
+    """The model that `save_model` wrote, in eval mode; `overrides` are fields of its config.
+
+    Raises:
+        CheckpointError: the file is unreadable, not from `save_model`, or does not fit.
+    """
+    state, description = _read_safetensors(path)
+    try:
+        config = AFFConfig(**description["config"]).override(**overrides)
+        model = Model(description["name"], config, description["head"], description["num_classes"])
+    except KeyError as error:
+        raise CheckpointError(f"{path}: its description lacks {error}") from None
+    load_state(model, state, source=path)
+    return model.eval()
+
+
+def _read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_METADATA)
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+    if text is None:
+        raise CheckpointError(f"{path}: a safetensors file, but not one that save_model wrote")
+    return state, json.loads(text)
+
+
+def load_state(model: Model, state: Mapping[str, Tensor], source: object) -> None:
+    """Copy `state` into `model`; every key and shape must fit.
+
+    Raises:
+        CheckpointError: naming `source`, how many entries differ and the first of them.
+    """
+    own = model.state_dict()
+    problems = []
+    missing = sorted(set(own) - set(state))
+    if missing:
+        problems.append(f"{len(missing)} entries are missing (first: {missing[0]})")
+    unexpected = sorted(set(state) - set(own))
+    if unexpected:
+        problems.append(f"{len(unexpected)} are unknown (first: {unexpected[0]})")
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if shapes:
+        key = shapes[0]
+        problems.append(
+            f"{len(shapes)} have another shape (first: {key} is {tuple(state[key].shape)}, "
+            f"expected {tuple(own[key].shape)})"
+        )
+    if problems:
+        raise CheckpointError(f"{source}: not a checkpoint of {model.name}: {'; '.join(problems)}")
+    model.load_state_dict(dict(state))
+
+
+# The released names, ours on the left. Kept explicit: a name that no rule covers is an error.
+_RELEASED_NAMES = (
+    (r"backbone\.patch_embed\.conv1\.(.+)", r"patch_embed.proj1.\1"),
+    (r"backbone\.patch_embed\.conv2\.(.+)", r"patch_embed.proj2.\1"),
+    (r"backbone\.patch_embed\.(bn|norm)\.(.+)", r"patch_embed.\1.\2"),
+    (
+        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.blank_key",
+        r"layers.\1.blocks.\2.attn.blank_k",
+    ),
+    (
+        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.blank_value",
+        r"layers.\1.blocks.\2.attn.blank_v",
+    ),
+    (
+        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.position\.(.+)",
+        r"layers.\1.blocks.\2.attn.pos_embed.\3",
+    ),
+    (
+        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.((?:attn\.(?:q|kv|proj)|norm1|norm2|mlp\.fc1|mlp\.fc2)"
+        r"\.(?:weight|bias)|gamma1|gamma2)",
+        r"layers.\1.blocks.\2.\3",
+    ),
+    (r"backbone\.stages\.(\d+)\.merge\.score\.(.+)", r"layers.\1.prob_net.\2"),
+    (
+        r"backbone\.stages\.(\d+)\.merge\.((?:weight_net\.[01]|norm|linear)\.(?:weight|bias))",
+        r"layers.\1.downsample.\2",
+    ),
+    (r"head\.norm\.(.+)", r"norm.\1"),
+    (r"head\.linear\.(.+)", r"head.\1"),
+)
+
+
+def released_name(key: str) -> str:
+    """The released classification checkpoint's name for an entry of our state dict."""
+    for pattern, replacement in _RELEASED_NAMES:
+        if re.fullmatch(pattern, key):
+            return re.sub(pattern, replacement, key)
+    raise KeyError(f"no released name is known for {key}")
+
+
+def load_released(path: str | os.PathLike, name: str, **overrides: object) -> Model:
+    """A model with the weights of a released AFF classification checkpoint, in eval mode.
+
+    The file may be the training container (a dict whose "model" entry is the state dict, next to
+    optimizer and random states) or a bare state dict. It is unpickled with `weights_only=True`
+    and an allow-list for NumPy's random states, so that it cannot run code.
+
+    Args:
+        path: the downloaded `.pth` file.
+        name: which model it is, for example "aff_mini".
+        overrides: as for `create_model`; `num_classes` is read from the file unless given.
+
+    Raises:
+        CheckpointError: the file is unreadable, no checkpoint, or another model's.
+    """
+    from pointformer.models.registry import create_model
+
+    container = _unpickle(path)
+    state = container.get("model", container)
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path}: a pickle, but it holds no state dict of tensors")
+    if "num_classes" not in overrides and "head.bias" in state:
+        overrides["num_classes"] = len(state["head.bias"])
+    model = create_model(name, **overrides)  # type: ignore[arg-type]
+    try:
+        ours = {released_name(key): key for key in model.state_dict()}
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path}: head {model.head_name!r} was not released: {error}"
+        ) from None
+    load_state(model, {ours.get(key, key): value for key, value in state.items()}, source=path)
+    return model.eval()
+
+
+def _unpickle(path: str | os.PathLike) -> Mapping:
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals(_random_state_globals()):
+            container = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: not a checkpoint that can be read safely ({reason})"
+        ) from None
+    if not isinstance(container, Mapping):
+        raise CheckpointError(f"{path}: expected a dict of weights, got {type(container).__name__}")
+    return container
+
+
+def _random_state_globals() -> list[tuple[Callable, str]]:
+    """What pickled NumPy random states refer to, under the names of NumPy 1 and 2."""
+    allowed: list[tuple[Callable, str]] = [
+        (np.ndarray, "numpy.ndarray"),
+        (np.dtype, "numpy.dtype"),
+        (np.dtypes.UInt32DType, "numpy.dtypes.UInt32DType"),
+        (np.random.RandomState, "numpy.random.mtrand.RandomState"),
+        (np.random.MT19937, "numpy.random._mt19937.MT19937"),
+    ]
+    reconstruct = importlib.import_module("numpy._core.multiarray")._reconstruct
+    random_pickle = importlib.import_module("numpy.random._pickle")
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        allowed.append((reconstruct, f"{module}._reconstruct"))
+    for constructor in ("__randomstate_ctor", "__bit_generator_ctor"):
+        allowed.append((getattr(random_pickle, constructor), f"numpy.random._pickle.{constructor}"))
+    return allowed

@@ -1,0 +1,100 @@
+"""Heads: from a backbone's stages to class scores or to a dense map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pointformer import TokenSet, interpolate
+from pointformer.models.aff import StageOutput
+
+
+def mean_tokens(tokens: TokenSet) -> Tensor:
+    """(B, C) mean of each sample's features."""
+    if tokens.is_uniform:
+        return tokens.features.view(tokens.batch_size, -1, tokens.channels).mean(1)
+    sums = tokens.features.new_zeros(tokens.batch_size, tokens.channels)
+    sums = sums.index_add(0, tokens.sample_index, tokens.features)
+    return sums / torch.tensor(tokens.sizes, device=sums.device)[:, None]
+
+
+class ClassificationHead(nn.Module):
+    """LayerNorm and mean over the last stage's tokens, then a linear classifier: (B, classes)."""
+
+    def __init__(self, dims: Sequence[int], num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dims[-1])
+        self.linear = nn.Linear(dims[-1], num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, stages: list[StageOutput], images: Tensor | Sequence[Tensor]) -> Tensor:
+        tokens = stages[-1].tokens
+        return self.linear(mean_tokens(tokens.with_features(self.norm(tokens.features))))
+
+
+class FeatureHead(nn.Module):
+    """One normalized token set per stage, for decoders: channels `dims`, in cluster order."""
+
+    def __init__(self, dims: Sequence[int]) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in dims)
+
+    def forward(
+        self, stages: list[StageOutput], images: Tensor | Sequence[Tensor]
+    ) -> list[TokenSet]:
+        return [
+            stage.tokens.with_features(norm(stage.tokens.features))
+            for norm, stage in zip(self.norms, stages, strict=True)
+        ]
+
+
+class DenseHead(nn.Module):
+    """Per-pixel class scores from all stages.
+
+    Each stage's tokens are projected, interpolated to the first stage's grid and summed; a 3x3
+    convolution mixes neighbors there and a sub-pixel layer brings the map to the image's size.
+
+    Returns logits (B, classes, H, W), or a list of (classes, H, W) for a list of images.
+    """
+
+    def __init__(
+        self, dims: Sequence[int], num_classes: int, stride: int = 4, channels: int = 64
+    ) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels)) for dim in dims
+        )
+        self.mix = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.GELU())
+        self.classify = nn.Conv2d(channels, num_classes * stride**2, 3, padding=1)
+        self.to_pixels = nn.PixelShuffle(stride)
+
+    def forward(
+        self, stages: list[StageOutput], images: Tensor | Sequence[Tensor]
+    ) -> Tensor | list[Tensor]:
+        grid = stages[0].tokens
+        total = self.projections[0](grid.features)
+        for projection, stage in zip(list(self.projections)[1:], stages[1:], strict=True):
+            tokens = stage.tokens
+            total = total + interpolate(
+                projection(tokens.features),
+                tokens.positions,
+                grid.positions,
+                sizes=tokens.sizes,
+                query_sizes=grid.sizes,
+                k=3,
+                power=2.0,
+            )
+        maps = grid.with_features(total).to_grid()
+        if isinstance(maps, Tensor):
+            height, width = images[0].shape[-2:]
+            return self._pixels(maps)[..., :height, :width]
+        return [
+            self._pixels(m[None])[0, :, : image.shape[-2], : image.shape[-1]]
+            for m, image in zip(maps, images, strict=True)
+        ]
+
+    def _pixels(self, maps: Tensor) -> Tensor:
+        return self.to_pixels(self.classify(self.mix(maps)))

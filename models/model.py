@@ -1,0 +1,110 @@
+"""A backbone and a head as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pointformer.models.aff import AFF
+from pointformer.models.config import AFFConfig
+from pointformer.models.heads import ClassificationHead, DenseHead, FeatureHead
+
+HEADS = ("classification", "dense", "features")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Preprocess(nn.Module):
+    """Normalization that a model expects: uint8 or [0, 1] float RGB (..., 3, H, W) to float32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    ) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            values = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.dtype == torch.uint8:
+            image = image.float() / 255
+        return (image.float() - self.mean) / self.std
+
+
+class Model(nn.Module):
+    """What `create_model` returns.
+
+    Attributes:
+        name: the name it was made with.
+        backbone: `AFF`; `backbone(images)` gives each stage's tokens and scores.
+        head: maps the stages to the output of `forward`.
+        preprocess: normalization of raw images; not applied by `forward`.
+    """
+
+    def __init__(
+        self, name: str, config: AFFConfig, head: str, num_classes: int, impl: str | None = None
+    ) -> None:
+        super().__init__()
+        if head not in HEADS:
+            raise ValueError(f"head: expected one of {HEADS}, got {head!r}")
+        self.name = name
+        self.head_name = head
+        self.num_classes = num_classes
+        self.backbone = AFF(config, impl)
+        self.head: nn.Module
+        if head == "classification":
+            self.head = ClassificationHead(config.dims, num_classes)
+        elif head == "dense":
+            self.head = DenseHead(config.dims, num_classes, config.patch_stride)
+        else:
+            self.head = FeatureHead(config.dims)
+        self.preprocess = Preprocess()
+
+    @property
+    def config(self) -> AFFConfig:
+        return self.backbone.config
+
+    def reconfigure(self, **changes: object) -> None:
+        """Change `rate`, `alpha` or `neighborhood_size` for the following calls."""
+        self.backbone.reconfigure(**changes)
+
+    def forward(self, images: Tensor | Sequence[Tensor]):
+        """Run on normalized images.
+
+        Args:
+            images: (B, 3, H, W), or a list of (3, H, W) whose sizes may differ.
+
+        Returns:
+            head "classification": logits (B, num_classes). "dense": logits (B, num_classes, H, W),
+            or a list of (num_classes, H, W) for a list. "features": four `TokenSet`s.
+        """
+        self._check(images)
+        return self.head(self.backbone(images), images)
+
+    def _check(self, images: Tensor | Sequence[Tensor]) -> None:
+        channels = self.config.in_channels
+        given = [images] if isinstance(images, Tensor) else list(images)
+        dims = 4 if isinstance(images, Tensor) else 3
+        if not given:
+            raise ValueError("images: expected at least one image, got an empty list")
+        for image in given:
+            shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            if (
+                not isinstance(image, Tensor)
+                or image.dim() != dims
+                or image.shape[-3] != channels
+                or image.numel() == 0
+            ):
+                raise ValueError(
+                    f"images: expected (B, {channels}, H, W) or a list of ({channels}, H, W), "
+                    f"got {shape}"
+                )
+            if not image.is_floating_point():
+                raise TypeError(
+                    f"images: expected a float tensor, got {image.dtype}; "
+                    "use model.preprocess(image) first"
+                )

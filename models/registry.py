@@ -1,0 +1,65 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pointformer.models.checkpoints import load_model
+from pointformer.models.config import CONFIGS
+from pointformer.models.model import Model
+
+_WEIGHTS = Path(__file__).parent / "weights"
+
+
+def list_models(pretrained: bool = False) -> list[str]:
+    """Names that `create_model` knows; with `pretrained`, those whose weights are in the package
+    (as "name.tag")."""
+    if pretrained:
+        return sorted(path.stem for path in _WEIGHTS.glob("*.safetensors"))
+    return sorted(CONFIGS)
+
+
+def create_model(
+    name: str,
+    pretrained: bool | str = False,
+    num_classes: int | None = None,
+    head: str | None = None,
+    impl: str | None = None,
+    **overrides: object,
+) -> Model:
+    """A model by name.
+
+    Args:
+        name: one of `list_models()`.
+        pretrained: `True` or a tag, for the weights that come with the package ("nuclei"); they
+            fix `head` and `num_classes`. Released AFF weights: `load_released`.
+        num_classes: outputs of the head (default 1000).
+        head: "classification" (default), "dense" (per-pixel scores) or "features" (four
+            `TokenSet`s, for decoders).
+        impl: implementation of the ops, see `pointformer.ops`.
+        overrides: fields of `AFFConfig`, for example `rate=0.2`, `alpha=8`, `patch_stride=2`.
+
+    Raises:
+        ValueError, TypeError: unknown name, tag or option; the message lists the known ones.
+    """
+    if name not in CONFIGS:
+        raise ValueError(f"unknown model {name!r}; known models: {', '.join(list_models())}")
+    if not pretrained:
+        config = CONFIGS[name].override(**overrides)
+        num_classes = 1000 if num_classes is None else num_classes
+        return Model(name, config, head or "classification", num_classes, impl)
+    weights = {p.stem.split(".", 1)[1]: p for p in sorted(_WEIGHTS.glob(f"{name}.*.safetensors"))}
+    tag = next(iter(weights), None) if pretrained is True else pretrained
+    if tag not in weights:
+        known = ", ".join(list_models(pretrained=True))
+        raise ValueError(f"{name}: no weights tagged {tag!r} in the package; there are: {known}")
+    path = weights[tag]
+    model = load_model(path, **overrides)
+    model.backbone.impl = impl
+    for given, own, what in (
+        (head, model.head_name, "head"),
+        (num_classes, model.num_classes, "num_classes"),
+    ):
+        if given is not None and given != own:
+            raise ValueError(f"{what}: the weights {path.stem} have {own!r}, not {given!r}")
+    return model

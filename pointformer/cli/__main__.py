@@ -1,0 +1,5 @@
+import sys
+
+from pointformer.cli import main
+
+sys.exit(main())

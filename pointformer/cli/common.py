@@ -1,0 +1,67 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pointformer.models import Model
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm"}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="aff_nano.nuclei",
+        help="NAME.TAG of weights in the package, or a .safetensors file (default: %(default)s)",
+    )
+    parser.add_argument("--rate", type=float, help="share of tokens kept by each merge, in (0, 1]")
+    parser.add_argument("--alpha", type=float, help="weight of the learned score, 0 = uniform grid")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+
+
+def model_from(options: argparse.Namespace) -> Model:
+    """The model that `--model`, `--rate` and `--alpha` ask for, in eval mode."""
+    import torch
+
+    from pointformer.models import create_model, load_model
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads: expected at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    overrides = {
+        name: getattr(options, name)
+        for name in ("rate", "alpha")
+        if getattr(options, name) is not None
+    }
+    if os.path.sep in options.model or options.model.endswith(".safetensors"):
+        return load_model(options.model, **overrides)
+    name, _, tag = options.model.partition(".")
+    return create_model(name, pretrained=tag or True, **overrides).eval()
+
+
+def image_paths(arguments: list[str]) -> list[Path]:
+    """Files named by paths, folders (their pictures, not deeper) and glob patterns, in order.
+
+    Raises:
+        ValueError: an argument matches nothing.
+    """
+    paths: list[Path] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.exists():
+            found = [path]
+        else:
+            found = sorted(Path(p) for p in glob.glob(argument, recursive=True))
+        if not found:
+            raise ValueError(f"{argument}: no picture found (a file, a folder or a pattern)")
+        paths += [p for p in found if p not in paths]
+    return paths

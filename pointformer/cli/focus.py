@@ -1,0 +1,40 @@
+"""Show where a model put its tokens.
+
+Writes one picture: the tokens that each merge kept, and the importance scores that decided it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pointformer._files import atomic_path
+from pointformer.cli.common import add_model_arguments, model_from
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("--out", required=True, type=Path, help="the picture to write, as PNG")
+    add_model_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+
+    from pointformer.pictures import focus_picture
+    from pointformer.segmentation import as_rgb, to_tensor
+
+    image = as_rgb(options.image)
+    if options.out.suffix.lower() != ".png":
+        raise ValueError(f"{options.out}: expected a file name that ends in .png")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"{options.out.parent}: there is no such folder")
+    model = model_from(options)
+    with torch.inference_mode():
+        stages = model.backbone(model.preprocess(to_tensor(image))[None])
+    picture = focus_picture(image, stages, model.config.patch_stride)
+    with atomic_path(options.out) as temporary:
+        picture.save(temporary)
+    tokens = " -> ".join(str(stage.tokens.num_tokens) for stage in stages)
+    print(f"{options.image}: tokens {tokens}; picture in {options.out}")
+    return 0
