@@ -3,6 +3,7 @@
 from pointformer.geometry.clustering import balanced_cluster
 from pointformer.geometry.curves import hilbert_code, morton_code, snake_code
 from pointformer.geometry.neighbors import knn, nearest_clusters
+from pointformer.geometry.selection import select_centers
 
 __all__ = [
     "balanced_cluster",
@@ -10,5 +11,6 @@ __all__ = [
     "knn",
     "morton_code",
     "nearest_clusters",
+    "select_centers",
     "snake_code",
 ]

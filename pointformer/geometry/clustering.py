@@ -35,11 +35,11 @@ def balanced_cluster(
 ) -> Clusters:
     """Sort the tokens of each sample along a curve and cut them into clusters of equal size.
 
-    AutoFocusFormer, section 3.1. With n tokens and k = ceil(n / cluster_size), the canvas is divided
+    AutoFocusFormer, section 3.1. For n tokens and k = ceil(n / cluster_size) the canvas is divided
     into about k cells, each with an anchor at its center, and the anchors are walked along the
-    curve. Tokens are ordered by the anchor of their cell, then by the ratio of the squared distances
-    to the previous and the next anchor of the walk, then by input row. The order is the same bit for
-    bit in every implementation and does not depend on the other samples.
+    curve. Tokens are ordered by the anchor of their cell, then by the ratio of the squared
+    distances to the previous and the next anchor of the walk, then by input row. The order is the
+    same bit for bit in every implementation and does not depend on the other samples.
 
     The cells are as square as they can be: with L = (volume / k) ** (1/D) an axis has
     round(side / L) of them (half to even). An axis that would get none gets one, and L follows from

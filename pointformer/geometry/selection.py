@@ -1,0 +1,208 @@
+"""Selection of the merging centers of a stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pointformer._checks import (
+    check_finite,
+    check_per_sample,
+    check_positions,
+    check_sizes,
+    check_tensor,
+)
+from pointformer._dispatch import choose
+from pointformer.geometry.neighbors import knn
+from pointformer.reference import selection as reference
+
+_PRIORS = ("adaptive", "grid", None)
+
+
+def select_centers(
+    scores: Tensor,
+    positions: Tensor,
+    *,
+    sizes: Sequence[int] | None = None,
+    extent: Sequence | Tensor | None = None,
+    rate: float,
+    alpha: float = 4.0,
+    stride: int,
+    prior: str | None = "adaptive",
+    reserve: bool = True,
+    lattice: bool = True,
+    impl: str | None = None,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The tokens around which a stage merges (AutoFocusFormer, section 3.3.2).
+
+    Tokens are ranked by prior + alpha * score in float32, where the prior is 1 for the tokens that a
+    regular grid would keep and 0 for the others. Of n tokens, max(int(n * rate), reserved) are kept,
+    at least one and at most n; with `reserve`, a coarse lattice is kept whatever its scores are.
+
+    On a lattice (integer positions), with S = `stride`:
+
+    * reserved are the tokens whose coordinates all are multiples of 2S. There is room for one in
+      each of the ceil(side / 2S) nodes per axis of the canvas; room that is not needed goes to the
+      best of the others, so that the number of kept tokens depends on `sizes` and `extent` only.
+    * the prior "grid" is 1 where all coordinates are multiples of S; "adaptive" where they are
+      multiples of 2t, t being the smallest power of two that is at least the distance to the nearest
+      other token. `None` ranks by score alone.
+
+    Off a lattice the nodes are the same points, and each node's part is played by the token closest
+    to it, ties to the lowest row, among the tokens to which it is the nearest node inside the
+    canvas; for the adaptive prior, among those of them with the same t, which may be below 1. A full
+    lattice gives the same result either way.
+
+    Args:
+        scores: (T,) importance of each token, usually in (0, 1).
+        positions: (T, D) float32, D = 2 or 3, rows of a sample in any order, not negative.
+        sizes: tokens per sample, B host integers; `None` for one sample.
+        extent: sides of each sample's canvas, B x D host numbers, or D for all samples. `None`
+            measures the largest coordinates (plus one on a lattice), which waits for the device.
+        rate: share of the tokens to keep, in (0, 1].
+        alpha: weight of the scores against the prior.
+        stride: distance between the nodes of the grid to keep, in the units of `positions`: 2, 4 and
+            8 after the first, second and third stage.
+        prior: "adaptive", "grid" or `None`.
+        reserve: keep the coarse lattice.
+        lattice: whether positions are integers; `False` accepts any.
+        impl: "reference" or "cpu"; `None` chooses by device.
+
+    Returns:
+        Rows of the kept tokens, (T',) int64, and how many of them per sample. In each sample those
+        taken by rank come first, best first, ties by row; then the reserved ones in row order.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, a score is NaN, a position is NaN or
+            infinite, or with `lattice` not an integer inside the canvas.
+    """
+    positions = check_positions("positions", positions).detach()
+    tokens, dimensions = positions.shape
+    scores = check_tensor("scores", scores, (tokens,), device=positions.device).detach().float()
+    sizes = check_sizes("sizes", sizes, tokens)
+    if not 0 < rate <= 1:
+        raise ValueError(f"rate: expected a number in (0, 1], got {rate!r}")
+    if prior not in _PRIORS:
+        raise ValueError(f"prior: expected 'adaptive', 'grid' or None, got {prior!r}")
+    if stride <= 0 or (lattice and stride != int(stride)):
+        wanted = "a positive integer" if lattice else "a positive number"
+        raise ValueError(f"stride: expected {wanted}, got {stride!r}")
+    check_finite("positions", positions, sizes)
+    _check_scores(scores)
+    sides = check_per_sample("extent", extent, len(sizes), dimensions)
+    if sides is None:
+        sides = _measured_extent(positions, sizes, lattice)
+    if lattice:
+        _check_lattice(positions, sides, sizes)
+    keep = tuple(
+        _number_kept(size, side, rate, stride if reserve else None)
+        for size, side in zip(sizes, sides, strict=True)
+    )
+    choose("select_centers", impl, {}, positions.device)
+
+    nearest = None
+    if prior == "adaptive":
+        nearest = knn(positions, 1, sizes=sizes, include_self=False, impl=impl)[:, 0].long()
+    if lattice:
+        has_prior, reserved = _lattice_parts(positions, nearest, stride, prior, reserve)
+    else:
+        has_prior, reserved = _free_parts(positions, nearest, sizes, sides, stride, prior, reserve)
+    ranking = has_prior.float() + alpha * scores
+    return reference.select(ranking, reserved, sizes, keep), keep
+
+
+def _lattice_parts(
+    positions: Tensor, nearest: Tensor | None, stride: int, prior: str | None, reserve: bool
+) -> tuple[Tensor, Tensor]:
+    """Which tokens have the prior and which are reserved, on a lattice: (T,) bool each."""
+    nobody = torch.zeros(len(positions), dtype=torch.bool, device=positions.device)
+    has_prior = nobody
+    if nearest is not None:
+        has_prior = reference.on_lattice(
+            positions, 2 * reference.lattice_spacing(positions, nearest)
+        )
+    elif prior == "grid":
+        has_prior = reference.on_lattice(positions, stride)
+    return has_prior, reference.on_lattice(positions, 2 * stride) if reserve else nobody
+
+
+def _free_parts(
+    positions: Tensor,
+    nearest: Tensor | None,
+    sizes: tuple[int, ...],
+    sides: Sequence[tuple[float, ...]],
+    stride: float,
+    prior: str | None,
+    reserve: bool,
+) -> tuple[Tensor, Tensor]:
+    """Which tokens have the prior and which are reserved, off a lattice: (T,) bool each."""
+    sample = reference.sample_of_rows(sizes, positions.device)
+    shape = (len(sizes), positions.shape[1])
+    limit = torch.tensor(sides, dtype=torch.float32, device=positions.device)
+    limit = limit.reshape(shape)[sample]
+    nobody = torch.zeros_like(sample, dtype=torch.bool)
+    every = torch.full_like(limit[:, 0], stride)
+    has_prior = nobody
+    if nearest is not None:
+        side = 2 * reference.spacing(positions, nearest, limit.amax(1))
+        has_prior = reference.nearest_to_nodes(positions, sample, side, limit)
+    elif prior == "grid":
+        has_prior = reference.nearest_to_nodes(positions, sample, every, limit)
+    if not reserve:
+        return has_prior, nobody
+    return has_prior, reference.nearest_to_nodes(positions, sample, 2 * every, limit)
+
+
+def _number_kept(size: int, side: Sequence[float], rate: float, stride: float | None) -> int:
+    """How many of `size` tokens to keep; `stride` is that of the reserved lattice, if any."""
+    reserved = 1
+    if stride is not None:
+        reserved = math.prod(max(1, math.ceil(length / (2 * stride))) for length in side)
+    return min(size, max(int(size * rate), reserved))
+
+
+def _measured_extent(
+    positions: Tensor, sizes: tuple[int, ...], lattice: bool
+) -> tuple[tuple[float, ...], ...]:
+    """The largest coordinates of each sample, plus one on a lattice."""
+    sides = []
+    for part in positions.split(sizes):
+        if len(part) == 0:
+            part = positions.new_zeros(1, positions.shape[1])
+        sides.append(tuple((part.amax(0) + int(lattice)).tolist()))
+    return tuple(sides)
+
+
+def _check_scores(scores: Tensor) -> None:
+    if torch.compiler.is_compiling() or scores.device.type == "meta":
+        return
+    bad = scores.isnan()
+    if bool(bad.any()):
+        raise ValueError(
+            f"scores: expected numbers, got NaN in {int(bad.sum())} of {len(scores)} rows, "
+            f"first in row {int(bad.nonzero()[0])}"
+        )
+
+
+def _check_lattice(
+    positions: Tensor, sides: Sequence[tuple[float, ...]], sizes: tuple[int, ...]
+) -> None:
+    """Raise if a position is not an integer inside the canvas, naming the sample."""
+    if torch.compiler.is_compiling() or positions.device.type == "meta":
+        return
+    shape = (len(sizes), positions.shape[1])
+    limit = torch.tensor(sides, device=positions.device).reshape(shape)
+    sample = reference.sample_of_rows(sizes, positions.device)
+    good = (positions == positions.floor()) & (positions >= 0) & (positions < limit[sample])
+    if bool(good.all()):
+        return
+    row = int((~good).any(1).nonzero()[0])
+    index = int(sample[row])
+    raise ValueError(
+        f"positions: sample {index} has {positions[row].tolist()} in row "
+        f"{row - sum(sizes[:index])}, which is not on the lattice of its canvas {sides[index]} "
+        "(integers from 0 to below the extent); use lattice=False for free positions"
+    )

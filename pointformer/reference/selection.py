@@ -1,0 +1,123 @@
+"""Selection of merging centers in plain torch: which tokens have a role, and the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pointformer.clusters import offsets_of
+
+_EXPONENTS = 24  # of spacings on a lattice: float32 holds integers up to 2**24
+_FINEST = 20  # off a lattice, spacings below 2**-20 of the canvas count as that
+
+
+def sample_of_rows(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """(T,) int64, the sample of each row."""
+    lengths = torch.tensor(sizes, dtype=torch.int64, device=device)
+    samples = torch.arange(len(sizes), device=device)
+    return torch.repeat_interleave(samples, lengths, output_size=sum(sizes))
+
+
+def on_lattice(positions: Tensor, side: Tensor | int) -> Tensor:
+    """(T,) bool: every coordinate is a multiple of `side` (an integer, or one per token)."""
+    if isinstance(side, Tensor):
+        side = side[:, None]
+    return (positions.long() % side == 0).all(1)
+
+
+def lattice_spacing(positions: Tensor, nearest: Tensor) -> Tensor:
+    """Smallest power of two >= the distance to the nearest other token, exact: (T,) int64.
+
+    Args:
+        positions: (T, D) float32 with integer values.
+        nearest: (T,) int64, the nearest other token; -1 (no other) counts as infinitely far.
+    """
+    difference = positions.long() - positions[nearest.clamp(min=0)].long()
+    square = (difference * difference).sum(1)
+    square = square.where(nearest >= 0, 4**_EXPONENTS)
+    squares = 4 ** torch.arange(_EXPONENTS, device=positions.device)
+    return 1 << torch.searchsorted(squares, square)
+
+
+def spacing(positions: Tensor, nearest: Tensor, longest_side: Tensor) -> Tensor:
+    """Smallest power of two >= the distance to the nearest other token: (T,) float32.
+
+    Not below 2**-20 of the canvas' longest side (rounded up to a power of two), which is also the
+    spacing of duplicates, nor above twice that side, the spacing of a lone token.
+
+    Args:
+        positions: (T, D) float32.
+        nearest: (T,) int64, the nearest other token; -1 for none.
+        longest_side: (T,) float32, the longest side of the token's canvas.
+    """
+    difference = positions - positions[nearest.clamp(min=0)]
+    distance = (difference * difference).sum(1).sqrt()
+    largest = 2 * longest_side
+    distance = distance.where(nearest >= 0, largest).minimum(largest)
+    distance = distance.maximum(longest_side * 2.0**-_FINEST)
+    mantissa, exponent = torch.frexp(distance)
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    return torch.ldexp(torch.ones_like(distance), exponent)
+
+
+def nearest_to_nodes(positions: Tensor, sample: Tensor, side: Tensor, limit: Tensor) -> Tensor:
+    """Off a lattice: the tokens that play the part of lattice nodes, (T,) bool.
+
+    The nodes of a token are the multiples of its `side`. Of the tokens of a sample with the same
+    side and the same nearest node (inside the canvas), the one closest to the node plays its part;
+    ties go to the lowest row.
+
+    Args:
+        positions: (T, D) float32.
+        sample: (T,) int64.
+        side: (T,) float32, distance between the nodes.
+        limit: (T, D) float32, sides of each token's canvas: nodes lie at 0 <= node < limit.
+    """
+    side = side[:, None]
+    last = ((limit / side).ceil() - 1).clamp(min=0)
+    node = (positions / side + 0.5).floor().clamp(min=0).minimum(last)
+    difference = positions - node * side
+    distance = (difference * difference).sum(1)
+    # Least significant key first; every sort is stable.
+    keys = [*node.unbind(1), side[:, 0], sample]
+    order = torch.sort(distance, stable=True).indices
+    for key in keys:
+        order = order[torch.sort(key[order], stable=True).indices]
+    heads = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    heads[:1] = True
+    for key in keys:
+        sorted_key = key[order]
+        heads[1:] |= sorted_key[1:] != sorted_key[:-1]
+    chosen = torch.empty_like(heads)
+    chosen[order] = heads
+    return chosen
+
+
+def select(score: Tensor, reserved: Tensor, sizes: Sequence[int], keep: Sequence[int]) -> Tensor:
+    """Rows kept of each sample: the best by score, then the reserved ones in row order.
+
+    Args:
+        score: (T,) float32 selection score; ties go to the lowest row.
+        reserved: (T,) bool, taken whatever their score.
+        sizes: tokens per sample.
+        keep: how many of them to keep. If more are reserved, the first rows of those.
+
+    Returns:
+        (sum(keep),) int64.
+    """
+    device = score.device
+    bits = score.view(torch.int32).long()
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers ordered like the floats
+    place = torch.where(reserved, 0, (1 << 32) + (1 << 31) - 1 - ascending)
+    sample = sample_of_rows(sizes, device)
+    order = torch.sort((sample << 34) | place, stable=True).indices
+
+    start, first = offsets_of(tuple(sizes), device), offsets_of(tuple(keep), device)
+    total = torch.cat([start[:1], reserved.cumsum(0)])
+    kept = first.diff()
+    taken = total[start].diff().minimum(kept)  # reserved ones, at the front of each sample's order
+    sample = sample_of_rows(keep, device)
+    row = torch.arange(sum(keep), device=device) - first[sample]
+    return order[start[sample] + (row + taken[sample]) % kept[sample]]
