@@ -1,0 +1,1 @@
+"""Training scripts; run them with `python -m`."""

@@ -1,0 +1,368 @@
+"""Train a dense head for instance segmentation of nuclei.
+
+    python -m pointformer.train.nuclei --data DIR --out DIR --minutes 40
+
+DIR holds train/ and val/, each with images/NAME.png and instances/NAME.png. In the output folder,
+`checkpoint.pt` is what `--resume` continues from, `log.jsonl` has the losses and scores, and
+`model.safetensors` the averaged weights at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pointformer.data import Sample, load_split, random_colors, random_crop, stretch_contrast
+from pointformer.instances import instance_target, instances_from_logits
+from pointformer.metrics import AveragePrecision, average_precision
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the result besides the data and the budget.
+
+    Attributes:
+        alpha: weight of the learned scores in the merges (0: a uniform grid); None: the model's.
+        rate: share of tokens kept per merge; None: the model's.
+        crop: height and width of the crops, in pixels.
+        warmup: share of the budget in which the learning rate rises.
+        average: decay per step of the weights' moving average.
+        border_weight, inside_weight: weights of the classes in the cross-entropy (background: 1).
+    """
+
+    model: str = "aff_nano"
+    alpha: float | None = None
+    rate: float | None = None
+    batch: int = 8
+    crop: int = 256
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.05
+    average: float = 0.995
+    inside_weight: float = 2.0
+    border_weight: float = 6.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Steps, minutes, or both: training ends with the first that is used up."""
+
+    steps: int | None = None
+    minutes: float | None = None
+
+    def used(self, steps: int, seconds: float) -> float:
+        """Share of the budget, from 0 to 1."""
+        shares = [0.0]
+        if self.steps is not None:
+            shares.append(steps / max(self.steps, 1))
+        if self.minutes is not None:
+            shares.append(seconds / max(60 * self.minutes, 1e-9))
+        return min(1.0, max(shares))
+
+
+def segmentation_loss(logits: Tensor, target: Tensor, class_weights: Tensor) -> Tensor:
+    """Weighted cross-entropy plus one minus the soft Dice score of each foreground class.
+
+    Args:
+        logits: (B, classes, H, W) float.
+        target: (B, H, W) int64; class 0 is background.
+        class_weights: (classes,) float.
+    """
+    cross_entropy = F.cross_entropy(logits, target, class_weights)
+    probability = logits.softmax(1)[:, 1:]
+    truth = F.one_hot(target, logits.shape[1])[..., 1:].movedim(-1, 1).to(probability.dtype)
+    overlap = (probability * truth).sum((0, 2, 3))
+    total = (probability + truth).sum((0, 2, 3))
+    # The constant keeps a class that is absent from the batch from dominating.
+    dice = (2 * overlap + 100) / (total + 100)
+    return cross_entropy + (1 - dice).mean()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay matrices and kernels, not norms, biases and other parameters of one dimension."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate_factor(used: float, warmup: float) -> float:
+    """Linear warm-up, then a cosine to zero, over the used share of the budget."""
+    if used < warmup:
+        return used / warmup
+    return 0.5 * (1 + math.cos(math.pi * (used - warmup) / (1 - warmup)))
+
+
+class Trainer:
+    """A model in training: its weights, their moving average, the optimizer, and what was used.
+
+    The random numbers of a step depend only on the seed and the step, so that a resumed run
+    continues exactly.
+    """
+
+    def __init__(self, model: nn.Module, samples: Sequence[Sample], recipe: Recipe, budget: Budget):
+        self.model = model
+        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
+        self.samples = samples
+        # Crowded pictures are drawn more often, but not in proportion to their nuclei.
+        weights = np.sqrt([1.0 + len(np.unique(sample.instances)) for sample in samples])
+        self.probabilities = weights / weights.sum()
+        self.recipe = recipe
+        self.budget = budget
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, recipe.weight_decay), lr=0.0, betas=(0.9, 0.98)
+        )
+        self.class_weights = torch.tensor([1.0, recipe.inside_weight, recipe.border_weight])
+        self.steps = 0
+        self.seconds = 0.0
+
+    @property
+    def used(self) -> float:
+        return self.budget.used(self.steps, self.seconds)
+
+    def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Normalized crops (B, 3, S, S) and their classes (B, S, S)."""
+        images, targets = [], []
+        for index in rng.choice(len(self.samples), self.recipe.batch, p=self.probabilities):
+            image, instances = random_crop(self.samples[index], self.recipe.crop, rng)
+            images.append(random_colors(image, rng))
+            targets.append(instance_target(instances))
+        pixels = torch.from_numpy(np.stack(images)).movedim(-1, 1).contiguous()
+        return self.model.preprocess(pixels), torch.from_numpy(np.stack(targets)).long()
+
+    def step(self) -> float:
+        """One update; returns the loss."""
+        start = time.perf_counter()
+        rng = np.random.default_rng([self.recipe.seed, self.steps])
+        torch.manual_seed(int(rng.integers(2**62)))
+        factor = learning_rate_factor(self.used, self.recipe.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate * factor
+        self.model.train()
+        images, target = self.batch(rng)
+        loss = segmentation_loss(self.model(images), target, self.class_weights)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} at step {self.steps}")
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.steps += 1
+        self._average()
+        self.seconds += time.perf_counter() - start
+        return value
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # A shorter memory at first: the first weights are random.
+        decay = min(self.recipe.average, (1 + self.steps) / (10 + self.steps))
+        pairs = zip(self.averaged.parameters(), self.model.parameters(), strict=True)
+        for average, parameter in pairs:
+            average.lerp_(parameter, 1 - decay)
+        for average, buffer in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
+            average.copy_(buffer)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, complete or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        state = {
+            "recipe": asdict(self.recipe),
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint of the same recipe; the budget may be another.
+
+        Raises:
+            ValueError: naming the fields in which the checkpoint's recipe differs.
+        """
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        recipe = asdict(self.recipe)
+        differing = [
+            f"{name} {state['recipe'].get(name)!r}, now {value!r}"
+            for name, value in recipe.items()
+            if state["recipe"].get(name) != value
+        ]
+        if differing:
+            raise ValueError(f"{path}: made with another recipe: {'; '.join(differing)}")
+        self.model.load_state_dict(state["model"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps, self.seconds = state["steps"], state["seconds"]
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, samples: Sequence[Sample]) -> AveragePrecision:
+    """Score a model in eval mode on whole pictures, one by one."""
+
+    def predictions() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for sample in tqdm(samples, "evaluating", leave=False):
+            pixels = torch.from_numpy(sample.image).movedim(-1, 0)[None].contiguous()
+            logits = model(model.preprocess(pixels))[0].numpy()
+            yield instances_from_logits(logits), sample.instances
+
+    return average_precision(predictions())
+
+
+def load_stretched(root: Path, split: str) -> list[Sample]:
+    """A split with the contrast of each picture stretched, as a trained model expects it."""
+    return [
+        Sample(sample.name, stretch_contrast(sample.image), sample.instances)
+        for sample in load_split(root, split)
+    ]
+
+
+def train(
+    trainer: Trainer,
+    validation: Sequence[Sample],
+    out: Path,
+    *,
+    checkpoint_minutes: float = 5.0,
+    evaluation_minutes: float = 10.0,
+    evaluation_samples: int = 16,
+) -> AveragePrecision:
+    """Train until the budget is used up; return the scores of the averaged weights.
+
+    Writes `checkpoint.pt` and `log.jsonl` in `out`. While training, only the first
+    `evaluation_samples` of a fixed shuffle of `validation` are scored; at the end all are.
+    """
+    order = np.random.default_rng(0).permutation(len(validation))
+    subset = [validation[index] for index in order[:evaluation_samples]]
+    checkpoint = out / "checkpoint.pt"
+    last_checkpoint = last_evaluation = trainer.seconds
+    recent: list[float] = []
+    with (
+        (out / "log.jsonl").open("a") as log,
+        tqdm(
+            total=100.0, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        ) as bar,
+    ):
+
+        def record(**entry: object) -> None:
+            entry = {"step": trainer.steps, "seconds": round(trainer.seconds, 1), **entry}
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+
+        def score(name: str, samples: Sequence[Sample]) -> AveragePrecision:
+            result = evaluate(trainer.averaged, samples)
+            record(**{name: {"AP50": result.at(0.5), "AP": result.mean, "pooled": result.pooled}})
+            tqdm.write(
+                f"step {trainer.steps}, {trainer.seconds / 60:.1f} min: "
+                f"AP50 {result.at(0.5):.3f}, mean AP {result.mean:.3f} on {len(samples)} pictures"
+            )
+            return result
+
+        while trainer.used < 1:
+            recent.append(trainer.step())
+            bar.update(100 * trainer.used - bar.n)
+            if trainer.steps % 20 == 0:
+                loss = float(np.mean(recent))
+                recent.clear()
+                speed = trainer.steps * trainer.recipe.batch / trainer.seconds
+                record(loss=loss, crops_per_second=speed)
+                bar.set_postfix_str(
+                    f"step {trainer.steps}, loss {loss:.3f}, {speed:.1f} crops/s", refresh=False
+                )
+            if trainer.seconds - last_checkpoint >= 60 * checkpoint_minutes:
+                last_checkpoint = trainer.seconds
+                trainer.save(checkpoint)
+            if trainer.seconds - last_evaluation >= 60 * evaluation_minutes:
+                last_evaluation = trainer.seconds
+                score("subset", subset)
+        trainer.save(checkpoint)
+        return score("validation", validation)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pointformer.train.nuclei", description="Train nuclei segmentation."
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/")
+    parser.add_argument("--out", type=Path, required=True, help="output folder")
+    parser.add_argument("--minutes", type=float, help="budget of training time")
+    parser.add_argument("--steps", type=int, help="budget of steps")
+    parser.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--checkpoint-minutes", type=float, default=5.0)
+    parser.add_argument("--evaluation-minutes", type=float, default=10.0)
+    types = {"model": str, "alpha": float, "rate": float}
+    for field in fields(Recipe):
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=types.get(field.name, type(field.default)),
+            default=field.default,
+            help=f"default: {field.default}",
+        )
+    arguments = parser.parse_args(argv)
+    if arguments.minutes is None and arguments.steps is None:
+        parser.error("expected --minutes or --steps")
+    return arguments
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from pointformer.models import create_model, save_model
+
+    recipe = Recipe(**{field.name: getattr(arguments, field.name) for field in fields(Recipe)})
+    checkpoint = arguments.out / "checkpoint.pt"
+    if checkpoint.exists() and not arguments.resume:
+        raise ValueError(f"{checkpoint} exists: pass --resume, or another --out")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(recipe.seed)
+    overrides = {
+        name: getattr(recipe, name)
+        for name in ("alpha", "rate")
+        if getattr(recipe, name) is not None
+    }
+    model = create_model(recipe.model, head="dense", num_classes=3, **overrides)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    budget = Budget(arguments.steps, arguments.minutes)
+    trainer = Trainer(model, load_stretched(arguments.data, "train"), recipe, budget)
+    if arguments.resume:
+        trainer.load(checkpoint)
+    train(
+        trainer,
+        load_stretched(arguments.data, "val"),
+        arguments.out,
+        checkpoint_minutes=arguments.checkpoint_minutes,
+        evaluation_minutes=arguments.evaluation_minutes,
+    )
+    save_model(trainer.averaged, arguments.out / "model.safetensors")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line; the exit code is 1 where input or output cannot be used."""
+    arguments = _parse(argv)
+    try:
+        _run(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,180 @@
+"""Reading pictures and instance maps, folders of them, and augmentation."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pointformer.data import (
+    Sample,
+    load_split,
+    random_colors,
+    random_crop,
+    read_image,
+    read_instances,
+    stretch_contrast,
+)
+
+RNG = np.random.default_rng(0)
+COLORS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+GREY = COLORS[..., 0]
+
+
+def saved(folder, picture, name="a.png", **options):
+    picture.save(folder / name, **options)
+    return folder / name
+
+
+def test_rgb_is_unchanged_and_alpha_is_dropped(tmp_path):
+    np.testing.assert_array_equal(read_image(saved(tmp_path, Image.fromarray(COLORS))), COLORS)
+    alpha = RNG.integers(0, 256, (5, 7, 1), dtype=np.uint8)
+    rgba = Image.fromarray(np.concatenate([COLORS, alpha], 2))
+    np.testing.assert_array_equal(read_image(saved(tmp_path, rgba)), COLORS)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P"])
+def test_grey_and_palette_become_equal_channels(tmp_path, mode):
+    picture = Image.fromarray(GREY).convert(mode)
+    expected = np.repeat(np.asarray(picture.convert("L"))[..., None], 3, 2)
+    np.testing.assert_array_equal(read_image(saved(tmp_path, picture)), expected)
+
+
+def test_palette_with_transparent_entries(tmp_path):
+    picture = Image.fromarray(COLORS).quantize(16)
+    path = saved(tmp_path, picture, transparency=bytes(range(16)))
+    np.testing.assert_array_equal(read_image(path), np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_deep_grey_is_scaled_by_the_bits_in_use(tmp_path, bits):
+    values = np.array([[0, 1, 2**bits - 1], [2 ** (bits - 1), 3, 5]], np.uint16)
+    image = read_image(saved(tmp_path, Image.fromarray(values)))
+    assert image.dtype == np.uint8
+    expected = np.rint(values * (255 / (2**bits - 1)))
+    np.testing.assert_array_equal(image, np.repeat(expected[..., None], 3, 2))
+
+
+def test_float_pictures(tmp_path):
+    values = np.array([[0.0, 0.5, 1.0]], np.float32)
+    path = saved(tmp_path, Image.fromarray(values), "a.tiff")
+    np.testing.assert_array_equal(read_image(path)[..., 0], [[0, 128, 255]])
+    path = saved(tmp_path, Image.fromarray(values * np.nan), "b.tiff")
+    with pytest.raises(ValueError, match=r"b\.tiff: expected finite"):
+        read_image(path)
+
+
+def test_exif_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show rotated by 90 degrees clockwise
+    path = saved(tmp_path, Image.fromarray(COLORS), exif=exif)
+    np.testing.assert_array_equal(read_image(path), np.rot90(COLORS, -1))
+
+
+def test_what_is_no_picture_is_one_line_with_the_file_name(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture\n" * 5)
+    (tmp_path / "empty.png").touch()
+    for path in (tmp_path / "text.png", tmp_path / "empty.png", tmp_path / "none.png", tmp_path):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            read_image(path)
+        assert str(error.value).startswith(str(path))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "gif", "bmp"])
+def test_broken_files_give_a_picture_or_a_value_error(tmp_path, suffix):
+    picture = Image.fromarray(RNG.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    whole = saved(tmp_path, picture, f"whole.{suffix}").read_bytes()
+    broken = tmp_path / f"broken.{suffix}"
+    rng = np.random.default_rng(1)
+    rejected = 0
+    for trial in range(60):
+        data = bytearray(whole[: rng.integers(len(whole))] if trial % 2 else whole)
+        for _ in range(trial % 4):
+            if data:
+                data[rng.integers(min(len(data), 200))] = rng.integers(256)
+        broken.write_bytes(data)
+        try:
+            image = read_image(broken)
+        except ValueError:
+            rejected += 1
+        else:
+            assert image.shape[2:] == (3,)
+    assert rejected > 10
+
+
+def test_instance_maps(tmp_path):
+    ids = np.array([[0, 1, 300], [65535, 2, 0]], np.uint16)
+    read = read_instances(saved(tmp_path, Image.fromarray(ids)))
+    assert read.dtype == np.int32
+    np.testing.assert_array_equal(read, ids)
+    with pytest.raises(ValueError, match=r"a\.png: expected an instance map.*RGB"):
+        read_instances(saved(tmp_path, Image.fromarray(COLORS)))
+
+
+def test_load_split(tmp_path):
+    for folder in ("images", "instances"):
+        (tmp_path / "train" / folder).mkdir(parents=True)
+    for name in ("b", "a"):
+        saved(tmp_path / "train/images", Image.fromarray(COLORS), f"{name}.png")
+        saved(tmp_path / "train/instances", Image.fromarray(GREY), f"{name}.png")
+    samples = load_split(tmp_path, "train")
+    assert [sample.name for sample in samples] == ["a", "b"]
+    np.testing.assert_array_equal(samples[0].instances, GREY)
+    saved(tmp_path / "train/instances", Image.fromarray(GREY.T), "b.png")
+    with pytest.raises(ValueError, match=r"b\.png: expected .*\(5, 7\), got \(7, 5\)"):
+        load_split(tmp_path, "train")
+    (tmp_path / "train/instances/b.png").unlink()
+    with pytest.raises(ValueError, match="no such file"):
+        load_split(tmp_path, "train")
+    with pytest.raises(ValueError, match=r"val.*found none"):
+        load_split(tmp_path, "val")
+
+
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(1, 24), st.integers(0, 2**32), st.booleans()
+)
+def test_crop_keeps_colors_and_instances_aligned(height, width, size, seed, resized):
+    rng = np.random.default_rng(seed)
+    instances = rng.integers(0, 250, (height, width))
+    image = np.repeat(instances[..., None], 3, 2).astype(np.uint8)
+    scales = (0.5, 2.0) if resized else (1.0, 1.0)
+    crop, ids = random_crop(Sample("", image, instances), size, rng, scales=scales)
+    assert crop.shape == (size, size, 3)
+    assert ids.shape == (size, size)
+    assert np.isin(ids, instances).all()
+    if not resized:
+        np.testing.assert_array_equal(crop[..., 1], ids)
+
+
+def test_scaled_crop_is_centered_like_its_instances():
+    instances = np.zeros((64, 64), np.int32)
+    instances[20:44, 12:30] = 1
+    sample = Sample("", np.repeat(instances[..., None] * 255, 3, 2).astype(np.uint8), instances)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        crop, ids = random_crop(sample, 48, rng, scales=(0.6, 2.5))
+        # Bilinear and nearest sampling agree but for the rounding at the rim.
+        assert np.mean((crop[..., 0] > 127) != (ids > 0)) < 0.02
+
+
+def test_colors_are_reproducible_varied_and_keep_grey_grey():
+    grey = np.repeat(RNG.integers(0, 256, (16, 16, 1), dtype=np.uint8), 3, 2)
+    results = [random_colors(grey, np.random.default_rng(seed)) for seed in range(30)]
+    assert all((image[..., 0] == image[..., 2]).all() for image in results)
+    assert len({image.tobytes() for image in results}) == 30
+    np.testing.assert_array_equal(results[3], random_colors(grey, np.random.default_rng(3)))
+    darker = [np.corrcoef(grey.ravel(), image.ravel())[0, 1] < 0 for image in results]
+    assert any(darker)
+    assert not all(darker)
+
+
+def test_stretch_contrast():
+    ramp = np.repeat(np.arange(10, 60, dtype=np.uint8)[None].repeat(40, 0)[..., None], 3, 2)
+    stretched = stretch_contrast(ramp)
+    assert stretched.min() == 0
+    assert stretched.max() == 255
+    assert (np.diff(stretched[0, :, 0].astype(int)) >= 0).all()
+    flat = np.full((8, 8, 3), 90, np.uint8)
+    flat[2, 2] = 92  # two levels of noise stay small
+    assert np.ptp(stretch_contrast(flat)) <= 2 * 255 / 24 + 1

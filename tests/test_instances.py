@@ -1,0 +1,81 @@
+"""Targets from instances, and instances from logits."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from skimage.measure import label
+
+from pointformer.instances import BORDER, INSIDE, instance_target, instances_from_logits
+from pointformer.metrics import average_precision
+
+
+def disks(shape, circles):
+    y, x = np.indices(shape)
+    instances = np.zeros(shape, np.int32)
+    for index, (cy, cx, radius) in enumerate(circles, 1):
+        instances[(y - cy) ** 2 + (x - cx) ** 2 <= radius**2] = index
+    return instances
+
+
+def confident_logits(target):
+    return np.where(np.arange(3)[:, None, None] == target, 8.0, 0.0).astype(np.float32)
+
+
+@given(hnp.arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 9)),
+                  elements=st.integers(0, 3)), st.integers(0, 3))  # fmt: skip
+def test_target_equals_its_definition(instances, border_width):
+    expected = (instances > 0).astype(np.uint8)
+    for y, x in np.argwhere(instances > 0):
+        for v, u in np.argwhere((instances > 0) & (instances != instances[y, x])):
+            if (v - y) ** 2 + (u - x) ** 2 <= border_width**2:
+                expected[y, x] = BORDER
+    np.testing.assert_array_equal(instance_target(instances, border_width), expected)
+
+
+def test_an_edge_to_the_background_is_no_border():
+    target = instance_target(disks((20, 20), [(10, 10, 6)]))
+    assert set(np.unique(target)) == {0, INSIDE}
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_separate_and_touching_disks_come_back(factor):
+    circles = [(14, 14, 8), (14, 30, 8), (40, 12, 3), (42, 34, 10), (30, 50, 5)]
+    instances = disks((64, 64), circles).repeat(factor, 0).repeat(factor, 1)
+    found = instances_from_logits(confident_logits(instance_target(instances)))
+    assert found.max() == len(circles)
+    result = average_precision([(found, instances)])
+    assert result.at(0.9) == 1
+
+
+@given(st.integers(0, 2**32), st.integers(1, 30), st.integers(1, 30), st.integers(1, 12))
+def test_result_is_a_labelling_of_the_foreground(seed, height, width, min_size):
+    rng = np.random.default_rng(seed)
+    coarse = rng.normal(0, 3, (3, (height + 3) // 4, (width + 3) // 4))
+    logits = coarse.repeat(4, 1).repeat(4, 2)[:, :height, :width]
+    found = instances_from_logits(logits, min_size=min_size)
+    assert found.dtype == np.int32
+    areas = np.bincount(found.ravel())
+    assert (areas[1:] >= min_size).all()  # so the ids are 1..n without gaps
+    for index in range(1, len(areas)):
+        assert label(found == index, connectivity=1).max() == 1
+    probability = np.exp(logits) / np.exp(logits).sum(0)
+    foreground = 1 - probability[0] > 0.5
+    assert not (found > 0)[~foreground].any()
+    if min_size == 1:
+        np.testing.assert_array_equal(found > 0, foreground)
+
+
+def test_thresholds_and_smallest_size():
+    instances = disks((40, 40), [(10, 10, 2), (25, 25, 7)])
+    logits = confident_logits(instance_target(instances))
+    assert instances_from_logits(logits, min_size=5).max() == 2
+    assert instances_from_logits(logits, min_size=20).max() == 1
+    assert instances_from_logits(logits, min_size=500).max() == 0
+    assert instances_from_logits(logits, foreground_threshold=0.9999).max() == 0
+
+
+def test_wrong_shape():
+    with pytest.raises(ValueError, match=r"logits: expected shape \(3, H, W\), got \(4, 5\)"):
+        instances_from_logits(np.zeros((4, 5)))

@@ -1,0 +1,91 @@
+"""Average precision of instance maps, against hand-computed cases."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pointformer.metrics import IOU_THRESHOLDS, average_precision, match_instances
+
+MAPS = hnp.arrays(np.int32, (6, 6), elements=st.integers(0, 4))
+
+
+def row(*runs):
+    """A map of one row from (id, length) runs."""
+    return np.concatenate([np.full(length, value) for value, length in runs])[None]
+
+
+def test_counts_by_hand():
+    annotated = row((0, 2), (1, 10), (0, 2), (2, 10), (3, 4))
+    # Id 7 covers 8 of the 10 pixels of id 1 (IoU 0.8); id 9 covers 6 of id 2 and 2 beyond it
+    # (IoU 6 / 12 = 0.5); id 3 is missed; id 4 is spurious.
+    predicted = row((4, 2), (7, 8), (0, 4), (0, 4), (9, 8), (0, 2))
+    counts = match_instances(predicted, annotated, (0.5, 0.55, 0.8, 0.85))
+    np.testing.assert_array_equal(counts, [[2, 1, 1], [1, 2, 2], [1, 2, 2], [0, 3, 3]])
+    result = average_precision([(predicted, annotated)])
+    assert result.thresholds == IOU_THRESHOLDS
+    assert result.at(0.5) == pytest.approx(2 / 4)
+    assert result.mean == pytest.approx((2 / 4 + 6 * (1 / 5)) / 10)
+
+
+def test_matching_is_one_to_one_and_largest():
+    # Predicted a overlaps both annotated instances, b only the first: greedy by IoU would give a
+    # the first and leave b without partner.
+    annotated = np.array([[1, 1, 1, 1, 1, 1, 2, 2, 2]])
+    predicted = np.array([[8, 8, 5, 5, 5, 5, 5, 0, 0]])
+    # IoU: a-1 = 4/7, a-2 = 1/7, b-1 = 2/6, b-2 = 0
+    counts = match_instances(predicted, annotated, (0.1, 0.3, 0.5))
+    np.testing.assert_array_equal(counts, [[2, 0, 0], [1, 1, 1], [1, 1, 1]])
+
+
+def test_pooled_and_per_image_scores_differ():
+    empty = np.zeros((1, 4), int)
+    found = row((1, 2), (2, 2))
+    result = average_precision([(found, found), (found, empty), (empty, empty)], (0.5,))
+    assert (result.true_positives, result.false_positives, result.false_negatives) == (
+        (2,),
+        (2,),
+        (0,),
+    )
+    assert result.pooled == (0.5,)
+    assert result.per_image == (pytest.approx((1 + 0 + 1) / 3),)
+
+
+def test_nothing_to_find():
+    empty = np.zeros((3, 4), int)
+    assert average_precision([]).mean == 1
+    assert average_precision([(empty, empty)]).mean == 1
+    full = np.ones((3, 4), int)
+    assert average_precision([(empty, full)]).mean == 0
+    assert average_precision([(full, empty)]).mean == 0
+
+
+@given(MAPS)
+def test_a_perfect_prediction_scores_one_whatever_its_ids(instances):
+    renamed = np.where(instances > 0, 10 - 2 * instances, 0)
+    result = average_precision([(renamed, instances)])
+    assert set(result.pooled) == {1.0}
+    assert result.true_positives[0] == len(np.unique(instances[instances > 0]))
+
+
+@given(MAPS, MAPS)
+def test_counts_add_up_fall_with_the_threshold_and_mirror(predicted, annotated):
+    counts = match_instances(predicted, annotated)
+    assert (counts.sum(1) == counts[:, 0] + counts[:, 1] + counts[:, 2]).all()
+    assert (counts[:, 0] + counts[:, 1] == len(np.unique(predicted[predicted > 0]))).all()
+    assert (counts[:, 0] + counts[:, 2] == len(np.unique(annotated[annotated > 0]))).all()
+    assert (np.diff(counts[:, 0]) <= 0).all()
+    np.testing.assert_array_equal(match_instances(annotated, predicted), counts[:, [0, 2, 1]])
+
+
+@pytest.mark.parametrize(
+    ("predicted", "thresholds", "message"),
+    [
+        (np.zeros((2, 3), int), (0.5,), r"one shape .*\(2, 3\) and \(3, 2\)"),
+        (np.zeros((3, 2), int), (0.0,), r"thresholds: expected values in \(0, 1\]"),
+    ],
+)
+def test_bad_arguments(predicted, thresholds, message):
+    with pytest.raises(ValueError, match=message):
+        match_instances(predicted, np.zeros((3, 2), int), thresholds)
