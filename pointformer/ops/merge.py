@@ -75,7 +75,7 @@ def scored_merge(
 
     centered = neighborhoods.select(centers)
     net = (weight, bias, norm_weight, norm_bias)
-    if choose("scored_merge", impl, {}, device) == "reference":
+    if choose("scored_merge", impl, {"cpu": cpu_lacks}, device) == "reference":
         rows, mask = centered.members()
         inputs = (features, scores, positions, positions[centers], rows, mask)
         return reference_merge(*inputs, *net, eps)
@@ -142,7 +142,7 @@ def point_conv(
         return _cpu_lacks(features, weight)
 
     net = (weight, bias, norm_weight, norm_bias)
-    if choose("point_conv", impl, {}, device) == "reference":
+    if choose("point_conv", impl, {"cpu": cpu_lacks}, device) == "reference":
         scores = features.new_ones(tokens)
         index = neighbor_index.long()
         inputs = (features, scores, positions, center_positions, index, index >= 0)
