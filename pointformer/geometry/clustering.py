@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from pointformer._checks import check_finite, check_per_sample, check_positions,
 from pointformer._dispatch import choose
 from pointformer.clusters import Clusters, offsets_of
 from pointformer.geometry.curves import CURVES, curve_code
+from pointformer.kernels.clustering import (
+    fused_cluster_centers,
+    fused_cluster_keys,
+    fused_curve_code,
+)
 from pointformer.reference import clustering as reference
 
 _REMAINDERS = ("spread", "last")
@@ -82,28 +87,31 @@ def balanced_cluster(
     for name, value, known in (("curve", curve, CURVES), ("remainder", remainder, _REMAINDERS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    corners = check_per_sample("origin", origin, len(sizes), dimensions)
-    sides = check_per_sample("extent", extent, len(sizes), dimensions)
     check_finite("positions", positions, sizes)
-    if sides is None:
-        if corners is not None:
+    if extent is None:
+        if origin is not None:
             raise ValueError("origin: give extent too, or neither")
-        corners, sides = _bounding_boxes(positions, sizes)
+        origin, extent = _bounding_boxes(positions, sizes)
+    corners = check_per_sample("origin", origin or (0.0,) * dimensions, len(sizes), dimensions)
+    sides = check_per_sample("extent", extent, len(sizes), dimensions)
     if any(not 0 <= side < math.inf for row in sides for side in row):
         raise ValueError(f"extent: expected finite numbers >= 0, got {sides!r:.80}")
-    choose("balanced_cluster", impl, {}, positions.device)
-    keys_of, centers_of = reference.cluster_keys, reference.cluster_centers
+
     device = positions.device
+    fused = choose("balanced_cluster", impl, {"cpu": lambda: None}, device) == "cpu"
+    code_of = fused_curve_code if fused else curve_code
+    keys_of = fused_cluster_keys if fused else reference.cluster_keys
+    centers_of = fused_cluster_centers if fused else reference.cluster_centers
     counts = tuple(-(-size // cluster_size) for size in sizes)
     in_order = [size <= global_size for size in sizes]
     if all(in_order):
         order = torch.arange(positions.shape[0], device=device)
     else:
         if anchors:
-            walk = _anchor_walk(counts, corners, sides, in_order, curve, dimensions, device)
+            walk = _anchor_walk(counts, corners, sides, in_order, curve, code_of, device)
             keys = keys_of(positions, offsets_of(sizes, device), *walk)
         else:
-            keys = _plain_keys(positions, sizes, corners, sides, in_order, curve)
+            keys = _plain_keys(positions, sizes, corners, sides, in_order, curve, code_of)
         order = torch.sort(keys, stable=True).indices
     offsets = _cluster_offsets(sizes, counts, cluster_size, remainder, device)
     centers = centers_of(positions, order, offsets)
@@ -141,61 +149,60 @@ def _anchor_grid(sides: Sequence[float], clusters: int) -> tuple[list[int], list
 
 
 def _anchor_walk(
-    counts: Sequence[int],
-    corners: _Rows | None,
+    counts: tuple[int, ...],
+    corners: _Rows,
     sides: _Rows,
     in_order: Sequence[bool],
     curve: str,
-    dimensions: int,
+    code_of: Callable[..., Tensor],
     device: torch.device,
 ) -> tuple[Tensor, ...]:
     """What turns positions into keys: see the arguments of `reference.cluster_keys`."""
-    known: dict[tuple, tuple[list[int], list[float]]] = {}
-    for key in zip(sides, counts, strict=True):
-        if key not in known:
-            known[key] = _anchor_grid(*key)
-    grids = [known[key] for key in zip(sides, counts, strict=True)]
+    dimensions = len(sides[0])
+    canvases = list(zip(sides, counts, strict=True))
+    grids = {canvas: _anchor_grid(*canvas) for canvas in set(canvases)}
     # A sample that keeps its order has one cell of infinite size: all of its tokens tie.
-    flat, endless = [1] * dimensions, [math.inf] * dimensions
-    shape_rows = [flat if still else grid[0] for grid, still in zip(grids, in_order, strict=True)]
-    cell_rows = [endless if still else grid[1] for grid, still in zip(grids, in_order, strict=True)]
-    cells_of = [math.prod(row) for row in shape_rows]
-
-    shape = torch.tensor(shape_rows, dtype=torch.int64, device=device)
-    cell_size = torch.tensor(cell_rows, dtype=torch.float32, device=device)
-    origin = torch.zeros_like(cell_size)
-    if corners is not None:
-        origin = torch.tensor(corners, dtype=torch.float32, device=device)
+    endless = ([1] * dimensions, [math.inf] * dimensions)
+    rows = [
+        endless if still else grids[canvas]
+        for canvas, still in zip(canvases, in_order, strict=True)
+    ]
+    first_cell = offsets_of([math.prod(cells) for cells, _ in rows], device)
+    total = sum(math.prod(cells) for cells, _ in rows)
+    bits = max(max(cells) for cells, _ in rows).bit_length()
+    shape = torch.tensor([cells for cells, _ in rows], device=device)
+    cell_size = torch.tensor([lengths for _, lengths in rows], device=device)
+    cell_size = cell_size.clamp(min=torch.finfo(torch.float32).tiny)
+    origin = torch.tensor(corners, dtype=torch.float32, device=device)
     unit = cell_size
     if curve == "snake":
         unit = torch.where(cell_size.isinf(), cell_size, 1.0)
 
-    first_cell = offsets_of(cells_of, device)
-    total, samples = sum(cells_of), torch.arange(len(counts), device=device)
+    samples = torch.arange(len(counts), device=device)
     sample = torch.repeat_interleave(samples, first_cell.diff(), output_size=total)
     index = torch.arange(total, device=device) - first_cell[sample]
-    axes = []
+    shape_of = shape[sample]
+    coordinates = []
     for axis in range(dimensions):
-        axes.append(index % shape[sample, axis])
-        index = index // shape[sample, axis]
-    cells = torch.stack(axes, dim=1)
-
-    bits = max((max(row) for row in shape_rows), default=1).bit_length()
-    walk = torch.sort(curve_code(curve, cells, shape[sample], bits)).indices
-    if len(counts) > 1:
-        walk = walk[torch.sort(sample[walk], stable=True).indices]
-    row = torch.arange(total, device=device) + 2 * sample + 1
-    anchor_of_cell = torch.empty_like(row)
-    anchor_of_cell[walk] = row
-
-    center = cells[walk].float()
+        coordinates.append(index % shape_of[:, axis])
+        index = index // shape_of[:, axis]
+    cells = torch.stack(coordinates, dim=1)
+    code = code_of(curve, cells, shape_of, bits)
     if curve == "snake":
+        rank = code + first_cell[sample]
         side = cell_size[sample]
-        center = center * side + side / 2 - 0.5
+        center = cells.float() * side + side / 2 - 0.5
     else:
-        center = center + 0.5
-    anchors = center.new_zeros(total + 2 * len(counts), dimensions)
-    anchors[row] = center
+        walk = torch.sort(code).indices
+        if len(counts) > 1:
+            walk = walk[torch.sort(sample[walk], stable=True).indices]
+        rank = torch.empty_like(walk)
+        rank[walk] = torch.arange(total, device=device)
+        center = cells.float() + 0.5
+    anchor_of_cell = rank + 2 * sample + 1
+    anchors = center.new_empty(total + 2 * len(counts), dimensions)
+    anchors[anchor_of_cell] = center
+
     first = first_cell[:-1] + 2 * samples + 1
     last = first_cell[1:] + 2 * samples
     single = (first == last)[:, None]
@@ -212,10 +219,11 @@ def _anchor_walk(
 def _plain_keys(
     positions: Tensor,
     sizes: tuple[int, ...],
-    corners: _Rows | None,
+    corners: _Rows,
     sides: _Rows,
     in_order: Sequence[bool],
     curve: str,
+    code_of: Callable[..., Tensor],
 ) -> Tensor:
     """Sort keys (T,) int64 without anchors: (sample, place on the curve over a fine lattice)."""
     dimensions, device = positions.shape[1], positions.device
@@ -224,18 +232,18 @@ def _plain_keys(
     longest = [math.inf if still else max(row) for row, still in zip(sides, in_order, strict=True)]
     unit = torch.tensor([side / levels or math.inf for side in longest], device=device)
     samples = torch.arange(len(sizes), device=device)
-    lengths = torch.tensor(sizes, device=device)
+    lengths = torch.tensor(sizes, dtype=torch.int64, device=device)
     sample = torch.repeat_interleave(samples, lengths, output_size=len(positions))
-    if corners is not None:
-        positions = positions - torch.tensor(corners, dtype=torch.float32, device=device)[sample]
+    origin = torch.tensor(corners, dtype=torch.float32, device=device)
+    positions = positions - origin[sample]
     cells = (positions / unit[sample, None]).floor().clamp(0, levels - 1).long()
     shape = torch.full((dimensions,), levels, device=device)
-    return (sample << (bits * dimensions)) | curve_code(curve, cells, shape, bits)
+    return (sample << (bits * dimensions)) | code_of(curve, cells, shape, bits)
 
 
 def _cluster_offsets(
-    sizes: Sequence[int],
-    counts: Sequence[int],
+    sizes: tuple[int, ...],
+    counts: tuple[int, ...],
     cluster_size: int,
     remainder: str,
     device: torch.device,
