@@ -328,9 +328,12 @@ class AFF(nn.Module):
         self.config = config
         self.impl = impl
         self.patch_embed = PatchEmbed(config.in_channels, config.dims[0], config.patch_stride)
-        rates = torch.linspace(0, config.drop_path, sum(config.depths)).split(list(config.depths))
+        blocks = sum(config.depths)
+        rates = [config.drop_path * block / max(blocks - 1, 1) for block in range(blocks)]
+        firsts = [sum(config.depths[:stage]) for stage in range(len(config.dims))]
         self.stages = nn.ModuleList(
-            Stage(config, stage, rates[stage].tolist()) for stage in range(len(config.dims))
+            Stage(config, stage, rates[first : first + config.depths[stage]])
+            for stage, first in enumerate(firsts)
         )
         self.apply(self._init_weights)
 

@@ -178,7 +178,7 @@ def _unpickle(path: str | os.PathLike) -> Mapping:
         with torch.serialization.safe_globals(_random_state_globals()):
             container = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path}: not a checkpoint that can be read safely ({reason})"
         ) from None

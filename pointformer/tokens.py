@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from pointformer._checks import check_positions, check_sizes, check_tensor, describe
+from pointformer._checks import (
+    check_per_sample,
+    check_positions,
+    check_sizes,
+    check_tensor,
+    describe,
+)
 from pointformer.clusters import Clusters, offsets_of
 
 Extent = tuple[tuple[float, ...], ...]
-
-
-def _per_sample(name: str, value: object, batch: int, dimensions: int) -> Extent | None:
-    """B rows of D host floats from a row for all samples, B rows, or a tensor."""
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    rows = list(value)  # type: ignore[call-overload]
-    if rows and not isinstance(rows[0], list | tuple):
-        rows = [rows] * batch
-    if len(rows) != batch or any(len(row) != dimensions for row in rows):
-        raise ValueError(
-            f"{name}: expected {dimensions} numbers for each of {batch} samples, got {value!r:.80}"
-        )
-    return tuple(tuple(row) for row in rows)
 
 
 def _cells(shape: Sequence[int], device: torch.device) -> Tensor:
@@ -74,20 +65,15 @@ class TokenSet:
         origin: Tensor | None = None,
         clusters: Clusters | None = None,
     ) -> None:
-        if isinstance(positions, np.ndarray | list) or isinstance(features, np.ndarray | list):
-            wrong = positions if isinstance(positions, np.ndarray | list) else features
-            raise TypeError(f"TokenSet: expected tensors, got {describe(wrong)}")
-        if isinstance(positions, Tensor) and isinstance(features, Tensor):
-            check_positions("positions", positions)
-            count, dimensions = positions.shape
-            check_tensor("features", features, (count, "C"), device=positions.device)
-            sizes = check_sizes("sizes", sizes, count)
-            extent = _per_sample("extent", extent, len(sizes), dimensions)
-            if origin is not None:
-                check_tensor("origin", origin, (len(sizes), dimensions), (torch.float64,))
-            if clusters is not None and clusters.num_tokens != count:
-                raise ValueError(f"clusters: expected {count} tokens, got {clusters}")
-        # Otherwise a pytree is being rebuilt around leaves that are no tensors: nothing to check.
+        check_positions("positions", positions)
+        count, dimensions = positions.shape
+        check_tensor("features", features, (count, "C"), device=positions.device)
+        sizes = check_sizes("sizes", sizes, count)
+        extent = check_per_sample("extent", extent, len(sizes), dimensions)
+        if origin is not None:
+            check_tensor("origin", origin, (len(sizes), dimensions), (torch.float64,))
+        if clusters is not None and clusters.num_tokens != count:
+            raise ValueError(f"clusters: expected {count} tokens, got {clusters}")
         for name, value in (
             ("positions", positions),
             ("features", features),
@@ -228,7 +214,7 @@ class TokenSet:
         if self.extent is None:
             raise ValueError("to_grid: this token set has no extent, so the map's size is unknown")
         shapes = [tuple(int(side) for side in reversed(extent)) for extent in self.extent]
-        volumes = [int(np.prod(shape)) for shape in shapes]
+        volumes = [math.prod(shape) for shape in shapes]
         sides = torch.tensor(self.extent, dtype=torch.int64, device=self.device)
         strides = torch.cat([torch.ones_like(sides[:, :1]), sides.cumprod(1)[:, :-1]], dim=1)
         sample = self.sample_index
@@ -322,4 +308,26 @@ class TokenSet:
         )
 
 
-torch.export.register_dataclass(TokenSet, serialized_type_name="pointformer.TokenSet")
+_FIELDS = tuple(field.name for field in fields(TokenSet))
+
+
+def _unflatten(values: Iterable, context: None) -> TokenSet:
+    """Rebuild without checks: transformations put other things in the place of tensors."""
+    tokens = object.__new__(TokenSet)
+    for name, value in zip(_FIELDS, values, strict=True):
+        object.__setattr__(tokens, name, value)
+    return tokens
+
+
+pytree.register_pytree_node(
+    TokenSet,
+    lambda tokens: ([getattr(tokens, name) for name in _FIELDS], None),
+    _unflatten,
+    serialized_type_name="pointformer.TokenSet",
+    flatten_with_keys_fn=lambda tokens: (
+        [(pytree.GetAttrKey(name), getattr(tokens, name)) for name in _FIELDS],
+        None,
+    ),
+)
+# Lets `torch.load` and `torch.export.load` read token sets without running other code.
+torch.serialization.add_safe_globals([TokenSet, Clusters])

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from parity.recipe import checksum, load_shapes, make_image, make_state_dict
 
 from pointformer.models import create_model
 from pointformer.models.checkpoints import load_state, released_name
-from parity.recipe import checksum, load_shapes, make_image, make_state_dict
 
 PARITY = Path(__file__).parent / "parity"
 CASES = {
