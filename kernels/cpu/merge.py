@@ -19,14 +19,13 @@ from pointformer.kernels.cpu.simd import (
     fma,
     hsum,
     load,
-    maximum,
     splat,
     sqrt,
     store,
     where_positive,
     zero,
 )
-from pointformer.kernels.cpu.special import normal_density_and_tail
+from pointformer.kernels.cpu.special import normal_density, normal_distribution
 
 _CHUNK = 32  # centers or clusters per unit of parallel work
 _PAIRS = 64  # pairs per block of the backward pass, more only if a cluster is larger
@@ -42,7 +41,7 @@ _COLUMNS = {
 }
 
 
-@njit
+@njit(forceinline=True)
 def _logit(net, m, dx, dy, dz, distance, ux, uy, uz):
     value = fma(splat(net[m]), dx, splat(net[_BIAS + m]))
     value = fma(splat(net[4 + m]), dy, value)
@@ -53,7 +52,7 @@ def _logit(net, m, dx, dy, dz, distance, ux, uy, uz):
     return fma(splat(net[24 + m]), uz, value)
 
 
-@njit
+@njit(forceinline=True)
 def _direction(dx, dy, dz):
     """Distance and unit vector, zeros at distance 0."""
     squared = fma(dx, dx, fma(dy, dy, dz * dz))
@@ -62,7 +61,7 @@ def _direction(dx, dy, dz):
     return distance, dx * inverse, dy * inverse, dz * inverse
 
 
-@njit
+@njit(forceinline=True)
 def _normalized(net, eps, dx, dy, dz, distance, ux, uy, uz):
     """LayerNorm of the four logits before scale and shift, and 1 / standard deviation."""
     a = _logit(net, 0, dx, dy, dz, distance, ux, uy, uz)
@@ -77,18 +76,17 @@ def _normalized(net, eps, dx, dy, dz, distance, ux, uy, uz):
     return a * inverse, b * inverse, c * inverse, d * inverse, inverse
 
 
-@njit
-def _gelu(net, m, normalized):
-    """GELU(scale * normalized + shift) and its derivative."""
-    x = fma(normalized, splat(net[_SCALE + m]), splat(net[_SHIFT + m]))
-    density, tail = normal_density_and_tail(x)
-    size = maximum(x, zero() - x)
-    value = maximum(x, zero()) - size * tail
-    below = where_positive(x, splat(f32(1.0)) - tail, tail)
-    return value, fma(x * splat(f32(0.3989423)), density, below)
+@njit(forceinline=True)
+def _affine(net, m, normalized):
+    return fma(normalized, splat(net[_SCALE + m]), splat(net[_SHIFT + m]))
 
 
-@njit
+@njit(forceinline=True)
+def _gelu(x):
+    return x * normal_distribution(x)
+
+
+@njit(forceinline=True)
 def _gather(tokens, stride, first, count, center, q, pairs, width, at):
     """Differences to center q and scores of `count` tokens, from row `first`, to `pairs[:, at:]`.
 
@@ -102,13 +100,14 @@ def _gather(tokens, stride, first, count, center, q, pairs, width, at):
 
 
 @kernel
-def _forward(features, tokens, centers, offsets, index, net, eps, sizes, out):
-    queries, radius, channels, stride, width = sizes
-    for chunk in prange((queries + _CHUNK - 1) // _CHUNK):
+def _forward(features, tokens, centers, offsets, index, order, net, eps, sizes, out):
+    radius, channels, stride, width = sizes
+    for chunk in prange((order.size + _CHUNK - 1) // _CHUNK):
         pairs = np.zeros(8 * width, np.float32)  # 3 differences, score, 4 weights
         rows = np.empty(width, np.int64)
         begin = np.int64(chunk) * _CHUNK
-        for q in range(begin, min(begin + _CHUNK, queries)):
+        for n in range(begin, min(begin + _CHUNK, order.size)):
+            q = order[n]
             count = 0
             for r in range(radius):
                 cluster = index[q * radius + r]
@@ -125,15 +124,18 @@ def _forward(features, tokens, centers, offsets, index, net, eps, sizes, out):
                 score = load(pairs, 3 * width + p)
                 distance, ux, uy, uz = _direction(dx, dy, dz)
                 n0, n1, n2, n3, _ = _normalized(net, eps, dx, dy, dz, distance, ux, uy, uz)
-                store(pairs, 4 * width + p, _gelu(net, 0, n0)[0] * score)
-                store(pairs, 5 * width + p, _gelu(net, 1, n1)[0] * score)
-                store(pairs, 6 * width + p, _gelu(net, 2, n2)[0] * score)
-                store(pairs, 7 * width + p, _gelu(net, 3, n3)[0] * score)
+                store(pairs, 4 * width + p, _gelu(_affine(net, 0, n0)) * score)
+                store(pairs, 5 * width + p, _gelu(_affine(net, 1, n1)) * score)
+                store(pairs, 6 * width + p, _gelu(_affine(net, 2, n2)) * score)
+                store(pairs, 7 * width + p, _gelu(_affine(net, 3, n3)) * score)
             _sum_features(features, channels, rows, pairs, width, count, out, q * 4 * channels)
 
 
-@njit
+@njit(forceinline=True)
 def _sum_features(features, channels, rows, pairs, width, count, out, at):
+    # Views, not offsets: Numba then knows that indices are not negative.
+    u0, u1 = pairs[4 * width : 5 * width], pairs[5 * width : 6 * width]
+    u2, u3 = pairs[6 * width : 7 * width], pairs[7 * width : 8 * width]
     c = 0
     while c + 2 * LANES <= channels:  # two vectors of channels keep the multipliers busy
         a0, a1, a2, a3 = zero(), zero(), zero(), zero()
@@ -141,8 +143,7 @@ def _sum_features(features, channels, rows, pairs, width, count, out, at):
         for j in range(count):
             x = load(features, rows[j] + c)
             y = load(features, rows[j] + c + LANES)
-            w0, w1 = splat(pairs[4 * width + j]), splat(pairs[5 * width + j])
-            w2, w3 = splat(pairs[6 * width + j]), splat(pairs[7 * width + j])
+            w0, w1, w2, w3 = splat(u0[j]), splat(u1[j]), splat(u2[j]), splat(u3[j])
             a0, a1, a2, a3 = fma(w0, x, a0), fma(w1, x, a1), fma(w2, x, a2), fma(w3, x, a3)
             b0, b1, b2, b3 = fma(w0, y, b0), fma(w1, y, b1), fma(w2, y, b2), fma(w3, y, b3)
         store(out, at + c, a0)
@@ -158,10 +159,10 @@ def _sum_features(features, channels, rows, pairs, width, count, out, at):
         a0, a1, a2, a3 = zero(), zero(), zero(), zero()
         for j in range(count):
             x = load(features, rows[j] + c)
-            a0 = fma(splat(pairs[4 * width + j]), x, a0)
-            a1 = fma(splat(pairs[5 * width + j]), x, a1)
-            a2 = fma(splat(pairs[6 * width + j]), x, a2)
-            a3 = fma(splat(pairs[7 * width + j]), x, a3)
+            a0 = fma(splat(u0[j]), x, a0)
+            a1 = fma(splat(u1[j]), x, a1)
+            a2 = fma(splat(u2[j]), x, a2)
+            a3 = fma(splat(u3[j]), x, a3)
         store(out, at + c, a0)
         store(out, at + channels + c, a1)
         store(out, at + 2 * channels + c, a2)
@@ -188,7 +189,7 @@ _DISTANCE, _INVERSE, _NORMALIZED, _SLOPE, _WEIGHT, _SCALED, _DOT, _ROWS = (
 )
 
 
-@njit
+@njit(forceinline=True)
 def _pair_weights(pairs, width, count, net, eps):
     """Weights of a block of pairs, and what their derivatives need."""
     for p in range(0, count, LANES):
@@ -206,13 +207,15 @@ def _pair_weights(pairs, width, count, net, eps):
         store(pairs, (_NORMALIZED + 2) * width + p, n2)
         store(pairs, (_NORMALIZED + 3) * width + p, n3)
         for m in range(4):
-            weight, slope = _gelu(net, m, load(pairs, (_NORMALIZED + m) * width + p))
-            store(pairs, (_SLOPE + m) * width + p, slope)
+            x = _affine(net, m, load(pairs, (_NORMALIZED + m) * width + p))
+            below = normal_distribution(x)
+            weight = x * below
+            store(pairs, (_SLOPE + m) * width + p, fma(x, normal_density(x), below))
             store(pairs, (_WEIGHT + m) * width + p, weight)
             store(pairs, (_SCALED + m) * width + p, weight * score)
 
 
-@njit
+@njit(forceinline=True)
 def _pair_features(grad, g, features, d_features, x, channels, pairs, width, p):
     """For pair p: dot products of the token's features with the four gradient rows, and its share
     of the gradient of the features."""
@@ -247,12 +250,12 @@ def _pair_features(grad, g, features, d_features, x, channels, pairs, width, p):
     pairs[(_DOT + 3) * width + p] = s3
 
 
-@njit
+@njit(forceinline=True)
 def _add(array, at, value):
     store(array, at, load(array, at) + value)
 
 
-@njit
+@njit(forceinline=True)
 def _net_gradients(pairs, width, count, net, partial, at):
     """Add the gradients of the weight net; leave each pair's score gradient in the score's row."""
     for m in range(4):
@@ -361,10 +364,14 @@ def forward(
         weight, bias, norm_weight, norm_bias,
     )  # fmt: skip
     (queries, radius), channels = index.shape, features.shape[1]
+    if index.numel() == 0 or offsets.shape[0] == 1:
+        return features.new_zeros(queries, 4 * channels)
+    # Centers come in any order; those that share clusters follow each other for the cache's sake.
+    _, order = inverse_lists(index.amax(1).clamp(min=0).numpy(), offsets.shape[0] - 1)
     out = features.new_empty(queries, 4 * channels)
-    sizes = (queries, radius, channels, stride, radius * largest + LANES)
+    sizes = (radius, channels, stride, radius * largest + LANES)
     index = index.contiguous().view(-1).numpy()
-    _forward(*arrays, index, net, f32(eps), sizes, out.view(-1).numpy())
+    _forward(*arrays, index, order, net, f32(eps), sizes, out.view(-1).numpy())
     return out
 
 
