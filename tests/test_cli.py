@@ -1,0 +1,167 @@
+"""The command line, with good and bad input, in a folder of its own."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pointformer import cli
+from pointformer.models import AFFConfig, Model, save_model
+
+SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "small.safetensors"
+    save_model(Model("small", SMALL, "dense", 3), path)
+    return str(path)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "cells.png"
+    Image.fromarray(rng.integers(0, 255, (50, 70, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_segment_writes_four_files(capsys, tmp_path, picture, model):
+    out = tmp_path / "out"
+    code, text, _ = run(capsys, "segment", picture, "--out", out, "--model", model)
+    assert code == 0
+    assert "cells.png: " in text
+    assert sorted(p.name for p in out.iterdir()) == [
+        "cells_labels.png",
+        "cells_objects.csv",
+        "cells_overlay.png",
+        "cells_summary.json",
+    ]
+    labels = np.asarray(Image.open(out / "cells_labels.png"))
+    assert labels.dtype == np.uint16
+    assert labels.shape == (50, 70)
+    assert np.asarray(Image.open(out / "cells_overlay.png")).shape == (50, 70, 3)
+    summary = json.loads((out / "cells_summary.json").read_text())
+    assert summary["count"] == labels.max()
+    assert summary["tokens"][0] == 13 * 18
+    with (out / "cells_objects.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["area"]) for row in rows] == np.bincount(labels.ravel())[1:].tolist()
+
+
+def test_folders_patterns_and_options(capsys, tmp_path, picture, model):
+    Image.open(picture).save(tmp_path / "more.png")
+    out = tmp_path / "out"
+    code, text, _ = run(
+        capsys, "segment", tmp_path, tmp_path / "m*.png", "--out", out, "--model", model,
+        "--rate", 0.5, "--alpha", 0, "--threads", torch.get_num_threads(),
+    )  # fmt: skip
+    assert code == 0
+    assert "2 of 2 pictures done" in text
+    tokens = json.loads((out / "more_summary.json").read_text())["tokens"]
+    assert tokens[1] == 13 * 18 // 2
+
+
+def test_one_bad_picture_among_good_ones(capsys, tmp_path, picture, model):
+    (tmp_path / "bad.png").write_bytes(picture.read_bytes()[:100])
+    out = tmp_path / "out"
+    code, text, error = run(
+        capsys, "segment", picture, tmp_path / "bad.png", "--out", out, "--model", model
+    )
+    assert code == 1
+    assert "1 of 2 pictures done" in text
+    assert "bad.png" in error
+    assert not list(out.glob("bad*"))
+    assert not list(out.glob(".*"))
+    assert len(list(out.glob("cells_*"))) == 4
+
+
+def test_focus_draws_every_stage(capsys, tmp_path, picture, model):
+    out = tmp_path / "focus.png"
+    code, text, _ = run(capsys, "focus", picture, "--out", out, "--model", model)
+    assert code == 0
+    assert "tokens 234 -> " in text
+    sheet = np.asarray(Image.open(out))
+    red = (sheet[..., 0] > 240) & (sheet[..., 1] < 80) & (sheet[..., 2] < 80)
+    assert red.sum() > 100  # dots of kept tokens
+
+
+def test_models_lists_counts(capsys):
+    code, text, _ = run(capsys, "models", "aff_mini")
+    assert code == 0
+    assert "6,754,451" in text
+    assert " 1.067" in text
+
+
+def bad_inputs(tmp_path, picture, model):
+    text = tmp_path / "notes.txt"
+    text.write_text("no picture")
+    other = tmp_path / "other.safetensors"
+    save_model(Model("other", SMALL, "classification", 3), other)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    return {
+        "missing": (["segment", tmp_path / "none.png", "--out", tmp_path / "o"], "none.png"),
+        "no picture": (["segment", text, "--out", tmp_path / "o", "--model", model], "notes.txt"),
+        "out is a file": (["segment", picture, "--out", blocked, "--model", model], "file"),
+        "rate": (
+            ["segment", picture, "--out", tmp_path / "o", "--model", model, "--rate", 2],
+            "rate: expected a number in (0, 1], got 2.0",
+        ),
+        "no model": (
+            ["segment", picture, "--out", tmp_path / "o", "--model", "x.safetensors"],
+            "x.safetensors: no such file",
+        ),
+        "not a model": (
+            ["segment", picture, "--out", tmp_path / "o", "--model", f"./{text.name}"],
+            "notes.txt",
+        ),
+        "unknown model": (
+            ["segment", picture, "--out", tmp_path / "o", "--model", "aff_huge"],
+            "unknown model 'aff_huge'",
+        ),
+        "another head": (
+            ["segment", picture, "--out", tmp_path / "o", "--model", other],
+            "expected a dense head with 3 classes",
+        ),
+        "threads": (
+            ["segment", picture, "--out", tmp_path / "o", "--model", model, "--threads", 0],
+            "--threads",
+        ),
+        "focus suffix": (["focus", picture, "--out", tmp_path / "f.txt"], ".png"),
+        "focus folder": (["focus", picture, "--out", tmp_path / "no/f.png"], "no such folder"),
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "missing", "no picture", "out is a file", "rate", "no model", "not a model",
+        "unknown model", "another head", "threads", "focus suffix", "focus folder",
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_a_failure(capsys, tmp_path, picture, model, case, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = bad_inputs(tmp_path, picture, model)[case]
+    code, out, error = run(capsys, *arguments)
+    assert code != 0
+    assert out == ""
+    assert error.count("\n") == 1
+    assert message in error
+    assert not list(tmp_path.glob("o/*"))
+
+
+def test_unknown_command_exits_with_usage(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["dance"])
+    assert exit_info.value.code == 2

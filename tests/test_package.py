@@ -1,0 +1,77 @@
+"""The package as it is imported and laid out."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pointformer
+import pointformer.kernels
+import pointformer.models
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code, cwd):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("cwd", [ROOT, Path("/")], ids=["checkout", "elsewhere"])
+def test_top_level_folders_install_below_pointformer(cwd):
+    code = (
+        "import pointformer.kernels, pointformer.models; "
+        "print(pointformer.kernels.__file__, pointformer.models.__file__)"
+    )
+    kernels, models = python(code, cwd).split()
+    if "site-packages" not in kernels:
+        assert Path(kernels) == ROOT / "kernels/__init__.py"
+        assert Path(models) == ROOT / "models/__init__.py"
+
+
+def test_import_is_light():
+    code = (
+        "import sys, pointformer; "
+        "names = 'numba', 'triton', 'skimage', 'pointformer.models'; "
+        "print([name for name in names if name in sys.modules])"
+    )
+    assert python(code, ROOT).strip() == "[]"
+
+
+@pytest.mark.parametrize("missing", ["numba", "triton"])
+def test_import_and_reference_without(missing):
+    """What a machine without Numba or Triton can still do."""
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+import torch
+from pointformer import TokenSet, nearest_clusters
+tokens = TokenSet.from_grid(torch.rand(1, 2, 6, 6)).cluster(4, impl="reference")
+n = nearest_clusters(tokens.positions, tokens.clusters, impl="reference")
+print(n.cluster_index.shape[0])
+"""
+    assert python(code, ROOT).strip() == "36"
+
+
+def test_public_names_exist_and_are_documented():
+    for module in (pointformer, pointformer.models):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__, name
+
+
+def imports_of(path):
+    lines = path.read_text().splitlines()
+    return [line.strip() for line in lines if line.strip().startswith(("import ", "from "))]
+
+
+def test_imports_go_one_way():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for line in imports_of(path):
+            assert "pointformer" not in line or "pointformer.kernels" in line, (path, line)
+    for path in (ROOT / "pointformer/reference").rglob("*.py"):
+        assert not [line for line in imports_of(path) if "kernels" in line], path
+    for path in (ROOT / "models").rglob("*.py"):
+        assert not [line for line in imports_of(path) if "kernels" in line], path
+        assert not [line for line in imports_of(path) if "pointformer.reference" in line], path
