@@ -89,10 +89,8 @@ def check_finite(name: str, positions: Tensor, sizes: Sequence[int]) -> None:
 
 def check_per_sample(
     name: str, value: object, samples: int, dimensions: int
-) -> tuple[tuple[float, ...], ...] | None:
-    """B rows of D host numbers from one row for all samples, B rows, or a tensor; `None` stays."""
-    if value is None:
-        return None
+) -> tuple[tuple[float, ...], ...]:
+    """B rows of D host numbers, from one row for all samples, B rows, or a tensor."""
     if isinstance(value, Tensor):
         value = value.tolist()
     rows = list(value)  # type: ignore[call-overload]

@@ -69,7 +69,8 @@ class TokenSet:
         count, dimensions = positions.shape
         check_tensor("features", features, (count, "C"), device=positions.device)
         sizes = check_sizes("sizes", sizes, count)
-        extent = check_per_sample("extent", extent, len(sizes), dimensions)
+        if extent is not None:
+            extent = check_per_sample("extent", extent, len(sizes), dimensions)
         if origin is not None:
             check_tensor("origin", origin, (len(sizes), dimensions), (torch.float64,))
         if clusters is not None and clusters.num_tokens != count:

@@ -38,9 +38,9 @@ def select_centers(
 ) -> tuple[Tensor, tuple[int, ...]]:
     """The tokens around which a stage merges (AutoFocusFormer, section 3.3.2).
 
-    Tokens are ranked by prior + alpha * score in float32, where the prior is 1 for the tokens that a
-    regular grid would keep and 0 for the others. Of n tokens, max(int(n * rate), reserved) are kept,
-    at least one and at most n; with `reserve`, a coarse lattice is kept whatever its scores are.
+    Tokens are ranked by prior + alpha * score in float32, where the prior is 1 for the tokens that
+    a regular grid would keep and 0 for the others. Of n tokens max(int(n * rate), reserved) are
+    kept, at least one and at most n; with `reserve`, a coarse lattice is kept whatever its scores.
 
     On a lattice (integer positions), with S = `stride`:
 
@@ -48,13 +48,13 @@ def select_centers(
       each of the ceil(side / 2S) nodes per axis of the canvas; room that is not needed goes to the
       best of the others, so that the number of kept tokens depends on `sizes` and `extent` only.
     * the prior "grid" is 1 where all coordinates are multiples of S; "adaptive" where they are
-      multiples of 2t, t being the smallest power of two that is at least the distance to the nearest
-      other token. `None` ranks by score alone.
+      multiples of 2t, t being the smallest power of two (1, 2, 4, ...) that is at least the
+      distance to the nearest other token. `None` ranks by score alone.
 
     Off a lattice the nodes are the same points, and each node's part is played by the token closest
     to it, ties to the lowest row, among the tokens to which it is the nearest node inside the
-    canvas; for the adaptive prior, among those of them with the same t, which may be below 1. A full
-    lattice gives the same result either way.
+    canvas; for the adaptive prior among those of them with the same t, which may be below 1. A
+    full lattice gives the same result either way.
 
     Args:
         scores: (T,) importance of each token, usually in (0, 1).
@@ -64,8 +64,8 @@ def select_centers(
             measures the largest coordinates (plus one on a lattice), which waits for the device.
         rate: share of the tokens to keep, in (0, 1].
         alpha: weight of the scores against the prior.
-        stride: distance between the nodes of the grid to keep, in the units of `positions`: 2, 4 and
-            8 after the first, second and third stage.
+        stride: S, distance between the nodes of the grid to keep, in the units of `positions`: 2, 4
+            and 8 after the first, second and third stage.
         prior: "adaptive", "grid" or `None`.
         reserve: keep the coarse lattice.
         lattice: whether positions are integers; `False` accepts any.
@@ -92,9 +92,9 @@ def select_centers(
         raise ValueError(f"stride: expected {wanted}, got {stride!r}")
     check_finite("positions", positions, sizes)
     _check_scores(scores)
+    if extent is None:
+        extent = _measured_extent(positions, sizes, lattice)
     sides = check_per_sample("extent", extent, len(sizes), dimensions)
-    if sides is None:
-        sides = _measured_extent(positions, sizes, lattice)
     if lattice:
         _check_lattice(positions, sides, sizes)
     keep = tuple(
@@ -105,7 +105,9 @@ def select_centers(
 
     nearest = None
     if prior == "adaptive":
-        nearest = knn(positions, 1, sizes=sizes, include_self=False, impl=impl)[:, 0].long()
+        index = knn(positions, 1, sizes=sizes, include_self=False, impl=impl)
+        assert isinstance(index, Tensor)
+        nearest = index[:, 0].long()
     if lattice:
         has_prior, reserved = _lattice_parts(positions, nearest, stride, prior, reserve)
     else:
