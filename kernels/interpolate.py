@@ -10,7 +10,9 @@ _INPUTS = (
     "Tensor power, float eps"
 )
 LIBRARY.define(f"interpolate({_INPUTS}) -> Tensor")
-LIBRARY.define(f"interpolate_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor)")
+LIBRARY.define(
+    f"interpolate_backward(Tensor grad, {_INPUTS}, bool learn_power) -> (Tensor, Tensor)"
+)
 fused_interpolate = torch.ops.pointformer.interpolate.default
 _backward = torch.ops.pointformer.interpolate_backward.default
 
@@ -21,24 +23,22 @@ def _fake(features, positions, query_positions, neighbor_index, power, eps):
 
 
 @torch.library.register_fake("pointformer::interpolate_backward", lib=LIBRARY)
-def _fake_backward(grad, features, positions, query_positions, neighbor_index, power, eps):
+def _fake_backward(grad, features, positions, queries, neighbor_index, power, eps, learn_power):
     return features.new_empty(features.shape), power.new_empty(power.shape)
 
 
 @torch.library.impl("pointformer::interpolate", "cpu", lib=LIBRARY)
-def _forward_cpu(features, positions, query_positions, neighbor_index, power, eps):
+def _forward_cpu(*inputs):
     from pointformer.kernels.cpu import interpolate
 
-    return interpolate.forward(features, positions, query_positions, neighbor_index, power, eps)
+    return interpolate.forward(*inputs)
 
 
 @torch.library.impl("pointformer::interpolate_backward", "cpu", lib=LIBRARY)
-def _backward_cpu(grad, features, positions, query_positions, neighbor_index, power, eps):
+def _backward_cpu(grad, *inputs):
     from pointformer.kernels.cpu import interpolate
 
-    return interpolate.backward(
-        grad, features, positions, query_positions, neighbor_index, power, eps
-    )
+    return interpolate.backward(grad, *inputs)
 
 
 def _save(ctx, inputs, output):
@@ -48,7 +48,7 @@ def _save(ctx, inputs, output):
 
 @once_differentiable
 def _differentiate(ctx, grad):
-    features, power = _backward(grad, *ctx.saved_tensors, ctx.eps)
+    features, power = _backward(grad, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[4])
     return features, None, None, None, power, None
 
 

@@ -99,7 +99,7 @@ def interpolate(
             return "positions or query_positions require a gradient"
         return None
 
-    if choose("interpolate", impl, {}, device) == "reference":
+    if choose("interpolate", impl, {"cpu": cpu_lacks}, device) == "reference":
         return reference_interpolate(
             features, positions, query_positions, neighbor_index, power, eps
         )

@@ -1,0 +1,230 @@
+"""CPU inverse-distance interpolation: gathers forward, inverse lists backward.
+
+The backward pass keeps one weight per query and neighbor, as large as the list of neighbors. A
+token sums the queries that use it in ascending order and the power's gradient is a partial sum per
+chunk of queries, so no bit depends on the number of threads.
+"""
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from pointformer.kernels.cpu.inverse import inverse_lists
+from pointformer.kernels.cpu.runtime import kernel
+from pointformer.kernels.cpu.simd import (
+    LANES,
+    f32,
+    fma,
+    hsum,
+    load,
+    splat,
+    store,
+    where_positive,
+    zero,
+)
+from pointformer.kernels.cpu.special import log2, power
+
+_CHUNK = 128  # queries or tokens per unit of parallel work
+_HALF_LOG_2 = f32(0.34657359)
+
+
+@njit(forceinline=True)
+def _squared_distances(positions, queries, dimensions, index, k, begin, end, squared, weights):
+    """For the neighbors of queries begin to end; weights are 1, or 0 where there is no neighbor."""
+    for entry in range(begin * k, end * k):
+        row = np.int64(index[entry])
+        total = f32(0.0)
+        if row >= 0:
+            query = entry // k
+            for axis in range(dimensions):
+                delta = positions[row * dimensions + axis] - queries[query * dimensions + axis]
+                total += delta * delta
+        squared[entry - begin * k] = total
+        weights[entry - begin * k] = f32(1.0) if row >= 0 else f32(0.0)
+
+
+@njit(forceinline=True)
+def _inverse_distances(squared, weights, count, exponent, eps):
+    """Multiply the weights by 1 / (squared ** exponent + eps)."""
+    for p in range(0, count, LANES):
+        distance = power(load(squared, p), splat(exponent))
+        store(weights, p, load(weights, p) / (distance + splat(eps)))
+
+
+@njit(forceinline=True)
+def _log_slopes(squared, slopes, count, exponent, eps):
+    """The factor f of d weight / d power = -f * weight, before normalization."""
+    for p in range(0, count, LANES):
+        value = load(squared, p)
+        distance = power(value, splat(exponent))
+        slope = log2(value) * splat(_HALF_LOG_2) * distance / (distance + splat(eps))
+        store(slopes, p, where_positive(value, slope, zero()))
+
+
+@njit(forceinline=True)
+def _normalize(weights, k, count):
+    for n in range(count):
+        total = f32(0.0)
+        for j in range(n * k, n * k + k):
+            total += weights[j]
+        scale = f32(1.0) / total if total > f32(0.0) else f32(0.0)
+        for j in range(n * k, n * k + k):
+            weights[j] *= scale
+
+
+@njit(forceinline=True)
+def _add_rows(source, channels, rows, factors, count, target, at, first):
+    """Add up to four scaled rows of `source` to a row of `target`, or write it if `first`."""
+    for n in range(count, 4):
+        rows[n] = rows[count - 1]
+        factors[n] = f32(0.0)
+    r0, r1, r2, r3 = rows[0], rows[1], rows[2], rows[3]
+    w0, w1, w2, w3 = splat(factors[0]), splat(factors[1]), splat(factors[2]), splat(factors[3])
+    c = 0
+    while c + LANES <= channels:
+        total = zero() if first else load(target, at + c)
+        total = fma(w1, load(source, r1 + c), fma(w0, load(source, r0 + c), total))
+        total = fma(w3, load(source, r3 + c), fma(w2, load(source, r2 + c), total))
+        store(target, at + c, total)
+        c += LANES
+    for tail in range(c, channels):
+        value = f32(0.0) if first else target[at + tail]
+        for n in range(count):
+            value += factors[n] * source[rows[n] + tail]
+        target[at + tail] = value
+
+
+@njit(forceinline=True)
+def _dot(a, i, b, j, channels):
+    total = zero()
+    c = 0
+    while c + LANES <= channels:
+        total = fma(load(a, i + c), load(b, j + c), total)
+        c += LANES
+    value = hsum(total)
+    for tail in range(c, channels):
+        value += a[i + tail] * b[j + tail]
+    return value
+
+
+@kernel
+def _forward(features, positions, queries, index, exponent, eps, sizes, out):
+    number, k, channels, dimensions = sizes
+    for chunk in prange((number + _CHUNK - 1) // _CHUNK):
+        squared = np.zeros(_CHUNK * k + LANES, np.float32)
+        weights = np.zeros(_CHUNK * k + LANES, np.float32)
+        rows = np.zeros(4, np.int64)
+        factors = np.zeros(4, np.float32)
+        begin = np.int64(chunk) * _CHUNK
+        end = min(begin + _CHUNK, number)
+        _squared_distances(positions, queries, dimensions, index, k, begin, end, squared, weights)
+        _inverse_distances(squared, weights, (end - begin) * k, exponent, eps)
+        _normalize(weights, k, end - begin)
+        for q in range(begin, end):
+            filled, first = 0, True
+            for j in range(k):
+                row = np.int64(index[q * k + j])
+                if row >= 0:
+                    rows[filled] = row * channels
+                    factors[filled] = weights[(q - begin) * k + j]
+                    filled += 1
+                    if filled == 4:
+                        _add_rows(features, channels, rows, factors, 4, out, q * channels, first)
+                        filled, first = 0, False
+            if filled > 0:
+                _add_rows(features, channels, rows, factors, filled, out, q * channels, first)
+            elif first:
+                out[q * channels : (q + 1) * channels] = f32(0.0)
+
+
+@kernel
+def _query_gradients(
+    grad, features, positions, queries, index, exponent, eps, sizes, all_weights, learn, partial
+):
+    """The normalized weights, and the gradient of the power per chunk if it is to be learned."""
+    number, k, channels, dimensions = sizes
+    for chunk in prange((number + _CHUNK - 1) // _CHUNK):
+        squared = np.zeros(_CHUNK * k + LANES, np.float32)
+        weights = np.zeros(_CHUNK * k + LANES, np.float32)
+        slopes = np.zeros(_CHUNK * k + LANES, np.float32)
+        dots = np.zeros(k, np.float32)
+        begin = np.int64(chunk) * _CHUNK
+        end = min(begin + _CHUNK, number)
+        count = (end - begin) * k
+        _squared_distances(positions, queries, dimensions, index, k, begin, end, squared, weights)
+        _inverse_distances(squared, weights, count, exponent, eps)
+        _normalize(weights, k, end - begin)
+        all_weights[begin * k : end * k] = weights[:count]
+        if not learn:
+            continue
+        _log_slopes(squared, slopes, count, exponent, eps)
+        total = 0.0
+        for q in range(begin, end):
+            mean = f32(0.0)
+            for j in range(k):
+                row = np.int64(index[q * k + j])
+                if row >= 0:
+                    dots[j] = _dot(grad, q * channels, features, row * channels, channels)
+                    mean += weights[(q - begin) * k + j] * dots[j]
+            for j in range(k):
+                p = (q - begin) * k + j
+                if index[q * k + j] >= 0:
+                    total -= weights[p] * slopes[p] * (dots[j] - mean)
+        partial[chunk] = total
+
+
+@kernel
+def _token_gradients(grad, weights, lists, entries, sizes, d_features):
+    tokens, k, channels = sizes
+    for chunk in prange((tokens + _CHUNK - 1) // _CHUNK):
+        rows = np.zeros(4, np.int64)
+        factors = np.zeros(4, np.float32)
+        begin = np.int64(chunk) * _CHUNK
+        for token in range(begin, min(begin + _CHUNK, tokens)):
+            at = token * channels
+            if lists[token] == lists[token + 1]:
+                d_features[at : at + channels] = f32(0.0)
+            for start in range(lists[token], lists[token + 1], 4):
+                count = min(4, lists[token + 1] - start)
+                for n in range(count):
+                    rows[n] = entries[start + n] // k * channels
+                    factors[n] = weights[entries[start + n]]
+                first = start == lists[token]
+                _add_rows(grad, channels, rows, factors, count, d_features, at, first)
+
+
+def _flat(tensor):
+    return tensor.detach().contiguous().view(-1).numpy()
+
+
+def _arrays(features, positions, query_positions, neighbor_index, power):
+    tokens = positions.shape[0]
+    if neighbor_index.numel() and int(neighbor_index.max()) >= tokens:
+        raise IndexError(f"neighbor_index: row {int(neighbor_index.max())} of {tokens} tokens")
+    tensors = (features, positions, query_positions, neighbor_index)
+    return *(_flat(x) for x in tensors), f32(power.item()) / f32(2)
+
+
+def forward(features, positions, query_positions, neighbor_index, power, eps):
+    """(Q, C), see `interpolate`; all tensors float32, the list int32."""
+    arrays = _arrays(features, positions, query_positions, neighbor_index, power)
+    out = features.new_empty(query_positions.shape[0], features.shape[1])
+    sizes = (*neighbor_index.shape, features.shape[1], positions.shape[1])
+    _forward(*arrays, f32(eps), sizes, out.view(-1).numpy())
+    return out
+
+
+def backward(grad, features, positions, query_positions, neighbor_index, power, eps, learn_power):
+    """Gradients of features and power, the latter zero unless `learn_power`."""
+    arrays = _arrays(features, positions, query_positions, neighbor_index, power)
+    (queries, k), channels = neighbor_index.shape, features.shape[1]
+    grad = _flat(grad)
+    weights = np.empty(queries * k, np.float32)
+    partial = np.zeros(-(-queries // _CHUNK))
+    sizes = (queries, k, channels, positions.shape[1])
+    _query_gradients(grad, *arrays, f32(eps), sizes, weights, learn_power, partial)
+    d_features = torch.empty(features.shape)
+    lists, entries = inverse_lists(_flat(neighbor_index), features.shape[0])
+    sizes = (features.shape[0], k, channels)
+    _token_gradients(grad, weights, lists, entries, sizes, d_features.view(-1).numpy())
+    return d_features, power.new_full(power.shape, partial.sum())
