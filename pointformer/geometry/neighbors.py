@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from pointformer._checks import check_finite, check_positions, check_sizes, check_tensor
 from pointformer._dispatch import choose
 from pointformer.clusters import Clusters, Neighborhoods, offsets_of
+from pointformer.kernels.neighbors import fused_nearest
 from pointformer.reference import neighbors as reference
 
 _SCOPES = ("token", "tile")
@@ -82,13 +84,16 @@ def nearest_clusters(
         for size, count in zip(sizes, counts, strict=True)
     )
     width = max(limits, default=0)
-    choose("nearest_clusters", impl, {}, positions.device)
+    chosen = choose("nearest_clusters", impl, _fast(positions), positions.device)
     tile = tile_size if scope == "tile" else 1
     query, query_sizes = positions, sizes
     if tile > 1:
         rows, query_sizes = _tile_rows(sizes, tile, positions.device)
         query = _tile_means(positions, rows)
-    index, _ = reference.nearest(query, centers, query_sizes, counts, limits, width)
+    if chosen == "reference":
+        index, _ = reference.nearest(query, centers, query_sizes, counts, limits, width)
+    else:
+        index, _ = fused_nearest(query, centers, query_sizes, counts, limits, width, True)
     if include_own and width:
         own = clusters.assignment.int()
         own = own[rows.clamp(min=0)].where(rows >= 0, -1) if tile > 1 else own[:, None]
@@ -97,6 +102,34 @@ def nearest_clusters(
         repeats = (rows >= 0).sum(1)
         index = torch.repeat_interleave(index, repeats, 0, output_size=tokens)
     return Neighborhoods(index, clusters)
+
+
+@overload
+def knn(
+    positions: Tensor,
+    k: int,
+    *,
+    query: Tensor | None = ...,
+    sizes: Sequence[int] | None = ...,
+    query_sizes: Sequence[int] | None = ...,
+    include_self: bool = ...,
+    return_distance: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def knn(
+    positions: Tensor,
+    k: int,
+    *,
+    query: Tensor | None = ...,
+    sizes: Sequence[int] | None = ...,
+    query_sizes: Sequence[int] | None = ...,
+    include_self: bool = ...,
+    return_distance: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def knn(
@@ -155,16 +188,23 @@ def knn(
         check_finite("query", query, query_sizes)
     width = k if include_self else k + 1
     limits = (width,) * len(sizes)
-    choose("knn", impl, {}, positions.device)
-    index, distance = reference.nearest(
-        positions if query is None else query, positions, query_sizes, sizes, limits, width
-    )
+    if choose("knn", impl, _fast(positions), positions.device) == "reference":
+        asking = positions if query is None else query
+        index, distance = reference.nearest(asking, positions, query_sizes, sizes, limits, width)
+    else:
+        index, distance = fused_nearest(query, positions, query_sizes, sizes, limits, width, False)
     if not include_self:
         own = torch.arange(positions.shape[0], dtype=torch.int32, device=positions.device)
         after_own = (index == own[:, None]).cumsum(1)[:, :k] > 0
         index = torch.where(after_own, index[:, 1:], index[:, :k])
         distance = torch.where(after_own, distance[:, 1:], distance[:, :k])
     return (index, distance.sqrt()) if return_distance else index
+
+
+def _fast(positions: Tensor) -> dict[str, Callable[[], str | None]]:
+    """What the fast implementations cannot do, for `choose`."""
+    where = positions.device
+    return {"cpu": lambda: None if where.type == "cpu" else f"positions are on {where}"}
 
 
 def _tile_rows(
@@ -206,7 +246,7 @@ def _include(own: Tensor, index: Tensor, query: Tensor, centers: Tensor) -> Tens
     missing = (own >= 0) & ~repeated & ~listed
     if own.shape[1] > 1:
         distance = reference.squared_distance(query[:, None], centers[own.clamp(min=0).long()])
-        nearest = distance.where(missing, torch.inf).sort(1, stable=True).indices
+        nearest = torch.sort(distance.where(missing, torch.inf), dim=1, stable=True).indices
         own, missing = own.gather(1, nearest), missing.gather(1, nearest)
     spare = (index[..., None] != own[:, None, :]).all(2) & (index >= 0)
     from_the_end = spare.flip(1).cumsum(1).flip(1)

@@ -1,0 +1,424 @@
+"""Nearest points on CPU: a box tree over points in curve order, searched per block of queries.
+
+The tree is implicit. Eight consecutive points form a leaf, the boxes of eight consecutive leaves
+form a node, and so on up to one root per sample, so that it adapts to any density and takes memory
+in proportion to the points alone. Unused lanes hold NaN: they compare false with every bound.
+
+Eight consecutive queries are searched together. Let r be the distance from the middle of their
+bounding box to some `limit` points near it, and rho the box's half diagonal: each query has that
+many points within r + rho, so its nearest ones are no farther from the box. These candidates are
+collected once, and a vector with a lane for each query keeps the nearest of them. Where there are
+too many (queries far apart, or many equal points) the tree is searched for each query alone.
+"""
+
+import numba
+import numpy as np
+import torch
+from numba import njit
+
+from pointformer.kernels.cpu.clustering import curve_code
+from pointformer.kernels.cpu.runtime import kernel
+from pointformer.kernels.cpu.simd import (
+    bits_less_equal,
+    f32,
+    load,
+    maximum,
+    plus,
+    splat,
+    store,
+    where_less,
+    zero,
+)
+
+_LANES = 8
+_BLOCKS_PER_CHUNK = 32  # of work for a thread
+_STACK = 8 * 12  # seven waiting per level, 11 levels hold 2**33 points
+_MOST_IN_BLOCK = 32  # longer lists are searched for each query alone: inserting is quadratic
+_MARGIN = f32(1.00001)  # bounds are computed in float32
+_TINY = f32(1e-36)  # and squares of small differences underflow
+_LAST = np.int32(2**31 - 1)
+_CURVE_BITS = 42  # of a position's number along the curve, for all axes together
+
+
+@njit
+def _square(dx, dy, dz):
+    return plus(plus(dx * dx, dy * dy), dz * dz)
+
+
+@njit
+def _point_distances(points, leaf, x, y, z):
+    """Squared distances of a leaf's points to a position."""
+    base = leaf * 24
+    return _square(load(points, base) - x, load(points, base + 8) - y, load(points, base + 16) - z)
+
+
+@njit
+def _gap(low, high, box_low, box_high):
+    # NaN second: it must win.
+    return maximum(zero(), maximum(low - box_high, box_low - high))
+
+
+@njit
+def _box_distances(boxes, node, low, high):
+    """Squared distances of a node's boxes to a box."""
+    base = node * 48
+    return _square(
+        _gap(load(boxes, base), load(boxes, base + 24), low[0], high[0]),
+        _gap(load(boxes, base + 8), load(boxes, base + 32), low[1], high[1]),
+        _gap(load(boxes, base + 16), load(boxes, base + 40), low[2], high[2]),
+    )
+
+
+@njit
+def _point_gaps(points, leaf, low, high):
+    """Squared distances of a leaf's points to a box."""
+    base = leaf * 24
+    x, y, z = load(points, base), load(points, base + 8), load(points, base + 16)
+    return _square(
+        _gap(x, x, low[0], high[0]), _gap(y, y, low[1], high[1]), _gap(z, z, low[2], high[2])
+    )
+
+
+@njit
+def _widen(square, dx, dy, dz):
+    """Squared radius that holds a ball of squared radius `square` after a move by (dx, dy, dz)."""
+    moved = np.sqrt(square + _TINY) + np.sqrt(dx * dx + dy * dy + dz * dz + _TINY)
+    return moved * moved * _MARGIN
+
+
+@njit
+def _collect(tree, sample, low, high, reach, stack, candidates):
+    """Slots of the points within `reach` (squared) of a box by ascending id; -1 if too many."""
+    points, ids, boxes, children, _, root, _, _ = tree
+    if not reach < np.inf:  # a list starts with infinite distances, so none can enter it
+        return -1
+    limit = splat(reach)
+    low = (splat(low[0]), splat(low[1]), splat(low[2]))
+    high = (splat(high[0]), splat(high[1]), splat(high[2]))
+    capacity = len(candidates) - _LANES
+    found = 0
+    depth = 1
+    stack[0] = root[sample]
+    while depth > 0:
+        depth -= 1
+        code = stack[depth]
+        if code >= 0:
+            bits = bits_less_equal(_box_distances(boxes, code, low, high), limit)
+            for back in range(_LANES):
+                lane = _LANES - 1 - back
+                stack[depth] = children[code * _LANES + lane]
+                depth += (bits >> lane) & 1
+        else:
+            bits = bits_less_equal(_point_gaps(points, ~code, low, high), limit)
+            for lane in range(_LANES):
+                candidates[found] = ~code * _LANES + lane
+                found += (bits >> lane) & 1
+            if found > capacity:
+                return -1
+    for i in range(1, found):
+        slot = candidates[i]
+        j = i
+        while j > 0 and ids[candidates[j - 1]] > ids[slot]:
+            candidates[j] = candidates[j - 1]
+            j -= 1
+        candidates[j] = slot
+    return found
+
+
+@njit
+def _search_block(points, candidates, found, limit, place, distance, choice):
+    """The nearest candidates of eight queries, the earlier of equal ones first."""
+    x, y, z = load(place, 0), load(place, _LANES), load(place, 2 * _LANES)
+    infinite = splat(f32(np.inf))
+    for slot in range(limit):
+        store(distance, slot * _LANES, infinite)
+        store(choice, slot * _LANES, zero())
+    for i in range(found):
+        base = (candidates[i] >> 3) * 24 + (candidates[i] & 7)
+        new = _square(
+            splat(points[base]) - x, splat(points[base + 8]) - y, splat(points[base + 16]) - z
+        )
+        name = splat(f32(i))
+        here = load(distance, (limit - 1) * _LANES)
+        here_name = load(choice, (limit - 1) * _LANES)
+        for back in range(limit - 1):
+            at = (limit - 1 - back) * _LANES
+            above = load(distance, at - _LANES)
+            above_name = load(choice, at - _LANES)
+            store(distance, at, where_less(new, here, where_less(new, above, above, new), here))
+            store(
+                choice,
+                at,
+                where_less(new, here, where_less(new, above, above_name, name), here_name),
+            )
+            here, here_name = above, above_name
+        store(distance, 0, where_less(new, here, new, here))
+        store(choice, 0, where_less(new, here, name, here_name))
+
+
+@njit
+def _search_one(tree, sample, limit, worst, x, y, z, scratch, out_index, out_distance):
+    """The nearest points of one query by distance, then id; the last is no farther than `worst`."""
+    points, ids, boxes, children, least, root, _, _ = tree
+    stack, gaps, squares = scratch
+    x, y, z = splat(x), splat(y), splat(z)
+    center = (x, y, z)
+    worst_id = _LAST
+    found = 0
+    depth = 0
+    code = root[sample]
+    while True:
+        if code >= 0:
+            near = _box_distances(boxes, code, center, center)
+            bits = bits_less_equal(near, splat(worst))
+            store(squares, 0, near)
+            nearest = depth
+            for back in range(_LANES):
+                lane = _LANES - 1 - back
+                stack[depth] = code * _LANES + lane
+                gaps[depth] = squares[lane]
+                if gaps[depth] <= gaps[nearest]:
+                    nearest = depth
+                depth += (bits >> lane) & 1
+            if depth > nearest + 1:  # the nearest child is next
+                stack[nearest], stack[depth - 1] = stack[depth - 1], stack[nearest]
+                gaps[nearest], gaps[depth - 1] = gaps[depth - 1], gaps[nearest]
+        else:
+            near = _point_distances(points, ~code, x, y, z)
+            bits = bits_less_equal(near, splat(worst))
+            store(squares, 0, near)
+            for lane in range(_LANES):
+                square = squares[lane]
+                name = ids[~code * _LANES + lane]
+                if ((bits >> lane) & 1) == 0 or square > worst:
+                    continue
+                if square == worst and name > worst_id:
+                    continue
+                slot = min(found, limit - 1)
+                while slot > 0 and (
+                    out_distance[slot - 1] > square
+                    or (out_distance[slot - 1] == square and out_index[slot - 1] > name)
+                ):
+                    out_distance[slot] = out_distance[slot - 1]
+                    out_index[slot] = out_index[slot - 1]
+                    slot -= 1
+                out_distance[slot] = square
+                out_index[slot] = name
+                found = min(found + 1, limit)
+                if found == limit:
+                    worst, worst_id = out_distance[limit - 1], out_index[limit - 1]
+        # The next subtree that may still hold one of the nearest.
+        while depth > 0:
+            depth -= 1
+            entry = stack[depth]
+            if gaps[depth] < worst or (gaps[depth] == worst and least[entry] <= worst_id):
+                code = children[entry]
+                break
+        else:
+            return
+
+
+@njit
+def _build_sample(positions, ids, first, count, leaf, node, tree):
+    """Fill one sample's leaves and nodes; returns the code of its root."""
+    points, slots, boxes, children, least, _, _, _ = tree
+    dimensions = positions.shape[1]
+    for i in range(count):
+        base = (leaf + i // _LANES) * 24 + i % _LANES
+        for axis in range(3):
+            points[base + 8 * axis] = positions[first + i, axis] if axis < dimensions else 0.0
+        slots[leaf * _LANES + i] = ids[first + i]
+    groups = (count + _LANES - 1) // _LANES
+    if groups <= 1:
+        return ~leaf
+    for group in range(groups):
+        entry = node * _LANES + group
+        base = (node + group // _LANES) * 48 + group % _LANES
+        members = min(_LANES, count - group * _LANES)
+        for axis in range(3):
+            start = (leaf + group) * 24 + 8 * axis
+            low = high = points[start]
+            for lane in range(1, members):
+                low, high = min(low, points[start + lane]), max(high, points[start + lane])
+            boxes[base + 8 * axis] = low
+            boxes[base + 24 + 8 * axis] = high
+        children[entry] = ~(leaf + group)
+        start = (leaf + group) * _LANES
+        least[entry] = slots[start : start + members].min()
+    below = node
+    while groups > _LANES:
+        count, groups = groups, (groups + _LANES - 1) // _LANES
+        node = below + groups
+        for group in range(groups):
+            entry = node * _LANES + group
+            base = (node + group // _LANES) * 48 + group % _LANES
+            members = min(_LANES, count - group * _LANES)
+            for axis in range(3):
+                start = (below + group) * 48 + 8 * axis
+                low, high = boxes[start], boxes[start + 24]
+                for lane in range(1, members):
+                    low = min(low, boxes[start + lane])
+                    high = max(high, boxes[start + 24 + lane])
+                boxes[base + 8 * axis] = low
+                boxes[base + 24 + 8 * axis] = high
+            children[entry] = below + group
+            start = (below + group) * _LANES
+            least[entry] = least[start : start + members].min()
+        below = node
+    return node
+
+
+@kernel
+def _build(positions, ids, offsets, first_node, tree):
+    root, first_leaf = tree[5], tree[6]
+    for sample in numba.prange(len(offsets) - 1):
+        first, count = offsets[sample], offsets[sample + 1] - offsets[sample]
+        root[sample] = _build_sample(
+            positions, ids, first, count, first_leaf[sample], first_node[sample], tree
+        )
+
+
+@kernel
+def _search(query, rows, first_rows, last_rows, samples, limits, tree, index, distance):
+    """Blocks of up to eight queries, `rows[first_rows[b]:last_rows[b]]` of one sample each."""
+    points, ids = tree[0], tree[1]
+    dimensions = query.shape[1]
+    blocks = len(samples)
+    width = index.shape[1]
+    in_block = min(width, _MOST_IN_BLOCK)
+    for chunk in numba.prange((blocks + _BLOCKS_PER_CHUNK - 1) // _BLOCKS_PER_CHUNK):
+        candidates = np.empty(64 + 16 * in_block + _LANES, np.int32)
+        scratch = (
+            np.empty(_STACK, np.int32),
+            np.empty(_STACK, np.float32),
+            np.empty(8, np.float32),
+        )
+        middle_index = np.empty(in_block, np.int32)
+        middle_distance = np.empty(in_block, np.float32)
+        lists = np.empty(in_block * _LANES, np.float32)
+        choice = np.empty(in_block * _LANES, np.float32)
+        place = np.zeros(3 * _LANES, np.float32)
+        # The last position searched for, and the squared distance of its last neighbor.
+        last_sample, last, last_square = -1, (f32(0.0), f32(0.0), f32(0.0)), f32(0.0)
+        for block in range(chunk * _BLOCKS_PER_CHUNK, min(blocks, (chunk + 1) * _BLOCKS_PER_CHUNK)):
+            sample = samples[block]
+            limit = limits[sample]
+            first, count = first_rows[block], last_rows[block] - first_rows[block]
+            for lane in range(count):
+                row = rows[first + lane]
+                index[row, limit:] = -1
+                distance[row, limit:] = np.inf
+            if limit == 0:
+                continue
+            for lane in range(_LANES):
+                row = rows[first + min(lane, count - 1)]
+                for axis in range(dimensions):
+                    place[axis * _LANES + lane] = query[row, axis]
+            if sample != last_sample:
+                last_square = f32(np.inf)
+            last_sample = sample
+            found = -1
+            if limit <= _MOST_IN_BLOCK:
+                low = (place[:8].min(), place[8:16].min(), place[16:].min())
+                high = (place[:8].max(), place[8:16].max(), place[16:].max())
+                half = f32(0.5)
+                x, y, z = (
+                    half * low[0] + half * high[0],
+                    half * low[1] + half * high[1],
+                    half * low[2] + half * high[2],
+                )
+                worst = _widen(last_square, x - last[0], y - last[1], z - last[2])
+                _search_one(
+                    tree, sample, limit, worst, x, y, z, scratch, middle_index, middle_distance
+                )
+                last, last_square = (x, y, z), middle_distance[limit - 1]
+                reach = _widen(last_square, high[0] - x, high[1] - y, high[2] - z)
+                found = _collect(tree, sample, low, high, reach, scratch[0], candidates)
+            if found >= 0:
+                _search_block(points, candidates, found, limit, place, lists, choice)
+                for lane in range(count):
+                    row = rows[first + lane]
+                    for slot in range(limit):
+                        at = slot * _LANES + lane
+                        index[row, slot] = ids[candidates[np.int32(choice[at])]]
+                        distance[row, slot] = lists[at]
+                continue
+            for lane in range(count):
+                row = rows[first + lane]
+                x, y, z = place[lane], place[8 + lane], place[16 + lane]
+                worst = _widen(last_square, x - last[0], y - last[1], z - last[2])
+                _search_one(tree, sample, limit, worst, x, y, z, scratch, index[row], distance[row])
+                last, last_square = (x, y, z), distance[row, limit - 1]
+
+
+def _offsets(sizes):
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+
+
+def _along_curve(positions, sizes):
+    """Rows sorted by sample, along a Hilbert curve in each: locality for any input order."""
+    rows, dimensions = positions.shape
+    if rows == 0:
+        return np.empty(0, np.int64)
+    filled = np.flatnonzero(sizes)
+    starts = _offsets(sizes)[filled]
+    low = np.minimum.reduceat(positions, starts)
+    side = (np.maximum.reduceat(positions, starts) * f32(0.5) - low * f32(0.5)).max(1)
+    lengths = np.asarray(sizes)[filled]
+    # Positions all equal, or nearly, fall into one cell.
+    bits = _CURVE_BITS // dimensions
+    scale = f32((1 << bits) - 1) / np.maximum(side, f32(1e-30))
+    low, scale = np.repeat(low, lengths, 0), np.repeat(scale, lengths)[:, None]
+    cells = ((positions * f32(0.5) - low * f32(0.5)) * scale).astype(np.int64)
+    shape = torch.full((1, dimensions), 1 << bits)
+    keys = curve_code("hilbert", torch.from_numpy(cells), shape, bits)
+    sample = np.repeat(np.arange(len(filled)), lengths) << _CURVE_BITS
+    return torch.sort(keys + torch.from_numpy(sample), stable=True).indices.numpy()
+
+
+def _plant(points, ids, sizes):
+    """The tree over points whose rows follow a curve in each sample."""
+    leaves = -(-np.asarray(sizes, np.int64) // _LANES)
+    nodes = np.zeros_like(leaves)
+    groups = leaves.copy()
+    while (groups > 1).any():
+        groups = np.where(groups > 1, -(-groups // _LANES), 0)
+        nodes += groups
+    first_leaf, first_node = _offsets(leaves), _offsets(nodes)
+    slots, entries = int(first_leaf[-1]) * _LANES, int(first_node[-1]) * _LANES
+    tree = (
+        np.full(3 * slots, np.nan, np.float32),
+        np.full(slots, _LAST, np.int32),
+        np.full(6 * entries, np.nan, np.float32),
+        np.empty(entries, np.int32),
+        np.full(entries, _LAST, np.int32),
+        np.empty(len(leaves), np.int32),
+        first_leaf[:-1],
+        leaves,
+    )
+    _build(points, ids, _offsets(sizes), first_node[:-1], tree)
+    return tree
+
+
+def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve):
+    """See `pointformer.kernels.neighbors`; arrays instead of tensors, `query` may be `points`."""
+    index = np.empty((len(query), width), np.int32)
+    distance = np.empty((len(query), width), np.float32)
+    if along_curve:
+        ids = np.arange(len(points), dtype=np.int32)
+        rows = np.arange(len(query))
+        in_order = points
+    else:
+        order = _along_curve(points, point_sizes)
+        rows = order if query is points else _along_curve(query, query_sizes)
+        ids, in_order = order.astype(np.int32), points[order]
+    limits = np.minimum(np.asarray(limits, np.int64), np.asarray(point_sizes, np.int64))
+    blocks = -(-np.asarray(query_sizes, np.int64) // _LANES)
+    samples = np.repeat(np.arange(len(blocks)), blocks)
+    ends = _offsets(query_sizes)
+    nth = np.arange(len(samples)) - _offsets(blocks)[samples]
+    first_rows = ends[samples] + nth * _LANES
+    last_rows = np.minimum(first_rows + _LANES, ends[samples + 1])
+    tree = _plant(in_order, ids, point_sizes)
+    _search(query, rows, first_rows, last_rows, samples, limits, tree, index, distance)
+    return index, distance
