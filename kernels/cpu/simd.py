@@ -111,11 +111,16 @@ def _vector_intrinsic(arity, emit, doc):
         def define(typingctx, a, b):
             ok = a == f32x8 and b == f32x8
             return (f32x8(a, b), lambda c, bld, s, v: emit(bld, *v)) if ok else None
-    else:
+    elif arity == 3:
 
         def define(typingctx, a, b, c):
             ok = a == f32x8 and b == f32x8 and c == f32x8
             return (f32x8(a, b, c), lambda ctx, bld, s, v: emit(bld, *v)) if ok else None
+    else:
+
+        def define(typingctx, a, b, c, d):
+            ok = a == f32x8 and b == f32x8 and c == f32x8 and d == f32x8
+            return (f32x8(a, b, c, d), lambda ctx, bld, s, v: emit(bld, *v)) if ok else None
 
     define.__doc__ = doc
     return intrinsic(define)
@@ -141,6 +146,25 @@ sqrt = _vector_intrinsic(
 where_positive = _vector_intrinsic(
     3, lambda b, x, y, z: _ordered(">")(b, x, _zero, y, z), "y where x > 0, else z"
 )
+where_less = _vector_intrinsic(
+    4, lambda b, x, y, z, w: _ordered("<")(b, x, y, z, w), "z where x < y, else w"
+)
+plus = _vector_intrinsic(
+    2, lambda b, x, y: b.fadd(x, y), "x + y, never fused with the products that it adds"
+)
+
+
+@intrinsic
+def bits_less_equal(typingctx, a, b):
+    """Bit i of the result is set where lane i of a <= b, as an int64; not where one is NaN."""
+    if a != f32x8 or b != f32x8:
+        return None
+
+    def codegen(context, builder, sig, args):
+        lanes = builder.bitcast(builder.fcmp_ordered("<=", *args), ir.IntType(LANES))
+        return builder.zext(lanes, ir.IntType(64))
+
+    return types.int64(a, b), codegen
 
 
 def _round_scale(b, x):
@@ -226,3 +250,42 @@ _operator(operator.truediv, lambda b, x, y: b.fdiv(x, y))
 def zero():
     """A vector of zeros."""
     return splat(f32(0.0))
+
+
+@intrinsic
+def load_transposed(typingctx, source, index, stride, last, target, at):
+    """Copy rows of eight floats to columns: `target[at + 8*e + j] = source[index + j*stride + e]`.
+
+    Rows j beyond `last` repeat row `last`. Both arrays are flat float32.
+    """
+    integers = all(isinstance(t, types.Integer) for t in (index, stride, last, at))
+    if not (_is_flat_f32(source) and _is_flat_f32(target) and integers):
+        return None
+
+    def codegen(context, builder, sig, args):
+        def as_index(n):
+            return context.cast(builder, args[n], sig.args[n], types.intp)
+
+        index, stride, last, at = (as_index(n) for n in (1, 2, 3, 5))
+        rows = []
+        for j in range(LANES):
+            lane = ir.Constant(index.type, j)
+            row = builder.select(builder.icmp_signed("<", lane, last), lane, last)
+            offset = builder.add(index, builder.mul(row, stride))
+            row = builder.load(_address(context, builder, sig.args[0], args[0], offset))
+            row.align = 4
+            rows.append(row)
+        # Three rounds of interleaving row j with row j + 4 transpose an 8 x 8 block.
+        low = [n // 2 + (n % 2) * LANES for n in range(LANES)]
+        masks = [ir.Constant(ir.VectorType(_INDEX, LANES), [n + s for n in low]) for s in (0, 4)]
+        for _ in range(3):
+            rows = [
+                builder.shuffle_vector(rows[j // 2], rows[j // 2 + 4], masks[j % 2])
+                for j in range(LANES)
+            ]
+        for e, row in enumerate(rows):
+            offset = builder.add(at, ir.Constant(at.type, e * LANES))
+            builder.store(row, _address(context, builder, sig.args[4], args[4], offset)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(source, index, stride, last, target, at), codegen

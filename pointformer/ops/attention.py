@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import pointformer.kernels.attention  # noqa: F401  (registers the fused op)
 from pointformer._checks import check_positions, check_tensor, describe
+from pointformer._dispatch import choose
 from pointformer.clusters import Neighborhoods
 from pointformer.reference import attention as reference
 
@@ -86,6 +88,26 @@ def neighborhood_attention(
     if scale is None:
         scale = channels**-0.5 if channels else 1.0
 
+    fast = {"cpu": lambda: _cpu_lacks(query)}
+    if choose("neighborhood_attention", impl, fast, device) == "cpu":
+        clusters, inverse = neighborhoods.clusters, neighborhoods.inverse
+        output, _ = torch.ops.pointformer.neighborhood_attention(
+            query,
+            key,
+            value,
+            positions,
+            neighborhoods.cluster_index,
+            clusters.offsets,
+            clusters.cluster_size,
+            None if inverse is None else inverse.offsets,
+            None if inverse is None else inverse.queries,
+            *(
+                None if tensor is None else tensor.float()
+                for tensor in (position_weight, position_bias, blank_key, blank_value)
+            ),
+            scale,
+        )
+        return output
     return reference.neighborhood_attention(
         query,
         key,
@@ -109,3 +131,15 @@ def _check_neighborhoods(neighborhoods: object, tokens: int, device: torch.devic
             f"neighborhoods: expected those of the {tokens} tokens of query, got {neighborhoods!r}"
         )
     check_tensor("neighborhoods", neighborhoods.cluster_index, ("T", "R"), (torch.int32,), device)
+
+
+def _cpu_lacks(query: Tensor) -> str | None:
+    """Why the CPU kernels cannot run, in words, or `None`."""
+    if query.device.type != "cpu":
+        return f"query is on {query.device}"
+    if query.dtype == torch.float64:
+        return "query is float64 and the CPU kernels compute in float32"
+    channels = query.shape[2]
+    if channels % 8 or not 8 <= channels <= 128:
+        return f"query has {channels} channels per head, not a multiple of 8 in 8..128"
+    return None
