@@ -136,7 +136,7 @@ def _anchor_grid(sides: Sequence[float], clusters: int) -> tuple[list[int], list
     axes = [axis for axis, side in enumerate(sides) if side > 0]
     length = 1.0
     while axes:
-        volume = math.prod(sides[axis] for axis in axes) / max(clusters, 1)
+        volume = math.prod([sides[axis] for axis in axes]) / max(clusters, 1)
         length = math.sqrt(volume) if len(axes) == 2 else volume ** (1 / len(axes))
         rounded = {axis: round(sides[axis] / length) for axis in axes}
         if all(rounded.values()):

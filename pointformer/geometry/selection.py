@@ -162,7 +162,7 @@ def _number_kept(size: int, side: Sequence[float], rate: float, stride: float | 
     """How many of `size` tokens to keep; `stride` is that of the reserved lattice, if any."""
     reserved = 1
     if stride is not None:
-        reserved = math.prod(max(1, math.ceil(length / (2 * stride))) for length in side)
+        reserved = math.prod([max(1, math.ceil(length / (2 * stride))) for length in side])
     return min(size, max(int(size * rate), reserved))
 
 

@@ -1,0 +1,74 @@
+"""Hypothesis strategies of token positions: ragged, duplicated, degenerate, in 2-D and 3-D."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+
+@dataclass
+class Tokens:
+    """Positions of a packed batch, as the public functions take them."""
+
+    positions: torch.Tensor
+    sizes: tuple[int, ...]
+    extent: tuple[tuple[float, ...], ...]
+
+    @property
+    def dimensions(self):
+        return self.positions.shape[1]
+
+    def samples(self):
+        """The samples one by one."""
+        parts = self.positions.split(self.sizes)
+        return [
+            Tokens(part.clone(), (size,), (extent,))
+            for part, size, extent in zip(parts, self.sizes, self.extent, strict=True)
+        ]
+
+
+def _sample(rng, kind, size, dimensions):
+    """Positions (size, D) and extent of one sample."""
+    extent = rng.integers(1, 40, dimensions).astype(float)
+    if kind == "row":
+        extent[:] = 1.0
+        extent[rng.integers(dimensions)] = 4096.0
+    if kind in ("lattice", "row"):
+        return np.floor(rng.random((size, dimensions)) * extent), extent
+    if kind == "equal":
+        return np.tile(rng.random(dimensions) * extent, (size, 1)), extent
+    if kind == "duplicates":
+        few = rng.random((1 + size // 5, dimensions)) * extent
+        return few[rng.integers(0, len(few), size)], extent
+    if kind == "blob":
+        return extent * (0.5 + 0.02 * rng.random((size, dimensions))), extent
+    if kind == "flat":
+        extent[rng.integers(dimensions)] = 0.0
+    return rng.random((size, dimensions)) * extent, extent
+
+
+KINDS = ("uniform", "lattice", "row", "equal", "duplicates", "blob", "flat")
+
+
+@st.composite
+def tokens(draw, kinds=KINDS, max_size=80, max_samples=4, dimensions=(2, 3)):
+    """`Tokens` of 0 to `max_samples` samples, each of any kind and 0 to `max_size` tokens."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    axes = draw(st.sampled_from(dimensions))
+    size = st.integers(0, max_size)
+    shapes = draw(st.lists(st.tuples(st.sampled_from(kinds), size), max_size=max_samples))
+    parts = [_sample(rng, kind, size, axes) for kind, size in shapes]
+    positions = np.concatenate([np.zeros((0, axes)), *(part for part, _ in parts)])
+    return Tokens(
+        torch.from_numpy(positions).float(),
+        tuple(size for _, size in shapes),
+        tuple(tuple(extent.tolist()) for _, extent in parts),
+    )
+
+
+def full_lattice(extent):
+    """Every cell of a lattice in raster order, axis 0 fastest: (cells, D) float32."""
+    axes = [torch.arange(side, dtype=torch.float32) for side in reversed(extent)]
+    mesh = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([axis.flatten() for axis in reversed(mesh)], 1)
