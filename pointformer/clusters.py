@@ -141,8 +141,7 @@ class Neighborhoods:
         slot = torch.arange(size, device=index.device)
         mask = (slot < lengths[..., None]) & known[..., None]
         rows = torch.where(mask, starts[..., None] + slot, 0)
-        width = self.radius * size
-        return rows.reshape(-1, width), mask.reshape(-1, width)
+        return rows.flatten(1), mask.flatten(1)
 
     def to_edge_index(self) -> Tensor:
         """(2, E) int64 edges (token, query): messages flow from row 0 to row 1, as in PyG."""
