@@ -46,20 +46,21 @@ def instances_from_logits(
     logits: np.ndarray,
     *,
     foreground_threshold: float = 0.5,
-    marker_threshold: float = 0.6,
+    marker_threshold: float = 0.7,
     smoothing: float = 1.0,
-    min_size: int = 12,
+    confidence: float = 0.75,
+    min_size: int = 16,
 ) -> np.ndarray:
     """Instances by a watershed grown from where the inside is certain.
 
     Markers are the connected regions whose smoothed probability of INSIDE exceeds
     `marker_threshold`; they grow, the most probable pixels first, over the pixels whose
-    probability of not being BACKGROUND exceeds `foreground_threshold`. A connected foreground
-    region without a marker is one instance.
+    probability of not being BACKGROUND exceeds `foreground_threshold`.
 
     Args:
         logits: (3, H, W) floats, for BACKGROUND, INSIDE, BORDER.
         smoothing: standard deviation, in pixels, of the Gaussian for the markers; 0 is none.
+        confidence: instances whose mean probability of not being BACKGROUND is less are dropped.
         min_size: instances of fewer pixels are dropped.
 
     Returns:
@@ -72,13 +73,13 @@ def instances_from_logits(
         raise ValueError(f"logits: expected shape (3, H, W), got {logits.shape}")
     exponentials = np.exp(logits.astype(np.float32) - logits.max(0))
     background, inside, _ = exponentials / exponentials.sum(0)
-    foreground = 1 - background > foreground_threshold
+    foreground = 1 - background
     if smoothing > 0:
         inside = ndimage.gaussian_filter(inside, smoothing)
-    markers = label((inside > marker_threshold) & foreground, connectivity=1)
-    grown = watershed(-inside, markers, mask=foreground)
-    unmarked = label(foreground & (grown == 0), connectivity=1)
-    grown = np.where(unmarked > 0, unmarked + grown.max(), grown)
-    kept = np.bincount(grown.ravel()) >= min_size
+    mask = foreground > foreground_threshold
+    markers = label(mask & (inside > marker_threshold), connectivity=1)
+    grown = watershed(-inside, markers, mask=mask).ravel()
+    areas = np.bincount(grown)
+    kept = (areas >= min_size) & (np.bincount(grown, foreground.ravel()) >= confidence * areas)
     kept[0] = False
-    return (np.cumsum(kept) * kept)[grown].astype(np.int32)
+    return (np.cumsum(kept) * kept)[grown].astype(np.int32).reshape(mask.shape)

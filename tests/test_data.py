@@ -13,7 +13,6 @@ from pointformer.data import (
     random_crop,
     read_image,
     read_instances,
-    stretch_contrast,
 )
 
 RNG = np.random.default_rng(0)
@@ -167,14 +166,3 @@ def test_colors_are_reproducible_varied_and_keep_grey_grey():
     darker = [np.corrcoef(grey.ravel(), image.ravel())[0, 1] < 0 for image in results]
     assert any(darker)
     assert not all(darker)
-
-
-def test_stretch_contrast():
-    ramp = np.repeat(np.arange(10, 60, dtype=np.uint8)[None].repeat(40, 0)[..., None], 3, 2)
-    stretched = stretch_contrast(ramp)
-    assert stretched.min() == 0
-    assert stretched.max() == 255
-    assert (np.diff(stretched[0, :, 0].astype(int)) >= 0).all()
-    flat = np.full((8, 8, 3), 90, np.uint8)
-    flat[2, 2] = 92  # two levels of noise stay small
-    assert np.ptp(stretch_contrast(flat)) <= 2 * 255 / 24 + 1

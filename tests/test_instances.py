@@ -54,26 +54,34 @@ def test_result_is_a_labelling_of_the_foreground(seed, height, width, min_size):
     rng = np.random.default_rng(seed)
     coarse = rng.normal(0, 3, (3, (height + 3) // 4, (width + 3) // 4))
     logits = coarse.repeat(4, 1).repeat(4, 2)[:, :height, :width]
-    found = instances_from_logits(logits, min_size=min_size)
+    found = instances_from_logits(logits, min_size=min_size, confidence=0.0)
     assert found.dtype == np.int32
     areas = np.bincount(found.ravel())
     assert (areas[1:] >= min_size).all()  # so the ids are 1..n without gaps
     for index in range(1, len(areas)):
         assert label(found == index, connectivity=1).max() == 1
-    probability = np.exp(logits) / np.exp(logits).sum(0)
-    foreground = 1 - probability[0] > 0.5
+    background, inside, _ = np.exp(logits) / np.exp(logits).sum(0)
+    foreground = 1 - background > 0.5
     assert not (found > 0)[~foreground].any()
     if min_size == 1:
-        np.testing.assert_array_equal(found > 0, foreground)
+        # Exactly the connected foreground that holds a marker.
+        unsmoothed = instances_from_logits(logits, min_size=1, confidence=0.0, smoothing=0.0)
+        regions = label(foreground, connectivity=1)
+        marked = np.unique(regions[foreground & (inside > 0.7)])
+        np.testing.assert_array_equal(unsmoothed > 0, np.isin(regions, marked) & foreground)
 
 
 def test_thresholds_and_smallest_size():
-    instances = disks((40, 40), [(10, 10, 2), (25, 25, 7)])
+    instances = disks((40, 40), [(10, 10, 3), (25, 25, 7)])
     logits = confident_logits(instance_target(instances))
-    assert instances_from_logits(logits, min_size=5).max() == 2
-    assert instances_from_logits(logits, min_size=20).max() == 1
+    assert instances_from_logits(logits).max() == 2
+    assert instances_from_logits(logits, min_size=50).max() == 1
     assert instances_from_logits(logits, min_size=500).max() == 0
     assert instances_from_logits(logits, foreground_threshold=0.9999).max() == 0
+    logits[0, :20] += 7  # the small disk is foreground with probability 0.73
+    options = {"marker_threshold": 0.5}
+    assert instances_from_logits(logits, confidence=0.7, **options).max() == 2
+    assert instances_from_logits(logits, confidence=0.8, **options).max() == 1
 
 
 def test_wrong_shape():

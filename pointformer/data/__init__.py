@@ -2,7 +2,7 @@
 
 from pointformer.data.augment import random_colors, random_crop
 from pointformer.data.folders import Sample, load_split
-from pointformer.data.images import read_image, read_instances, stretch_contrast
+from pointformer.data.images import read_image, read_instances
 
 __all__ = [
     "Sample",
@@ -11,5 +11,4 @@ __all__ = [
     "random_crop",
     "read_image",
     "read_instances",
-    "stretch_contrast",
 ]

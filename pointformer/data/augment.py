@@ -43,8 +43,8 @@ def random_crop(
         image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
         nearest = (np.arange(size) * 2 + 1) * side // (2 * size)
         instances = instances[nearest[:, None], nearest]
-    turns, flip = rng.integers(4), rng.integers(2)
-    if flip:
+    turns = int(rng.integers(4))
+    if rng.random() < 0.5:
         image, instances = image[:, ::-1], instances[:, ::-1]
     return np.rot90(image, turns), np.rot90(instances, turns)
 

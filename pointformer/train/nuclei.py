@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pointformer.data import Sample, load_split, random_colors, random_crop, stretch_contrast
+from pointformer.data import Sample, load_split, random_colors, random_crop
 from pointformer.instances import instance_target, instances_from_logits
 from pointformer.metrics import AveragePrecision, average_precision
+from pointformer.models import Model, create_model, save_model
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Recipe:
     weight_decay: float = 0.05
     warmup: float = 0.05
     average: float = 0.995
-    inside_weight: float = 2.0
-    border_weight: float = 6.0
+    inside_weight: float = 1.0
+    border_weight: float = 3.0
     seed: int = 0
 
 
@@ -116,7 +117,7 @@ class Trainer:
     continues exactly.
     """
 
-    def __init__(self, model: nn.Module, samples: Sequence[Sample], recipe: Recipe, budget: Budget):
+    def __init__(self, model: Model, samples: Sequence[Sample], recipe: Recipe, budget: Budget):
         self.model = model
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.samples = samples
@@ -173,11 +174,12 @@ class Trainer:
     def _average(self) -> None:
         # A shorter memory at first: the first weights are random.
         decay = min(self.recipe.average, (1 + self.steps) / (10 + self.steps))
-        pairs = zip(self.averaged.parameters(), self.model.parameters(), strict=True)
-        for average, parameter in pairs:
-            average.lerp_(parameter, 1 - decay)
-        for average, buffer in zip(self.averaged.buffers(), self.model.buffers(), strict=True):
-            average.copy_(buffer)
+        parameters = zip(self.averaged.parameters(), self.model.parameters(), strict=True)
+        for average, current in parameters:
+            average.lerp_(current, 1 - decay)
+        buffers = zip(self.averaged.buffers(), self.model.buffers(), strict=True)
+        for kept, latest in buffers:
+            kept.copy_(latest)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, complete or not at all."""
@@ -215,7 +217,7 @@ class Trainer:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, samples: Sequence[Sample]) -> AveragePrecision:
+def evaluate(model: Model, samples: Sequence[Sample]) -> AveragePrecision:
     """Score a model in eval mode on whole pictures, one by one."""
 
     def predictions() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -225,14 +227,6 @@ def evaluate(model: nn.Module, samples: Sequence[Sample]) -> AveragePrecision:
             yield instances_from_logits(logits), sample.instances
 
     return average_precision(predictions())
-
-
-def load_stretched(root: Path, split: str) -> list[Sample]:
-    """A split with the contrast of each picture stretched, as a trained model expects it."""
-    return [
-        Sample(sample.name, stretch_contrast(sample.image), sample.instances)
-        for sample in load_split(root, split)
-    ]
 
 
 def train(
@@ -323,8 +317,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from pointformer.models import create_model, save_model
-
     recipe = Recipe(**{field.name: getattr(arguments, field.name) for field in fields(Recipe)})
     checkpoint = arguments.out / "checkpoint.pt"
     if checkpoint.exists() and not arguments.resume:
@@ -340,12 +332,12 @@ def _run(arguments: argparse.Namespace) -> None:
     model = create_model(recipe.model, head="dense", num_classes=3, **overrides)
     arguments.out.mkdir(parents=True, exist_ok=True)
     budget = Budget(arguments.steps, arguments.minutes)
-    trainer = Trainer(model, load_stretched(arguments.data, "train"), recipe, budget)
+    trainer = Trainer(model, load_split(arguments.data, "train"), recipe, budget)
     if arguments.resume:
         trainer.load(checkpoint)
     train(
         trainer,
-        load_stretched(arguments.data, "val"),
+        load_split(arguments.data, "val"),
         arguments.out,
         checkpoint_minutes=arguments.checkpoint_minutes,
         evaluation_minutes=arguments.evaluation_minutes,
