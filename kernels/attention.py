@@ -3,7 +3,8 @@
 `inverse_offsets` and `inverse_queries` list for each cluster the queries that attend to it: only
 the backward op reads them, and it makes its own where they are missing. `normal` (T, H, 2)
 holds the largest logit in units of log2 and the inverse of the softmax's sum. Weights and blank
-tokens are float32.
+tokens are float32. The backward op may use `output` (T, H, d) for the mean gradient of a row's
+logits; the CPU does not, because in half precision it is rounded.
 """
 
 import torch

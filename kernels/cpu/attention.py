@@ -379,7 +379,7 @@ def add_scaled(weight, source, source_at, target, target_at, channels):
 @njit(inline="always")
 def query_gradients(
     chunk, grad, query, key, positions, cluster_index, offsets, bias, scale, log2_scale, shape,
-    packed_key, packed_value, points, output, normal, delta, grad_query, partial,
+    packed_key, packed_value, points, normal, delta, grad_query, partial,
 ):  # fmt: skip
     """Gradients of a chunk's queries, and its share of those of weight, bias and blank token."""
     width = shape.radius * shape.cluster_blocks
@@ -406,14 +406,23 @@ def query_gradients(
             dot_blocks(query, at, packed_key, head, blocks, count, shape, logits)
             dot_blocks(grad, at, packed_value, head, blocks, count, shape, grad_logits)
             add_bias(logits, count, phi, head, log2_scale, bias, shape)
-            mean = dot_rows(grad, at, output, at, shape.channels)
-            delta[token * shape.heads + head] = mean
             shift = splat(normal[2 * (token * shape.heads + head)])
             factor = splat(normal[2 * (token * shape.heads + head) + 1])
+            total = blank = blank_grad = zero()
+            if bias.has_blank:
+                logit = dot_rows(query, at, bias.blank_key, own, shape.channels) * log2_scale
+                blank = power(splat(logit) - shift) * factor
+                blank_grad = splat(dot_rows(grad, at, bias.blank_value, own, shape.channels))
+                total = blank * blank_grad * splat(f32(0.125))
             for block in range(count):
                 weight = power(load(logits, block * 8) - shift) * factor
+                store(logits, block * 8, weight)
+                total = fma(weight, load(grad_logits, block * 8), total)
+            mean = hsum(total)
+            delta[token * shape.heads + head] = mean
+            for block in range(count):
                 change = load(grad_logits, block * 8) - splat(mean)
-                store(grad_logits, block * 8, weight * change)
+                store(grad_logits, block * 8, load(logits, block * 8) * change)
             for feature in range(shape.features):
                 to = (head * shape.features + feature) * 8
                 total = load(weight_sums, to)
@@ -421,20 +430,16 @@ def query_gradients(
                     x = load(phi, (block * (1 + shape.features) + 1 + feature) * 8)
                     total = fma(load(grad_logits, block * 8), x, total)
                 store(weight_sums, to, total)
-            blank = zero()
+            blank_change = blank * (blank_grad - splat(mean))
             if bias.has_blank:
-                logit = dot_rows(query, at, bias.blank_key, own, shape.channels) * log2_scale
-                weight = power(splat(logit) - shift) * factor
-                change = dot_rows(grad, at, bias.blank_value, own, shape.channels) - mean
-                blank = weight * splat(change)
                 # The gradients of a row's logits add up to 0: less rounding than their sum.
-                partial[bias_at + head] -= hsum(blank) * f32(0.125)
-                scaled = blank * splat(scale)
+                partial[bias_at + head] -= hsum(blank_change) * f32(0.125)
+                scaled = blank_change * splat(scale)
                 add_scaled(scaled, query, at, partial, key_at + own, shape.channels)
-                add_scaled(weight, grad, at, partial, value_at + own, shape.channels)
+                add_scaled(blank, grad, at, partial, value_at + own, shape.channels)
             sum_rows(
                 grad_logits, rows, counts, count, key, head,
-                bias.blank_key, blank, scale, shape, grad_query, at,
+                bias.blank_key, blank_change, scale, shape, grad_query, at,
             )  # fmt: skip
     for n in range(shape.heads * shape.features):
         partial[chunk * partial_size(shape) + n] = hsum(load(weight_sums, n * 8))
@@ -569,7 +574,7 @@ def key_gradients(
 @kernel
 def attend_backward(
     grad, query, key, value, positions, cluster_index, offsets, inverse_offsets, inverse_queries,
-    bias, scale, log2_scale, shape, packed_key, packed_value, points, output, normal, delta,
+    bias, scale, log2_scale, shape, packed_key, packed_value, points, normal, delta,
     grad_query, grad_key, grad_value, partial,
 ):  # fmt: skip
     for cluster in prange(shape.clusters):
@@ -579,7 +584,7 @@ def attend_backward(
     for chunk in prange((shape.tokens + CHUNK - 1) // CHUNK):
         query_gradients(
             chunk, grad, query, key, positions, cluster_index, offsets, bias, scale, log2_scale,
-            shape, packed_key, packed_value, points, output, normal, delta, grad_query, partial,
+            shape, packed_key, packed_value, points, normal, delta, grad_query, partial,
         )  # fmt: skip
     for cluster in prange(shape.clusters):
         key_gradients(
@@ -714,7 +719,6 @@ def backward(
         _packed(shape),
         _packed(shape),
         _points(shape),
-        _flat(output),
         normal.view(-1).numpy(),
         np.empty(shape.tokens * shape.heads, np.float32),
         *(row.view(-1).numpy() for row in rows),

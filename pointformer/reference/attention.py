@@ -26,7 +26,6 @@ def neighborhood_attention(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     with torch.autocast(query.device.type, enabled=False):
         rows, mask = neighborhoods.members()  # (T, M)
-        mask = mask[:, None]
         scaled = query.to(dtype) * scale
         logits = torch.einsum("thd,tmhd->thm", scaled, key.to(dtype)[rows])
         if position_weight is not None:
@@ -37,13 +36,15 @@ def neighborhood_attention(
         if position_bias is not None:
             logits = logits + position_bias.to(dtype)[:, None]
         # The lowest number instead of minus infinity: an empty neighborhood then gives 0, not NaN.
-        logits = logits.masked_fill(~mask, torch.finfo(dtype).min)
+        logits = logits.masked_fill(~mask[:, None], torch.finfo(dtype).min)
         if blank_key is not None:
             blank = torch.einsum("thd,hd->th", scaled, blank_key.to(dtype))
             logits = torch.cat([logits, blank[..., None]], -1)
         attention = logits.softmax(-1)
-        members = attention[..., : rows.shape[1]].masked_fill(~mask, 0.0)
-        output = torch.einsum("thm,tmhd->thd", members, value.to(dtype)[rows])
+        members = attention[..., : rows.shape[1]].masked_fill(~mask[:, None], 0.0)
+        # Zeros, or the NaN of a token that only fills a gap would spread.
+        values = value.to(dtype)[rows].masked_fill(~mask[..., None, None], 0.0)
+        output = torch.einsum("thm,tmhd->thd", members, values)
         if blank_value is not None:
             output = output + attention[..., -1:] * blank_value.to(dtype)
         return output.to(query.dtype)
