@@ -16,9 +16,13 @@ from pointformer._checks import (
     check_tensor,
 )
 from pointformer._dispatch import choose
+from pointformer.clusters import offsets_of
 from pointformer.geometry.neighbors import knn
+from pointformer.kernels.selection import fused_select_on_lattice
 from pointformer.reference import selection as reference
 
+_CELLS_PER_TOKEN = 1024  # emptier lattices are searched with `knn`
+_KEY_BITS = 30  # what the score and the reserved flag leave of a 64-bit key
 _PRIORS = ("adaptive", "grid", None)
 
 
@@ -30,7 +34,7 @@ def select_centers(
     extent: Sequence | Tensor | None = None,
     rate: float,
     alpha: float = 4.0,
-    stride: int,
+    stride: float,
     prior: str | None = "adaptive",
     reserve: bool = True,
     lattice: bool = True,
@@ -101,7 +105,22 @@ def select_centers(
         _number_kept(size, side, rate, stride if reserve else None)
         for size, side in zip(sizes, sides, strict=True)
     )
-    choose("select_centers", impl, {}, positions.device)
+    fast = {"cpu": lambda: _fused_lacks(sizes, sides) if lattice else None}
+    if choose("select_centers", impl, fast, positions.device) == "cpu" and lattice:
+        canvas = torch.tensor(sides, dtype=torch.float64).ceil().long()
+        index = fused_select_on_lattice(
+            scores,
+            positions,
+            offsets_of(sizes),
+            canvas.reshape(len(sizes), dimensions),
+            offsets_of(keep),
+            sum(keep),
+            alpha,
+            int(stride),
+            prior or "none",
+            reserve,
+        )
+        return index, keep
 
     nearest = None
     if prior == "adaptive":
@@ -109,11 +128,21 @@ def select_centers(
         assert isinstance(index, Tensor)
         nearest = index[:, 0].long()
     if lattice:
-        has_prior, reserved = _lattice_parts(positions, nearest, stride, prior, reserve)
+        has_prior, reserved = _lattice_parts(positions, nearest, int(stride), prior, reserve)
     else:
         has_prior, reserved = _free_parts(positions, nearest, sizes, sides, stride, prior, reserve)
     ranking = has_prior.float() + alpha * scores
     return reference.select(ranking, reserved, sizes, keep), keep
+
+
+def _fused_lacks(sizes: tuple[int, ...], sides: Sequence[tuple[float, ...]]) -> str | None:
+    """Why the fused op cannot run: it maps the canvas and packs (sample, score, row) in 64 bits."""
+    cells = sum([math.prod(row) for row in sides])
+    if cells > _CELLS_PER_TOKEN * (sum(sizes) + 1024):
+        return f"the canvas has {cells:.3g} cells for {sum(sizes)} tokens"
+    if len(sizes).bit_length() + max(sizes, default=0).bit_length() > _KEY_BITS:
+        return f"{len(sizes)} samples of up to {max(sizes)} tokens"
+    return None
 
 
 def _lattice_parts(
@@ -195,10 +224,10 @@ def _check_lattice(
     """Raise if a position is not an integer inside the canvas, naming the sample."""
     if torch.compiler.is_compiling() or positions.device.type == "meta":
         return
-    shape = (len(sizes), positions.shape[1])
-    limit = torch.tensor(sides, device=positions.device).reshape(shape)
+    limit = torch.tensor(sides, device=positions.device).reshape(len(sizes), positions.shape[1])
     sample = reference.sample_of_rows(sizes, positions.device)
-    good = (positions == positions.floor()) & (positions >= 0) & (positions < limit[sample])
+    limit = limit[0] if len(set(sides)) == 1 else limit[sample]
+    good = (positions == positions.floor()) & (positions >= 0) & (positions < limit)
     if bool(good.all()):
         return
     row = int((~good).any(1).nonzero()[0])

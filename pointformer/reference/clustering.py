@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pointformer.reference.neighbors import squared_distance
+
 RATIO_BITS = 31
 
 
@@ -48,20 +50,11 @@ def cluster_keys(
         index = index * shape[sample, axis] + cell[:, axis]
     anchor = anchor_of_cell[first_cell[sample] + index]
     point = relative / unit[sample]
-    ratio = _squared_distance(point, anchors[anchor - 1]) / (
-        _squared_distance(point, anchors[anchor + 1]) + 1e-5
+    ratio = squared_distance(point, anchors[anchor - 1]) / (
+        squared_distance(point, anchors[anchor + 1]) + 1e-5
     )
     bits = ratio.view(torch.int32).long() & ((1 << RATIO_BITS) - 1)
     return (anchor << RATIO_BITS) | bits
-
-
-def _squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of squares from the first axis on: the order of operations is part of the definition."""
-    difference = a - b
-    total = difference[:, 0] * difference[:, 0]
-    for axis in range(1, a.shape[1]):
-        total = total + difference[:, axis] * difference[:, axis]
-    return total
 
 
 def cluster_centers(positions: Tensor, order: Tensor, offsets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pointformer.clusters import offsets_of
+from pointformer.reference.neighbors import squared_distance
 
 _EXPONENTS = 24  # of spacings on a lattice: float32 holds integers up to 2**24
 _FINEST = 20  # off a lattice, spacings below 2**-20 of the canvas count as that
@@ -52,8 +53,7 @@ def spacing(positions: Tensor, nearest: Tensor, longest_side: Tensor) -> Tensor:
         nearest: (T,) int64, the nearest other token; -1 for none.
         longest_side: (T,) float32, the longest side of the token's canvas.
     """
-    difference = positions - positions[nearest.clamp(min=0)]
-    distance = (difference * difference).sum(1).sqrt()
+    distance = squared_distance(positions, positions[nearest.clamp(min=0)]).sqrt()
     largest = 2 * longest_side
     distance = distance.where(nearest >= 0, largest).minimum(largest)
     distance = distance.maximum(longest_side * 2.0**-_FINEST)
@@ -78,8 +78,7 @@ def nearest_to_nodes(positions: Tensor, sample: Tensor, side: Tensor, limit: Ten
     side = side[:, None]
     last = ((limit / side).ceil() - 1).clamp(min=0)
     node = (positions / side + 0.5).floor().clamp(min=0).minimum(last)
-    difference = positions - node * side
-    distance = (difference * difference).sum(1)
+    distance = squared_distance(positions, node * side)
     # Least significant key first; every sort is stable.
     keys = [*node.unbind(1), side[:, 0], sample]
     order = torch.sort(distance, stable=True).indices

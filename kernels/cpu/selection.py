@@ -1,0 +1,126 @@
+"""Selection of merging centers on a lattice, on CPU: linear passes and one sort of integers."""
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from pointformer.kernels.cpu.runtime import kernel
+
+f32 = np.float32
+_CHUNK = 4096
+_NONE, _GRID, _ADAPTIVE = range(3)
+_PRIORS = {"none": _NONE, "grid": _GRID, "adaptive": _ADAPTIVE}
+
+
+@kernel
+def _occupancy(positions, offsets, extent, first_cell, count):
+    """Tokens per cell of every canvas, up to two; tokens outside are left out."""
+    dimensions = positions.shape[1]
+    for sample in prange(len(extent)):
+        for row in range(offsets[sample], offsets[sample + 1]):
+            cell = 0
+            inside = True
+            for axis in range(dimensions - 1, -1, -1):
+                coordinate = np.int64(positions[row, axis])
+                inside &= 0 <= coordinate < extent[sample, axis]
+                cell = cell * extent[sample, axis] + coordinate
+            if inside:
+                cell += first_cell[sample]
+                count[cell] = min(count[cell] + 1, 2)
+
+
+@njit
+def _any_within(x, y, z, width, height, depth, count, first_cell, radius):
+    """Whether a token other than the one at (x, y, z) lies at most `radius` away."""
+    if count[first_cell + (z * height + y) * width + x] > 1:
+        return True
+    reach = min(radius, max(width, height, depth))
+    for ring in range(1, reach + 1):
+        for dz in range(max(-ring, -z), min(ring, depth - 1 - z) + 1):
+            for dy in range(max(-ring, -y), min(ring, height - 1 - y) + 1):
+                on_face = abs(dz) == ring or abs(dy) == ring
+                first, last, step = -ring, ring, 2 * ring
+                if on_face:
+                    first, last, step = max(-ring, -x), min(ring, width - 1 - x), 1
+                for dx in range(first, last + 1, step):
+                    if 0 <= x + dx < width and dx * dx + dy * dy + dz * dz <= radius * radius:
+                        cell = ((z + dz) * height + y + dy) * width + x + dx
+                        if count[first_cell + cell]:
+                            return True
+    return False
+
+
+@kernel
+def _keys(
+    scores, positions, offsets, extent, first_cell, count, alpha, stride, prior, reserve, bits, out
+):
+    """(sample, not reserved, falling selection score, row in the sample) in one integer."""
+    tokens, dimensions = positions.shape
+    for chunk in prange((tokens + _CHUNK - 1) // _CHUNK):
+        start = chunk * _CHUNK
+        sample = np.searchsorted(offsets, start, side="right") - 1
+        ranking = np.empty(1, np.float32)
+        ranking_bits = ranking.view(np.int32)
+        for row in range(start, min(start + _CHUNK, tokens)):
+            while row >= offsets[sample + 1]:
+                sample += 1
+            x, y = np.int64(positions[row, 0]), np.int64(positions[row, 1])
+            z = np.int64(positions[row, 2]) if dimensions == 3 else 0
+            together = x | y | z
+            has_prior = False
+            if prior == _GRID:
+                has_prior = x % stride == 0 and y % stride == 0 and z % stride == 0
+            elif prior == _ADAPTIVE:
+                # The prior is 1 where all coordinates are multiples of 2t. With v the largest power
+                # of two that divides them, that is t <= v/2: another token is at most v/2 away.
+                lowest = together & -together
+                if together == 0:
+                    has_prior = True
+                elif lowest > 1:
+                    depth = extent[sample, 2] if dimensions == 3 else 1
+                    has_prior = _any_within(
+                        x, y, z, extent[sample, 0], extent[sample, 1], depth,
+                        count, first_cell[sample], lowest // 2,
+                    )  # fmt: skip
+            coarse = 2 * stride
+            place = 0
+            if not (reserve and x % coarse == 0 and y % coarse == 0 and z % coarse == 0):
+                ranking[0] = f32(alpha * scores[row]) + (f32(1.0) if has_prior else f32(0.0))
+                ascending = np.int64(ranking_bits[0])
+                if ascending < 0:
+                    ascending ^= 0x7FFFFFFF
+                place = (1 << 32) + (1 << 31) - 1 - ascending
+            out[row] = (((sample << 33) | place) << bits) | (row - offsets[sample])
+
+
+@kernel
+def _gather(keys, offsets, kept_offsets, bits, out):
+    """Reserved tokens come first in the sorted keys: put them after the others."""
+    for sample in prange(len(offsets) - 1):
+        start, first = offsets[sample], kept_offsets[sample]
+        kept = kept_offsets[sample + 1] - first
+        reserved = 0
+        while reserved < kept and ((keys[start + reserved] >> bits) & 0x1FFFFFFFF) == 0:
+            reserved += 1
+        for i in range(kept):
+            key = keys[start + (i + reserved) % kept]
+            out[first + i] = start + (key & ((1 << bits) - 1))
+
+
+def select(scores, positions, offsets, extent, kept_offsets, kept, alpha, stride, prior, reserve):
+    scores, positions = scores.contiguous().numpy(), positions.contiguous().numpy()
+    offsets, extent, kept_offsets = offsets.numpy(), extent.numpy(), kept_offsets.numpy()
+    first_cell = np.concatenate([[0], np.cumsum(np.prod(extent, axis=1))])
+    count = np.zeros(first_cell[-1] if prior == "adaptive" else 0, np.int8)
+    if prior == "adaptive":
+        _occupancy(positions, offsets, extent, first_cell, count)
+    bits = int(np.diff(offsets).max(initial=1)).bit_length()
+    keys = np.empty(len(scores), np.int64)
+    _keys(
+        scores, positions, offsets, extent, first_cell, count, f32(alpha), stride, _PRIORS[prior],
+        reserve, bits, keys,
+    )  # fmt: skip
+    keys.sort()
+    out = torch.empty(kept, dtype=torch.int64)
+    _gather(keys, offsets, kept_offsets, bits, out.numpy())
+    return out
