@@ -1,0 +1,283 @@
+"""Inverse-distance interpolation: parity, gradients, the fused CPU path, odd inputs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numba import njit
+from torch.autograd import gradcheck, gradgradcheck
+
+from pointformer import interpolate
+from pointformer.kernels.cpu.inverse import inverse_lists
+from pointformer.kernels.cpu.simd import load, splat, store
+from pointformer.kernels.cpu.special import log2, power
+from pointformer.kernels.interpolate import fused_interpolate
+from pointformer.reference.interpolate import interpolate as reference
+
+PARITY = np.load(Path(__file__).parent / "parity" / "ops.npz")
+
+
+def make_case(
+    tokens=30, queries=41, k=4, channels=11, dimensions=2, exponent=6.0, drop=0.1, seed=0
+):
+    """Arguments of `interpolate`; positions on a coarse lattice, so that some coincide."""
+    g = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, max(tokens, 1), (queries, k), generator=g)
+    index[torch.rand(index.shape, generator=g) < drop] = -1
+    return {
+        "features": torch.randn(tokens, channels, generator=g),
+        "positions": torch.randint(-6, 7, (tokens, dimensions), generator=g) / 2,
+        "query_positions": torch.randint(-6, 7, (queries, dimensions), generator=g) / 2,
+        "neighbor_index": index if tokens else torch.full_like(index, -1),
+        "power": torch.tensor(exponent),
+    }
+
+
+def with_gradients(case, dtype=torch.float32, names=("features", "power"), **kwargs):
+    """The output, and the gradients of `names` for a fixed random cotangent."""
+    leaves = {n: case[n].detach().to(dtype).clone().requires_grad_() for n in names}
+    out = interpolate(**{**case, **leaves, **kwargs})
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grads = torch.autograd.grad(out, list(leaves.values()), cotangent)
+    return dict(zip(("out", *names), (out.detach(), *grads), strict=True))
+
+
+def test_parity():
+    def get(array):
+        return torch.from_numpy(PARITY[f"shepard_{array}"])
+
+    samples, tokens, _ = get("features").shape
+    index = get("neighbors").long() + tokens * torch.arange(samples)[:, None, None]
+    features = get("features").flatten(0, 1).requires_grad_()
+    out = interpolate(
+        features,
+        get("positions").flatten(0, 1).float(),
+        get("query_positions").flatten(0, 1).float(),
+        neighbor_index=index.flatten(0, 1),
+    )
+    torch.testing.assert_close(out, get("out").flatten(0, 1), rtol=0, atol=1e-10)
+    out.backward(get("cotangent").flatten(0, 1))
+    torch.testing.assert_close(features.grad.view_as(get("features")), get("grad_features"))
+
+
+def test_finds_the_nearest_tokens_of_the_same_sample():
+    case = make_case()
+    sizes, query_sizes = (12, 0, 18), (20, 4, 17)
+    found = interpolate(
+        case["features"],
+        case["positions"],
+        case["query_positions"],
+        sizes=sizes,
+        query_sizes=query_sizes,
+        k=3,
+    )
+    distances = torch.cdist(case["query_positions"].double(), case["positions"].double())
+    sample = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+    query_sample = torch.arange(3).repeat_interleave(torch.tensor(query_sizes))
+    distances[query_sample[:, None] != sample] = float("inf")
+    nearest = distances.sort(dim=1, stable=True)
+    index = torch.where(nearest.values < float("inf"), nearest.indices, -1)[:, :3]
+    expected = interpolate(
+        case["features"], case["positions"], case["query_positions"], neighbor_index=index
+    )
+    torch.testing.assert_close(found, expected)
+    assert found[20:24].eq(0).all()
+
+
+def test_reference_is_differentiable_twice():
+    case = make_case(9, 5, 3, 2, exponent=2.5)
+    g = torch.Generator().manual_seed(2)
+    positions, queries = (torch.rand(n, 2, generator=g).double().requires_grad_() for n in (9, 5))
+    features, exponent = (case[n].double().requires_grad_() for n in ("features", "power"))
+
+    def function(*inputs):
+        features, positions, queries, exponent = inputs
+        return reference(features, positions, queries, case["neighbor_index"], exponent, 1e-3)
+
+    assert gradcheck(function, (features, positions, queries, exponent))
+    assert gradgradcheck(function, (features, positions, queries, exponent))
+
+
+@pytest.mark.parametrize("exponent", [1.0, 6.0])
+def test_gradients_at_distance_zero_are_finite(exponent):
+    case = make_case(exponent=exponent)
+    case["query_positions"][:30] = case["positions"]
+    case["neighbor_index"][:30, 0] = torch.arange(30)
+    names = ("features", "power", "positions", "query_positions")
+    case = {n: x.double() if n in ("features", "power") else x for n, x in case.items()}
+    leaves = [case[n].clone().requires_grad_() for n in names]
+    out = interpolate(**case | dict(zip(names, leaves, strict=True)))
+    grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+    assert all(g.isfinite().all() for g in (*grads, *second))
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "tokens": st.integers(0, 40),
+            "queries": st.integers(0, 60),
+            "k": st.integers(1, 9),
+            "channels": st.integers(1, 40),
+            "dimensions": st.sampled_from([2, 3]),
+            "exponent": st.floats(0.5, 9.0, width=32),
+            "drop": st.sampled_from([0.0, 0.3]),
+            "seed": st.integers(0, 2**16),
+        }
+    )
+)
+def test_cpu_is_as_accurate_as_eager(shape):
+    case = make_case(**shape)
+    exact = with_gradients(case, torch.float64, impl="reference")
+    eager = with_gradients(case, impl="reference")
+    fused = with_gradients(case, impl="cpu")
+    for name, value in exact.items():
+        if value.numel() == 0:
+            continue
+        allowed = 2 * (eager[name] - value).abs().max() + 4e-6 * value.abs().max() + 2e-6
+        if name == "power":  # a sum over all queries and channels, which may cancel
+            allowed += 5e-7 * exact["out"].numel() ** 0.5
+        error = (fused[name] - value).abs().max()
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_values_at_tokens_and_constants_are_kept(impl):
+    g = torch.Generator().manual_seed(0)
+    lattice = torch.cartesian_prod(torch.arange(6.0), torch.arange(7.0))
+    features = torch.randn(42, 5, generator=g)
+    out = interpolate(features, lattice, lattice, impl=impl)
+    torch.testing.assert_close(out, features, rtol=1e-5, atol=1e-5)
+    queries = torch.rand(50, 2, generator=g) * 6
+    out = interpolate(torch.full((42, 5), 3.0), lattice, queries, impl=impl)
+    torch.testing.assert_close(out, torch.full((50, 5), 3.0))
+
+
+@given(st.floats(0.25, 10.0, width=32), st.integers(0, 2**16))
+def test_power(h, seed):
+    g = np.random.default_rng(seed)
+    x = np.exp2(g.uniform(-100 / h, 100 / h, 64).clip(-60, 60)).astype(np.float32)
+    value, logarithm = np.empty_like(x), np.empty_like(x)
+    _powers(x, np.float32(h), value, logarithm)
+    exact = x.astype(np.float64) ** np.float64(np.float32(h))
+    assert np.all(np.abs(value / exact - 1) < (1 + h) * 1.5e-7)
+    exact = np.log2(x.astype(np.float64))
+    assert np.all(np.abs(logarithm - exact) < 1e-7 + np.abs(exact) * 6e-8)
+
+
+@njit
+def _powers(x, h, value, logarithm):
+    for i in range(0, len(x), 8):
+        store(value, i, power(load(x, i), splat(h)))
+        store(logarithm, i, log2(load(x, i)))
+
+
+@given(st.lists(st.integers(-1, 9), max_size=50))
+def test_inverse_lists(index):
+    offsets, entries = inverse_lists(np.array(index, np.int32), 10)
+    for number in range(10):
+        expected = [i for i, value in enumerate(index) if value == number]
+        assert entries[offsets[number] : offsets[number + 1]].tolist() == expected
+    assert len(entries) == offsets[10]
+
+
+def test_neighbors_that_are_not_listed_do_not_matter():
+    case = make_case(drop=0.4)
+    used = torch.zeros(30, dtype=torch.bool)
+    used[5:] = True
+    case["neighbor_index"][case["neighbor_index"] < 5] = -1
+    case["features"][~used] = float("nan")
+    assert interpolate(**case, impl="reference").isfinite().all()
+    assert interpolate(**case, impl="cpu").isfinite().all()
+
+
+def test_bits_do_not_depend_on_threads_or_runs():
+    case = make_case(3000, 5000)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 2, 4):
+            torch.set_num_threads(n)
+            results.append(with_gradients(case, impl="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for name in results[0]:
+        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_rounded_once(dtype):
+    case = make_case()
+    case["features"] = case["features"].to(dtype)
+    expected = interpolate(**case | {"features": case["features"].float()}).to(dtype)
+    assert torch.equal(interpolate(**case), expected)
+    torch.testing.assert_close(interpolate(**case, impl="reference"), expected)
+    assert with_gradients(case, dtype, ("features",))["features"].dtype == dtype
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("change", [{"tokens": 0}, {"queries": 0}, {"k": 0}, {"channels": 0}])
+def test_empty_inputs(change, impl):
+    result = with_gradients(make_case(**change), impl=impl)
+    assert all(value.eq(0).all() for value in result.values())
+
+
+def test_opcheck():
+    case = make_case()
+    case["neighbor_index"] = case["neighbor_index"].int()
+    case["features"].requires_grad_()
+    torch.library.opcheck(fused_interpolate, (*case.values(), 1e-11))
+    case["power"].requires_grad_()
+    torch.library.opcheck(fused_interpolate, (*case.values(), 1e-11))
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("exponent", [4.0, torch.tensor([4.0])])
+def test_compiles_without_graph_breaks(exponent, impl):
+    case = make_case() | {"power": exponent}
+    features = case.pop("features")
+
+    def function(features):
+        return interpolate(features, **case, impl=impl).square().sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    grads = []
+    for f in (function, compiled):
+        leaf = features.clone().requires_grad_()
+        f(leaf).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_gradients_for_positions_need_the_reference():
+    case = make_case()
+    case["query_positions"].requires_grad_()
+    interpolate(**case).sum().backward()
+    assert case["query_positions"].grad.isfinite().all()
+    with pytest.raises(ValueError, match="query_positions require a gradient"):
+        interpolate(**case, impl="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"features": torch.rand(29, 3)}, ValueError, r"positions: expected shape \(29, D\)"),
+        ({"query_positions": torch.rand(41, 3)}, ValueError, "query_positions: expected shape"),
+        ({"query_positions": torch.full((41, 2), np.nan)}, ValueError, "query_positions: sample 0"),
+        ({"neighbor_index": torch.zeros(40, 4).int()}, ValueError, r"\(41, k\)"),
+        ({"neighbor_index": torch.zeros(41, 4)}, TypeError, "neighbor_index: expected dtype"),
+        ({"neighbor_index": torch.full((41, 1), 30)}, IndexError, "30"),
+        ({"power": -1.0}, ValueError, "power: expected a positive number, got -1.0"),
+        ({"power": torch.ones(2)}, ValueError, "power: expected one number"),
+        ({"eps": 0.0}, ValueError, "eps: expected a positive number"),
+        ({"sizes": (10, 10)}, ValueError, "sizes .* add up to 20"),
+        ({"impl": "triton"}, ValueError, "impl='triton'"),
+        ({"features": torch.rand(30, 3).double(), "impl": "cpu"}, ValueError, "float64"),
+    ],
+)
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        interpolate(**make_case() | change)
