@@ -79,6 +79,10 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path):
     third = trainer(Budget(steps=8), Recipe(batch=3, crop=32, learning_rate=1e-2))
     with pytest.raises(ValueError, match="another recipe: batch 2, now 3"):
         third.load(tmp_path / "checkpoint.pt")
+    for content in (b"", b"not a checkpoint"):
+        (tmp_path / "broken.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"broken\.pt: expected a checkpoint"):
+            third.load(tmp_path / "broken.pt")
 
 
 def test_training_learns_logs_and_scores(tmp_path):

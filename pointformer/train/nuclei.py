@@ -14,6 +14,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -199,9 +200,13 @@ class Trainer:
         """Continue from a checkpoint of the same recipe; the budget may be another.
 
         Raises:
-            ValueError: naming the fields in which the checkpoint's recipe differs.
+            ValueError: it is unreadable, or naming the fields in which its recipe differs.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path}: expected a checkpoint, but {reason}") from None
         recipe = asdict(self.recipe)
         differing = [
             f"{name} {state['recipe'].get(name)!r}, now {value!r}"
