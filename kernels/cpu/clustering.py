@@ -19,15 +19,16 @@ _CURVES = {"hilbert": _HILBERT, "morton": _MORTON, "snake": _SNAKE}
 def _transpose_hilbert(axes, bits):
     """Skilling's transform of coordinates to the bits of the Hilbert number, in place."""
     dimensions = len(axes)
-    for bit in range(bits - 1, 0, -1):
+    first = axes[0]
+    for bit in range(bits - 1, 0, -1):  # masks, for branches would be unpredictable
         low = (1 << bit) - 1
-        for i in range(dimensions):
-            if (axes[i] >> bit) & 1:
-                axes[0] ^= low
-            else:
-                swap = (axes[0] ^ axes[i]) & low
-                axes[0] ^= swap
-                axes[i] ^= swap
+        first ^= low & -((first >> bit) & 1)
+        for i in range(1, dimensions):
+            inverted = low & -((axes[i] >> bit) & 1)
+            swap = (first ^ axes[i]) & (low ^ inverted)
+            first ^= inverted | swap
+            axes[i] ^= swap
+    axes[0] = first
     for i in range(1, dimensions):
         axes[i] ^= axes[i - 1]
     parity = axes[dimensions - 1] >> 1
