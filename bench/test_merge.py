@@ -36,7 +36,7 @@ def compare(benchmark, sides, rounds=7):
     for name, values in times.items():
         ratio = median(values[1:]) / benchmark.stats.stats.median
         benchmark.extra_info[name] = ratio
-        benchmark.name += f" ({name} {ratio:.1f}x)"
+        benchmark.stats.name += f" ({name} {ratio:.1f}x)"
 
 
 def lattice(side, batch=BATCH):
