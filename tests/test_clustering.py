@@ -198,9 +198,7 @@ def test_origin_is_the_corner_of_the_canvas(anchors):
     positions = torch.randint(0, 64, (300, 2), generator=torch.Generator().manual_seed(4)).float()
     shift = torch.tensor([128.0, -64.0])
     here = balanced_cluster(positions, extent=(64, 64), anchors=anchors)
-    there = balanced_cluster(
-        positions + shift, extent=(64, 64), origin=shift.tolist(), anchors=anchors
-    )
+    there = balanced_cluster(positions + shift, extent=(64, 64), origin=shift, anchors=anchors)
     assert torch.equal(here.order, there.order)
 
 

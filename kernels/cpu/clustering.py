@@ -103,9 +103,11 @@ def _keys(
             index = 0
             for axis in range(dimensions - 1, -1, -1):
                 relative = positions[row, axis] - origin[sample, axis]
-                cells = shape[sample, axis]
+                last = shape[sample, axis] - 1
                 cell = np.floor(relative / cell_size[sample, axis])
-                index = index * cells + np.int64(min(max(cell, f32(0.0)), f32(cells - 1)))
+                index *= last + 1
+                if cell > 0:  # false for NaN, which traced graphs do not check for
+                    index += np.int64(min(cell, f32(last)))
                 point[axis] = relative / unit[sample, axis]
             anchor = anchor_of_cell[first_cell[sample] + index]
             ratio = _squared_distance(point, anchors[anchor - 1]) / (

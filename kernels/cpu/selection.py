@@ -74,14 +74,14 @@ def _keys(
                 # The prior is 1 where all coordinates are multiples of 2t. With v the largest power
                 # of two that divides them, that is t <= v/2: another token is at most v/2 away.
                 lowest = together & -together
+                width, height = extent[sample, 0], extent[sample, 1]
+                depth = extent[sample, 2] if dimensions == 3 else 1
                 if together == 0:
                     has_prior = True
-                elif lowest > 1:
-                    depth = extent[sample, 2] if dimensions == 3 else 1
+                elif lowest > 1 and 0 <= x < width and 0 <= y < height and 0 <= z < depth:
                     has_prior = _any_within(
-                        x, y, z, extent[sample, 0], extent[sample, 1], depth,
-                        count, first_cell[sample], lowest // 2,
-                    )  # fmt: skip
+                        x, y, z, width, height, depth, count, first_cell[sample], lowest // 2
+                    )
             coarse = 2 * stride
             place = 0
             if not (reserve and x % coarse == 0 and y % coarse == 0 and z % coarse == 0):

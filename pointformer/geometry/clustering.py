@@ -92,7 +92,9 @@ def balanced_cluster(
         if origin is not None:
             raise ValueError("origin: give extent too, or neither")
         origin, extent = _bounding_boxes(positions, sizes)
-    corners = check_per_sample("origin", origin or (0.0,) * dimensions, len(sizes), dimensions)
+    if origin is None:
+        origin = (0.0,) * dimensions
+    corners = check_per_sample("origin", origin, len(sizes), dimensions)
     sides = check_per_sample("extent", extent, len(sizes), dimensions)
     if any(not 0 <= side < math.inf for row in sides for side in row):
         raise ValueError(f"extent: expected finite numbers >= 0, got {sides!r:.80}")
