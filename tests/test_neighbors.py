@@ -229,7 +229,7 @@ def candidates_per_query(positions, k):
     """Share of blocks searched together and the candidates in them, as the kernel collects them."""
     order = cpu._along_curve(positions, (len(positions),))
     tree = cpu._plant(positions[order], order.astype(np.int32), (len(positions),))
-    buffer = np.empty(64 + 16 * k + 8, np.int32)
+    buffer = np.empty(200, np.int32)
     scratch = (np.empty(96, np.int32), np.empty(96, np.float32), np.empty(8, np.float32))
     index, distance = np.empty(k, np.int32), np.empty(k, np.float32)
     found = []

@@ -87,6 +87,17 @@ def _widen(square, dx, dy, dz):
 
 
 @njit
+def _bounding_box(place):
+    """Corners of the box around eight positions (3 x 8)."""
+    low = high = (place[0], place[8], place[16])
+    for lane in range(1, _LANES):
+        x, y, z = place[lane], place[8 + lane], place[16 + lane]
+        low = (min(low[0], x), min(low[1], y), min(low[2], z))
+        high = (max(high[0], x), max(high[1], y), max(high[2], z))
+    return low, high
+
+
+@njit
 def _collect(tree, sample, low, high, reach, stack, candidates):
     """Slots of the points within `reach` (squared) of a box by ascending id; -1 if too many."""
     points, ids, boxes, children, _, root, _, _ = tree
@@ -115,13 +126,14 @@ def _collect(tree, sample, low, high, reach, stack, candidates):
                 found += (bits >> lane) & 1
             if found > capacity:
                 return -1
-    for i in range(1, found):
-        slot = candidates[i]
-        j = i
-        while j > 0 and ids[candidates[j - 1]] > ids[slot]:
-            candidates[j] = candidates[j - 1]
-            j -= 1
-        candidates[j] = slot
+    for gap in (132, 23, 4, 1):  # Shell sort; most lists are in order already
+        for i in range(gap, found):
+            slot = candidates[i]
+            j = i
+            while j >= gap and ids[candidates[j - gap]] > ids[slot]:
+                candidates[j] = candidates[j - gap]
+                j -= gap
+            candidates[j] = slot
     return found
 
 
@@ -138,8 +150,10 @@ def _search_block(points, candidates, found, limit, place, distance, choice):
         new = _square(
             splat(points[base]) - x, splat(points[base + 8]) - y, splat(points[base + 16]) - z
         )
-        name = splat(f32(i))
         here = load(distance, (limit - 1) * _LANES)
+        if bits_less_equal(here, new) == 255:
+            continue
+        name = splat(f32(i))
         here_name = load(choice, (limit - 1) * _LANES)
         for back in range(limit - 1):
             at = (limit - 1 - back) * _LANES
@@ -287,7 +301,7 @@ def _search(query, rows, first_rows, last_rows, samples, limits, tree, index, di
     width = index.shape[1]
     in_block = min(width, _MOST_IN_BLOCK)
     for chunk in numba.prange((blocks + _BLOCKS_PER_CHUNK - 1) // _BLOCKS_PER_CHUNK):
-        candidates = np.empty(64 + 16 * in_block + _LANES, np.int32)
+        candidates = np.empty(64 + 128 * in_block + _LANES, np.int32)
         scratch = (
             np.empty(_STACK, np.int32),
             np.empty(_STACK, np.float32),
@@ -306,8 +320,9 @@ def _search(query, rows, first_rows, last_rows, samples, limits, tree, index, di
             first, count = first_rows[block], last_rows[block] - first_rows[block]
             for lane in range(count):
                 row = rows[first + lane]
-                index[row, limit:] = -1
-                distance[row, limit:] = np.inf
+                for slot in range(limit, width):
+                    index[row, slot] = -1
+                    distance[row, slot] = np.inf
             if limit == 0:
                 continue
             for lane in range(_LANES):
@@ -319,8 +334,7 @@ def _search(query, rows, first_rows, last_rows, samples, limits, tree, index, di
             last_sample = sample
             found = -1
             if limit <= _MOST_IN_BLOCK:
-                low = (place[:8].min(), place[8:16].min(), place[16:].min())
-                high = (place[:8].max(), place[8:16].max(), place[16:].max())
+                low, high = _bounding_box(place)
                 half = f32(0.5)
                 x, y, z = (
                     half * low[0] + half * high[0],
@@ -333,7 +347,9 @@ def _search(query, rows, first_rows, last_rows, samples, limits, tree, index, di
                 )
                 last, last_square = (x, y, z), middle_distance[limit - 1]
                 reach = _widen(last_square, high[0] - x, high[1] - y, high[2] - z)
-                found = _collect(tree, sample, low, high, reach, scratch[0], candidates)
+                # At even density this many points are in reach: rather not begin with too many.
+                if reach * f32(limit) <= last_square * f32(len(candidates)):
+                    found = _collect(tree, sample, low, high, reach, scratch[0], candidates)
             if found >= 0:
                 _search_block(points, candidates, found, limit, place, lists, choice)
                 for lane in range(count):
