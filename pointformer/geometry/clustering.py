@@ -100,7 +100,8 @@ def balanced_cluster(
         raise ValueError(f"extent: expected finite numbers >= 0, got {sides!r:.80}")
 
     device = positions.device
-    fused = choose("balanced_cluster", impl, {"cpu": lambda: None}, device) == "cpu"
+    fast = {"cpu": lambda: None if device.type == "cpu" else f"positions are on {device}"}
+    fused = choose("balanced_cluster", impl, fast, device) == "cpu"
     code_of = fused_curve_code if fused else curve_code
     keys_of = fused_cluster_keys if fused else reference.cluster_keys
     centers_of = fused_cluster_centers if fused else reference.cluster_centers
@@ -180,16 +181,8 @@ def _anchor_walk(
     if curve == "snake":
         unit = torch.where(cell_size.isinf(), cell_size, 1.0)
 
-    samples = torch.arange(len(counts), device=device)
-    sample = torch.repeat_interleave(samples, first_cell.diff(), output_size=total)
-    index = torch.arange(total, device=device) - first_cell[sample]
-    shape_of = shape[sample]
-    coordinates = []
-    for axis in range(dimensions):
-        coordinates.append(index % shape_of[:, axis])
-        index = index // shape_of[:, axis]
-    cells = torch.stack(coordinates, dim=1)
-    code = code_of(curve, cells, shape_of, bits)
+    sample, cells = _cells(shape, first_cell, total)
+    code = code_of(curve, cells, shape[sample], bits)
     if curve == "snake":
         rank = code + first_cell[sample]
         side = cell_size[sample]
@@ -204,18 +197,36 @@ def _anchor_walk(
     anchor_of_cell = rank + 2 * sample + 1
     anchors = center.new_empty(total + 2 * len(counts), dimensions)
     anchors[anchor_of_cell] = center
+    longest = torch.tensor([row.index(max(row)) for row in sides], device=device)
+    cell_in_units = (cell_size / unit).nan_to_num(1.0)
+    step = torch.zeros_like(origin).scatter(1, longest[:, None], 1.0) * cell_in_units
+    _extend_walks(anchors, first_cell, step)
+    return origin, cell_size, unit, shape, first_cell[:-1], anchor_of_cell, anchors
 
+
+def _cells(shape: Tensor, first_cell: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Sample (cells,) and coordinates (cells, D) of the cells of all grids, axis 0 fastest."""
+    samples = torch.arange(len(shape), device=shape.device)
+    sample = torch.repeat_interleave(samples, first_cell.diff(), output_size=total)
+    index = torch.arange(total, device=shape.device) - first_cell[sample]
+    coordinates = []
+    for length in shape[sample].unbind(1):
+        coordinates.append(index % length)
+        index = index // length
+    return sample, torch.stack(coordinates, dim=1)
+
+
+def _extend_walks(anchors: Tensor, first_cell: Tensor, step: Tensor) -> None:
+    """Fill the rows before and after each sample's anchors; `step` leads from a single one."""
+    samples = torch.arange(len(step), device=step.device)
     first = first_cell[:-1] + 2 * samples + 1
     last = first_cell[1:] + 2 * samples
     single = (first == last)[:, None]
-    longest = torch.tensor([row.index(max(row)) for row in sides], device=device)
-    step = torch.zeros_like(origin).scatter(1, longest[:, None], 1.0) * (cell_size / unit)
     start, end = anchors[first], anchors[last]
     second = torch.where(single, start + step, anchors[first + 1])
     second_last = torch.where(single, end - step, anchors[last - 1])
     anchors[first - 1] = start - (second - start)
     anchors[last + 1] = end + (end - second_last)
-    return origin, cell_size, unit, shape, first_cell[:-1], anchor_of_cell, anchors
 
 
 def _plain_keys(

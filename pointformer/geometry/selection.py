@@ -22,7 +22,7 @@ from pointformer.kernels.selection import fused_select_on_lattice
 from pointformer.reference import selection as reference
 
 _CELLS_PER_TOKEN = 1024  # emptier lattices are searched with `knn`
-_KEY_BITS = 30  # what the score and the reserved flag leave of a 64-bit key
+_KEY_BITS = 30  # what the score and the reserved flag leave of a 64-bit key for (sample, row)
 _PRIORS = ("adaptive", "grid", None)
 
 
@@ -105,7 +105,7 @@ def select_centers(
         _number_kept(size, side, rate, stride if reserve else None)
         for size, side in zip(sizes, sides, strict=True)
     )
-    fast = {"cpu": lambda: _fused_lacks(sizes, sides) if lattice else None}
+    fast = {"cpu": lambda: _fused_lacks(positions, sizes, sides, lattice)}
     if choose("select_centers", impl, fast, positions.device) == "cpu" and lattice:
         canvas = torch.tensor(sides, dtype=torch.float64).ceil().long()
         index = fused_select_on_lattice(
@@ -135,8 +135,17 @@ def select_centers(
     return reference.select(ranking, reserved, sizes, keep), keep
 
 
-def _fused_lacks(sizes: tuple[int, ...], sides: Sequence[tuple[float, ...]]) -> str | None:
-    """Why the fused op cannot run: it maps the canvas and packs (sample, score, row) in 64 bits."""
+def _fused_lacks(
+    positions: Tensor,
+    sizes: tuple[int, ...],
+    sides: Sequence[tuple[float, ...]],
+    lattice: bool,
+) -> str | None:
+    """Why the fused ops cannot run. The one for lattices needs a map of the canvas."""
+    if positions.device.type != "cpu":
+        return f"positions are on {positions.device}"
+    if not lattice:
+        return None
     cells = sum([math.prod(row) for row in sides])
     if cells > _CELLS_PER_TOKEN * (sum(sizes) + 1024):
         return f"the canvas has {cells:.3g} cells for {sum(sizes)} tokens"
