@@ -5,10 +5,11 @@ form a node, and so on up to one root per sample, so that it adapts to any densi
 in proportion to the points alone. Unused lanes hold NaN: they compare false with every bound.
 
 Eight consecutive queries are searched together. Let r be the distance from the middle of their
-bounding box to some `limit` points near it, and rho the box's half diagonal: each query has that
+bounding box to the last of its nearest points, and rho the box's half diagonal: each query has that
 many points within r + rho, so its nearest ones are no farther from the box. These candidates are
 collected once, and a vector with a lane for each query keeps the nearest of them. Where there are
-too many (queries far apart, or many equal points) the tree is searched for each query alone.
+too many (queries far apart, or many equal points) the tree is searched for each query alone. The
+result of one search bounds the next, because consecutive queries are usually near each other.
 """
 
 import numba
