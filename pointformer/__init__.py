@@ -7,6 +7,7 @@ on batches of samples of different sizes; models built from them are in `pointfo
 from pointformer.clusters import ClusterInverse, Clusters, Neighborhoods
 from pointformer.geometry import balanced_cluster, knn, nearest_clusters, select_centers
 from pointformer.ops import interpolate, neighborhood_attention, point_conv, scored_merge
+from pointformer.segmentation import Segmentation, segment
 from pointformer.tokens import TokenSet
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "ClusterInverse",
     "Clusters",
     "Neighborhoods",
+    "Segmentation",
     "TokenSet",
     "balanced_cluster",
     "interpolate",
@@ -23,5 +25,6 @@ __all__ = [
     "neighborhood_attention",
     "point_conv",
     "scored_merge",
+    "segment",
     "select_centers",
 ]

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from pointformer.data.images import read_image
-from pointformer.instances import instances_from_logits
 
 if TYPE_CHECKING:
     from pointformer.models import Model
@@ -103,6 +102,8 @@ def segment(
     Raises:
         ValueError, TypeError: the image is unreadable or no picture, or the model has another head.
     """
+    from pointformer.instances import instances_from_logits
+
     if model.head_name != "dense" or model.num_classes != 3:
         raise ValueError(
             f"model: expected a dense head with 3 classes, got {model.name} with head "
