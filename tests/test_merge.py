@@ -81,10 +81,13 @@ def assert_as_accurate_as_eager(op, case, names):
     exact = with_gradients(op, case, names, torch.float64, impl="reference")
     eager = with_gradients(op, case, names, torch.float32, impl="reference")
     fused = with_gradients(op, case, names, torch.float32, impl="cpu")
+    # The weight net's gradients are sums of similar terms, which cancel in some of them.
+    largest = max(exact[name].abs().max() for name in NET)
     for name, value in exact.items():
         if value.numel() == 0:
             continue
-        allowed = 2 * (eager[name] - value).abs().max() + 4e-6 * value.abs().max() + 1e-6
+        scale = largest if name in NET else value.abs().max()
+        allowed = 2 * (eager[name] - value).abs().max() + 4e-6 * scale + 1e-6
         error = (fused[name] - value).abs().max()
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
