@@ -1,12 +1,7 @@
 """Neighborhood attention: the fused CPU path against the reference and the block's Linear layers.
 
-Sizes are those of AFF-Mini's stages at 224 px, batch 8; its last stage is global. The sides of a
-comparison take turns within one process; the ratios of their medians are printed (`-s`) and stored
-as extra information.
+Sizes are those of AFF-Mini's stages at 224 px, batch 8; its last stage is global.
 """
-
-import time
-from statistics import median
 
 import pytest
 import torch
@@ -15,21 +10,6 @@ from pointformer import balanced_cluster, nearest_clusters, neighborhood_attenti
 
 BATCH = 8
 STAGES = [(56, 32, 2), (28, 128, 4), (14, 256, 8), (7, 384, 16)]
-
-
-def compare(benchmark, sides, rounds=7):
-    """Benchmark the side named "cpu"; the others in turns with it, as ratios to it."""
-    times = {name: [] for name in sides}
-    for _ in range(rounds + 1):
-        for name, function in sides.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: median(values[1:]) for name, values in times.items()}  # the first compiles
-    ratios = {name: round(value / medians["cpu"], 2) for name, value in medians.items()}
-    benchmark.extra_info.update(ratios)
-    print(f"\n{benchmark.name}: cpu {medians['cpu'] * 1e3:.2f} ms; ratios {ratios}")
-    benchmark.pedantic(sides["cpu"], rounds=rounds)
 
 
 def stage(side, channels, heads):
@@ -63,7 +43,7 @@ def block_linears(channels):
 
 @pytest.mark.parametrize(("side", "channels", "heads"), STAGES)
 @pytest.mark.parametrize("training", [False, True])
-def test_neighborhood_attention(benchmark, side, channels, heads, training):
+def test_neighborhood_attention(compare, side, channels, heads, training):
     leaves, positions, neighborhoods = stage(side, channels, heads)
     linears = block_linears(channels)
     inputs = [torch.randn(len(positions), layer.in_features) for layer in linears]
@@ -93,4 +73,4 @@ def test_neighborhood_attention(benchmark, side, channels, heads, training):
         "linear": linear,
     }
     with torch.set_grad_enabled(training):
-        compare(benchmark, sides, rounds=5)
+        compare(**sides)

@@ -3,9 +3,6 @@
 Sizes are those of AFF-Mini at 224 px, batch 8.
 """
 
-import time
-from statistics import median
-
 import pytest
 import torch
 
@@ -19,24 +16,6 @@ from pointformer import (
 )
 
 BATCH = 8
-
-
-def compare(benchmark, sides, rounds=7):
-    """Time the sides in turn; their medians as multiples of "cpu" go into the report."""
-    others = {name: function for name, function in sides.items() if name != "cpu"}
-    times = {name: [] for name in others}
-
-    def time_others():
-        for name, function in others.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-
-    benchmark.pedantic(sides["cpu"], setup=time_others, rounds=rounds, warmup_rounds=1)
-    for name, values in times.items():
-        ratio = median(values[1:]) / benchmark.stats.stats.median
-        benchmark.extra_info[name] = ratio
-        benchmark.stats.name += f" ({name} {ratio:.1f}x)"
 
 
 def lattice(side, batch=BATCH):
@@ -59,7 +38,7 @@ def backward(function, inputs):
 
 @pytest.mark.parametrize(("side", "channels", "following"), [(56, 32, 128), (28, 128, 256)])
 @pytest.mark.parametrize("training", [False, True])
-def test_scored_merge(benchmark, side, channels, following, training):
+def test_scored_merge(compare, side, channels, following, training):
     torch.manual_seed(0)
     sizes = (side * side,) * BATCH
     extent = ((float(side), float(side)),) * BATCH
@@ -85,7 +64,7 @@ def test_scored_merge(benchmark, side, channels, following, training):
             for impl in ("cpu", "reference")
         }
         sides["linear"] = backward(lambda merged: linear(merged), {"merged": merged})
-        compare(benchmark, sides)
+        compare(**sides)
     else:
         with torch.no_grad():
             sides = {
@@ -93,10 +72,10 @@ def test_scored_merge(benchmark, side, channels, following, training):
                 "reference": lambda: merge("reference", **inputs),
                 "linear": lambda: linear(merged),
             }
-            compare(benchmark, sides)
+            compare(**sides)
 
 
-def test_point_conv(benchmark):
+def test_point_conv(compare):
     torch.manual_seed(0)
     positions = lattice(56, 2)
     index = knn(positions, 9, sizes=(56 * 56,) * 2)
@@ -109,12 +88,12 @@ def test_point_conv(benchmark):
             "reference": lambda: point_conv(features, positions, index, **net, impl="reference"),
             "linear": lambda: linear(out),
         }
-        compare(benchmark, sides)
+        compare(**sides)
 
 
 @pytest.mark.parametrize("k", [3, 4])
 @pytest.mark.parametrize("training", [False, True])
-def test_interpolate(benchmark, k, training):
+def test_interpolate(compare, k, training):
     torch.manual_seed(0)
     queries = lattice(56)
     rows = torch.randperm(56 * 56)[: 28 * 28]
@@ -132,6 +111,6 @@ def test_interpolate(benchmark, k, training):
             impl: backward(lambda impl=impl, **x: run(impl, **x), inputs)
             for impl in ("cpu", "reference")
         }
-        compare(benchmark, sides)
+        compare(**sides)
     else:
-        compare(benchmark, {i: lambda i=i: run(i, features) for i in ("cpu", "reference")})
+        compare(**{i: lambda i=i: run(i, features) for i in ("cpu", "reference")})

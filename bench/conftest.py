@@ -1,0 +1,49 @@
+"""How all benchmarks compare: in turns within one process, by the ratio of medians."""
+
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    """The thread count is explicit: POINTFORMER_THREADS, or all cores.
+
+    The OpenMP wait policy stays the runtime's own, a short spin: torch and Numba each have a team
+    of threads, and with "active" the idle one would keep the cores from the other.
+    """
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    torch.set_num_threads(int(os.environ.get("POINTFORMER_THREADS", os.cpu_count() or 1)))
+
+
+@pytest.fixture
+def compare(benchmark, capsys):
+    """`compare(ours=function, name=function, ...)` benchmarks the first, timing the others in turn.
+
+    Each other side's median, as a multiple of the first's, is printed and stored as extra
+    information: above 1, the first is faster.
+    """
+
+    def run(rounds: int = 7, **sides: Callable[[], object]) -> None:
+        ours, *others = sides
+        times: dict[str, list[float]] = {name: [] for name in others}
+
+        def time_others() -> None:
+            for name in others:
+                start = time.perf_counter()
+                sides[name]()
+                times[name].append(time.perf_counter() - start)
+
+        benchmark.pedantic(sides[ours], setup=time_others, rounds=rounds, warmup_rounds=1)
+        own = benchmark.stats.stats.median
+        # The first round is the warm-up.
+        ratios = {name: median(values[1:]) / own for name, values in times.items()}
+        benchmark.extra_info.update(ratios, threads=torch.get_num_threads())
+        text = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
+        with capsys.disabled():
+            print(f"\n{benchmark.name}: {ours} {own * 1e3:.2f} ms; {text}")
+
+    return run

@@ -1,0 +1,85 @@
+"""Whole models: against their own Linear and convolution layers, and over image sizes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from pointformer.models import create_model
+
+
+def layers_alone(model, images):
+    """A function that runs the model's Linear and convolution layers on what they saw for
+    `images`, and nothing else."""
+    calls = []
+    handles = [
+        module.register_forward_pre_hook(lambda m, args: calls.append((m, args[0])))
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    inputs = [(module, torch.rand_like(x)) for module, x in calls]
+
+    def run():
+        for module, x in inputs:
+            module(x)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["aff_mini", "aff_mini_1_5th", "aff_tiny"])
+def test_inference_at_224(compare, name):
+    """Goal for Mini: at most 1.6x the layers' time (0.63x here), aiming at 1.4x (0.71x)."""
+    model = create_model(name).eval()
+    images = torch.randn(8, 3, 224, 224)
+    with torch.no_grad():
+        compare(model=lambda: model(images), layers=layers_alone(model, images))
+
+
+def test_training_step_at_224(compare):
+    model = create_model("aff_mini")
+    reference = create_model("aff_mini", impl="reference")
+    images = torch.randn(2, 3, 224, 224)
+
+    def step(model):
+        model(images).square().mean().backward()
+
+    compare(rounds=3, cpu=lambda: step(model), reference=lambda: step(reference))
+
+
+@pytest.mark.parametrize("side", [256, 512, 1024, 2048])
+def test_time_over_image_size(benchmark, side):
+    """Time per pixel should stay the same; read it in the extra information."""
+    model = create_model("aff_mini", head="features").eval()
+    image = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        benchmark.pedantic(lambda: model(image), rounds=3, warmup_rounds=1)
+    benchmark.extra_info["ns_per_pixel"] = 1e9 * benchmark.stats.stats.median / side**2
+
+
+@pytest.mark.parametrize("side", [256, 512, 1024, 2048])
+def test_memory_over_image_size(benchmark, side):
+    """Peak memory of a fresh process; bytes per pixel are its growth over a small image's."""
+
+    def peak(side):
+        code = (
+            "import resource, torch\n"
+            "from pointformer.models import create_model\n"
+            "model = create_model('aff_mini', head='features').eval()\n"
+            f"with torch.no_grad(): model(torch.randn(1, 3, {side}, {side}))\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        output = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout
+        return int(output) * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB here
+
+    small = peak(64)
+    large = benchmark.pedantic(peak, args=(side,), rounds=1)
+    benchmark.extra_info["MiB"] = large / 2**20
+    benchmark.extra_info["bytes_per_pixel"] = (large - small) / (side**2 - 64**2)

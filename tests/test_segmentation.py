@@ -1,0 +1,106 @@
+"""The main job: a picture in, objects out, with the weights that come with the package."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pointformer import segment
+from pointformer.data import read_image, read_instances
+from pointformer.metrics import average_precision
+from pointformer.models import create_model, list_models
+from pointformer.pictures import focus_picture, heat, outline
+from pointformer.segmentation import as_rgb, to_tensor
+
+EXAMPLE = Path(__file__).parents[1] / "docs/nuclei.png"
+TRUTH = Path(__file__).parent / "data/nuclei_instances.png"
+
+
+@pytest.fixture(scope="module")
+def nuclei_model():
+    return create_model("aff_nano", pretrained="nuclei").eval()
+
+
+@pytest.fixture(scope="module")
+def result(nuclei_model):
+    return segment(nuclei_model, EXAMPLE)
+
+
+def test_finds_the_nuclei_of_the_example(result):
+    truth = read_instances(TRUTH)
+    score = average_precision([(result.labels, truth)])
+    assert score.at(0.5) > 0.6
+    assert abs(result.count - len(np.unique(truth)) + 1) < 0.25 * result.count
+
+
+def test_objects_describe_the_labels(result):
+    objects = result.objects()
+    assert [item.id for item in objects] == list(range(1, result.count + 1))
+    for item in objects[:5]:
+        rows, columns = np.nonzero(result.labels == item.id)
+        assert item.area == len(rows)
+        assert item.centroid == pytest.approx((columns.mean(), rows.mean()))
+        assert item.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
+def test_tokens_follow_the_content(nuclei_model, result):
+    """More of the kept tokens lie on nuclei than a uniform grid would put there."""
+    truth = read_instances(TRUTH) > 0
+    with torch.inference_mode():
+        pixels = nuclei_model.preprocess(to_tensor(result.image))[None]
+        stages = nuclei_model.backbone(pixels)
+    x, y = (stages[1].tokens.positions.long() * 4 + 2).T.numpy()
+    assert truth[y, x].mean() > 1.5 * truth.mean()
+    assert result.tokens == tuple(stage.tokens.num_tokens for stage in stages)
+
+
+def test_same_picture_in_every_form(nuclei_model, result):
+    image = read_image(EXAMPLE)
+    for form in (image, image[..., 0], to_tensor(image), str(EXAMPLE)):
+        assert np.array_equal(segment(nuclei_model, form).labels, result.labels)
+
+
+def test_rate_and_alpha_can_change_after_training(result):
+    model = create_model("aff_nano", pretrained=True, rate=0.4, alpha=1.0).eval()
+    assert model.config.rate == 0.4
+    assert segment(model, EXAMPLE).tokens[1] == int(0.4 * result.tokens[0])
+
+
+def test_pretrained_weights_are_listed():
+    assert "aff_nano.nuclei" in list_models(pretrained=True)
+    with pytest.raises(ValueError, match=r"num_classes: the weights aff_nano.nuclei have 3, not"):
+        create_model("aff_nano", pretrained="nuclei", num_classes=5)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (np.zeros((8, 8, 3)), TypeError, "expected uint8 values, got float64"),
+        (np.zeros((8, 8, 4), np.uint8), ValueError, r"expected shape .*, got \(8, 8, 4\)"),
+        (np.zeros((0, 8, 3), np.uint8), ValueError, r"got \(0, 8, 3\)"),
+        (7, TypeError, "expected a file, an array or a tensor, got int"),
+        ("nowhere.png", ValueError, "nowhere.png"),
+    ],
+    ids=["float", "channels", "empty", "number", "missing"],
+)
+def test_bad_pictures(image, error, message):
+    with pytest.raises(error, match=message):
+        as_rgb(image)
+
+
+def test_outline_leaves_the_rest_alone(result):
+    picture = outline(result.image, result.labels)
+    changed = (picture != result.image).any(-1)
+    assert 0 < changed.sum() < (result.labels > 0).sum()
+    assert not changed[result.labels == 0].any()
+
+
+def test_focus_picture_has_a_panel_per_merge(nuclei_model, result):
+    with torch.inference_mode():
+        stages = nuclei_model.backbone(nuclei_model.preprocess(to_tensor(result.image))[None])
+    sheet = np.asarray(focus_picture(result.image, stages, 4))
+    assert sheet.shape[1] == 8 + 4 * 408
+    assert heat(np.array([0.0, 0.5, 1.0])).sum(-1).tolist() == sorted(
+        heat(np.array([0.0, 0.5, 1.0])).sum(-1).tolist()
+    )
