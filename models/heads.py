@@ -55,21 +55,33 @@ class DenseHead(nn.Module):
     """Per-pixel class scores from all stages.
 
     Each stage's tokens are projected, interpolated to the first stage's grid and summed; a 3x3
-    convolution mixes neighbors there and a sub-pixel layer brings the map to the image's size.
+    convolution mixes neighbors there and a sub-pixel layer brings the map to the image's size,
+    where it meets a 3x3 convolution of the image, so that outlines are not tied to the grid.
 
     Returns logits (B, classes, H, W), or a list of (classes, H, W) for a list of images.
     """
 
     def __init__(
-        self, dims: Sequence[int], num_classes: int, stride: int = 4, channels: int = 64
+        self,
+        dims: Sequence[int],
+        num_classes: int,
+        stride: int = 4,
+        in_channels: int = 3,
+        channels: int = 64,
+        pixel_channels: int = 16,
     ) -> None:
         super().__init__()
         self.projections = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels)) for dim in dims
         )
         self.mix = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.GELU())
-        self.classify = nn.Conv2d(channels, num_classes * stride**2, 3, padding=1)
-        self.to_pixels = nn.PixelShuffle(stride)
+        self.to_pixels = nn.Sequential(
+            nn.Conv2d(channels, pixel_channels * stride**2, 1), nn.PixelShuffle(stride)
+        )
+        self.detail = nn.Conv2d(in_channels, pixel_channels, 3, padding=1)
+        self.classify = nn.Sequential(
+            nn.GELU(), nn.Conv2d(pixel_channels, num_classes, 3, padding=1)
+        )
 
     def forward(
         self, stages: list[StageOutput], images: Tensor | Sequence[Tensor]
@@ -88,13 +100,13 @@ class DenseHead(nn.Module):
                 power=2.0,
             )
         maps = grid.with_features(total).to_grid()
-        if isinstance(maps, Tensor):
-            height, width = images[0].shape[-2:]
-            return self._pixels(maps)[..., :height, :width]
+        if isinstance(images, Tensor) and isinstance(maps, Tensor):
+            return self._pixels(maps, images)
         return [
-            self._pixels(m[None])[0, :, : image.shape[-2], : image.shape[-1]]
-            for m, image in zip(maps, images, strict=True)
+            self._pixels(m[None], image[None])[0] for m, image in zip(maps, images, strict=True)
         ]
 
-    def _pixels(self, maps: Tensor) -> Tensor:
-        return self.to_pixels(self.classify(self.mix(maps)))
+    def _pixels(self, maps: Tensor, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        coarse = self.to_pixels(self.mix(maps))[..., :height, :width]
+        return self.classify(coarse + self.detail(images))

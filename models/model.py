@@ -59,7 +59,7 @@ class Model(nn.Module):
         if head == "classification":
             self.head = ClassificationHead(config.dims, num_classes)
         elif head == "dense":
-            self.head = DenseHead(config.dims, num_classes, config.patch_stride)
+            self.head = DenseHead(config.dims, num_classes, config.patch_stride, config.in_channels)
         else:
             self.head = FeatureHead(config.dims)
         self.preprocess = Preprocess()
