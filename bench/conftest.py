@@ -19,6 +19,11 @@ def pytest_configure(config):
     torch.set_num_threads(int(os.environ.get("POINTFORMER_THREADS", os.cpu_count() or 1)))
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Benchmarks run with --benchmark-only, and nothing else does then."""
+    return None if config.getoption("--benchmark-only") else True
+
+
 @pytest.fixture
 def compare(benchmark, capsys):
     """`compare(ours=function, name=function, ...)` benchmarks the first, timing the others in turn.

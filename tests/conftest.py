@@ -24,6 +24,11 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With --benchmark-only there is nothing to find here: see bench/conftest.py."""
+    return True if config.getoption("--benchmark-only") else None
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
