@@ -141,7 +141,7 @@ def test_reference_is_the_definition(dimensions, options):
 @pytest.mark.parametrize("full", [False, True])
 def test_reference_gradcheck(dimensions, blank, full):
     tensors, positions, neighborhoods = make_inputs(
-        sizes=(7, 2),
+        sizes=(5, 2),
         dimensions=dimensions,
         channels=2,
         heads=1,

@@ -73,7 +73,7 @@ class Bias(NamedTuple):
     has_blank: bool
 
 
-@njit
+@njit(forceinline=True)
 def pack_rows(rows, cluster, offsets, shape, packed):
     """Transpose the tokens of a cluster into blocks; a block without tokens stays unwritten."""
     for part in range(shape.cluster_blocks):
@@ -90,7 +90,7 @@ def pack_rows(rows, cluster, offsets, shape, packed):
                     at += 64
 
 
-@njit
+@njit(forceinline=True)
 def pack_positions(positions, cluster, offsets, shape, points):
     for part in range(shape.cluster_blocks):
         first = offsets[cluster] + 8 * part
@@ -105,7 +105,7 @@ def pack_positions(positions, cluster, offsets, shape, points):
                 points[at + shape.dimensions * 8 + lane] = MISSING if missing else f32(0.0)
 
 
-@njit
+@njit(forceinline=True)
 def list_blocks(cluster_index, token, offsets, shape, blocks, rows, counts):
     """The blocks of a token's neighborhood: number, first row and tokens of each; how many."""
     found = 0
@@ -123,7 +123,7 @@ def list_blocks(cluster_index, token, offsets, shape, blocks, rows, counts):
     return found
 
 
-@njit
+@njit(forceinline=True)
 def relate(positions, token, points, block, shape, phi, at):
     """Write the mask and the relative position features of a block: `1 + F` vectors."""
     source = block * (shape.dimensions + 1) * 8
@@ -148,7 +148,7 @@ def relate(positions, token, points, block, shape, phi, at):
             store(phi, direction + column * 8, delta * inverse)
 
 
-@njit
+@njit(forceinline=True)
 def dot_blocks(vector, at, packed, head, blocks, count, shape, target):
     """Products of one head's `vector[at:]` with the keys of blocks: (count, 8) into `target`.
 
@@ -197,7 +197,7 @@ def dot_blocks(vector, at, packed, head, blocks, count, shape, target):
         done += 6
 
 
-@njit
+@njit(forceinline=True)
 def sum_rows(
     weights, rows, counts, count, source, head, extra, extra_weight, factor, shape, to, at
 ):
@@ -282,7 +282,7 @@ def sum_rows(
             channel += 8
 
 
-@njit
+@njit(forceinline=True)
 def dot_rows(a, a_at, b, b_at, channels):
     total = zero()
     for channel in range(0, channels, 8):
@@ -290,7 +290,7 @@ def dot_rows(a, a_at, b, b_at, channels):
     return hsum(total)
 
 
-@njit
+@njit(forceinline=True)
 def add_bias(logits, count, phi, head, scale, bias, shape):
     """Turn products into logits, in place; the largest of them."""
     largest = splat(MISSING)
@@ -306,7 +306,7 @@ def add_bias(logits, count, phi, head, scale, bias, shape):
     return largest
 
 
-@njit
+@njit(forceinline=True)
 def power(x):
     """2**x, exactly 0 where it underflows: products with tiny numbers are slow."""
     return where_positive(splat(f32(-126.0)) - x, zero(), exp2(x))
@@ -369,7 +369,7 @@ def attend(
         )  # fmt: skip
 
 
-@njit
+@njit(forceinline=True)
 def add_scaled(weight, source, source_at, target, target_at, channels):
     for channel in range(0, channels, 8):
         total = fma(load(source, source_at + channel), weight, load(target, target_at + channel))
@@ -445,12 +445,12 @@ def query_gradients(
         partial[chunk * partial_size(shape) + n] = hsum(load(weight_sums, n * 8))
 
 
-@njit
+@njit(forceinline=True)
 def partial_size(shape):
     return shape.heads * (shape.features + 1 + 2 * shape.channels)
 
 
-@njit
+@njit(forceinline=True)
 def dot_queries(query, grad, first, count, queries, head, packed_key, packed_value, block, shape,
                 logits, grad_logits):  # fmt: skip
     """Products of queries with a block's keys, of output gradients with its values: (count, 8)."""
@@ -485,7 +485,7 @@ def dot_queries(query, grad, first, count, queries, head, packed_key, packed_val
         store(grad_logits, to + 24, g3)
 
 
-@njit
+@njit(forceinline=True)
 def add_outer(weights, source, first, count, queries, head, shape, target):
     """`target[head, j]` += the sum over queries of `weights[query, j] * source[query, head]`."""
     size = shape.heads * shape.channels
