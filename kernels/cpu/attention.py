@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from pointformer.kernels.cpu.inverse import inverse_lists
 from pointformer.kernels.cpu.runtime import kernel
 from pointformer.kernels.cpu.simd import (
     exp2,
@@ -594,24 +595,6 @@ def attend_backward(
         )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
-def invert(cluster_index, radius, clusters):
-    """For each cluster the queries that list it, ascending: offsets and queries."""
-    offsets = np.zeros(clusters + 1, np.int32)
-    for cluster in cluster_index:
-        if cluster >= 0:
-            offsets[cluster + 1] += 1
-    for cluster in range(clusters):
-        offsets[cluster + 1] += offsets[cluster]
-    queries = np.empty(offsets[clusters], np.int32)
-    free = offsets.copy()
-    for slot, cluster in enumerate(cluster_index):
-        if cluster >= 0:
-            queries[free[cluster]] = slot // radius
-            free[cluster] += 1
-    return offsets, queries
-
-
 def _flat(tensor):
     return tensor.detach().float().contiguous().view(-1).numpy()
 
@@ -697,7 +680,8 @@ def backward(
     shape = _shape(query, positions, cluster_index, cluster_offsets, cluster_size, position_weight)
     index = cluster_index.contiguous().view(-1).numpy()
     if inverse_offsets is None:
-        inverse = invert(index, shape.radius, shape.clusters)
+        offsets, entries = inverse_lists(index, shape.clusters)
+        inverse = offsets.astype(np.int32), (entries // shape.radius).astype(np.int32)
     else:
         inverse = inverse_offsets.numpy(), inverse_queries.numpy()
     rows = [torch.empty(query.shape, dtype=torch.float32) for _ in range(3)]

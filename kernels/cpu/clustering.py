@@ -65,8 +65,9 @@ def _codes(cells, shape, curve, bits, out):
             code = 0
             if curve == _SNAKE:
                 code = axes[dimensions - 1]
+                own = min(row, shape.shape[0] - 1)  # one shape for all, or one per row
                 for axis in range(dimensions - 2, -1, -1):
-                    length = shape[row, axis]
+                    length = shape[own, axis]
                     forward = code % 2 == 0
                     code = code * length + (axes[axis] if forward else length - 1 - axes[axis])
             elif curve == _MORTON:
@@ -134,7 +135,7 @@ def curve_code(curve, cells, shape, bits):
     rows, dimensions = cells.shape
     bits += -bits % dimensions
     out = torch.empty(rows, dtype=torch.int64)
-    shape = shape.expand(rows, dimensions)
+    shape = shape.contiguous().view(-1, dimensions)
     _codes(cells.contiguous().numpy(), shape.numpy(), _CURVES[curve], bits, out.numpy())
     return out
 
