@@ -22,6 +22,13 @@ def model(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def _same_threads_after():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def picture(tmp_path):
     rng = np.random.default_rng(0)

@@ -22,19 +22,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rate", type=float, help="share of tokens kept by each merge, in (0, 1]")
     parser.add_argument("--alpha", type=float, help="weight of the learned score, 0 = uniform grid")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads (default: all cores, but one for one picture)"
+    )
 
 
-def model_from(options: argparse.Namespace) -> Model:
-    """The model that `--model`, `--rate` and `--alpha` ask for, in eval mode."""
+def model_from(options: argparse.Namespace, pictures: int) -> Model:
+    """The model that `--model`, `--rate` and `--alpha` ask for, in eval mode.
+
+    Sets the number of threads too. One picture runs on one thread unless `--threads` says more:
+    on a first run, compiling the kernels for several threads takes longer than it saves.
+    """
     import torch
 
     from pointformer.models import create_model, load_model
 
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads: expected at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"--threads: expected at least 1, got {options.threads}")
+    threads = options.threads or (1 if pictures == 1 else None)
+    if threads is not None:
+        torch.set_num_threads(threads)
     overrides = {
         name: getattr(options, name)
         for name in ("rate", "alpha")

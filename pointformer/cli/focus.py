@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.out}: expected a file name that ends in .png")
     if not options.out.parent.is_dir():
         raise ValueError(f"{options.out.parent}: there is no such folder")
-    model = model_from(options)
+    model = model_from(options, 1)
     with torch.inference_mode():
         stages = model.backbone(model.preprocess(to_tensor(image))[None])
     picture = focus_picture(image, stages, model.config.patch_stride)

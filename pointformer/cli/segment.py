@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{twice[0]}: several pictures have this name; their results would collide"
         )
-    model = model_from(options)
+    model = model_from(options, len(paths))
     options.out.mkdir(parents=True, exist_ok=True)
     failures = 0
     for path in tqdm(paths, disable=len(paths) == 1, unit="image"):
