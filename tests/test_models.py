@@ -172,7 +172,7 @@ def test_alpha_zero_is_a_uniform_grid():
 )
 def test_options_change_the_model(option):
     """Each choice of Tables 5 and 6, and of the geometry: trains, and differs from the default."""
-    image = torch.randn(2, 3, 128, 96, generator=torch.Generator().manual_seed(1))
+    image = torch.randn(2, 3, 132, 100, generator=torch.Generator().manual_seed(1))
     default, changed = tiny("features"), tiny("features", **option)
     for stage in default.backbone.stages[:3]:
         torch.nn.init.normal_(stage.merge.score.weight)  # so that the scores matter
