@@ -1,4 +1,4 @@
-"""Neighborhood attention as registered ops: schemas, shapes, gradient, CPU entry.
+"""Neighborhood attention as registered ops: schemas, shapes, gradient.
 
 `inverse_offsets` and `inverse_queries` list for each cluster the queries that attend to it: only
 the backward op reads them, and it makes its own where they are missing. `normal` (T, H, 2)
@@ -9,13 +9,13 @@ logits; the CPU does not, because in half precision it is rounded.
 
 import torch
 
-from pointformer.kernels.library import LIBRARY
+from pointformer.kernels.library import LIBRARY, implement
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor positions, Tensor cluster_index, "
     "Tensor cluster_offsets, int cluster_size, Tensor? inverse_offsets, Tensor? inverse_queries, "
     "Tensor? position_weight, Tensor? position_bias, Tensor? blank_key, Tensor? blank_value, "
-    "float scale"
+    "float scale, str impl"
 )
 LIBRARY.define(f"neighborhood_attention({_ARGUMENTS}) -> (Tensor output, Tensor normal)")
 LIBRARY.define(
@@ -35,26 +35,16 @@ def _forward_fake(query, *arguments):
 @torch.library.register_fake("pointformer::neighborhood_attention_backward", lib=LIBRARY)
 def _backward_fake(grad, output, normal, query, key, value, *arguments):
     rows = [x.new_empty(x.shape) for x in (query, key, value)]
-    learned = [normal.new_empty(0) if x is None else torch.empty_like(x) for x in arguments[-5:-1]]
+    learned = [normal.new_empty(0) if x is None else torch.empty_like(x) for x in arguments[-6:-2]]
     return (*rows, *learned)
 
 
-@torch.library.impl("pointformer::neighborhood_attention", "CPU", lib=LIBRARY)
-def _forward_cpu(*arguments):
-    from pointformer.kernels.cpu.attention import forward
-
-    return forward(*arguments)
-
-
-@torch.library.impl("pointformer::neighborhood_attention_backward", "CPU", lib=LIBRARY)
-def _backward_cpu(*arguments):
-    from pointformer.kernels.cpu.attention import backward
-
-    return backward(*arguments)
+implement("neighborhood_attention", "attention.forward")
+implement("neighborhood_attention_backward", "attention.backward")
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.impl = inputs
     ctx.cluster_size = tensors.pop(6)
     ctx.save_for_backward(*output, *tensors)
 
@@ -64,7 +54,7 @@ def _differentiate(ctx, grad, _):
     tensors.insert(6, ctx.cluster_size)
     *rows, weight, bias, blank_key, blank_value = (
         torch.ops.pointformer.neighborhood_attention_backward(
-            grad, output, normal, *tensors, ctx.scale
+            grad, output, normal, *tensors, ctx.scale, ctx.impl
         )
     )
     learned = [
@@ -73,7 +63,7 @@ def _differentiate(ctx, grad, _):
             tensors[-4:], (weight, bias, blank_key, blank_value), strict=True
         )
     ]
-    return *rows, None, None, None, None, None, None, *learned, None
+    return *rows, None, None, None, None, None, None, *learned, None, None
 
 
 torch.library.register_autograd(

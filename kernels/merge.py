@@ -3,12 +3,12 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from pointformer.kernels.library import LIBRARY
+from pointformer.kernels.library import LIBRARY, implement
 
 _INPUTS = (
     "Tensor features, Tensor scores, Tensor positions, Tensor center_positions, "
     "Tensor cluster_offsets, Tensor cluster_index, "
-    "Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps"
+    "Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, str impl"
 )
 _GRADIENTS = ", ".join(["Tensor"] * 6)  # features, scores and the four of the weight net
 LIBRARY.define(f"scored_merge({_INPUTS}) -> Tensor")
@@ -23,34 +23,24 @@ def _fake(features, scores, positions, center_positions, offsets, index, weight,
 
 
 @torch.library.register_fake("pointformer::scored_merge_backward", lib=LIBRARY)
-def _fake_backward(grad, features, scores, positions, centers, offsets, index, *net_and_eps):
-    *net, _ = net_and_eps
+def _fake_backward(grad, features, scores, positions, centers, offsets, index, *net_and_options):
+    *net, _, _ = net_and_options
     return tuple(x.new_empty(x.shape) for x in (features, scores, *net))
 
 
-@torch.library.impl("pointformer::scored_merge", "cpu", lib=LIBRARY)
-def _forward_cpu(*inputs):
-    from pointformer.kernels.cpu import merge
-
-    return merge.forward(*inputs)
-
-
-@torch.library.impl("pointformer::scored_merge_backward", "cpu", lib=LIBRARY)
-def _backward_cpu(grad, *inputs):
-    from pointformer.kernels.cpu import merge
-
-    return merge.backward(grad, *inputs)
+implement("scored_merge", "merge.forward")
+implement("scored_merge_backward", "merge.backward")
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, ctx.impl = inputs
     ctx.save_for_backward(*tensors)
 
 
 @once_differentiable
 def _differentiate(ctx, grad):
-    features, scores, *net = _backward(grad, *ctx.saved_tensors, ctx.eps)
-    return features, scores, None, None, None, None, *net, None
+    features, scores, *net = _backward(grad, *ctx.saved_tensors, ctx.eps, ctx.impl)
+    return features, scores, None, None, None, None, *net, None, None
 
 
 torch.library.register_autograd(

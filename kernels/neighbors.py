@@ -2,7 +2,7 @@
 
 import torch
 
-from pointformer.kernels.library import LIBRARY
+from pointformer.kernels.library import LIBRARY, implement
 
 # query (Q, D) or None for the points themselves, points (P, D), both float32. `limits` neighbors
 # are listed per sample, at most `width`; `along_curve` promises that the rows of both follow a
@@ -11,25 +11,18 @@ from pointformer.kernels.library import LIBRARY
 # (Q, width) float32, every operation rounded, infinite for none.
 LIBRARY.define(
     "nearest(Tensor? query, Tensor points, SymInt[] query_sizes, SymInt[] point_sizes, "
-    "SymInt[] limits, SymInt width, bool along_curve) -> (Tensor index, Tensor distance)"
+    "SymInt[] limits, SymInt width, bool along_curve, str impl) -> (Tensor index, Tensor distance)"
 )
 fused_nearest = torch.ops.pointformer.nearest.default
 
 
 @torch.library.register_fake("pointformer::nearest", lib=LIBRARY)
-def _fake(query, points, query_sizes, point_sizes, limits, width, along_curve):
+def _fake(query, points, query_sizes, point_sizes, limits, width, along_curve, impl):
     shape = ((points if query is None else query).shape[0], width)
     return points.new_empty(shape, dtype=torch.int32), points.new_empty(shape)
 
 
-@torch.library.impl("pointformer::nearest", "CPU", lib=LIBRARY)
-def _nearest_cpu(query, points, query_sizes, point_sizes, limits, width, along_curve):
-    from pointformer.kernels.cpu import neighbors
-
-    points = points.detach().contiguous().numpy()
-    query = points if query is None else query.detach().contiguous().numpy()
-    found = neighbors.nearest(query, points, query_sizes, point_sizes, limits, width, along_curve)
-    return tuple(torch.from_numpy(array) for array in found)
+implement("nearest", "neighbors.nearest")
 
 
 def _no_gradient(ctx, inputs, output):
@@ -37,5 +30,5 @@ def _no_gradient(ctx, inputs, output):
 
 
 torch.library.register_autograd(
-    "pointformer::nearest", lambda ctx, *grads: (None,) * 7, setup_context=_no_gradient, lib=LIBRARY
+    "pointformer::nearest", lambda ctx, *grads: (None,) * 8, setup_context=_no_gradient, lib=LIBRARY
 )

@@ -2,11 +2,12 @@
 
 import torch
 
-from pointformer.kernels.library import LIBRARY
+from pointformer.kernels.library import LIBRARY, implement
 
 LIBRARY.define(
     "select_on_lattice(Tensor scores, Tensor positions, Tensor offsets, Tensor extent, "
-    "Tensor kept_offsets, int kept, float alpha, int stride, str prior, bool reserve) -> Tensor"
+    "Tensor kept_offsets, int kept, float alpha, int stride, str prior, bool reserve, "
+    "str impl) -> Tensor"
 )
 fused_select_on_lattice = torch.ops.pointformer.select_on_lattice.default
 
@@ -16,10 +17,4 @@ def _fake(scores, positions, offsets, extent, kept_offsets, kept, *options):
     return offsets.new_empty(kept)
 
 
-@torch.library.impl("pointformer::select_on_lattice", "cpu", lib=LIBRARY)
-def _cpu(scores, positions, offsets, extent, kept_offsets, kept, alpha, stride, prior, reserve):
-    from pointformer.kernels.cpu import selection
-
-    return selection.select(
-        scores, positions, offsets, extent, kept_offsets, kept, alpha, stride, prior, reserve
-    )
+implement("select_on_lattice", "selection.select")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Mapping
 
 import torch
@@ -12,33 +14,54 @@ IMPLEMENTATIONS = ("reference", "cpu", "triton")
 def choose(
     op: str,
     impl: str | None,
-    unsupported: Mapping[str, Callable[[], str | None]],
+    lacks: Mapping[str, Callable[[], str | None]],
     device: torch.device,
 ) -> str:
-    """The implementation to run.
+    """The implementation to run. Nothing falls back silently.
 
     Args:
         op: name of the public op, for messages.
-        impl: what the user asked for, or `None` for the device's default: the fast path of the
-            device where it supports the arguments, else the reference.
-        unsupported: for each fast implementation of the op, a function that says in words why it
-            cannot run these arguments, or returns `None` if it can.
+        impl: what the user asked for, or `None` for the device's own: "cpu" on CPUs, "triton" on
+            GPUs, the reference on devices or for ops without a fast implementation.
+        lacks: for each fast implementation of the op, a function that says in words which argument
+            it cannot run, or returns `None` if it can. Devices are checked here.
         device: where the arguments live.
 
     Raises:
-        ValueError: `impl` is unknown, does not exist for the op, or cannot run the arguments.
+        ValueError: `impl` is unknown, does not exist for the op, or cannot run the arguments; the
+            message names the argument and the remedy.
     """
+    chosen = impl
     if impl is None:
-        native = "cpu" if device.type == "cpu" else "triton"
-        runs = native in unsupported and unsupported[native]() is None
-        return native if runs else "reference"
-    if impl not in ("reference", *unsupported):
-        known = ", ".join(repr(name) for name in ("reference", *unsupported))
+        native = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+        chosen = native if native in lacks else "reference"
+    if chosen == "reference":
+        return chosen
+    if chosen not in lacks:
+        known = ", ".join(repr(name) for name in ("reference", *lacks))
+        raise ValueError(f"{op}: impl={impl!r} does not exist, expected one of {known} or None")
+    reason = _device_lacks(chosen, device) or lacks[chosen]()
+    if reason is not None:
         raise ValueError(
-            f"{op}: impl={impl!r} is not available here, expected one of {known} or None"
+            f"{op}: impl={impl!r} cannot run this on {device}: {reason}; use impl='reference'"
         )
-    if impl != "reference":
-        reason = unsupported[impl]()
-        if reason is not None:
-            raise ValueError(f"{op}: impl={impl!r} cannot run this: {reason}; use impl='reference'")
-    return impl
+    return chosen
+
+
+def everything() -> None:
+    """For `choose`: an implementation that can run all arguments."""
+
+
+def _device_lacks(impl: str, device: torch.device) -> str | None:
+    if impl == "cpu":
+        return None if device.type == "cpu" else f"it needs tensors on the CPU, not on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return (
+            "on a CPU Triton kernels run only in Triton's interpreter, for tests: start Python "
+            "with TRITON_INTERPRET=1"
+        )
+    if device.type not in ("cpu", "cuda"):
+        return f"it needs a CUDA or ROCm device, not {device}"
+    return None

@@ -94,6 +94,8 @@ def make_inputs(
 def attend(tensors, positions, neighborhoods, **options):
     tensors = dict(tensors)
     query, key, value = (tensors.pop(name) for name in ("query", "key", "value"))
+    if query.dtype == torch.float64:
+        options.setdefault("impl", "reference")
     return neighborhood_attention(query, key, value, positions, neighborhoods, **tensors, **options)
 
 
@@ -396,6 +398,7 @@ def registered_arguments(tensors, positions, neighborhoods):
         None,
         *(tensors.get(n) for n in ("position_weight", "position_bias", "blank_key", "blank_value")),
         0.25,
+        "cpu",
     )
 
 
@@ -524,7 +527,7 @@ BAD = {
     "blank_value: expected a tensor": lambda a: a.update(blank_value=None),
     "blank_key: expected shape": lambda a: a.update(blank_key=torch.ones(2, 9)),
     "blank_key: expected a tensor": lambda a: a.update(blank_key=None),
-    "impl='fast' is not available": lambda a: a.update(impl="fast"),
+    "impl='fast' does not exist": lambda a: a.update(impl="fast"),
 }
 
 
@@ -545,3 +548,5 @@ def test_what_the_fused_op_lacks(options, message):
     inputs = make_inputs(**{"dtype": torch.float32, **options})
     with pytest.raises(ValueError, match=f"impl='cpu' .*{message}.*; use impl='reference'"):
         attend(*inputs, impl="cpu")
+    with pytest.raises(ValueError, match=f"impl=None .*{message}"):  # no silent fallback
+        attend(*inputs, impl=None)

@@ -61,8 +61,8 @@ def test_fused_codes_equal_torch(curve, dimensions):
     cells = (torch.rand(5000, dimensions, generator=generator) * shape).long()
     cells = cells.minimum(shape - 1)
     expected = curve_code(curve, cells, shape, 20)
-    assert torch.equal(fused_curve_code(curve, cells, shape, 20), expected)
-    torch.library.opcheck(fused_curve_code, (curve, cells[:50], shape[:50], 20))
+    assert torch.equal(fused_curve_code(curve, cells, shape, 20, "cpu"), expected)
+    torch.library.opcheck(fused_curve_code, (curve, cells[:50], shape[:50], 20, "cpu"))
 
 
 def test_wrong_cells_are_named():

@@ -195,6 +195,7 @@ def test_parity_of_merging(name):
         packed_index(get("kept")[..., None], tokens)[:, 0],
         Neighborhoods(cluster_index, clusters),
         **{n: leaves[n][0] for n in NET},
+        impl="reference",
     )
     assert_parity(get, after_merge(merged, leaves), leaves)
 
@@ -212,6 +213,7 @@ def test_parity_of_point_conv(name):
         get("positions").flatten(0, 1).float(),
         packed_index(get("neighbors"), get("features").shape[1]),
         **net,
+        impl="reference",
     )
     assert_parity(get, after_merge(out, leaves), leaves)
 
@@ -370,7 +372,7 @@ def test_opcheck():
     positions = case["positions"], case["positions"][case["centers"]]
     lists = chosen.clusters.offsets, chosen.cluster_index
     floats = [case[n].requires_grad_() for n in ("features", "scores", *NET)]
-    torch.library.opcheck(fused_merge, (*floats[:2], *positions, *lists, *floats[2:], 1e-5))
+    torch.library.opcheck(fused_merge, (*floats[:2], *positions, *lists, *floats[2:], 1e-5, "cpu"))
 
 
 def test_second_derivative_is_an_error():
@@ -431,13 +433,14 @@ def test_memory_does_not_grow_with_the_neighborhood():
     assert rise < arrays + 4 * lists < gathered / 4
 
 
-def test_other_numbers_of_weights_use_the_reference():
+def test_other_numbers_of_weights_need_the_reference():
     case = make_case()
     for name in NET:
         case[name] = case[name][:3]
-    assert scored_merge(**case).shape[1] == 3 * case["features"].shape[1]
-    with pytest.raises(ValueError, match="M = 3"):
-        scored_merge(**case, impl="cpu")
+    assert scored_merge(**case, impl="reference").shape[1] == 3 * case["features"].shape[1]
+    for impl in (None, "cpu"):
+        with pytest.raises(ValueError, match=r"M = 3.*use impl='reference'"):
+            scored_merge(**case, impl=impl)
 
 
 @pytest.mark.parametrize(

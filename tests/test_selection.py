@@ -274,19 +274,16 @@ def test_scores_of_any_sign_and_dtype():
 def test_an_empty_canvas_is_searched_without_a_map():
     positions = torch.tensor([[0.0, 0.0], [99_999.0, 5.0], [64.0, 64.0], [65.0, 64.0]])
     kwargs = {"extent": (100_000, 100_000), "rate": 0.5, "stride": 2, "reserve": False}
-    index, _ = select_centers(torch.zeros(4), positions, **kwargs)
-    assert index.tolist() == [0, 2]
-    with pytest.raises(
-        ValueError, match=r"impl='cpu' cannot run this: the canvas has 1e\+10 cells"
-    ):
-        select_centers(torch.zeros(4), positions, impl="cpu", **kwargs)
+    for impl in (None, "reference", "cpu"):
+        index, _ = select_centers(torch.zeros(4), positions, impl=impl, **kwargs)
+        assert index.tolist() == [0, 2]
 
 
 def test_registered_op():
     positions = full_lattice((8, 8))
     arguments = (
         torch.rand(64), positions, torch.tensor([0, 64]), torch.tensor([[8, 8]]),
-        torch.tensor([0, 16]), 16, 4.0, 2, "adaptive", True,
+        torch.tensor([0, 16]), 16, 4.0, 2, "adaptive", True, "cpu",
     )  # fmt: skip
     torch.library.opcheck(fused_select_on_lattice, arguments)
 

@@ -418,7 +418,9 @@ def _plant(points, ids, sizes):
 
 
 def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve):
-    """See `pointformer.kernels.neighbors`; arrays instead of tensors, `query` may be `points`."""
+    """See `pointformer.kernels.neighbors`."""
+    points = points.detach().contiguous().numpy()
+    query = points if query is None else query.detach().contiguous().numpy()
     index = np.empty((len(query), width), np.int32)
     distance = np.empty((len(query), width), np.float32)
     if along_curve:
@@ -438,4 +440,4 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve)
     last_rows = np.minimum(first_rows + _LANES, ends[samples + 1])
     tree = _plant(in_order, ids, point_sizes)
     _search(query, rows, first_rows, last_rows, samples, limits, tree, index, distance)
-    return index, distance
+    return torch.from_numpy(index), torch.from_numpy(distance)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pointformer._checks import check_finite, check_per_sample, check_positions, check_sizes
-from pointformer._dispatch import choose
+from pointformer._dispatch import choose, everything
 from pointformer.clusters import Clusters, offsets_of
 from pointformer.geometry.curves import CURVES, curve_code
 from pointformer.kernels.clustering import (
@@ -100,11 +101,12 @@ def balanced_cluster(
         raise ValueError(f"extent: expected finite numbers >= 0, got {sides!r:.80}")
 
     device = positions.device
-    fast = {"cpu": lambda: None if device.type == "cpu" else f"positions are on {device}"}
-    fused = choose("balanced_cluster", impl, fast, device) == "cpu"
-    code_of = fused_curve_code if fused else curve_code
-    keys_of = fused_cluster_keys if fused else reference.cluster_keys
-    centers_of = fused_cluster_centers if fused else reference.cluster_centers
+    code_of, keys_of, centers_of = curve_code, reference.cluster_keys, reference.cluster_centers
+    chosen = choose("balanced_cluster", impl, {"cpu": everything}, device)
+    if chosen != "reference":
+        code_of = partial(fused_curve_code, impl=chosen)
+        keys_of = partial(fused_cluster_keys, impl=chosen)
+        centers_of = partial(fused_cluster_centers, impl=chosen)
     counts = tuple(-(-size // cluster_size) for size in sizes)
     in_order = [size <= global_size for size in sizes]
     if all(in_order):

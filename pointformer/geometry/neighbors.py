@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from pointformer._checks import check_finite, check_positions, check_sizes, check_tensor
-from pointformer._dispatch import choose
+from pointformer._dispatch import choose, everything
 from pointformer.clusters import Clusters, Neighborhoods, offsets_of
 from pointformer.kernels.neighbors import fused_nearest
 from pointformer.reference import neighbors as reference
 
 _SCOPES = ("token", "tile")
+_FAST = {"cpu": everything}
 
 
 def nearest_clusters(
@@ -84,7 +85,7 @@ def nearest_clusters(
         for size, count in zip(sizes, counts, strict=True)
     )
     width = max(limits, default=0)
-    chosen = choose("nearest_clusters", impl, _fast(positions), positions.device)
+    chosen = choose("nearest_clusters", impl, _FAST, positions.device)
     tile = tile_size if scope == "tile" else 1
     query, query_sizes = positions, sizes
     if tile > 1:
@@ -93,7 +94,7 @@ def nearest_clusters(
     if chosen == "reference":
         index, _ = reference.nearest(query, centers, query_sizes, counts, limits, width)
     else:
-        index, _ = fused_nearest(query, centers, query_sizes, counts, limits, width, True)
+        index, _ = fused_nearest(query, centers, query_sizes, counts, limits, width, True, chosen)
     if include_own and width:
         own = clusters.assignment.int()
         own = own[rows.clamp(min=0)].where(rows >= 0, -1) if tile > 1 else own[:, None]
@@ -188,23 +189,19 @@ def knn(
         check_finite("query", query, query_sizes)
     width = k if include_self else k + 1
     limits = (width,) * len(sizes)
-    if choose("knn", impl, _fast(positions), positions.device) == "reference":
+    chosen = choose("knn", impl, _FAST, positions.device)
+    if chosen == "reference":
         asking = positions if query is None else query
         index, distance = reference.nearest(asking, positions, query_sizes, sizes, limits, width)
     else:
-        index, distance = fused_nearest(query, positions, query_sizes, sizes, limits, width, False)
+        options = (query_sizes, sizes, limits, width, False, chosen)
+        index, distance = fused_nearest(query, positions, *options)
     if not include_self:
         own = torch.arange(positions.shape[0], dtype=torch.int32, device=positions.device)
         after_own = (index == own[:, None]).cumsum(1)[:, :k] > 0
         index = torch.where(after_own, index[:, 1:], index[:, :k])
         distance = torch.where(after_own, distance[:, 1:], distance[:, :k])
     return (index, distance.sqrt()) if return_distance else index
-
-
-def _fast(positions: Tensor) -> dict[str, Callable[[], str | None]]:
-    """What the fast implementations cannot do, for `choose`."""
-    where = positions.device
-    return {"cpu": lambda: None if where.type == "cpu" else f"positions are on {where}"}
 
 
 def _tile_rows(

@@ -15,7 +15,7 @@ from pointformer._checks import (
     check_sizes,
     check_tensor,
 )
-from pointformer._dispatch import choose
+from pointformer._dispatch import choose, everything
 from pointformer.clusters import offsets_of
 from pointformer.geometry.neighbors import knn
 from pointformer.kernels.selection import fused_select_on_lattice
@@ -105,8 +105,8 @@ def select_centers(
         _number_kept(size, side, rate, stride if reserve else None)
         for size, side in zip(sizes, sides, strict=True)
     )
-    fast = {"cpu": lambda: _fused_lacks(positions, sizes, sides, lattice)}
-    if choose("select_centers", impl, fast, positions.device) == "cpu" and lattice:
+    chosen = choose("select_centers", impl, {"cpu": everything}, positions.device)
+    if chosen != "reference" and lattice and _map_fits(sizes, sides):
         canvas = torch.tensor(sides, dtype=torch.float64).ceil().long()
         index = fused_select_on_lattice(
             scores,
@@ -119,6 +119,7 @@ def select_centers(
             int(stride),
             prior or "none",
             reserve,
+            chosen,
         )
         return index, keep
 
@@ -135,23 +136,11 @@ def select_centers(
     return reference.select(ranking, reserved, sizes, keep), keep
 
 
-def _fused_lacks(
-    positions: Tensor,
-    sizes: tuple[int, ...],
-    sides: Sequence[tuple[float, ...]],
-    lattice: bool,
-) -> str | None:
-    """Why the fused ops cannot run. The one for lattices needs a map of the canvas."""
-    if positions.device.type != "cpu":
-        return f"positions are on {positions.device}"
-    if not lattice:
-        return None
+def _map_fits(sizes: tuple[int, ...], sides: Sequence[tuple[float, ...]]) -> bool:
+    """Whether the fused op for lattices can run: it maps the canvas and packs keys in 64 bits."""
     cells = sum([math.prod(row) for row in sides])
-    if cells > _CELLS_PER_TOKEN * (sum(sizes) + 1024):
-        return f"the canvas has {cells:.3g} cells for {sum(sizes)} tokens"
-    if len(sizes).bit_length() + max(sizes, default=0).bit_length() > _KEY_BITS:
-        return f"{len(sizes)} samples of up to {max(sizes)} tokens"
-    return None
+    bits = len(sizes).bit_length() + max(sizes, default=0).bit_length()
+    return cells <= _CELLS_PER_TOKEN * (sum(sizes) + 1024) and bits <= _KEY_BITS
 
 
 def _lattice_parts(

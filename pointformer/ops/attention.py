@@ -50,7 +50,7 @@ def neighborhood_attention(
         blank_key, blank_value: (H, d), both or neither.
         scale: factor of the products of query and key, d ** -0.5 if `None`.
         impl: "reference" (any of the dtypes, differentiable twice), "cpu" (float32 arithmetic, d a
-            multiple of 8 up to 128), or `None` for the best that supports the arguments.
+            multiple of 8 up to 128), or `None` for the device's own.
 
     Returns:
         (T, H, d) in the dtype of `query`. Sums are accumulated in float32, for float64 in float64.
@@ -88,8 +88,9 @@ def neighborhood_attention(
     if scale is None:
         scale = channels**-0.5 if channels else 1.0
 
-    fast = {"cpu": lambda: _cpu_lacks(query)}
-    if choose("neighborhood_attention", impl, fast, device) == "cpu":
+    lacks = {"cpu": lambda: _cpu_lacks(query)}
+    chosen = choose("neighborhood_attention", impl, lacks, device)
+    if chosen != "reference":
         clusters, inverse = neighborhoods.clusters, neighborhoods.inverse
         output, _ = torch.ops.pointformer.neighborhood_attention(
             query,
@@ -106,6 +107,7 @@ def neighborhood_attention(
                 for tensor in (position_weight, position_bias, blank_key, blank_value)
             ),
             scale,
+            chosen,
         )
         return output
     return reference.neighborhood_attention(
@@ -135,8 +137,6 @@ def _check_neighborhoods(neighborhoods: object, tokens: int, device: torch.devic
 
 def _cpu_lacks(query: Tensor) -> str | None:
     """Why the CPU kernels cannot run, in words, or `None`."""
-    if query.device.type != "cpu":
-        return f"query is on {query.device}"
     if query.dtype == torch.float64:
         return "query is float64 and the CPU kernels compute in float32"
     channels = query.shape[2]

@@ -47,9 +47,8 @@ def interpolate(
         k: neighbors to search for.
         power: of the distance, a positive number, or a tensor of one element to learn it.
         eps: positive, in units of distance ** power.
-        impl: "reference", "cpu" or None (the fast path of the device where it supports the
-            arguments). "cpu" does not take float64, gives no gradient for positions, and is
-            differentiable once; the reference does all of these.
+        impl: "reference", "cpu" or None (the device's own). "cpu" does not take float64, gives no
+            gradient for positions, and is differentiable once; the reference does all of these.
 
     Returns:
         (Q, C) in the dtype of `features`; a query without neighbors gets zeros.
@@ -91,18 +90,25 @@ def interpolate(
         )
 
     def cpu_lacks() -> str | None:
-        if device.type != "cpu":
-            return f"features are on {device}"
         if features.dtype == torch.float64:
             return "features are float64"
         if positions.requires_grad or query_positions.requires_grad:
             return "positions or query_positions require a gradient"
         return None
 
-    if choose("interpolate", impl, {"cpu": cpu_lacks}, device) == "reference":
+    chosen = choose("interpolate", impl, {"cpu": cpu_lacks}, device)
+    if chosen == "reference":
         return reference_interpolate(
             features, positions, query_positions, neighbor_index, power, eps
         )
     power = power.float() if isinstance(power, Tensor) else torch.full((), power, device=device)
-    inputs = (features.float(), positions, query_positions, neighbor_index.int(), power, eps)
+    inputs = (
+        features.float(),
+        positions,
+        query_positions,
+        neighbor_index.int(),
+        power,
+        eps,
+        chosen,
+    )
     return fused_interpolate(*inputs).to(features.dtype)

@@ -51,8 +51,8 @@ def scored_merge(
             only the differences.
         bias, norm_weight, norm_bias: (M,).
         eps: of the LayerNorm over M.
-        impl: "reference", "cpu" or None (the fast path of the device where it supports the
-            arguments). "cpu" needs M = 4, does not take float64, and is differentiable once.
+        impl: "reference", "cpu" or None (the device's own). "cpu" needs M = 4, does not take
+            float64, and is differentiable once.
 
     Returns:
         (T', M * C) in the dtype of `features`; sums are in float32, for float64 in float64.
@@ -75,12 +75,13 @@ def scored_merge(
 
     centered = neighborhoods.select(centers)
     net = (weight, bias, norm_weight, norm_bias)
-    if choose("scored_merge", impl, {"cpu": cpu_lacks}, device) == "reference":
+    chosen = choose("scored_merge", impl, {"cpu": cpu_lacks}, device)
+    if chosen == "reference":
         rows, mask = centered.members()
         inputs = (features, scores, positions, positions[centers], rows, mask)
         return reference_merge(*inputs, *net, eps)
     lists = (centered.clusters.offsets, centered.cluster_index)
-    return _fused(features, scores, positions, positions[centers], *lists, net, eps)
+    return _fused(features, scores, positions, positions[centers], *lists, net, eps, chosen)
 
 
 def point_conv(
@@ -142,7 +143,8 @@ def point_conv(
         return _cpu_lacks(features, weight)
 
     net = (weight, bias, norm_weight, norm_bias)
-    if choose("point_conv", impl, {"cpu": cpu_lacks}, device) == "reference":
+    chosen = choose("point_conv", impl, {"cpu": cpu_lacks}, device)
+    if chosen == "reference":
         scores = features.new_ones(tokens)
         index = neighbor_index.long()
         inputs = (features, scores, positions, center_positions, index, index >= 0)
@@ -151,7 +153,7 @@ def point_conv(
     offsets = torch.arange(tokens + 1, dtype=torch.int32, device=device)
     lists = (offsets, neighbor_index.int())
     scores = torch.ones(tokens, device=device)
-    return _fused(features, scores, positions, center_positions, *lists, net, eps)
+    return _fused(features, scores, positions, center_positions, *lists, net, eps, chosen)
 
 
 def _fused(
@@ -163,9 +165,11 @@ def _fused(
     cluster_index: Tensor,
     net: tuple[Tensor, ...],
     eps: float,
+    impl: str,
 ) -> Tensor:
     lists = (positions, center_positions, offsets, cluster_index)
-    merged = fused_merge(features.float(), scores.float(), *lists, *(x.float() for x in net), eps)
+    net = tuple(x.float() for x in net)
+    merged = fused_merge(features.float(), scores.float(), *lists, *net, eps, impl)
     return merged.to(features.dtype)
 
 
@@ -195,8 +199,6 @@ def _check_weight_net(
 
 
 def _cpu_lacks(features: Tensor, weight: Tensor) -> str | None:
-    if features.device.type != "cpu":
-        return f"features are on {features.device}"
     if features.dtype == torch.float64:
         return "features are float64"
     if weight.shape[0] != 4:

@@ -1,0 +1,91 @@
+"""How Triton kernels are specialized, launched and compiled ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+INTERPRETED = triton.knobs.runtime.interpret
+_POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialization of a kernel: what is launched, and what is compiled ahead of time.
+
+    Attributes:
+        kernel: a `triton.jit` function.
+        arguments: type of each argument that is not a constant, in order: a dtype for a pointer to
+            such elements, or a scalar's type ("i32", "i64", "fp32").
+        constants: the `tl.constexpr` arguments by name.
+        num_warps, num_stages: see Triton. With Triton's warps of 32 threads on NVIDIA, 64 on AMD.
+        fp_fusion: let the compiler contract a * b + c to one rounding; off where results must equal
+            the CPU's bit for bit.
+    """
+
+    kernel: Callable
+    arguments: tuple[torch.dtype | str, ...]
+    constants: Mapping[str, object] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+    fp_fusion: bool = True
+
+    def launch(self, grid: tuple[int, ...], *arguments) -> None:
+        """Run on the device of the tensors; nothing happens where the grid is empty."""
+        for position, (given, expected) in enumerate(zip(arguments, self.arguments, strict=True)):
+            if isinstance(given, torch.Tensor) and given.dtype != expected:
+                raise TypeError(
+                    f"{self.name}: argument {position} is {given.dtype}, expected {expected}"
+                )
+        if 0 in grid:
+            return
+        tensors = [given for given in arguments if isinstance(given, torch.Tensor)]
+        device = tensors[0].device
+        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        options = {} if INTERPRETED else self._options
+        with guard:
+            self.kernel[grid](*arguments, **self.constants, **options)
+
+    def compile(self, target: GPUTarget) -> triton.compiler.CompiledKernel:
+        """Compile for a GPU that need not be there."""
+        names = [name for name in self.kernel.arg_names if name not in self.constants]
+        types = [
+            _POINTERS[kind] if isinstance(kind, torch.dtype) else kind for kind in self.arguments
+        ]
+        signature = dict(zip(names, types, strict=True))
+        signature.update(dict.fromkeys(self.constants, "constexpr"))
+        # As at launch: torch aligns allocations, and Triton then vectorizes loads.
+        aligned = {
+            (self.kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in zip(names, types, strict=True)
+            if kind.startswith("*")
+        }
+        source = ASTSource(self.kernel, signature, dict(self.constants), aligned)
+        return triton.compile(source, target=target, options=self._options)
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def _options(self) -> dict[str, object]:
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fp_fusion,
+        }
