@@ -1,4 +1,8 @@
-"""Balanced clustering: the registered ops for curve codes, sort keys and cluster centers."""
+"""Balanced clustering: the registered ops for curve codes, sort keys and cluster centers.
+
+GPUs compute the keys from the grids alone (`curve_keys`). CPUs look anchors up in tables, made once
+per call from the codes of all cells (`curve_code`, `cluster_keys`): fewer operations per token.
+"""
 
 import torch
 
@@ -9,11 +13,19 @@ LIBRARY.define(
     "Tensor shape, Tensor first_cell, Tensor anchor_of_cell, Tensor anchors, str impl) -> Tensor"
 )
 LIBRARY.define("curve_code(str curve, Tensor cells, Tensor shape, int bits, str impl) -> Tensor")
+# Grids as flat lists with D numbers per sample: corner of the canvas, sides of a cell, cells per
+# axis; `longest` is the axis along which a single anchor has its virtual neighbors. Without
+# `anchors`, keys are places along the curve and the grids have 2**16 (2-D) or 2**15 cells per axis.
+LIBRARY.define(
+    "curve_keys(Tensor positions, SymInt[] sizes, float[] origin, float[] cell_size, "
+    "SymInt[] shape, SymInt[] longest, str curve, bool anchors, str impl) -> Tensor"
+)
 LIBRARY.define(
     "cluster_centers(Tensor positions, Tensor order, Tensor offsets, str impl) -> Tensor"
 )
 fused_curve_code = torch.ops.pointformer.curve_code.default
 fused_cluster_keys = torch.ops.pointformer.cluster_keys.default
+fused_curve_keys = torch.ops.pointformer.curve_keys.default
 fused_cluster_centers = torch.ops.pointformer.cluster_centers.default
 
 
@@ -27,6 +39,11 @@ def _fake_keys(positions, offsets, *walk_and_impl):
     return offsets.new_empty(positions.shape[0])
 
 
+@torch.library.register_fake("pointformer::curve_keys", lib=LIBRARY)
+def _fake_curve_keys(positions, *grids_and_impl):
+    return positions.new_empty(positions.shape[0], dtype=torch.int64)
+
+
 @torch.library.register_fake("pointformer::cluster_centers", lib=LIBRARY)
 def _fake_centers(positions, order, offsets, impl):
     return positions.new_empty(offsets.shape[0] - 1, positions.shape[1])
@@ -34,4 +51,5 @@ def _fake_centers(positions, order, offsets, impl):
 
 implement("curve_code", "clustering.curve_code")
 implement("cluster_keys", "clustering.keys")
+implement("curve_keys", "clustering.curve_keys")
 implement("cluster_centers", "clustering.centers")

@@ -64,12 +64,19 @@ def check_sizes(name: str, sizes: Sequence[int] | None, total: int) -> tuple[int
     return sizes
 
 
+def can_read(values: Tensor) -> bool:
+    """Whether checks may look at the values: not while a graph is traced or a GPU's captured."""
+    if torch.compiler.is_compiling() or values.device.type == "meta":
+        return False
+    return values.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 def check_finite(name: str, positions: Tensor, sizes: Sequence[int]) -> None:
     """Raise if a position is NaN or infinite, naming the sample and the row.
 
-    Reads the tensor's values, so it waits for the device; skipped while a graph is traced.
+    Waits for the device; skipped where values cannot be read, see `can_read`.
     """
-    if torch.compiler.is_compiling() or positions.device.type == "meta":
+    if not can_read(positions):
         return
     if bool(torch.isfinite(positions.sum())):  # one pass; NaN and infinity survive a sum
         return

@@ -122,9 +122,9 @@ class TokenSet:
     @property
     def sample_index(self) -> Tensor:
         """(T,) int64, the sample of each row."""
-        sizes = torch.tensor(self.sizes, device=self.device)
         samples = torch.arange(self.batch_size, device=self.device)
-        return torch.repeat_interleave(samples, sizes, output_size=self.num_tokens)
+        lengths = self.batch_offsets.diff()
+        return torch.repeat_interleave(samples, lengths, output_size=self.num_tokens)
 
     def with_features(self, features: Tensor) -> TokenSet:
         """The same tokens with other features (T, C')."""
@@ -146,6 +146,7 @@ class TokenSet:
         anchors: bool = True,
         remainder: str = "spread",
         global_size: int = 0,
+        check_values: bool = True,
         impl: str | None = None,
     ) -> TokenSet:
         """The tokens reordered into balanced clusters; see `balanced_cluster`."""
@@ -160,6 +161,7 @@ class TokenSet:
             anchors=anchors,
             remainder=remainder,
             global_size=global_size,
+            check_values=check_values,
             impl=impl,
         )
         return TokenSet(
@@ -216,14 +218,17 @@ class TokenSet:
             raise ValueError("to_grid: this token set has no extent, so the map's size is unknown")
         shapes = [tuple(int(side) for side in reversed(extent)) for extent in self.extent]
         volumes = [math.prod(shape) for shape in shapes]
-        sides = torch.tensor(self.extent, dtype=torch.int64, device=self.device)
-        strides = torch.cat([torch.ones_like(sides[:, :1]), sides.cumprod(1)[:, :-1]], dim=1)
         sample = self.sample_index
-        base = offsets_of(volumes, self.device)[sample]
-        cell = base + (self.positions.long() * strides[sample]).sum(1)
+        same = len(set(shapes)) == 1  # then nothing is copied from the host
+        sides = torch.tensor(shapes, device=self.device)[sample] if not same else None
+        cell = torch.zeros_like(sample)
+        for axis in range(self.dimensions):  # of the map: the last position first
+            side = shapes[0][axis] if sides is None else sides[:, axis]
+            cell = cell * side + self.positions[:, -1 - axis].long()
+        cell += offsets_of(volumes, self.device)[sample]
         flat = self.features.new_full((sum(volumes), self.channels), fill)
         flat = flat.index_copy(0, cell, self.features)
-        if len(set(shapes)) == 1:
+        if same:
             batch = flat.view(self.batch_size, volumes[0], self.channels).transpose(1, 2)
             return batch.reshape(self.batch_size, self.channels, *shapes[0])
         pieces = flat.split(volumes)

@@ -17,6 +17,7 @@ from pointformer.kernels.clustering import (
     fused_cluster_centers,
     fused_cluster_keys,
     fused_curve_code,
+    fused_curve_keys,
 )
 from pointformer.reference import clustering as reference
 
@@ -37,6 +38,7 @@ def balanced_cluster(
     anchors: bool = True,
     remainder: str = "spread",
     global_size: int = 0,
+    check_values: bool = True,
     impl: str | None = None,
 ) -> Clusters:
     """Sort the tokens of each sample along a curve and cut them into clusters of equal size.
@@ -71,7 +73,9 @@ def balanced_cluster(
         remainder: "spread" for ceil(n / cluster_size) clusters whose sizes differ by at most one,
             larger ones first; "last" for full clusters, where a sample's last may be short.
         global_size: samples with at most this many tokens keep the order of their rows.
-        impl: "reference" or "cpu"; `None` chooses by device.
+        check_values: whether to look for positions that are not finite, which waits for the device.
+            Never done under `torch.compile` and while a CUDA graph is captured.
+        impl: "reference", "cpu" or "triton"; `None` chooses by device.
 
     Returns:
         The clusters; put features in their order with `x[clusters.order]`.
@@ -88,7 +92,8 @@ def balanced_cluster(
     for name, value, known in (("curve", curve, CURVES), ("remainder", remainder, _REMAINDERS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    check_finite("positions", positions, sizes)
+    if check_values:
+        check_finite("positions", positions, sizes)
     if extent is None:
         if origin is not None:
             raise ValueError("origin: give extent too, or neither")
@@ -101,11 +106,9 @@ def balanced_cluster(
         raise ValueError(f"extent: expected finite numbers >= 0, got {sides!r:.80}")
 
     device = positions.device
-    code_of, keys_of, centers_of = curve_code, reference.cluster_keys, reference.cluster_centers
-    chosen = choose("balanced_cluster", impl, {"cpu": everything}, device)
+    chosen = choose("balanced_cluster", impl, {"cpu": everything, "triton": everything}, device)
+    centers_of = reference.cluster_centers
     if chosen != "reference":
-        code_of = partial(fused_curve_code, impl=chosen)
-        keys_of = partial(fused_cluster_keys, impl=chosen)
         centers_of = partial(fused_cluster_centers, impl=chosen)
     counts = tuple(-(-size // cluster_size) for size in sizes)
     in_order = [size <= global_size for size in sizes]
@@ -113,10 +116,10 @@ def balanced_cluster(
         order = torch.arange(positions.shape[0], device=device)
     else:
         if anchors:
-            walk = _anchor_walk(counts, corners, sides, in_order, curve, code_of, device)
-            keys = keys_of(positions, offsets_of(sizes, device), *walk)
+            grids = _anchor_grids(counts, sides, in_order)
         else:
-            keys = _plain_keys(positions, sizes, corners, sides, in_order, curve, code_of)
+            grids = _fine_grids(sides, in_order)
+        keys = _sort_keys(positions, sizes, corners, sides, grids, curve, anchors, chosen)
         order = torch.sort(keys, stable=True).indices
     offsets = _cluster_offsets(sizes, counts, cluster_size, remainder, device)
     centers = centers_of(positions, order, offsets)
@@ -153,31 +156,80 @@ def _anchor_grid(sides: Sequence[float], clusters: int) -> tuple[list[int], list
     return shape, cell
 
 
-def _anchor_walk(
-    counts: tuple[int, ...],
+def _anchor_grids(
+    counts: tuple[int, ...], sides: _Rows, in_order: Sequence[bool]
+) -> list[tuple[list[int], list[float]]]:
+    """Cells per axis and sides of a cell of each sample's grid of anchors."""
+    dimensions = len(sides[0])
+    tiny = torch.finfo(torch.float32).tiny
+    canvases = list(zip(sides, counts, strict=True))
+    grids = {}
+    for canvas in set(canvases):
+        shape, cell = _anchor_grid(*canvas)
+        grids[canvas] = shape, [max(side, tiny) for side in cell]
+    # A sample that keeps its order has one cell of infinite size: all of its tokens tie.
+    endless = ([1] * dimensions, [math.inf] * dimensions)
+    return [
+        endless if still else grids[canvas]
+        for canvas, still in zip(canvases, in_order, strict=True)
+    ]
+
+
+def _fine_grids(sides: _Rows, in_order: Sequence[bool]) -> list[tuple[list[int], list[float]]]:
+    """The same for the plain order of a curve: fine lattices of cells with equal sides."""
+    dimensions = len(sides[0])
+    levels = 1 << _LEVELS[dimensions]
+    grids = []
+    for row, still in zip(sides, in_order, strict=True):
+        side = math.inf if still else max(row) / levels or math.inf
+        grids.append(([levels] * dimensions, [side] * dimensions))
+    return grids
+
+
+def _sort_keys(
+    positions: Tensor,
+    sizes: tuple[int, ...],
     corners: _Rows,
     sides: _Rows,
-    in_order: Sequence[bool],
+    grids: Sequence[tuple[list[int], list[float]]],
+    curve: str,
+    anchors: bool,
+    chosen: str,
+) -> Tensor:
+    """Integers (T,) int64 that sort into the order of the curve."""
+    longest = [row.index(max(row)) for row in sides]
+    if chosen == "triton":
+        shape, cell_size = ([x for row in rows for x in row] for rows in zip(*grids, strict=True))
+        origin = [x for row in corners for x in row]
+        return fused_curve_keys(
+            positions, sizes, origin, cell_size, shape, longest, curve, anchors, chosen
+        )
+    code_of, keys_of = curve_code, reference.cluster_keys
+    if chosen != "reference":
+        code_of = partial(fused_curve_code, impl=chosen)
+        keys_of = partial(fused_cluster_keys, impl=chosen)
+    if not anchors:
+        return _plain_keys(positions, sizes, corners, grids, curve, code_of)
+    walk = _anchor_walk(corners, grids, longest, curve, code_of, positions.device)
+    return keys_of(positions, offsets_of(sizes, positions.device), *walk)
+
+
+def _anchor_walk(
+    corners: _Rows,
+    grids: Sequence[tuple[list[int], list[float]]],
+    longest: Sequence[int],
     curve: str,
     code_of: Callable[..., Tensor],
     device: torch.device,
 ) -> tuple[Tensor, ...]:
     """What turns positions into keys: see the arguments of `reference.cluster_keys`."""
-    dimensions = len(sides[0])
-    canvases = list(zip(sides, counts, strict=True))
-    grids = {canvas: _anchor_grid(*canvas) for canvas in set(canvases)}
-    # A sample that keeps its order has one cell of infinite size: all of its tokens tie.
-    endless = ([1] * dimensions, [math.inf] * dimensions)
-    rows = [
-        endless if still else grids[canvas]
-        for canvas, still in zip(canvases, in_order, strict=True)
-    ]
-    first_cell = offsets_of([math.prod(cells) for cells, _ in rows], device)
-    total = sum(math.prod(cells) for cells, _ in rows)
-    bits = max(max(cells) for cells, _ in rows).bit_length()
-    shape = torch.tensor([cells for cells, _ in rows], device=device)
-    cell_size = torch.tensor([lengths for _, lengths in rows], device=device)
-    cell_size = cell_size.clamp(min=torch.finfo(torch.float32).tiny)
+    dimensions = len(corners[0])
+    samples = len(grids)
+    volumes = [math.prod(cells) for cells, _ in grids]
+    first_cell, total = offsets_of(volumes, device), sum(volumes)
+    bits = max(max(cells) for cells, _ in grids).bit_length()
+    shape = torch.tensor([cells for cells, _ in grids], device=device)
+    cell_size = torch.tensor([lengths for _, lengths in grids], device=device)
     origin = torch.tensor(corners, dtype=torch.float32, device=device)
     unit = cell_size
     if curve == "snake":
@@ -191,17 +243,17 @@ def _anchor_walk(
         center = cells.float() * side + side / 2 - 0.5
     else:
         walk = torch.sort(code).indices
-        if len(counts) > 1:
+        if samples > 1:
             walk = walk[torch.sort(sample[walk], stable=True).indices]
         rank = torch.empty_like(walk)
         rank[walk] = torch.arange(total, device=device)
         center = cells.float() + 0.5
     anchor_of_cell = rank + 2 * sample + 1
-    anchors = center.new_empty(total + 2 * len(counts), dimensions)
+    anchors = center.new_empty(total + 2 * samples, dimensions)
     anchors[anchor_of_cell] = center
-    longest = torch.tensor([row.index(max(row)) for row in sides], device=device)
+    axis = torch.tensor(longest, device=device)
     cell_in_units = (cell_size / unit).nan_to_num(1.0)
-    step = torch.zeros_like(origin).scatter(1, longest[:, None], 1.0) * cell_in_units
+    step = torch.zeros_like(origin).scatter(1, axis[:, None], 1.0) * cell_in_units
     _extend_walks(anchors, first_cell, step)
     return origin, cell_size, unit, shape, first_cell[:-1], anchor_of_cell, anchors
 
@@ -235,8 +287,7 @@ def _plain_keys(
     positions: Tensor,
     sizes: tuple[int, ...],
     corners: _Rows,
-    sides: _Rows,
-    in_order: Sequence[bool],
+    grids: Sequence[tuple[list[int], list[float]]],
     curve: str,
     code_of: Callable[..., Tensor],
 ) -> Tensor:
@@ -244,10 +295,9 @@ def _plain_keys(
     dimensions, device = positions.shape[1], positions.device
     bits = _LEVELS[dimensions]
     levels = 1 << bits
-    longest = [math.inf if still else max(row) for row, still in zip(sides, in_order, strict=True)]
-    unit = torch.tensor([side / levels or math.inf for side in longest], device=device)
+    unit = torch.tensor([lengths[0] for _, lengths in grids], device=device)
     samples = torch.arange(len(sizes), device=device)
-    lengths = torch.tensor(sizes, dtype=torch.int64, device=device)
+    lengths = offsets_of(sizes, device).diff()
     sample = torch.repeat_interleave(samples, lengths, output_size=len(positions))
     origin = torch.tensor(corners, dtype=torch.float32, device=device)
     positions = positions - origin[sample]
@@ -265,6 +315,18 @@ def _cluster_offsets(
 ) -> Tensor:
     """(K+1,) int32, the row where each cluster starts, and T."""
     total = sum(counts)
+    size, count = (sizes[0], counts[0]) if sizes else (0, 0)
+    if count and all(other == size for other in sizes[1:]):  # no copy from the host
+        index = torch.arange(total + 1, dtype=torch.int32, device=device)
+        if remainder == "spread" or size % cluster_size == 0:
+            length, longer = size // count, size % count
+        else:
+            length, longer = cluster_size, 0
+        if count * length == size:
+            return index * length
+        sample = index.div(count, rounding_mode="floor")
+        place = index - sample * count
+        return sample * size + place * length + place.clamp(max=longer)
     samples = torch.arange(len(sizes), device=device)
     first = offsets_of(counts, device)
     sample = torch.repeat_interleave(samples, first.diff(), output_size=total)

@@ -1,0 +1,421 @@
+"""Balanced clustering on GPUs: one kernel from positions to sort keys, one for the centers.
+
+No table of anchors is built. A Hilbert or Morton walk over a grid halves the canvas along each axis
+again and again; the cells that come before a given one are those of the parts passed on the way
+down to it, and each part's share of the grid is a product of lengths. So a cell's place in the walk
+is a sum over the levels, and the cell at a given place is found on the same way down: exact
+integers, whatever the shape of the grid.
+
+Every float operation is rounded by itself, as on the CPU: ties decide the order.
+"""
+
+import math
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+from pointformer.kernels.triton.runtime import Variant
+
+HILBERT, MORTON, SNAKE = (tl.constexpr(curve) for curve in range(3))
+_CURVES = {"hilbert": HILBERT.value, "morton": MORTON.value, "snake": SNAKE.value}
+_LEVELS = {2: 16, 3: 15}  # bits per axis without anchors
+_BLOCK = 128
+
+
+@triton.jit
+def sample_of(row, starts, samples, RAGGED: tl.constexpr):
+    """Sample of each row. `starts` holds the samples' first rows, or is the size of all samples."""
+    if RAGGED:
+        sample = tl.zeros_like(row)
+        span = samples  # the sample is one of so many
+        while span > 1:
+            span = (span + 1) // 2
+            probe = sample + span
+            below = tl.load(starts + probe, mask=probe < samples, other=0)
+            sample = tl.where((probe < samples) & (below <= row), probe, sample)
+    else:
+        sample = row // starts
+    return sample
+
+
+@triton.jit
+def of_sample(value, sample, RAGGED: tl.constexpr):
+    """The entry of `sample` in a table, or the number that all samples have."""
+    return tl.load(value + sample) if RAGGED else value
+
+
+@triton.jit
+def _turn(state, part, D: tl.constexpr):
+    """Orientation of the Hilbert curve in one of the 2**D parts, counted along the curve.
+
+    Nibble i holds, for the i-th axis as the curve sees it, the canvas' axis (times two) and whether
+    it runs backwards. This is Skilling's transform (AIP Conf. Proc. 707, 2004) from the top down.
+    """
+    gray = part ^ (part >> 1)
+    state ^= part >> (D - 1)
+    for i in tl.static_range(1, D):
+        inverted = (gray >> (D - 1 - i)) & 1
+        swap = (state ^ (state >> (4 * i))) & 15 & (inverted - 1)
+        state ^= swap | (swap << (4 * i)) | inverted
+    return state ^ (part & 1)
+
+
+@triton.jit
+def _corner_of(part, state, D: tl.constexpr, CURVE: tl.constexpr):
+    """Which half of each axis, one bit per axis, the part with this number along the curve is."""
+    if CURVE == HILBERT:
+        gray = part ^ (part >> 1)
+        corner = tl.zeros_like(state)
+        for i in tl.static_range(D):
+            axis = state >> (4 * i)
+            corner |= (((gray >> (D - 1 - i)) ^ axis) & 1) << ((axis >> 1) & 7)
+    else:
+        corner = tl.zeros_like(state) + part
+    return corner
+
+
+@triton.jit
+def _part_at(corner, state, D: tl.constexpr, CURVE: tl.constexpr):
+    """The inverse of `_corner_of`."""
+    part = corner
+    if CURVE == HILBERT:
+        gray = tl.zeros_like(state)
+        for i in tl.static_range(D):
+            axis = state >> (4 * i)
+            gray |= (((corner >> ((axis >> 1) & 7)) ^ axis) & 1) << (D - 1 - i)
+        part = gray ^ (gray >> 1)
+        if D == 3:
+            part ^= gray >> 2
+    return part
+
+
+@triton.jit
+def _corner_at(x, y, z, level):
+    """Which half of each axis a cell is in."""
+    return ((x >> level) & 1) | (((y >> level) & 1) << 1) | (((z >> level) & 1) << 2)
+
+
+@triton.jit
+def curve_code(x, y, z, bits, D: tl.constexpr, CURVE: tl.constexpr):
+    """Number of a cell along the Hilbert or Morton curve through a cube of 2**bits: int64."""
+    state = tl.full(x.shape, 0x420, tl.int32)
+    code = tl.zeros(x.shape, tl.int64)
+    for step in range(bits):
+        part = _part_at(_corner_at(x, y, z, bits - 1 - step), state, D, CURVE)
+        code = (code << D) | part
+        state = _turn(state, part, D)
+    return code
+
+
+@triton.jit
+def _halves(length, low, side):
+    """How many of an axis' `length` cells lie in the `side` cells from `low`, and the next ones."""
+    inside = tl.maximum(length - low, 0)
+    return tl.minimum(inside, side), tl.minimum(tl.maximum(inside - side, 0), side)
+
+
+@triton.jit
+def _cells_in(corner, x0, x1, y0, y1, z0, z1, D: tl.constexpr):
+    """Cells of the grid in the part at `corner`, from those in the halves of every axis."""
+    count = tl.where((corner & 1) != 0, x1, x0) * tl.where((corner & 2) != 0, y1, y0)
+    if D == 3:
+        count *= tl.where((corner & 4) != 0, z1, z0)
+    return count
+
+
+@triton.jit
+def _place_of(x, y, z, nx, ny, nz, bits, D: tl.constexpr, CURVE: tl.constexpr):
+    """How many cells of the grid the walk visits before this one."""
+    if CURVE == SNAKE:
+        place = y
+        if D == 3:
+            place = z * ny + tl.where(z % 2 == 0, y, ny - 1 - y)
+        place = place * nx + tl.where(place % 2 == 0, x, nx - 1 - x)
+    else:
+        place = tl.zeros_like(x)
+        state = tl.full(x.shape, 0x420, tl.int32)
+        for step in range(bits):
+            level = bits - 1 - step
+            inside = -(2 << level)  # clears the bits of this level and those below
+            x0, x1 = _halves(nx, x & inside, 1 << level)
+            y0, y1 = _halves(ny, y & inside, 1 << level)
+            z0, z1 = _halves(nz, z & inside, 1 << level)
+            part = _part_at(_corner_at(x, y, z, level), state, D, CURVE)
+            for other in tl.static_range((1 << D) - 1):
+                corner = _corner_of(other, state, D, CURVE)
+                count = _cells_in(corner, x0, x1, y0, y1, z0, z1, D)
+                place += tl.where(other < part, count, 0)
+            state = _turn(state, part, D)
+    return place
+
+
+@triton.jit
+def _cell_at(place, nx, ny, nz, bits, D: tl.constexpr, CURVE: tl.constexpr):
+    """The cell that the walk visits after `place` others."""
+    if CURVE == SNAKE:
+        row = place // nx
+        x = place % nx
+        x = tl.where(row % 2 == 0, x, nx - 1 - x)
+        y = row
+        z = tl.zeros_like(x)
+        if D == 3:
+            z = row // ny
+            y = row % ny
+            y = tl.where(z % 2 == 0, y, ny - 1 - y)
+    else:
+        x = tl.zeros_like(place)
+        y = tl.zeros_like(place)
+        z = tl.zeros_like(place)
+        state = tl.full(place.shape, 0x420, tl.int32)
+        for step in range(bits):
+            side = 1 << (bits - 1 - step)
+            x0, x1 = _halves(nx, x, side)
+            y0, y1 = _halves(ny, y, side)
+            z0, z1 = _halves(nz, z, side)
+            part = tl.zeros_like(place)
+            corner = tl.zeros_like(place)
+            passed = tl.zeros_like(place)  # cells before the part
+            before = tl.zeros_like(place)  # cells before the next candidate
+            for other in tl.static_range(1 << D):
+                here = _corner_of(other, state, D, CURVE)
+                reached = before <= place  # the last one reached is not empty
+                part = tl.where(reached, other, part)
+                corner = tl.where(reached, here, corner)
+                passed = tl.where(reached, before, passed)
+                before += _cells_in(here, x0, x1, y0, y1, z0, z1, D)
+            place -= passed
+            x += (corner & 1) * side
+            y += ((corner >> 1) & 1) * side
+            z += (corner >> 2) * side
+            state = _turn(state, part, D)
+    return x, y, z
+
+
+@triton.jit
+def _cell_of(relative, cell, length):
+    """Cell of a coordinate along one axis, and the coordinate in cells."""
+    scaled = tl.div_rn(relative, cell)
+    floor = tl.floor(scaled)
+    last = (length - 1).to(tl.float32)
+    # False for NaN, which traced graphs do not check for.
+    return tl.where(floor > 0, tl.minimum(floor, last), 0.0).to(tl.int32), scaled
+
+
+@triton.jit
+def _anchor(index, cell, CURVE: tl.constexpr):
+    """Coordinate of a cell's anchor along one axis."""
+    index = index.to(tl.float32)
+    return index * cell + cell * 0.5 - 0.5 if CURVE == SNAKE else index + 0.5
+
+
+@triton.jit
+def _squared_gaps(
+    index, before, after, is_first, is_last, point, relative, cell, is_longest, CURVE: tl.constexpr
+):
+    """Squared distances along one axis to the anchors before and after in the walk."""
+    own = _anchor(index, cell, CURVE)
+    previous = _anchor(before, cell, CURVE)
+    following = _anchor(after, cell, CURVE)
+    step = 1.0
+    if CURVE == SNAKE:  # positions as they are; those of a sample that keeps its order all tie
+        endless = cell == float("inf")
+        step = tl.where(endless, 1.0, cell)
+        point = tl.where(endless, 0.0, relative)
+    step = tl.where(is_longest, step, 0.0)
+    second = tl.where(is_last, own + step, following)
+    second_last = tl.where(is_first, own - step, previous)
+    previous = tl.where(is_first, own - (second - own), previous)
+    following = tl.where(is_last, own + (own - second_last), following)
+    return (point - previous) * (point - previous), (point - following) * (point - following)
+
+
+_KEY_INTEGERS = (
+    "starts", "first_cell", "longest", "shape_x", "shape_y", "shape_z", "tokens", "samples", "bits"
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_KEY_INTEGERS)
+def curve_keys_fwd_kernel(
+    positions, keys, starts, first_cell, longest, shape_x, shape_y, shape_z,
+    origin_x, origin_y, origin_z, cell_x, cell_y, cell_z, tokens, samples, bits,
+    D: tl.constexpr, CURVE: tl.constexpr, ANCHORS: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    stored = row < tokens
+    row = tl.minimum(row, tokens - 1)
+    sample = sample_of(row, starts, samples, RAGGED)
+    nx = of_sample(shape_x, sample, RAGGED)
+    ny = of_sample(shape_y, sample, RAGGED)
+    nz = of_sample(shape_z, sample, RAGGED)
+    side_x = of_sample(cell_x, sample, RAGGED)
+    side_y = of_sample(cell_y, sample, RAGGED)
+    side_z = of_sample(cell_z, sample, RAGGED)
+    base = positions + row.to(tl.int64) * D
+    relative_x = tl.load(base) - of_sample(origin_x, sample, RAGGED)
+    relative_y = tl.load(base + 1) - of_sample(origin_y, sample, RAGGED)
+    x, point_x = _cell_of(relative_x, side_x, nx)
+    y, point_y = _cell_of(relative_y, side_y, ny)
+    z = tl.zeros_like(x)
+    if D == 3:
+        relative_z = tl.load(base + 2) - of_sample(origin_z, sample, RAGGED)
+        z, point_z = _cell_of(relative_z, side_z, nz)
+    if ANCHORS:
+        place = _place_of(x, y, z, nx, ny, nz, bits, D, CURVE)
+        last = nx * ny * nz - 1 if D == 3 else nx * ny - 1
+        is_first = place == 0
+        is_last = place == last
+        ax, ay, az = _cell_at(tl.maximum(place - 1, 0), nx, ny, nz, bits, D, CURVE)
+        bx, by, bz = _cell_at(tl.minimum(place + 1, last), nx, ny, nz, bits, D, CURVE)
+        axis = of_sample(longest, sample, RAGGED)
+        before, after = _squared_gaps(
+            x, ax, bx, is_first, is_last, point_x, relative_x, side_x, axis == 0, CURVE
+        )
+        gap, gap_after = _squared_gaps(
+            y, ay, by, is_first, is_last, point_y, relative_y, side_y, axis == 1, CURVE
+        )
+        before += gap
+        after += gap_after
+        if D == 3:
+            gap, gap_after = _squared_gaps(
+                z, az, bz, is_first, is_last, point_z, relative_z, side_z, axis == 2, CURVE
+            )
+            before += gap
+            after += gap_after
+        ratio = tl.div_rn(before, after + 1e-5)
+        wide_sample = sample.to(tl.int64)
+        first = tl.load(first_cell + sample) if RAGGED else first_cell * wide_sample
+        anchor = first + place + 2 * wide_sample + 1
+        key = (anchor << 31) | (ratio.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    elif CURVE == SNAKE:
+        wide_z = z.to(tl.int64)
+        code = _place_of(x.to(tl.int64), y.to(tl.int64), wide_z, nx, ny, nz, bits, D, CURVE)
+        key = (sample.to(tl.int64) << (bits * D)) | code
+    else:
+        key = (sample.to(tl.int64) << (bits * D)) | curve_code(x, y, z, bits, D, CURVE)
+    tl.store(keys + row, key, mask=stored)
+
+
+@triton.jit
+def cluster_centers_fwd_kernel(
+    positions, order, offsets, centers, clusters, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    cluster = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    stored = cluster < clusters
+    start = tl.load(offsets + cluster, mask=stored, other=0)
+    end = tl.load(offsets + cluster + 1, mask=stored, other=0)
+    x = tl.zeros((BLOCK,), tl.float32)
+    y = tl.zeros((BLOCK,), tl.float32)
+    z = tl.zeros((BLOCK,), tl.float32)
+    for member in range(tl.max(end - start, 0)):
+        here = start + member < end
+        base = positions + tl.load(order + start + member, mask=here, other=0) * D
+        x += tl.load(base, mask=here, other=0.0)
+        y += tl.load(base + 1, mask=here, other=0.0)
+        if D == 3:
+            z += tl.load(base + 2, mask=here, other=0.0)
+    count = tl.maximum(end - start, 1).to(tl.float32)
+    centers += cluster.to(tl.int64) * D
+    tl.store(centers, tl.div_rn(x, count), mask=stored)
+    tl.store(centers + 1, tl.div_rn(y, count), mask=stored)
+    if D == 3:
+        tl.store(centers + 2, tl.div_rn(z, count), mask=stored)
+
+
+def _keys_variant(dimensions, curve, anchors, ragged):
+    integers = (torch.int32,) * 3 if ragged else ("i32",) * 3
+    floats = (torch.float32,) * 6 if ragged else ("fp32",) * 6
+    starts = (torch.int64, torch.int64, torch.int32) if ragged else ("i32",) * 3
+    return Variant(
+        curve_keys_fwd_kernel,
+        (torch.float32, torch.int64, *starts, *integers, *floats, "i32", "i32", "i32"),
+        {
+            "D": dimensions,
+            "CURVE": _CURVES[curve],
+            "ANCHORS": anchors,
+            "RAGGED": ragged,
+            "BLOCK": _BLOCK,
+        },
+        fp_fusion=False,
+    )
+
+
+def _centers_variant(dimensions):
+    return Variant(
+        cluster_centers_fwd_kernel,
+        (torch.float32, torch.int64, torch.int32, torch.float32, "i32"),
+        {"D": dimensions, "BLOCK": 64},
+        num_warps=2,
+        fp_fusion=False,
+    )
+
+
+def variants():
+    for dimensions in (2, 3):
+        for curve in _CURVES:
+            for anchors in (True, False):
+                for ragged in (False, True):
+                    yield _keys_variant(dimensions, curve, anchors, ragged)
+        yield _centers_variant(dimensions)
+
+
+def starts_of(sizes):
+    """Where each sample starts in a packed batch, and the end."""
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts
+
+
+def _split(values, dimensions):
+    """One row per sample."""
+    return [tuple(values[i : i + dimensions]) for i in range(0, len(values), dimensions)]
+
+
+def _columns(table):
+    """One row per axis; for two axes the second once more, which no kernel reads."""
+    rows = table.T.contiguous()
+    return rows[0], rows[1], rows[-1]
+
+
+def curve_keys(positions, sizes, origin, cell_size, shape, longest, curve, anchors):
+    tokens, dimensions = positions.shape
+    keys = torch.empty(tokens, dtype=torch.int64, device=positions.device)
+    if tokens == 0:
+        return keys
+    bits = _LEVELS[dimensions]
+    if anchors:
+        bits = max(shape).bit_length()
+        bits += -bits % dimensions  # a leading zero turns the curve
+    grids = [_split(values, dimensions) for values in (shape, origin, cell_size)]
+    cells = [math.prod(row) for row in grids[0]]
+    samples = list(zip(sizes, cells, longest, *grids, strict=True))
+    ragged = len(set(samples)) > 1
+    if ragged:
+        table = partial(torch.tensor, device=positions.device)
+        tables = [
+            *table([starts_of(sizes), starts_of(cells)]),
+            table(longest, dtype=torch.int32),
+            *_columns(table(grids[0], dtype=torch.int32)),
+            *_columns(table(grids[1], dtype=torch.float32)),
+            *_columns(table(grids[2], dtype=torch.float32)),
+        ]
+    else:
+        tables = [sizes[0], cells[0], longest[0]]
+        for rows in grids:
+            tables += [*rows[0], rows[0][-1]][:3]
+    variant = _keys_variant(dimensions, curve, anchors, ragged)
+    grid = (triton.cdiv(tokens, _BLOCK),)
+    variant.launch(grid, positions.contiguous(), keys, *tables, tokens, len(sizes), bits)
+    return keys
+
+
+def centers(positions, order, offsets):
+    clusters, dimensions = offsets.shape[0] - 1, positions.shape[1]
+    out = torch.empty(clusters, dimensions, device=positions.device)
+    variant = _centers_variant(dimensions)
+    grid = (triton.cdiv(clusters, variant.constants["BLOCK"]),)
+    variant.launch(grid, positions.contiguous(), order, offsets, out, clusters)
+    return out
