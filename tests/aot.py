@@ -1,6 +1,6 @@
 """Compile Triton kernels for GPUs that are not there, and read what they need.
 
-    python tests/aot.py MODULE... [--targets cuda:80,cuda:90,cuda:100,hip:gfx942] [--every N]
+    python tests/aot.py [MODULE...] [--targets cuda:80,...] [--pairwise] > rows.jsonl
 
 Prints one JSON object per line: kernel, constants, target, registers, spills, shared memory. It
 runs in a process of its own, because Triton's interpreter, which the other tests use, must be off.
@@ -10,16 +10,19 @@ import argparse
 import itertools
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from importlib import import_module
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from pointformer.kernels import triton as kernels
+
+# Most shared memory of one program, in bytes.
 SHARED_MEMORY = {
     "cuda:80": 163 << 10,
     "cuda:90": 227 << 10,
@@ -27,6 +30,16 @@ SHARED_MEMORY = {
     "hip:gfx942": 64 << 10,
 }
 TARGETS = tuple(SHARED_MEMORY)
+
+
+def modules():
+    """Names of the kernel files that have variants."""
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    return [name for name in names if hasattr(_module(name), "variants")]
+
+
+def _module(name):
+    return import_module(f"pointformer.kernels.triton.{name}")
 
 
 def target_of(name):
@@ -60,34 +73,70 @@ def plain(value):
     return value if isinstance(value, int | float | str | bool | None) else str(value)
 
 
+def traits(variant, target):
+    """What two specializations of one kernel can differ in, by name."""
+    types = {f"type {i}": str(kind) for i, kind in enumerate(variant.arguments)}
+    constants = {key: plain(value) for key, value in variant.constants.items()}
+    launch = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return {"target": target, **constants, **launch, **types}
+
+
+def pairwise(cases):
+    """A part of (variant, target) cases in which every pair of two traits of a kernel occurs."""
+
+    def pairs(case):
+        variant, target = case
+        items = sorted(traits(variant, target).items(), key=str)
+        return {(variant.name, *pair) for pair in itertools.combinations(items, 2)}
+
+    open_pairs = set().union(*(pairs(case) for case in cases)) if cases else set()
+    remaining = list(cases)
+    while open_pairs:
+        best = max(remaining, key=lambda case: len(pairs(case) & open_pairs))
+        open_pairs -= pairs(best)
+        remaining.remove(best)
+        yield best
+
+
+def row(variant, target):
+    compiled = variant.compile(target_of(target))
+    registers, spilled, shared = resources(compiled, target)
+    return {
+        "kernel": variant.name,
+        "target": target,
+        "types": [str(kind).removeprefix("torch.") for kind in variant.arguments],
+        "constants": {key: plain(value) for key, value in variant.constants.items()},
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "fp_fusion": variant.fp_fusion,
+        "registers": registers,
+        "spilled": spilled,
+        "shared": shared,
+        "triton": triton.__version__,
+    }
+
+
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("modules", nargs="+")
+    parser = argparse.ArgumentParser(description="Compile kernels ahead of time.")
+    parser.add_argument("modules", nargs="*", help="kernel files; all by default")
     parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument(
+        "--pairwise", action="store_true", help="a subset with every pair of traits"
+    )
+    parser.add_argument("--part", default="0/1", help="I/N: every Nth case, beginning with case I")
     arguments = parser.parse_args()
-    assert os.environ.get("TRITON_INTERPRET", "0") != "1"
-    for module in arguments.modules:
-        variants = import_module(f"pointformer.kernels.triton.{module}").variants()
-        for variant in itertools.islice(variants, 0, None, arguments.every):
-            for name in arguments.targets.split(","):
-                compiled = variant.compile(target_of(name))
-                registers, spilled, shared = resources(compiled, name)
-                row = {
-                    "kernel": variant.name,
-                    "types": [str(kind).removeprefix("torch.") for kind in variant.arguments],
-                    "constants": {key: plain(value) for key, value in variant.constants.items()},
-                    "num_warps": variant.num_warps,
-                    "num_stages": variant.num_stages,
-                    "target": name,
-                    "registers": registers,
-                    "spilled": spilled,
-                    "shared": shared,
-                    "shared_limit": SHARED_MEMORY[name],
-                    "triton": triton.__version__,
-                    "torch": torch.__version__,
-                }
-                print(json.dumps(row), flush=True)
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: kernels cannot be compiled while interpreting")
+    part, parts = (int(number) for number in arguments.part.split("/"))
+    for module in arguments.modules or modules():
+        cases = [
+            (variant, target)
+            for variant in _module(module).variants()
+            for target in arguments.targets.split(",")
+        ]
+        chosen = list(pairwise(cases)) if arguments.pairwise else cases
+        for variant, target in chosen[part::parts]:
+            print(json.dumps(row(variant, target)), flush=True)
 
 
 if __name__ == "__main__":

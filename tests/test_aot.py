@@ -1,0 +1,57 @@
+"""Kernels compiled for GPUs that are not there: no register spills, shared memory that fits.
+
+The normal run compiles a subset of what the launchers can choose in which every pair of traits of a
+kernel (target, constants, types, warps) occurs; `--slow` compiles everything.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from aot import SHARED_MEMORY, modules
+
+SCRIPT = Path(__file__).parent / "aot.py"
+PROCESSES = max(1, min(4, os.cpu_count() or 1))
+
+
+def compile_all(*options):
+    """Rows of `aot.py`, its work dealt out to a few processes."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *options, "--part", f"{part}/{PROCESSES}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in range(PROCESSES)
+    ]
+    rows = []
+    for run in runs:
+        output, errors = run.communicate()
+        assert run.returncode == 0, errors[-2000:]
+        rows += [json.loads(line) for line in output.splitlines()]
+    return rows
+
+
+def check(rows):
+    assert {row["target"] for row in rows} == set(SHARED_MEMORY)
+    bad = [
+        row for row in rows if row["spilled"] > 0 or row["shared"] > SHARED_MEMORY[row["target"]]
+    ]
+    assert not bad, "\n".join(json.dumps(row) for row in bad)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_aot_pairwise(module):
+    check(compile_all(module, "--pairwise"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", modules())
+def test_aot_all(module):
+    check(compile_all(module))
