@@ -6,7 +6,13 @@ on batches of samples of different sizes; models built from them are in `pointfo
 
 from pointformer.clusters import ClusterInverse, Clusters, Neighborhoods
 from pointformer.geometry import balanced_cluster, knn, nearest_clusters, select_centers
-from pointformer.ops import interpolate, neighborhood_attention, point_conv, scored_merge
+from pointformer.ops import (
+    deformable_attention,
+    interpolate,
+    neighborhood_attention,
+    point_conv,
+    scored_merge,
+)
 from pointformer.segmentation import Segmentation, segment
 from pointformer.tokens import TokenSet
 
@@ -19,6 +25,7 @@ __all__ = [
     "Segmentation",
     "TokenSet",
     "balanced_cluster",
+    "deformable_attention",
     "interpolate",
     "knn",
     "nearest_clusters",

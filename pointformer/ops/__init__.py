@@ -1,10 +1,12 @@
 """The public ops on tokens."""
 
 from pointformer.ops.attention import neighborhood_attention
+from pointformer.ops.deformable import deformable_attention
 from pointformer.ops.interpolate import interpolate
 from pointformer.ops.merge import point_conv, scored_merge
 
 __all__ = [
+    "deformable_attention",
     "interpolate",
     "neighborhood_attention",
     "point_conv",

@@ -1,0 +1,112 @@
+"""Deformable attention whose values sit on tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pointformer._checks import check_per_sample, check_positions, check_tensor, describe
+from pointformer._dispatch import choose
+from pointformer.clusters import offsets_of
+from pointformer.kernels.deformable import fused_deformable
+from pointformer.reference.deformable import deformable_attention as reference
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def deformable_attention(
+    value: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    query_positions: Tensor,
+    query_sample: Tensor,
+    lookup: Tensor,
+    extent: Sequence,
+    *,
+    power: Tensor | float = 6.0,
+    eps: float = 1e-11,
+    impl: str | None = None,
+) -> Tensor:
+    """Multi-scale deformable attention over points (AutoFocusFormer, section 4.1).
+
+    Each head of a query looks at P places per level, `query_positions + offsets`. A value there is
+    interpolated from the level's tokens that `lookup` lists for the nearest cell of the canvas,
+    under the weights `1 / (distance ** power + eps)`, normalized to sum 1, with distances from the
+    place itself. Places outside the canvas use its border cells.
+
+    Args:
+        value: (T, H, d) floating: the tokens of all levels.
+        positions: (T, 2) float32, in units of cells; they get no gradient.
+        offsets: (Q, H, L, P, 2) floating, in units of cells on every level.
+        weights: (Q, H, L, P) floating, the attention weights; usually a softmax over L and P.
+        query_positions: (Q, 2) float32.
+        query_sample: (Q,) int64, the sample of each query.
+        lookup: (cells, L, k) int32 or int64: for each cell of each sample's canvas, row by row, the
+            rows of `value` that lie nearest to it on each level, -1 where there are fewer.
+        extent: columns and rows of the canvas, one pair for all samples or one for each.
+        power: of the distance, a positive number, or a tensor of one element to learn it.
+        eps: positive, in units of distance ** power.
+        impl: "reference" (differentiable twice), "cpu" (float32 arithmetic), or `None` for the
+            device's own.
+
+    Returns:
+        (Q, H, d) in the dtype of `value`. Gradients reach the value, offsets, weights and power.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype, device or value does not fit.
+        IndexError: a row of `lookup` does not exist.
+    """
+    tokens, heads, _ = check_tensor("value", value, ("T", "H", "d"), _FLOATS).shape
+    device = value.device
+    positions = check_positions("positions", positions, 2).detach()
+    check_tensor("positions", positions, (tokens, 2), device=device)
+    check_tensor("offsets", offsets, ("Q", heads, "L", "P", 2), _FLOATS, device)
+    queries, _, levels, points, _ = offsets.shape
+    check_tensor("weights", weights, (queries, heads, levels, points), _FLOATS, device)
+    query_positions = check_positions("query_positions", query_positions, 2).detach()
+    check_tensor("query_positions", query_positions, (queries, 2), device=device)
+    check_tensor("query_sample", query_sample, (queries,), (torch.int64,), device)
+    check_tensor("lookup", lookup, ("cells", levels, "k"), _INTEGERS, device)
+    canvas = _canvas(extent, lookup, device)
+    if isinstance(power, Tensor):
+        check_tensor("power", power, dtypes=_FLOATS, device=device)
+        if power.numel() != 1:
+            raise ValueError(f"power: expected one number, got {describe(power)}")
+    elif not power > 0:
+        raise ValueError(f"power: expected a positive number, got {power}")
+    else:
+        power = torch.full((), power, device=device)
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps}")
+
+    def cpu_lacks() -> str | None:
+        return "value is float64" if value.dtype == torch.float64 else None
+
+    chosen = choose("deformable_attention", impl, {"cpu": cpu_lacks}, device)
+    canvas = canvas[query_sample]
+    if chosen == "reference":
+        return reference(
+            value, positions, offsets, weights, query_positions, canvas, lookup, power, eps
+        )
+    inputs = (value.float(), positions, offsets.float(), weights.float(), query_positions)
+    lists = (canvas.int(), lookup.int())
+    return fused_deformable(*inputs, *lists, power.float(), eps, chosen).to(value.dtype)
+
+
+def _canvas(extent: Sequence, lookup: Tensor, device: torch.device) -> Tensor:
+    """(B, 3) int64: first cell, width and height of each sample's canvas."""
+    shapes = [(int(w), int(h)) for w, h in check_per_sample("extent", extent, len(extent), 2)]
+    cells = [width * height for width, height in shapes]
+    if sum(cells) != lookup.shape[0]:
+        raise ValueError(
+            f"lookup: expected {sum(cells)} cells for extent {shapes}, got {describe(lookup)}"
+        )
+    first = offsets_of(cells, device)[:-1, None]
+    if len(set(shapes)) == 1:  # no copy from the host
+        sides = [torch.full_like(first, side) for side in shapes[0]]
+        return torch.cat([first, *sides], 1)
+    return torch.cat([first, torch.tensor(shapes, device=device).view(-1, 2)], 1)

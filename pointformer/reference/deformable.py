@@ -1,0 +1,46 @@
+"""Deformable attention over points in plain torch: any dtype, differentiable twice."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def deformable_attention(
+    value: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    query_positions: Tensor,
+    canvas: Tensor,
+    lookup: Tensor,
+    power: Tensor,
+    eps: float,
+) -> Tensor:
+    """Weighted sum of values interpolated at `query_positions + offsets`: (Q, H, d).
+
+    `canvas` (Q, 3) is the first cell, the width and the height of each query's canvas in `lookup`
+    (cells, L, k). Differentiable in the value, the offsets, the weights and the power.
+    """
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    heads, levels = offsets.shape[1:3]
+    place = query_positions[:, None, None, None].to(dtype) + offsets.to(dtype)
+    first, width, height = (canvas[:, i, None, None, None] for i in range(3))
+    x, y = place.detach().round().unbind(-1)  # half to even
+    column = torch.minimum(x.clamp(min=0), width - 1).long()
+    row = torch.minimum(y.clamp(min=0), height - 1).long()
+    level = torch.arange(levels, device=lookup.device)[:, None]
+    index = lookup[first + row * width + column, level].long()  # (Q, H, L, P, k)
+    known = index >= 0
+    index = index.clamp(min=0)
+    squared = (place[..., None, :] - positions[index].to(dtype)).square().sum(-1)
+    apart = squared > 0
+    exponent = power.reshape(()).to(dtype) / 2
+    # The inner `where` keeps infinite derivatives at 0 out of the graph.
+    distance = torch.where(apart, torch.where(apart, squared, 1.0) ** exponent, 0.0)
+    share = torch.where(known, 1 / (distance + eps), 0.0)
+    total = share.sum(-1, keepdim=True)
+    share = share / torch.where(total > 0, total, 1.0) * weights[..., None].to(dtype)
+    head = torch.arange(heads, device=lookup.device)[:, None, None, None]
+    sampled = value.to(dtype)[index, head]  # (Q, H, L, P, k, d)
+    return torch.einsum("qhlpk,qhlpkd->qhd", share, sampled).to(value.dtype)
