@@ -33,6 +33,8 @@ def save_model(model: Model, path: str | os.PathLike) -> None:
     description = {
         "name": model.name,
         "head": model.head_name,
+        "head_options": model.head_options,
+        "task": model.task,
         "num_classes": model.num_classes,
         "config": dataclasses.asdict(model.config),
     }
@@ -50,7 +52,14 @@ def load_model(path: str | os.PathLike, **overrides: object) -> Model:
     state, description = _read_safetensors(path)
     try:
         config = AFFConfig(**description["config"]).override(**overrides)
-        model = Model(description["name"], config, description["head"], description["num_classes"])
+        model = Model(
+            description["name"],
+            config,
+            description["head"],
+            description["num_classes"],
+            task=description.get("task"),
+            **description.get("head_options", {}),
+        )
     except KeyError as error:
         raise CheckpointError(f"{path}: its description lacks {error}") from None
     load_state(model, state, source=path)
@@ -98,56 +107,152 @@ def load_state(model: Model, state: Mapping[str, Tensor], source: object) -> Non
 
 
 # The released names, ours on the left. Kept explicit: a name that no rule covers is an error.
-_RELEASED_NAMES = (
-    (r"backbone\.patch_embed\.conv1\.(.+)", r"patch_embed.proj1.\1"),
-    (r"backbone\.patch_embed\.conv2\.(.+)", r"patch_embed.proj2.\1"),
-    (r"backbone\.patch_embed\.(bn|norm)\.(.+)", r"patch_embed.\1.\2"),
+_BACKBONE_NAMES = (
+    (r"patch_embed\.conv1\.(.+)", r"patch_embed.proj1.\1"),
+    (r"patch_embed\.conv2\.(.+)", r"patch_embed.proj2.\1"),
+    (r"patch_embed\.(bn|norm)\.(.+)", r"patch_embed.\1.\2"),
+    (r"stages\.(\d+)\.blocks\.(\d+)\.attn\.blank_key", r"layers.\1.blocks.\2.attn.blank_k"),
+    (r"stages\.(\d+)\.blocks\.(\d+)\.attn\.blank_value", r"layers.\1.blocks.\2.attn.blank_v"),
     (
-        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.blank_key",
-        r"layers.\1.blocks.\2.attn.blank_k",
-    ),
-    (
-        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.blank_value",
-        r"layers.\1.blocks.\2.attn.blank_v",
-    ),
-    (
-        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.position\.(.+)",
+        r"stages\.(\d+)\.blocks\.(\d+)\.attn\.position\.(.+)",
         r"layers.\1.blocks.\2.attn.pos_embed.\3",
     ),
     (
-        r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.((?:attn\.(?:q|kv|proj)|norm1|norm2|mlp\.fc1|mlp\.fc2)"
+        r"stages\.(\d+)\.blocks\.(\d+)\.((?:attn\.(?:q|kv|proj)|norm1|norm2|mlp\.fc1|mlp\.fc2)"
         r"\.(?:weight|bias)|gamma1|gamma2)",
         r"layers.\1.blocks.\2.\3",
     ),
-    (r"backbone\.stages\.(\d+)\.merge\.score\.(.+)", r"layers.\1.prob_net.\2"),
+    (r"stages\.(\d+)\.merge\.score\.(.+)", r"layers.\1.prob_net.\2"),
     (
-        r"backbone\.stages\.(\d+)\.merge\.((?:weight_net\.[01]|norm|linear)\.(?:weight|bias))",
+        r"stages\.(\d+)\.merge\.((?:weight_net\.[01]|norm|linear)\.(?:weight|bias))",
         r"layers.\1.downsample.\2",
     ),
+)
+_CLASSIFICATION_NAMES = (
+    *((rf"backbone\.{ours}", theirs) for ours, theirs in _BACKBONE_NAMES),
     (r"head\.norm\.(.+)", r"norm.\1"),
     (r"head\.linear\.(.+)", r"head.\1"),
 )
+_PIXEL = "sem_seg_head.pixel_decoder"
+_ENCODER = rf"{_PIXEL}.transformer.encoder.layers"
+_DECODER = "sem_seg_head.predictor"
+_SEGMENTATION_NAMES = (
+    *((rf"backbone\.{ours}", rf"backbone.{theirs}") for ours, theirs in _BACKBONE_NAMES),
+    (r"head\.features\.norms\.(\d)\.(.+)", r"backbone.norm\1.\2"),
+    (r"head\.pixel_decoder\.projections\.(.+)", rf"{_PIXEL}.input_proj.\1"),
+    (r"head\.pixel_decoder\.level_embed", rf"{_PIXEL}.transformer.level_embed"),
+    (
+        r"head\.pixel_decoder\.layers\.(\d)\.attn\.power",
+        rf"{_ENCODER}.\1.self_attn.shepard_power",
+    ),
+    (
+        r"head\.pixel_decoder\.layers\.(\d)\.attn\.offsets\.(.+)",
+        rf"{_ENCODER}.\1.self_attn.sampling_offsets.\2",
+    ),
+    (
+        r"head\.pixel_decoder\.layers\.(\d)\.attn\.weights\.(.+)",
+        rf"{_ENCODER}.\1.self_attn.attention_weights.\2",
+    ),
+    (
+        r"head\.pixel_decoder\.layers\.(\d)\.attn\.value\.(.+)",
+        rf"{_ENCODER}.\1.self_attn.value_proj.\2",
+    ),
+    (
+        r"head\.pixel_decoder\.layers\.(\d)\.attn\.proj\.(.+)",
+        rf"{_ENCODER}.\1.self_attn.output_proj.\2",
+    ),
+    (r"head\.pixel_decoder\.layers\.(\d)\.(norm[12]\..+)", rf"{_ENCODER}.\1.\2"),
+    (r"head\.pixel_decoder\.layers\.(\d)\.mlp\.fc([12])\.(.+)", rf"{_ENCODER}.\1.linear\2.\3"),
+    (r"head\.pixel_decoder\.lateral\.(.+)", rf"{_PIXEL}.adapter_1.\1"),
+    (r"head\.pixel_decoder\.conv\.(.+)", rf"{_PIXEL}.layer_1.0.\1"),
+    (r"head\.pixel_decoder\.conv_norm\.(.+)", rf"{_PIXEL}.layer_1.1.\1"),
+    (r"head\.pixel_decoder\.mask_features\.(.+)", rf"{_PIXEL}.mask_features.\1"),
+    *(
+        (
+            rf"head\.decoder\.layers\.(\d)\.{ours}\.{own}",
+            rf"{_DECODER}.transformer_{theirs}_layers.\1.{name}",
+        )
+        for ours, theirs, module in (
+            ("cross", "cross_attention", "multihead_attn"),
+            ("attn", "self_attention", "self_attn"),
+        )
+        for own, name in (
+            (r"in_proj\.(weight|bias)", rf"{module}.in_proj_\2"),
+            (r"proj\.(weight|bias)", rf"{module}.out_proj.\2"),
+        )
+    ),
+    *(
+        (
+            rf"head\.decoder\.layers\.(\d)\.{ours}_norm\.(.+)",
+            rf"{_DECODER}.transformer_{theirs}_layers.\1.norm.\2",
+        )
+        for ours, theirs in (
+            ("cross", "cross_attention"),
+            ("attn", "self_attention"),
+            ("mlp", "ffn"),
+        )
+    ),
+    (
+        r"head\.decoder\.layers\.(\d)\.mlp\.fc([12])\.(.+)",
+        rf"{_DECODER}.transformer_ffn_layers.\1.linear\2.\3",
+    ),
+    (r"head\.decoder\.norm\.(.+)", rf"{_DECODER}.decoder_norm.\1"),
+    (r"head\.decoder\.query", rf"{_DECODER}.query_feat.weight"),
+    (r"head\.decoder\.query_position", rf"{_DECODER}.query_embed.weight"),
+    (r"head\.decoder\.level_embed", rf"{_DECODER}.level_embed.weight"),
+    (r"head\.decoder\.classify\.(.+)", rf"{_DECODER}.class_embed.\1"),
+    *(
+        (rf"head\.decoder\.mask_embed\.{2 * i}\.(.+)", rf"{_DECODER}.mask_embed.layers.{i}.\1")
+        for i in range(3)
+    ),
+)
+_RELEASED_NAMES = {
+    "classification": _CLASSIFICATION_NAMES,
+    "mask2former": _SEGMENTATION_NAMES,
+}
 
 
-def released_name(key: str) -> str:
-    """The released classification checkpoint's name for an entry of our state dict."""
-    for pattern, replacement in _RELEASED_NAMES:
+def released_name(key: str, head: str = "classification") -> str:
+    """The released checkpoint's name for an entry of our state dict."""
+    for pattern, replacement in _RELEASED_NAMES.get(head, ()):
         if re.fullmatch(pattern, key):
             return re.sub(pattern, replacement, key)
-    raise KeyError(f"no released name is known for {key}")
+    raise KeyError(f"no released name is known for {key} of head {head!r}")
+
+
+def from_released(state: Mapping[str, Tensor], model: Model) -> dict[str, Tensor]:
+    """A released state dict under our names and conventions; unknown entries keep their name."""
+    ours = {released_name(key, model.head_name): key for key in model.state_dict()}
+    renamed = {}
+    for key, value in state.items():
+        if key == "criterion.empty_weight":  # of the loss
+            continue
+        if key.endswith("static_query.weight"):  # the old name
+            key = key.replace("static_query", "query_feat")
+        own = ours.get(key, key)
+        if own.endswith("attn.power"):  # theirs is the exponent of the squared distance
+            value = 2 * value
+        if own == "head.pixel_decoder.conv.weight_net.0.weight":
+            # Theirs looks from the neighbor to the center: only the distance keeps its sign.
+            value = value * value.new_tensor([-1, -1, 1, -1, -1])
+        renamed[own] = value
+    return renamed
 
 
 def load_released(path: str | os.PathLike, name: str, **overrides: object) -> Model:
-    """A model with the weights of a released AFF classification checkpoint, in eval mode.
+    """A model with the weights of a released AFF checkpoint, in eval mode.
 
-    The file may be the training container (a dict whose "model" entry is the state dict, next to
-    optimizer and random states) or a bare state dict. It is unpickled with `weights_only=True`
-    and an allow-list for NumPy's random states, so that it cannot run code.
+    The file may be a container (a dict whose "model" entry is the state dict, next to optimizer and
+    random states) or a bare state dict. It is unpickled with `weights_only=True` and an allow-list
+    for NumPy's random states, so that it cannot run code.
 
     Args:
-        path: the downloaded `.pth` file.
+        path: the downloaded file.
         name: which model it is, for example "aff_mini".
-        overrides: as for `create_model`; `num_classes` is read from the file unless given.
+        overrides: as for `create_model`, for example `head="mask2former", task="semantic"` for a
+            segmentation checkpoint. The numbers of classes and queries are read from the file
+            unless given. Segmentation models normalize positions by batch, as they were trained;
+            `position_norm="image"` makes an image's result independent of the others.
 
     Raises:
         CheckpointError: the file is unreadable, no checkpoint, or another model's.
@@ -156,18 +261,29 @@ def load_released(path: str | os.PathLike, name: str, **overrides: object) -> Mo
 
     container = _unpickle(path)
     state = container.get("model", container)
+    if isinstance(state, Mapping):  # detectron2 stores arrays
+        state = {
+            k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in state.items()
+        }
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: a pickle, but it holds no state dict of tensors")
-    if "num_classes" not in overrides and "head.bias" in state:
-        overrides["num_classes"] = len(state["head.bias"])
+    head = overrides.get("head") or "classification"
+    if head not in _RELEASED_NAMES:
+        known = ", ".join(_RELEASED_NAMES)
+        raise CheckpointError(f"{path}: head {head!r} was not released, only {known}")
+    if "head.bias" in state:
+        overrides.setdefault("num_classes", len(state["head.bias"]))
+    if head == "mask2former":
+        if f"{_DECODER}.class_embed.bias" in state:
+            overrides.setdefault("num_classes", len(state[f"{_DECODER}.class_embed.bias"]) - 1)
+        if f"{_DECODER}.query_embed.weight" in state:
+            overrides.setdefault("queries", len(state[f"{_DECODER}.query_embed.weight"]))
+        if not any(key.endswith("shepard_power") for key in state):  # COCO's
+            overrides.setdefault("power", 4.0)
+            overrides.setdefault("learn_power", False)
+        overrides.setdefault("position_norm", "batch")
     model = create_model(name, **overrides)  # type: ignore[arg-type]
-    try:
-        ours = {released_name(key): key for key in model.state_dict()}
-    except KeyError as error:
-        raise CheckpointError(
-            f"{path}: head {model.head_name!r} was not released: {error}"
-        ) from None
-    load_state(model, {ours.get(key, key): value for key, value in state.items()}, source=path)
+    load_state(model, from_released(state, model), source=path)
     return model.eval()
 
 

@@ -1,4 +1,8 @@
-"""Heads: from a backbone's stages to class scores or to a dense map."""
+"""Heads: from a backbone's stages to class scores, a dense map, or masks.
+
+A head is made with the backbone's configuration and the number of classes; keyword arguments are
+options that `create_model` takes too. It is called with the stages, the images and `impl`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,11 @@ from torch import Tensor, nn
 
 from pointformer import TokenSet, interpolate
 from pointformer.models.aff import StageOutput
+from pointformer.models.config import AFFConfig
+from pointformer.models.mask2former import MaskDecoder, MaskPredictions
+from pointformer.models.pixel_decoder import PixelDecoder
+
+Images = Tensor | Sequence[Tensor]
 
 
 def mean_tokens(tokens: TokenSet) -> Tensor:
@@ -23,14 +32,14 @@ def mean_tokens(tokens: TokenSet) -> Tensor:
 class ClassificationHead(nn.Module):
     """LayerNorm and mean over the last stage's tokens, then a linear classifier: (B, classes)."""
 
-    def __init__(self, dims: Sequence[int], num_classes: int) -> None:
+    def __init__(self, config: AFFConfig, num_classes: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dims[-1])
-        self.linear = nn.Linear(dims[-1], num_classes)
+        self.norm = nn.LayerNorm(config.dims[-1])
+        self.linear = nn.Linear(config.dims[-1], num_classes)
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, stages: list[StageOutput], images: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, stages: list[StageOutput], images: Images, impl: str | None) -> Tensor:
         tokens = stages[-1].tokens
         return self.linear(mean_tokens(tokens.with_features(self.norm(tokens.features))))
 
@@ -38,12 +47,12 @@ class ClassificationHead(nn.Module):
 class FeatureHead(nn.Module):
     """One normalized token set per stage, for decoders: channels `dims`, in cluster order."""
 
-    def __init__(self, dims: Sequence[int]) -> None:
+    def __init__(self, config: AFFConfig, num_classes: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in dims)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in config.dims)
 
     def forward(
-        self, stages: list[StageOutput], images: Tensor | Sequence[Tensor]
+        self, stages: list[StageOutput], images: Images, impl: str | None
     ) -> list[TokenSet]:
         return [
             stage.tokens.with_features(norm(stage.tokens.features))
@@ -63,28 +72,28 @@ class DenseHead(nn.Module):
 
     def __init__(
         self,
-        dims: Sequence[int],
+        config: AFFConfig,
         num_classes: int,
-        stride: int = 4,
-        in_channels: int = 3,
+        *,
         channels: int = 64,
         pixel_channels: int = 16,
     ) -> None:
         super().__init__()
+        stride = config.patch_stride
         self.projections = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels)) for dim in dims
+            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels)) for dim in config.dims
         )
         self.mix = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.GELU())
         self.to_pixels = nn.Sequential(
             nn.Conv2d(channels, pixel_channels * stride**2, 1), nn.PixelShuffle(stride)
         )
-        self.detail = nn.Conv2d(in_channels, pixel_channels, 3, padding=1)
+        self.detail = nn.Conv2d(config.in_channels, pixel_channels, 3, padding=1)
         self.classify = nn.Sequential(
             nn.GELU(), nn.Conv2d(pixel_channels, num_classes, 3, padding=1)
         )
 
     def forward(
-        self, stages: list[StageOutput], images: Tensor | Sequence[Tensor]
+        self, stages: list[StageOutput], images: Images, impl: str | None
     ) -> Tensor | list[Tensor]:
         grid = stages[0].tokens
         total = self.projections[0](grid.features)
@@ -98,6 +107,7 @@ class DenseHead(nn.Module):
                 query_sizes=grid.sizes,
                 k=3,
                 power=2.0,
+                impl=impl,
             )
         maps = grid.with_features(total).to_grid()
         if isinstance(images, Tensor) and isinstance(maps, Tensor):
@@ -110,3 +120,69 @@ class DenseHead(nn.Module):
         height, width = images.shape[-2:]
         coarse = self.to_pixels(self.mix(maps))[..., :height, :width]
         return self.classify(coarse + self.detail(images))
+
+
+class Mask2FormerHead(nn.Module):
+    """Pixel decoder and masked-attention decoder on tokens (section 4.1): `MaskPredictions`.
+
+    Runs in float32, also under autocast: the published recipe does, and its masks need it.
+
+    Args:
+        queries: objects that an image can have at most.
+        position_norm: see `sine_encoding`.
+        power, learn_power: see `PixelDecoder`.
+        pixel_layers, decoder_layers: layers of the two decoders.
+        dim, hidden, pixel_hidden: channels of both, hidden ones of their feed-forward layers.
+    """
+
+    def __init__(
+        self,
+        config: AFFConfig,
+        num_classes: int,
+        *,
+        queries: int = 100,
+        position_norm: str = "image",
+        power: float = 6.0,
+        learn_power: bool = True,
+        pixel_layers: int = 6,
+        decoder_layers: int = 9,
+        dim: int = 256,
+        hidden: int = 2048,
+        pixel_hidden: int = 1024,
+    ) -> None:
+        super().__init__()
+        self.features = FeatureHead(config, num_classes)
+        self.pixel_decoder = PixelDecoder(
+            config.dims,
+            dim,
+            pixel_layers,
+            hidden=pixel_hidden,
+            position_norm=position_norm,
+            power=power,
+            learn_power=learn_power,
+        )
+        self.decoder = MaskDecoder(
+            num_classes,
+            len(config.dims) - 1,
+            dim,
+            queries,
+            decoder_layers,
+            hidden=hidden,
+            position_norm=position_norm,
+        )
+
+    def forward(
+        self, stages: list[StageOutput], images: Images, impl: str | None
+    ) -> MaskPredictions:
+        with torch.autocast(stages[0].tokens.device.type, enabled=False):
+            tokens = self.features(stages, images, impl)
+            tokens = [t.with_features(t.features.float()) for t in tokens]
+            return self.decoder(*self.pixel_decoder(tokens, impl))
+
+
+HEADS: dict[str, type[nn.Module]] = {
+    "classification": ClassificationHead,
+    "dense": DenseHead,
+    "features": FeatureHead,
+    "mask2former": Mask2FormerHead,
+}

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from pointformer.models.aff import AFF
 from pointformer.models.config import AFFConfig
-from pointformer.models.heads import ClassificationHead, DenseHead, FeatureHead
+from pointformer.models.heads import HEADS
 
-HEADS = ("classification", "dense", "features")
+TASKS = ("semantic", "instance", "panoptic")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -42,26 +42,34 @@ class Model(nn.Module):
         name: the name it was made with.
         backbone: `AFF`; `backbone(images)` gives each stage's tokens and scores.
         head: maps the stages to the output of `forward`.
+        task: "semantic", "instance" or "panoptic", what masks are turned into; `None` where the
+            head makes none.
+        head_options: the options that the head was made with.
         preprocess: normalization of raw images; not applied by `forward`.
     """
 
     def __init__(
-        self, name: str, config: AFFConfig, head: str, num_classes: int, impl: str | None = None
+        self,
+        name: str,
+        config: AFFConfig,
+        head: str,
+        num_classes: int,
+        impl: str | None = None,
+        task: str | None = None,
+        **head_options: object,
     ) -> None:
         super().__init__()
         if head not in HEADS:
-            raise ValueError(f"head: expected one of {HEADS}, got {head!r}")
+            raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
+        if task is not None and task not in TASKS:
+            raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
         self.name = name
         self.head_name = head
         self.num_classes = num_classes
         self.backbone = AFF(config, impl)
-        self.head: nn.Module
-        if head == "classification":
-            self.head = ClassificationHead(config.dims, num_classes)
-        elif head == "dense":
-            self.head = DenseHead(config.dims, num_classes, config.patch_stride, config.in_channels)
-        else:
-            self.head = FeatureHead(config.dims)
+        self.head = HEADS[head](config, num_classes, **head_options)
+        self.head_options = head_options
+        self.task = task
         self.preprocess = Preprocess()
 
     @property
@@ -81,9 +89,10 @@ class Model(nn.Module):
         Returns:
             head "classification": logits (B, num_classes). "dense": logits (B, num_classes, H, W),
             or a list of (num_classes, H, W) for a list. "features": four `TokenSet`s.
+            "mask2former": `MaskPredictions`.
         """
         self._check(images)
-        return self.head(self.backbone(images), images)
+        return self.head(self.backbone(images), images, self.backbone.impl)
 
     def _check(self, images: Tensor | Sequence[Tensor]) -> None:
         channels = self.config.in_channels

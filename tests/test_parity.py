@@ -34,7 +34,7 @@ def case(request):
     model.backbone.patch_embed.register_forward_hook(lambda m, a, out: patch.update(tokens=out))
     with torch.no_grad():
         stages = model.backbone(torch.from_numpy(image))
-        logits = model.head(stages, torch.from_numpy(image))
+        logits = model.head(stages, torch.from_numpy(image), None)
     return stored, patch["tokens"], stages, logits
 
 

@@ -1,0 +1,119 @@
+"""Layers that several models share."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from pointformer import TokenSet, knn, point_conv
+
+
+class FeedForward(nn.Sequential):
+    """Linear, activation, Linear."""
+
+    def __init__(self, dim: int, hidden: int, activation: type[nn.Module] = nn.GELU) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = activation()
+        self.fc2 = nn.Linear(hidden, dim)
+
+
+class WeightNet(nn.Sequential):
+    """Relative positions to `mid` weights: Linear, LayerNorm, GELU; `scored_merge` evaluates it."""
+
+    def __init__(self, features: int, mid: int) -> None:
+        super().__init__(nn.Linear(features, mid), nn.LayerNorm(mid), nn.GELU())
+
+    def arguments(self) -> dict[str, Tensor | float]:
+        """The keyword arguments of `scored_merge` and `point_conv` that describe the net."""
+        linear, norm, _ = self
+        return {
+            "weight": linear.weight,
+            "bias": linear.bias,
+            "norm_weight": norm.weight,
+            "norm_bias": norm.bias,
+            "eps": norm.eps,
+        }
+
+
+class PointConv(nn.Module):
+    """What a 3x3 convolution is on a grid, over the `k` nearest tokens (section 4.1)."""
+
+    def __init__(self, dim: int, out_dim: int, k: int = 9, mid: int = 4) -> None:
+        super().__init__()
+        self.k = k
+        self.weight_net = WeightNet(5, mid)
+        self.norm = nn.LayerNorm(mid * dim)
+        self.linear = nn.Linear(mid * dim, out_dim)
+
+    def forward(self, tokens: TokenSet, impl: str | None = None) -> TokenSet:
+        index = knn(tokens.positions, self.k, sizes=tokens.sizes, impl=impl)
+        summed = point_conv(
+            tokens.features, tokens.positions, index, **self.weight_net.arguments(), impl=impl
+        )
+        return tokens.with_features(self.linear(self.norm(summed)))
+
+
+class MultiheadAttention(nn.Module):
+    """Dense attention of few queries to many keys, by torch's own kernels."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(dim, 3 * dim)  # query, key, value
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
+    ) -> Tensor:
+        """(B, Q, C) from (B, Q, C), (B, N, C), (B, N, C); `allowed` (B, Q, N) bool or `None`."""
+        weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
+        heads = [
+            rearrange(nn.functional.linear(x, *layer), "b n (h d) -> b h n d", h=self.heads)
+            for x, *layer in zip((query, key, value), weights, biases, strict=True)
+        ]
+        mask = None if allowed is None else allowed[:, None]
+        out = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+        return self.proj(rearrange(out, "b h n d -> b n (h d)"))
+
+
+def sine_encoding(
+    tokens: TokenSet, channels: int, norm: str = "image", temperature: float = 10000.0
+) -> Tensor:
+    """Sine code of the positions: (T, channels), per axis all sines, then all cosines.
+
+    A position is divided by the largest of its sample (`norm` "image") or of the whole batch
+    ("batch", as the released AFF does, whose results depend on the batch for it), times 2 pi.
+    """
+    positions = tokens.positions
+    axes = tokens.dimensions
+    if norm == "batch" or tokens.batch_size == 1:
+        peak = positions.amax(0) if len(positions) else positions.new_zeros(axes)
+    elif norm == "image":
+        sample = tokens.sample_index[:, None].expand_as(positions)
+        peak = positions.new_zeros(tokens.batch_size, axes)
+        peak = peak.scatter_reduce(0, sample, positions, "amax")[tokens.sample_index]
+    else:
+        raise ValueError(f"norm: expected 'image' or 'batch', got {norm!r}")
+    angle = positions / (peak + 1e-6) * (2 * torch.pi)
+    half = channels // (2 * axes)
+    exponent = torch.arange(half, device=positions.device, dtype=positions.dtype) / half
+    angle = angle[:, :, None] / temperature**exponent  # (T, D, half)
+    return torch.cat([angle.sin(), angle.cos()], 2).flatten(1)
+
+
+def pad_samples(rows: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """Packed rows (T, C) as (B, N, C), and which of them are there, (B, N), if not all."""
+    if len(set(sizes)) <= 1:
+        return rows.view(len(sizes), -1, *rows.shape[1:]), None
+    padded = nn.utils.rnn.pad_sequence(rows.split(sizes), batch_first=True)
+    lengths = torch.tensor(sizes, device=rows.device)
+    return padded, torch.arange(padded.shape[1], device=rows.device) < lengths[:, None]
+
+
+def pack_samples(padded: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Undo `pad_samples`: (B, N, C) to (T, C)."""
+    if len(set(sizes)) <= 1:
+        return padded.flatten(0, 1)
+    return torch.cat([rows[:size] for rows, size in zip(padded, sizes, strict=True)])
