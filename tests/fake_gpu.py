@@ -23,8 +23,8 @@ class _NoTransfers(TorchDispatchMode):
         return result
 
 
-class _Indexing(TorchFunctionMode):
-    """`x[...]` by plain ops: torch's own asks for the device, which CPU builds do not know."""
+class _WithoutDevice(TorchFunctionMode):
+    """Methods by plain ops: torch's own ask for the device, which CPU builds do not know."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.__getitem__:
@@ -38,6 +38,10 @@ class _Indexing(TorchFunctionMode):
             if tensors:
                 return torch.ops.aten.index_put_(view, tensors, value)
             return torch.ops.aten.copy_(view, value)
+        if function is torch.Tensor.__invert__:
+            return torch.bitwise_not(*args)
+        if function is torch.Tensor.contiguous and not args[0].is_contiguous():
+            return torch.clone(args[0], memory_format=torch.contiguous_format)
         return function(*args, **(kwargs or {}))
 
 
@@ -70,7 +74,7 @@ def fake_gpu():
     value of the device. Ops run as far as their fakes; no kernel is launched.
     """
     capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
-    with capturing, FakeTensorMode(), _NoTransfers(), _Indexing():
+    with capturing, FakeTensorMode(), _NoTransfers(), _WithoutDevice():
         yield
 
 

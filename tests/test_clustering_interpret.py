@@ -1,6 +1,7 @@
 """Balanced clustering in Triton's interpreter: order and centers of the CPU, bit for bit."""
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from strategies import full_lattice, tokens
 
 from pointformer import TokenSet, balanced_cluster
 from pointformer.kernels.clustering import fused_cluster_centers, fused_curve_keys
+from pointformer.kernels.triton import clustering as kernels
 from pointformer.kernels.triton.runtime import INTERPRETED
 
 PARITY = Path(__file__).parent / "parity"
@@ -20,6 +22,14 @@ CURVES = ("hilbert", "morton", "snake")
 if not INTERPRETED:
     reason = "kernels run compiled here: set TRITON_INTERPRET=1"
     pytest.skip(reason, allow_module_level=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def many_tokens_per_program():
+    """What a program costs here hardly depends on its tokens."""
+    with mock.patch.object(kernels, "_BLOCK", 512):
+        yield
+
 
 options = st.fixed_dictionaries(
     {

@@ -215,15 +215,16 @@ def _squared_gaps(
     index, before, after, is_first, is_last, point, relative, cell, is_longest, CURVE: tl.constexpr
 ):
     """Squared distances along one axis to the anchors before and after in the walk."""
-    own = _anchor(index, cell, CURVE)
-    previous = _anchor(before, cell, CURVE)
-    following = _anchor(after, cell, CURVE)
     step = 1.0
     if CURVE == SNAKE:  # positions as they are; those of a sample that keeps its order all tie
         endless = cell == float("inf")
-        step = tl.where(endless, 1.0, cell)
+        cell = tl.where(endless, 1.0, cell)
         point = tl.where(endless, 0.0, relative)
+        step = cell
     step = tl.where(is_longest, step, 0.0)
+    own = _anchor(index, cell, CURVE)
+    previous = _anchor(before, cell, CURVE)
+    following = _anchor(after, cell, CURVE)
     second = tl.where(is_last, own + step, following)
     second_last = tl.where(is_first, own - step, previous)
     previous = tl.where(is_first, own - (second - own), previous)

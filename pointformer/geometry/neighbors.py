@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
 import torch
@@ -15,7 +15,7 @@ from pointformer.kernels.neighbors import fused_nearest
 from pointformer.reference import neighbors as reference
 
 _SCOPES = ("token", "tile")
-_FAST = {"cpu": everything}
+_MOST_POINTS = 8**9  # in the box tree on GPUs
 
 
 def nearest_clusters(
@@ -27,6 +27,7 @@ def nearest_clusters(
     tile_size: int = 16,
     include_own: bool = False,
     global_size: int = 0,
+    check_values: bool = True,
     impl: str | None = None,
 ) -> Neighborhoods:
     """The clusters whose centers are nearest to each token (AutoFocusFormer, section 3.2).
@@ -49,7 +50,9 @@ def nearest_clusters(
             the farthest others if they are missing. Where a tile belongs to more than
             `num_clusters` clusters, some of them are left out.
         global_size: samples with at most this many tokens list all their clusters.
-        impl: "reference" or "cpu"; `None` chooses by device.
+        check_values: whether to look for positions that are not finite, which waits for the device.
+            Never done under `torch.compile` and while a CUDA graph is captured.
+        impl: "reference", "cpu" or "triton"; `None` chooses by device.
 
     Returns:
         Neighborhoods with `cluster_index` (T, R) int32, nearest first, padded with -1. R is the
@@ -79,13 +82,14 @@ def nearest_clusters(
     if scope not in _SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(_SCOPES)}, got {scope!r}")
     sizes, counts = clusters.sizes, clusters.counts
-    check_finite("positions", positions, sizes)
+    if check_values:
+        check_finite("positions", positions, sizes)
     limits = tuple(
         count if size <= global_size else min(num_clusters, count)
         for size, count in zip(sizes, counts, strict=True)
     )
     width = max(limits, default=0)
-    chosen = choose("nearest_clusters", impl, _FAST, positions.device)
+    chosen = choose("nearest_clusters", impl, _fast("clusters", centers), positions.device)
     tile = tile_size if scope == "tile" else 1
     query, query_sizes = positions, sizes
     if tile > 1:
@@ -115,6 +119,7 @@ def knn(
     query_sizes: Sequence[int] | None = ...,
     include_self: bool = ...,
     return_distance: Literal[False] = ...,
+    check_values: bool = ...,
     impl: str | None = ...,
 ) -> Tensor: ...
 
@@ -129,6 +134,7 @@ def knn(
     query_sizes: Sequence[int] | None = ...,
     include_self: bool = ...,
     return_distance: Literal[True],
+    check_values: bool = ...,
     impl: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -142,6 +148,7 @@ def knn(
     query_sizes: Sequence[int] | None = None,
     include_self: bool = True,
     return_distance: bool = False,
+    check_values: bool = True,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The k nearest points of the same sample, for each point or for given query positions.
@@ -157,7 +164,9 @@ def knn(
         query_sizes: queries per sample, B host integers; `None` for one sample.
         include_self: `False` leaves each point out of its own list; only without `query`.
         return_distance: also return the distances.
-        impl: "reference" or "cpu"; `None` chooses by device.
+        check_values: whether to look for positions that are not finite, which waits for the device.
+            Never done under `torch.compile` and while a CUDA graph is captured.
+        impl: "reference", "cpu" or "triton"; `None` chooses by device.
 
     Returns:
         Rows of `positions`, (Q, k) int32, nearest first, -1 where the sample has too few points.
@@ -169,7 +178,8 @@ def knn(
     """
     positions = check_positions("positions", positions).detach()
     sizes = check_sizes("sizes", sizes, positions.shape[0])
-    check_finite("positions", positions, sizes)
+    if check_values:
+        check_finite("positions", positions, sizes)
     if k < 1:
         raise ValueError(f"k: expected a positive integer, got {k!r}")
     if query is None:
@@ -186,10 +196,11 @@ def knn(
             raise ValueError(
                 f"query_sizes: expected {len(sizes)} samples as in sizes, got {len(query_sizes)}"
             )
-        check_finite("query", query, query_sizes)
+        if check_values:
+            check_finite("query", query, query_sizes)
     width = k if include_self else k + 1
     limits = (width,) * len(sizes)
-    chosen = choose("knn", impl, _FAST, positions.device)
+    chosen = choose("knn", impl, _fast("positions", positions), positions.device)
     if chosen == "reference":
         asking = positions if query is None else query
         index, distance = reference.nearest(asking, positions, query_sizes, sizes, limits, width)
@@ -204,18 +215,26 @@ def knn(
     return (index, distance.sqrt()) if return_distance else index
 
 
+def _fast(name: str, points: Tensor) -> dict[str, Callable[[], str | None]]:
+    """The fast implementations, and what they lack for these points."""
+
+    def triton_lacks() -> str | None:
+        if len(points) > _MOST_POINTS:
+            return f"{name} has {len(points)} rows, more than {_MOST_POINTS}"
+        return None
+
+    return {"cpu": everything, "triton": triton_lacks}
+
+
 def _tile_rows(
     sizes: Sequence[int], tile: int, device: torch.device
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Rows of each tile, (tiles, tile) int64 with -1 for none, and the tiles per sample."""
     counts = tuple(-(-size // tile) for size in sizes)
     tiles = sum(counts)
-    sample = torch.repeat_interleave(
-        torch.arange(len(sizes), device=device),
-        torch.tensor(counts, dtype=torch.int64, device=device),
-        output_size=tiles,
-    )
     starts, first_tile = offsets_of(tuple(sizes), device), offsets_of(counts, device)
+    samples = torch.arange(len(sizes), device=device)
+    sample = torch.repeat_interleave(samples, first_tile.diff(), output_size=tiles)
     first = starts[sample] + (torch.arange(tiles, device=device) - first_tile[sample]) * tile
     rows = first[:, None] + torch.arange(tile, device=device)
     return rows.where(rows < starts[sample + 1, None], -1), counts
