@@ -256,10 +256,12 @@ class StageOutput:
 
     Attributes:
         tokens: the stage's tokens after its blocks, in cluster order; features (T, C).
+        inputs: the same tokens as they came into the stage, embedded or merged; features (T, C).
         scores: (T,) importance of each token, in (0, 1); `None` in a stage that scores none.
     """
 
     tokens: TokenSet
+    inputs: TokenSet
     scores: Tensor | None
 
 
@@ -299,14 +301,15 @@ class Stage(nn.Module):
         )
         if torch.is_grad_enabled():
             neighborhoods = neighborhoods.with_inverse()
+        inputs = tokens
         for block in self.blocks:
             tokens = block(tokens, neighborhoods, impl)
         if isinstance(self.merge, AdaptiveMerge):
             scores = self.merge.scores(tokens.features)
             merged = self.merge(tokens, neighborhoods, scores, config, impl)
-            return StageOutput(tokens, scores), merged
+            return StageOutput(tokens, inputs, scores), merged
         merged = None if self.merge is None else self.merge(tokens)
-        return StageOutput(tokens, None), merged
+        return StageOutput(tokens, inputs, None), merged
 
 
 class AFF(nn.Module):

@@ -12,6 +12,7 @@ from pointformer.ops import (
     neighborhood_attention,
     point_conv,
     scored_merge,
+    weighted_gather,
 )
 from pointformer.segmentation import Segmentation, segment
 from pointformer.tokens import TokenSet
@@ -34,4 +35,5 @@ __all__ = [
     "scored_merge",
     "segment",
     "select_centers",
+    "weighted_gather",
 ]

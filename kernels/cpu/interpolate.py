@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from pointformer.kernels.cpu.gather import dot, flat, sum_rows, token_gradients
 from pointformer.kernels.cpu.inverse import inverse_lists
 from pointformer.kernels.cpu.runtime import kernel
 from pointformer.kernels.cpu.simd import (
     LANES,
     f32,
-    fma,
-    hsum,
     load,
     splat,
     store,
@@ -72,41 +71,6 @@ def _normalize(weights, k, count):
             weights[j] *= scale
 
 
-@njit(forceinline=True)
-def _add_rows(source, channels, rows, factors, count, target, at, first):
-    """Add up to four scaled rows of `source` to a row of `target`, or write it if `first`."""
-    for n in range(count, 4):
-        rows[n] = rows[count - 1]
-        factors[n] = f32(0.0)
-    r0, r1, r2, r3 = rows[0], rows[1], rows[2], rows[3]
-    w0, w1, w2, w3 = splat(factors[0]), splat(factors[1]), splat(factors[2]), splat(factors[3])
-    c = 0
-    while c + LANES <= channels:
-        total = zero() if first else load(target, at + c)
-        total = fma(w1, load(source, r1 + c), fma(w0, load(source, r0 + c), total))
-        total = fma(w3, load(source, r3 + c), fma(w2, load(source, r2 + c), total))
-        store(target, at + c, total)
-        c += LANES
-    for tail in range(c, channels):
-        value = f32(0.0) if first else target[at + tail]
-        for n in range(count):
-            value += factors[n] * source[rows[n] + tail]
-        target[at + tail] = value
-
-
-@njit(forceinline=True)
-def _dot(a, i, b, j, channels):
-    total = zero()
-    c = 0
-    while c + LANES <= channels:
-        total = fma(load(a, i + c), load(b, j + c), total)
-        c += LANES
-    value = hsum(total)
-    for tail in range(c, channels):
-        value += a[i + tail] * b[j + tail]
-    return value
-
-
 @kernel
 def _forward(features, positions, queries, index, exponent, eps, sizes, out):
     number, k, channels, dimensions = sizes
@@ -121,20 +85,8 @@ def _forward(features, positions, queries, index, exponent, eps, sizes, out):
         _inverse_distances(squared, weights, (end - begin) * k, exponent, eps)
         _normalize(weights, k, end - begin)
         for q in range(begin, end):
-            filled, first = 0, True
-            for j in range(k):
-                row = np.int64(index[q * k + j])
-                if row >= 0:
-                    rows[filled] = row * channels
-                    factors[filled] = weights[(q - begin) * k + j]
-                    filled += 1
-                    if filled == 4:
-                        _add_rows(features, channels, rows, factors, 4, out, q * channels, first)
-                        filled, first = 0, False
-            if filled > 0:
-                _add_rows(features, channels, rows, factors, filled, out, q * channels, first)
-            elif first:
-                out[q * channels : (q + 1) * channels] = f32(0.0)
+            first = (q - begin) * k
+            sum_rows(features, index, weights, q * k, first, k, channels, rows, factors, out, q)
 
 
 @kernel
@@ -164,7 +116,7 @@ def _query_gradients(
             for j in range(k):
                 row = np.int64(index[q * k + j])
                 if row >= 0:
-                    dots[j] = _dot(grad, q * channels, features, row * channels, channels)
+                    dots[j] = dot(grad, q * channels, features, row * channels, channels)
                     mean += weights[(q - begin) * k + j] * dots[j]
             for j in range(k):
                 p = (q - begin) * k + j
@@ -173,36 +125,12 @@ def _query_gradients(
         partial[chunk] = total
 
 
-@kernel
-def _token_gradients(grad, weights, lists, entries, sizes, d_features):
-    tokens, k, channels = sizes
-    for chunk in prange((tokens + _CHUNK - 1) // _CHUNK):
-        rows = np.zeros(4, np.int64)
-        factors = np.zeros(4, np.float32)
-        begin = np.int64(chunk) * _CHUNK
-        for token in range(begin, min(begin + _CHUNK, tokens)):
-            at = token * channels
-            if lists[token] == lists[token + 1]:
-                d_features[at : at + channels] = f32(0.0)
-            for start in range(lists[token], lists[token + 1], 4):
-                count = min(4, lists[token + 1] - start)
-                for n in range(count):
-                    rows[n] = entries[start + n] // k * channels
-                    factors[n] = weights[entries[start + n]]
-                first = start == lists[token]
-                _add_rows(grad, channels, rows, factors, count, d_features, at, first)
-
-
-def _flat(tensor):
-    return tensor.detach().contiguous().view(-1).numpy()
-
-
 def _arrays(features, positions, query_positions, neighbor_index, power):
     tokens = positions.shape[0]
     if neighbor_index.numel() and int(neighbor_index.max()) >= tokens:
         raise IndexError(f"neighbor_index: row {int(neighbor_index.max())} of {tokens} tokens")
     tensors = (features, positions, query_positions, neighbor_index)
-    return *(_flat(x) for x in tensors), f32(power.item()) / f32(2)
+    return *(flat(x) for x in tensors), f32(power.item()) / f32(2)
 
 
 def forward(features, positions, query_positions, neighbor_index, power, eps):
@@ -218,13 +146,13 @@ def backward(grad, features, positions, query_positions, neighbor_index, power, 
     """Gradients of features and power, the latter zero unless `learn_power`."""
     arrays = _arrays(features, positions, query_positions, neighbor_index, power)
     (queries, k), channels = neighbor_index.shape, features.shape[1]
-    grad = _flat(grad)
+    grad = flat(grad)
     weights = np.empty(queries * k, np.float32)
     partial = np.zeros(-(-queries // _CHUNK))
     sizes = (queries, k, channels, positions.shape[1])
     _query_gradients(grad, *arrays, f32(eps), sizes, weights, learn_power, partial)
     d_features = torch.empty(features.shape)
-    lists, entries = inverse_lists(_flat(neighbor_index), features.shape[0])
+    lists, entries = inverse_lists(flat(neighbor_index), features.shape[0])
     sizes = (features.shape[0], k, channels)
-    _token_gradients(grad, weights, lists, entries, sizes, d_features.view(-1).numpy())
+    token_gradients(grad, weights, lists, entries, sizes, d_features.view(-1).numpy())
     return d_features, power.new_full(power.shape, partial.sum())

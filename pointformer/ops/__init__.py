@@ -2,6 +2,7 @@
 
 from pointformer.ops.attention import neighborhood_attention
 from pointformer.ops.deformable import deformable_attention
+from pointformer.ops.gather import weighted_gather
 from pointformer.ops.interpolate import interpolate
 from pointformer.ops.merge import point_conv, scored_merge
 
@@ -11,4 +12,5 @@ __all__ = [
     "neighborhood_attention",
     "point_conv",
     "scored_merge",
+    "weighted_gather",
 ]

@@ -1,0 +1,50 @@
+"""Weighted sums of listed tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pointformer._checks import check_tensor
+from pointformer._dispatch import choose
+from pointformer.kernels.gather import fused_gather
+from pointformer.reference.gather import weighted_gather as reference
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def weighted_gather(
+    features: Tensor, index: Tensor, weights: Tensor, *, impl: str | None = None
+) -> Tensor:
+    """Sums of listed tokens: ``out[q] = sum_j weights[q, j] * features[index[q, j]]``.
+
+    A sparse matrix times features; with an assignment of fine tokens to coarse ones as `weights`,
+    it carries the coarse tokens' features to the fine ones (HCFormer's decoding).
+
+    Args:
+        features: (T, C) floating.
+        index: (Q, k) int32 or int64, rows of `features`, -1 where there are fewer.
+        weights: (Q, k) floating.
+        impl: "reference" (differentiable twice), "cpu" (float32 arithmetic), or `None` for the
+            device's own.
+
+    Returns:
+        (Q, C) in the dtype of `features`. Gradients reach the features and the weights.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device does not fit.
+        IndexError: a row of `index` does not exist.
+    """
+    check_tensor("features", features, ("T", "C"), _FLOATS)
+    device = features.device
+    check_tensor("index", index, ("Q", "k"), (torch.int32, torch.int64), device)
+    check_tensor("weights", weights, tuple(index.shape), _FLOATS, device)
+
+    def cpu_lacks() -> str | None:
+        return "features are float64" if features.dtype == torch.float64 else None
+
+    chosen = choose("weighted_gather", impl, {"cpu": cpu_lacks}, device)
+    if chosen == "reference":
+        return reference(features, index, weights)
+    out = fused_gather(features.float(), index.int(), weights.float(), chosen)
+    return out.to(features.dtype)
