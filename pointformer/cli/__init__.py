@@ -1,4 +1,4 @@
-"""The command line: `pointformer segment | focus | models`."""
+"""The command line: `pointformer segment | focus | models | profile`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pointformer.cli import focus, models, segment
+from pointformer.cli import focus, models, profile, segment
 
-_COMMANDS = {"segment": segment, "focus": focus, "models": models}
+_COMMANDS = {"segment": segment, "focus": focus, "models": models, "profile": profile}
 
 
 def _parser() -> argparse.ArgumentParser:

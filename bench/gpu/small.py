@@ -1,0 +1,105 @@
+"""Every op forward and backward on a few tokens: what compute-sanitizer runs.
+
+compute-sanitizer --tool memcheck python bench/gpu/small.py [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from pointformer import (
+    TokenSet,
+    interpolate,
+    knn,
+    nearest_clusters,
+    neighborhood_attention,
+    point_conv,
+    scored_merge,
+    select_centers,
+)
+from pointformer.geometry.clustering import CURVES
+
+SIZES = (203, 0, 61)
+
+
+def leaf(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
+
+
+def run_all(device: torch.device, dtype: torch.dtype, dimensions: int) -> list[torch.Tensor]:
+    """Outputs and gradients of all ops, on ragged samples; one is empty."""
+    total, heads, channels = sum(SIZES), 2, 24
+    results = []
+
+    def differentiate(output: torch.Tensor, *leaves: torch.Tensor) -> None:
+        results.extend([output, *torch.autograd.grad(output, leaves, torch.ones_like(output))])
+
+    positions = torch.rand(total, dimensions, device=device) * 20
+    features = torch.randn(total, heads * channels, device=device, dtype=dtype)
+    extent = [(20.0,) * dimensions] * len(SIZES)
+    for curve in CURVES:
+        tokens = TokenSet(positions, features, SIZES, extent).cluster(8, curve=curve)
+        for scope in ("token", "tile"):
+            around = nearest_clusters(tokens.positions, tokens.clusters, 6, scope=scope)
+            results.append(around.cluster_index)
+    phi = 5 if dimensions == 2 else 7
+    query, key, value = (leaf(total, heads, channels, device=device, dtype=dtype) for _ in range(3))
+    learned = {
+        "position_weight": leaf(heads, phi, device=device),
+        "position_bias": leaf(heads, device=device),
+        "blank_key": leaf(heads, channels, device=device),
+        "blank_value": leaf(heads, channels, device=device),
+    }
+    out = neighborhood_attention(query, key, value, tokens.positions, around, **learned)
+    differentiate(out, query, key, value, *learned.values())
+
+    scores = torch.rand(total, device=device, requires_grad=True)
+    centers, _ = select_centers(
+        scores.detach(),
+        tokens.positions,
+        sizes=SIZES,
+        extent=extent,
+        rate=0.25,
+        stride=2,
+        lattice=False,
+    )
+    rows = leaf(total, heads * channels, device=device, dtype=dtype)
+    net = {
+        "weight": leaf(4, phi, device=device),
+        "bias": leaf(4, device=device),
+        "norm_weight": leaf(4, device=device),
+        "norm_bias": leaf(4, device=device),
+    }
+    out = scored_merge(rows, scores, tokens.positions, centers, around, **net)
+    differentiate(out, rows, scores, *net.values())
+
+    nearest = knn(tokens.positions, 5, sizes=SIZES)
+    out = point_conv(rows, tokens.positions, nearest, **net)
+    differentiate(out, rows, *net.values())
+
+    power = torch.full((1,), 2.0, device=device, requires_grad=True)
+    sizes = {"sizes": SIZES, "query_sizes": SIZES}
+    out = interpolate(rows, tokens.positions, positions, k=4, power=power, **sizes)
+    differentiate(out, rows, power)
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    device = torch.device(parser.parse_args().device)
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dimensions in (2, 3):
+            for result in run_all(device, dtype, dimensions):
+                if not torch.isfinite(result).all():
+                    raise SystemExit(f"{dtype}, {dimensions}-D: a result is not finite")
+    print("all finite")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

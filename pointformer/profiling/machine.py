@@ -1,0 +1,89 @@
+"""What the machine can do, and what it is."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from pointformer.profiling.timing import time_call
+from pointformer.profiling.work import Work
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device reached in a plain copy and a plain matrix product.
+
+    Attributes:
+        bandwidth: bytes per second, read and written, of copying a large buffer.
+        rate: operations per second of `torch.matmul` in one dtype, as torch is set.
+    """
+
+    bandwidth: float
+    rate: float
+
+    def floor(self, work: Work) -> float:
+        """Seconds that the work takes at least: the longer of moving and computing."""
+        return max(work.bytes / self.bandwidth, work.operations / self.rate)
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Copy and multiply on the device; the faster fifth of the repetitions counts."""
+    on_gpu = device.type == "cuda"
+    numbers, side = (2**28, 8192) if on_gpu else (2**25, 1024)  # far more than a cache holds
+    source = torch.ones(numbers, device=device)
+    target = torch.empty_like(source)
+    copy = time_call(lambda: target.copy_(source), device, 10)
+    # Random numbers: on zeros a GPU runs faster than it can in earnest.
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = time_call(lambda: left @ right, device, 10)
+    return Limits(2 * source.nbytes / copy.q20, 2 * side**3 / product.q20)
+
+
+def describe_machine(device: torch.device) -> dict[str, object]:
+    """Names and versions that a figure depends on."""
+    machine: dict[str, object] = {
+        "device": str(device),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "triton", "numba", "pointformer"):
+        try:
+            machine[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            machine[package] = None
+    machine["torch"] = torch.__version__  # with the build, such as +cpu
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {
+            "gpu": properties.name,
+            "memory": properties.total_memory,
+            "l2_cache": properties.L2_cache_size,
+            "cuda": torch.version.cuda or torch.version.hip,
+            "driver": _driver(),
+        }
+    return machine
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    return lines[0] if lines else None

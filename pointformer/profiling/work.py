@@ -1,0 +1,288 @@
+"""Bytes that a call must at least move to and from memory, operations it must at least do.
+
+Counted from the arguments of the call. Each input that it depends on is read once and each output
+written once, in the dtypes of the call; what an implementation stores in between is not work but
+choice. An operation is an addition, a multiplication or a division: a multiply-add is two.
+
+T tokens of C channels (all heads together) in D dimensions, K clusters, R clusters per token, E
+entries of such lists that are not -1, P pairs of a token (or a center) and a neighbor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pointformer import Neighborhoods, TokenSet, knn
+from pointformer.models.complexity import (
+    attention_multiply_adds,
+    layer_multiply_adds,
+    merge_multiply_adds,
+)
+
+Arguments = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Least bytes to move and operations to do; a sum of calls adds both."""
+
+    bytes: int = 0
+    operations: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.operations + other.operations)
+
+    def __mul__(self, calls: int) -> Work:
+        return Work(self.bytes * calls, self.operations * calls)
+
+
+def num_bytes(*tensors: Tensor | None) -> int:
+    """Of all elements, as if each tensor were contiguous."""
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def cluster_lengths(neighborhoods: Neighborhoods) -> Tensor:
+    """(Q, R) int64 tokens in each cluster of `cluster_index`, 0 where it is -1."""
+    index = neighborhoods.cluster_index.long()
+    lengths = neighborhoods.clusters.offsets.diff().long()
+    if len(lengths) == 0:
+        return torch.zeros_like(index)
+    return lengths[index.clamp(min=0)].where(index >= 0, 0)
+
+
+def _lists(neighborhoods: Neighborhoods) -> int:
+    return num_bytes(neighborhoods.cluster_index, neighborhoods.clusters.offsets)
+
+
+def clustering(a: Arguments, output: TokenSet) -> Work:
+    """`TokenSet.cluster`: find the order, and bring the tokens into it.
+
+    Bytes: positions and features in, once; out in the new order; order (8 T), offsets (4 (K+1)) and
+    centers (4 K D).
+    Operations: per token the squared distances to two anchors and their ratio, 2 (3 D - 1) + 1,
+    where its sample is larger than `global_size`; and D additions for the center.
+    """
+    tokens, clusters = a["self"], output.clusters
+    sorted_tokens = sum(size for size in tokens.sizes if size > a["global_size"])
+    dimensions = tokens.dimensions
+    return Work(
+        2 * num_bytes(tokens.positions, tokens.features)
+        + num_bytes(clusters.order, clusters.offsets, clusters.centers),
+        sorted_tokens * (6 * dimensions - 1) + tokens.num_tokens * dimensions,
+    )
+
+
+def nearest_clusters(a: Arguments, output: Neighborhoods) -> Work:
+    """`nearest_clusters`.
+
+    Bytes: positions (4 T D) and centers (4 K D) in, the lists (4 T R) out.
+    Operations: the squared distance of every listed cluster, E (3 D - 1).
+    """
+    positions, clusters = a["positions"], a["clusters"]
+    entries = int((output.cluster_index >= 0).sum())
+    return Work(
+        num_bytes(positions, clusters.centers, output.cluster_index),
+        entries * (3 * positions.shape[1] - 1),
+    )
+
+
+def plan(a: Arguments, output: Neighborhoods) -> Work:
+    """`Neighborhoods.with_inverse`, for training.
+
+    Bytes: the lists (4 T R) in; offsets (4 (K+1)) and queries (4 E) of the inverse lists out. No
+    arithmetic.
+    """
+    entries = int((output.cluster_index >= 0).sum())
+    return Work(num_bytes(output.cluster_index) + 4 * (output.clusters.num_clusters + 1 + entries))
+
+
+def _learned(a: Arguments) -> int:
+    """Bytes of the weights and blank tokens, which are small."""
+    names = ("position_weight", "position_bias", "blank_key", "blank_value")
+    return num_bytes(*(a[name] for name in names))
+
+
+def neighborhood_attention(a: Arguments, output: Tensor) -> Work:
+    """The forward pass of `neighborhood_attention`.
+
+    Bytes: query, key and value in, output out (4 T C elements); positions, lists, cluster offsets
+    and the learned weights in.
+    Operations: 4 (P + T) C for scores and weighted values, the T for a blank token if there is one,
+    and 2 P H F for a position bias of F features.
+    """
+    neighborhoods, weight = a["neighborhoods"], a["position_weight"]
+    blanks = 0 if a["blank_key"] is None else len(output)
+    pairs = int(cluster_lengths(neighborhoods).sum())
+    channels = output.shape[1] * output.shape[2]
+    bias_weights = 0 if weight is None else weight.numel()
+    return Work(
+        num_bytes(a["query"], a["key"], a["value"], output, a["positions"])
+        + _lists(neighborhoods)
+        + _learned(a),
+        2 * attention_multiply_adds(pairs, blanks, channels, bias_weights),
+    )
+
+
+def neighborhood_attention_backward(a: Arguments, output: Tensor) -> Work:
+    """The backward pass of `neighborhood_attention`.
+
+    Bytes: query, key, value, output and its gradient in, three gradients out (8 T C elements);
+    one float32 per token and head, the logarithm of the softmax's sum; positions, lists, offsets,
+    inverse lists (4 E + 4 (K+1)); learned weights in, their gradients out.
+    Operations: five products where the forward pass has two (scores again, and the gradients of
+    value, probabilities, query and key): 10 (P + T) C; the bias again and its gradient: 4 P H F.
+    """
+    neighborhoods, weight = a["neighborhoods"], a["position_weight"]
+    forward = neighborhood_attention(a, output)
+    entries = int((neighborhoods.cluster_index >= 0).sum())
+    inverse = 4 * (entries + neighborhoods.clusters.num_clusters + 1)
+    softmax = 4 * output.shape[0] * output.shape[1]
+    pairs = int(cluster_lengths(neighborhoods).sum())
+    bias = 0 if weight is None else 2 * pairs * weight.numel()
+    return Work(
+        forward.bytes
+        + num_bytes(output, a["query"], a["key"], a["value"])
+        + softmax
+        + inverse
+        + _learned(a),
+        (forward.operations - bias) * 5 // 2 + 2 * bias,
+    )
+
+
+def _merge_neighbors(a: Arguments) -> tuple[Neighborhoods, int, int]:
+    """The centers' neighborhoods, their pairs, and the tokens that are in any of them."""
+    centered = a["neighborhoods"].select(a["centers"])
+    listed = torch.unique(centered.cluster_index)
+    lengths = centered.clusters.offsets.diff()
+    tokens = int(lengths[listed[listed >= 0].long()].sum())
+    return centered, int(cluster_lengths(centered).sum()), tokens
+
+
+def _merge_inputs(a: Arguments) -> tuple[int, int]:
+    """Bytes that both passes of a merge read, without features and scores; multiply-adds of the
+    forward pass."""
+    centered, pairs, tokens = _merge_neighbors(a)
+    point = a["positions"].shape[1] * a["positions"].element_size()
+    net = num_bytes(a["weight"], a["bias"], a["norm_weight"], a["norm_bias"])
+    mid, features = a["weight"].shape
+    read = point * (tokens + centered.num_queries) + num_bytes(a["centers"]) + _lists(centered)
+    return read + net, merge_multiply_adds(pairs, a["features"].shape[1], mid, features)
+
+
+def _merge_rows(a: Arguments) -> int:
+    """Bytes of the features and scores that any center sees."""
+    row = num_bytes(a["features"][:1], a["scores"][:1])
+    return _merge_neighbors(a)[2] * row
+
+
+def scored_merge(a: Arguments, output: Tensor) -> Work:
+    """The forward pass of `scored_merge`.
+
+    Bytes: features, score and position of each token that is in the neighborhood of any center, the
+    centers' rows, positions and lists, cluster offsets, and the weight net in; output out.
+    Operations: 2 P M (C + F): weighted sums, and the Linear layer of the weight net.
+    """
+    read, multiply_adds = _merge_inputs(a)
+    return Work(read + _merge_rows(a) + num_bytes(output), 2 * multiply_adds)
+
+
+def scored_merge_backward(a: Arguments, output: Tensor) -> Work:
+    """The backward pass of `scored_merge`.
+
+    Bytes: what the forward pass reads, and the output's gradient, in; gradients of all T features
+    and scores and of the weight net out.
+    Operations: twice those of the forward pass, for the gradients of weights and of features.
+    """
+    read, multiply_adds = _merge_inputs(a)
+    gradients = num_bytes(
+        a["features"], a["scores"], a["weight"], a["bias"], a["norm_weight"], a["norm_bias"]
+    )
+    return Work(read + _merge_rows(a) + num_bytes(output) + gradients, 4 * multiply_adds)
+
+
+def select_centers(a: Arguments, output: tuple[Tensor, tuple[int, ...]]) -> Work:
+    """`select_centers`.
+
+    Bytes: scores and positions in, rows of the kept tokens out. Operations: alpha times the score
+    plus the prior, 2 T.
+    """
+    return Work(num_bytes(a["scores"], a["positions"], output[0]), 2 * len(a["scores"]))
+
+
+def _interpolation(a: Arguments) -> tuple[int, int, int]:
+    """Bytes of positions and given lists, tokens that any query uses, and pairs."""
+    index, queries, positions = a["neighbor_index"], a["query_positions"], a["positions"]
+    given = num_bytes(index)
+    if index is None:
+        index = knn(
+            positions,
+            a["k"],
+            query=queries,
+            sizes=a["sizes"],
+            query_sizes=a["query_sizes"],
+            impl=a["impl"],
+        )
+    used = torch.unique(index)
+    tokens = int((used >= 0).sum())
+    point = positions.shape[1] * positions.element_size()
+    return num_bytes(queries) + given + tokens * point, tokens, int((index >= 0).sum())
+
+
+def interpolate(a: Arguments, output: Tensor) -> Work:
+    """The forward pass of `interpolate`, with its search if it has to search.
+
+    Bytes: features and positions of each token that any query uses, query positions, and the lists
+    if they are given, in; output out.
+    Operations: per pair the squared distance 3 D - 1, its weight (power, sum, inverse, norm) 4, and
+    2 C for the weighted sum.
+    """
+    read, tokens, pairs = _interpolation(a)
+    channels = a["features"].shape[1]
+    per_pair = 3 * a["positions"].shape[1] - 1 + 4 + 2 * channels
+    return Work(read + tokens * num_bytes(a["features"][:1]) + num_bytes(output), pairs * per_pair)
+
+
+def interpolate_backward(a: Arguments, output: Tensor) -> Work:
+    """The backward pass of `interpolate` for its features.
+
+    Bytes: the output's gradient, positions and lists (given or found) in; gradient of all T
+    features out. Operations: weights as in the forward pass, and 2 C per pair.
+    """
+    read, _, pairs = _interpolation(a)
+    found = 4 * pairs if a["neighbor_index"] is None else 0
+    per_pair = 3 * a["positions"].shape[1] - 1 + 4 + 2 * a["features"].shape[1]
+    return Work(read + found + num_bytes(output, a["features"]), pairs * per_pair)
+
+
+def layer(a: Arguments, output: Tensor) -> Work:
+    """The forward pass of a Linear or convolution layer.
+
+    Bytes: input, weight and bias in, output out. Operations: two per multiply-add; the bias is one
+    more for each number of the output.
+    """
+    module: nn.Linear | nn.Conv2d = a["self"]
+    bias = 0 if module.bias is None else output.numel()
+    return Work(
+        num_bytes(a["input"], module.weight, module.bias, output),
+        2 * layer_multiply_adds(module, output) + bias,
+    )
+
+
+def layer_backward(a: Arguments, output: Tensor) -> Work:
+    """The backward pass of a Linear or convolution layer.
+
+    Bytes: the output's gradient, input and weight in; gradients of weight, bias and, where the
+    input takes one, of the input out.
+    Operations: those of the forward pass for the weight (and its bias), and again for the input.
+    """
+    module: nn.Linear | nn.Conv2d = a["self"]
+    products = 2 * layer_multiply_adds(module, output)
+    bias = 0 if module.bias is None else output.numel()
+    differentiable = a["input"].requires_grad
+    read = num_bytes(output, a["input"], module.weight)
+    written = num_bytes(module.weight, module.bias, a["input"] if differentiable else None)
+    return Work(read + written, products * (2 if differentiable else 1) + bias)
