@@ -6,6 +6,7 @@ options that `create_model` takes too. It is called with the stages, the images 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from pointformer import TokenSet, interpolate
 from pointformer.models.aff import StageOutput
 from pointformer.models.config import AFFConfig
+from pointformer.models.hcformer import SoftAssignment, decode
 from pointformer.models.mask2former import MaskDecoder, MaskPredictions
 from pointformer.models.pixel_decoder import PixelDecoder
 
@@ -175,14 +177,83 @@ class Mask2FormerHead(nn.Module):
         self, stages: list[StageOutput], images: Images, impl: str | None
     ) -> MaskPredictions:
         with torch.autocast(stages[0].tokens.device.type, enabled=False):
-            tokens = self.features(stages, images, impl)
-            tokens = [t.with_features(t.features.float()) for t in tokens]
+            tokens = [_as_float(t) for t in self.features(stages, images, impl)]
             return self.decoder(*self.pixel_decoder(tokens, impl))
+
+
+class HCFormerHead(nn.Module):
+    """Masks on the last stage's tokens, decoded to the first stage's by learned clusterings.
+
+    No pixel decoder: queries look at the coarsest tokens only, and each stage's tokens learned in
+    which tokens of the next one they have a share. Runs in float32, as `Mask2FormerHead`.
+
+    Args:
+        queries: objects that an image can have at most.
+        neighbors: coarse tokens that a fine token can be assigned to.
+        temperature: of the assignments, at the start.
+        decoder_layers, dim, hidden: of the transformer decoder.
+    """
+
+    def __init__(
+        self,
+        config: AFFConfig,
+        num_classes: int,
+        *,
+        queries: int = 100,
+        neighbors: int = 9,
+        temperature: float = 0.1,
+        decoder_layers: int = 8,
+        dim: int = 256,
+        hidden: int = 2048,
+    ) -> None:
+        super().__init__()
+        self.assignments = nn.ModuleList(
+            SoftAssignment(fine, coarse, neighbors, temperature=temperature)
+            for fine, coarse in itertools.pairwise(config.dims)
+        )
+        self.norm = nn.LayerNorm(config.dims[-1])
+        self.project = nn.Linear(config.dims[-1], dim)
+        self.mask_features = nn.Linear(config.dims[-1], dim)
+        self.decoder = MaskDecoder(num_classes, 1, dim, queries, decoder_layers, hidden=hidden)
+
+    def forward(
+        self, stages: list[StageOutput], images: Images, impl: str | None
+    ) -> MaskPredictions:
+        with torch.autocast(stages[0].tokens.device.type, enabled=False):
+            assignments = []
+            for assign, (fine, coarse) in zip(
+                self.assignments, itertools.pairwise(stages), strict=True
+            ):
+                pair = (_as_float(fine.tokens), _as_float(coarse.inputs))
+                assignments.append(assign(*pair, impl=impl))
+            coarsest = _as_float(stages[-1].tokens)
+            features = self.norm(coarsest.features)
+            predictions = self.decoder(
+                coarsest.with_features(self.mask_features(features)),
+                [coarsest.with_features(self.project(features))],
+            )
+            grid = stages[0].tokens
+            wanted = (*predictions.auxiliary, predictions) if self.training else (predictions,)
+            masks = decode(torch.cat([p.mask_logits for p in wanted], 1), assignments, impl)
+            outputs = [
+                MaskPredictions(p.class_logits, part, grid)
+                for p, part in zip(wanted, masks.chunk(len(wanted), 1), strict=True)
+            ]
+            temperatures = tuple(assign.temperature for assign in self.assignments)
+            last = outputs.pop()
+            return MaskPredictions(
+                last.class_logits, last.mask_logits, grid, tuple(outputs), temperatures
+            )
+
+
+def _as_float(tokens: TokenSet) -> TokenSet:
+    return tokens.with_features(tokens.features.float())
 
 
 HEADS: dict[str, type[nn.Module]] = {
     "classification": ClassificationHead,
     "dense": DenseHead,
     "features": FeatureHead,
+    "hcformer": HCFormerHead,
     "mask2former": Mask2FormerHead,
 }

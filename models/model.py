@@ -89,7 +89,7 @@ class Model(nn.Module):
         Returns:
             head "classification": logits (B, num_classes). "dense": logits (B, num_classes, H, W),
             or a list of (num_classes, H, W) for a list. "features": four `TokenSet`s.
-            "mask2former": `MaskPredictions`.
+            "mask2former" and "hcformer": `MaskPredictions`.
         """
         self._check(images)
         return self.head(self.backbone(images), images, self.backbone.impl)

@@ -44,7 +44,7 @@ def create_model(
             fix `head` and `num_classes`. Released AFF weights: `load_released`.
         num_classes: outputs of the head (default 1000).
         head: "classification" (default), "dense" (per-pixel scores), "features" (four
-            `TokenSet`s, for decoders) or "mask2former" (a class and a mask per query).
+            `TokenSet`s, for decoders), "mask2former" or "hcformer" (a class and a mask per query).
         impl: implementation of the ops, see `pointformer.ops`.
         task: "semantic", "instance" or "panoptic": what the masks of a head are turned into.
         overrides: fields of `AFFConfig`, for example `rate=0.2`, `alpha=8`, `patch_stride=2`, and

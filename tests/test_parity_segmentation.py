@@ -10,6 +10,7 @@ from parity.recipe import checksum, load_shapes, make_image, make_state_dict
 from pointformer.models import create_model
 from pointformer.models.checkpoints import from_released, load_state, released_name
 from pointformer.models.mask2former import MaskDecoder
+from pointformer.models.postprocess import semantic_scores
 
 PARITY = Path(__file__).parent / "parity"
 CASES = {"seg_mini_ade_128x128": 1, "seg_mini_ade_128x128_b2": 2}
@@ -86,6 +87,10 @@ def test_decoder(case, monkeypatch):
     assert max(differing, default=0) < 1e-3
     close(out.class_logits, torch.from_numpy(stored["pred_logits"]))
     close(out.masks(), torch.from_numpy(stored["pred_masks"]))
+    if "semseg_argmax" in stored:
+        scores = torch.stack(semantic_scores(out, [(128, 128)] * len(out.class_logits)))
+        same = scores.argmax(1) == torch.from_numpy(stored["semseg_argmax"].astype(np.int64))
+        assert same.float().mean() >= 0.999
     if "aux_logits" in stored:
         for ours, theirs in zip(out.auxiliary, stored["aux_logits"], strict=True):
             close(ours.class_logits, torch.from_numpy(theirs))

@@ -1,0 +1,138 @@
+"""Matching and losses against slow, literal versions on tiny cases."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from pointformer import TokenSet
+from pointformer.models.losses import (
+    LossWeights,
+    Targets,
+    dice_loss,
+    mask_cross_entropy,
+    match,
+    matching_cost,
+    sample_points,
+    segmentation_loss,
+    uncertain_points,
+)
+from pointformer.models.mask2former import MaskPredictions
+
+WEIGHTS = LossWeights()
+
+
+def literal_terms(logits, labels):
+    """Cross-entropy and dice of one mask, point by point."""
+    entropy, overlap, total = 0.0, 0.0, 0.0
+    for x, t in zip(logits.tolist(), labels.tolist(), strict=True):
+        p = 1 / (1 + math.exp(-x))
+        entropy -= t * math.log(p) + (1 - t) * math.log(1 - p)
+        overlap += p * t
+        total += p + t
+    return entropy / len(logits), 1 - (2 * overlap + 1) / (total + 1)
+
+
+def test_mask_losses_are_the_literal_ones():
+    g = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(4, 30, generator=g), (torch.rand(4, 30, generator=g) > 0.5).float()
+    expected = torch.tensor([literal_terms(x, t) for x, t in zip(logits, labels, strict=True)])
+    torch.testing.assert_close(mask_cross_entropy(logits, labels), expected[:, 0])
+    torch.testing.assert_close(dice_loss(logits, labels), expected[:, 1])
+
+
+def test_costs_are_the_literal_ones():
+    g = torch.Generator().manual_seed(1)
+    class_logits, mask_logits = torch.randn(5, 4, generator=g), torch.randn(5, 20, generator=g)
+    classes = torch.tensor([2, 0, 2])
+    masks = (torch.rand(3, 20, generator=g) > 0.5).float()
+    cost = matching_cost(class_logits, mask_logits, classes, masks, WEIGHTS)
+    for q, k in itertools.product(range(5), range(3)):
+        entropy, dice = literal_terms(mask_logits[q], masks[k])
+        probability = class_logits[q].softmax(0)[classes[k]].item()
+        expected = 5 * entropy + 5 * dice - 2 * probability
+        assert cost[q, k].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sample_points_is_bilinear_between_pixel_centers():
+    maps = torch.arange(12.0).view(1, 3, 4)
+    points = torch.tensor([[0.5 / 4, 0.5 / 3], [3.5 / 4, 2.5 / 3], [1.0 / 4, 0.5 / 3]])
+    torch.testing.assert_close(sample_points(maps, points), torch.tensor([[0.0, 11.0, 0.5]]))
+
+
+def test_uncertain_points_are_near_the_outline():
+    x = torch.linspace(-8, 8, 64)
+    logits = x.expand(2, 64, 64)
+    points = uncertain_points(logits, 400)
+    assert points.shape == (2, 400, 2)
+    values = sample_points(logits, points).abs()
+    assert values[:, :300].max() < values[:, 300:].max()
+    assert (values[:, :300] < 3).all()  # a third of the candidates has less than 2.7
+
+
+def test_matching_is_optimal():
+    g = torch.Generator().manual_seed(2)
+    targets = Targets(torch.tensor([1, 0, 1]), torch.rand(3, 8, 8, generator=g) > 0.5)
+    class_logits, maps = torch.randn(4, 3, generator=g), torch.randn(4, 8, 8, generator=g)
+    torch.manual_seed(0)
+    queries, objects = match(class_logits, maps, targets, WEIGHTS, 50)
+    torch.manual_seed(0)
+    at = torch.rand(50, 2)
+    cost = matching_cost(
+        class_logits, sample_points(maps, at), targets.classes, sample_points(targets.masks, at),
+        WEIGHTS,
+    )  # fmt: skip
+    best = min(
+        sum(cost[q, k].item() for k, q in enumerate(chosen))
+        for chosen in itertools.permutations(range(4), 3)
+    )
+    assert cost[queries, objects].sum().item() == pytest.approx(best, rel=1e-5)
+
+
+def predictions_of(class_logits, maps):
+    """(B, Q, K + 1) and (B, Q, h, w) as predictions on a grid."""
+    grid = TokenSet.from_grid(maps)
+    return MaskPredictions(class_logits, grid.features, grid)
+
+
+def test_perfect_predictions_cost_little_and_wrong_ones_much():
+    masks = torch.zeros(1, 2, 16, 16)
+    masks[0, 0, :8], masks[0, 1, 8:] = 1, 1
+    targets = [Targets(torch.tensor([0, 2]), masks[0] > 0)]
+    classes = torch.full((1, 3, 4), -10.0)
+    classes[0, 0, 2], classes[0, 1, 0], classes[0, 2, 3] = 10, 10, 10
+    maps = torch.stack([masks[0, 1], masks[0, 0], torch.zeros(16, 16)])[None] * 40 - 20
+    good = segmentation_loss(predictions_of(classes, maps), targets, points=500)
+    bad = segmentation_loss(predictions_of(classes, maps.transpose(2, 3)), targets, points=500)
+    assert good["classes"] < 1e-4
+    assert bad["mask"] > 5 * good["mask"]  # even there the outline's points are between two pixels
+    assert bad["dice"] > 3 * good["dice"]
+
+
+def test_class_loss_weighs_no_object_a_tenth():
+    class_logits = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(3))
+    out = predictions_of(class_logits, torch.randn(1, 3, 4, 4))
+    none = [Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4, 4))]
+    losses = segmentation_loss(out, none, points=10)
+    expected = -class_logits[0].log_softmax(1)[:, 3].mean()  # a weighted mean of equal weights
+    torch.testing.assert_close(losses["classes"], 2 * expected)
+    one = [Targets(torch.tensor([1]), torch.ones(1, 4, 4))]
+    torch.manual_seed(0)
+    losses = segmentation_loss(out, one, points=10)
+    logs = class_logits[0].log_softmax(1)
+    options = []
+    for query in range(3):
+        others = sum(-logs[q, 3] for q in range(3) if q != query)
+        options.append(2 * (-logs[query, 1] + 0.1 * others) / 1.2)
+    assert any(torch.isclose(losses["classes"], option) for option in options)
+
+
+def test_errors_name_the_image():
+    out = predictions_of(torch.randn(2, 3, 4), torch.randn(2, 3, 4, 4))
+    none = Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4, 4))
+    with pytest.raises(ValueError, match="each of 2 images, got 1"):
+        segmentation_loss(out, [none])
+    wrong = Targets(torch.tensor([3]), torch.ones(1, 4, 4))
+    with pytest.raises(ValueError, match="image 1 has class 3, the head has 3 classes"):
+        segmentation_loss(out, [none, wrong])

@@ -1,0 +1,109 @@
+"""Maps, instances and panoptic segments from hand-made predictions."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pointformer import TokenSet
+from pointformer.models.mask2former import MaskPredictions
+from pointformer.models.postprocess import image_masks, instances, panoptic, semantic_scores
+
+
+def predictions_of(classes, maps, certainty=12.0):
+    """Queries with given classes (-1: no object) of 3, and maps (Q, h, w) on the finest grid."""
+    logits = torch.full((1, len(classes), 4), -certainty)
+    for query, category in enumerate(classes):
+        logits[0, query, category] = certainty
+    grid = TokenSet.from_grid(torch.as_tensor(maps, dtype=torch.float32)[None])
+    return MaskPredictions(logits, grid.features, grid)
+
+
+def half(left):
+    """A mask of the left or right half of 4 x 4 cells."""
+    mask = torch.full((4, 4), -20.0)
+    mask[:, slice(0, 2) if left else slice(2, 4)] = 20.0
+    return mask
+
+
+def test_masks_are_cropped_and_resized():
+    out = predictions_of([0], half(True)[None])
+    (maps,) = image_masks(out, [(14, 15)])
+    assert maps.shape == (1, 14, 15)
+    assert (maps[0, :, :6] > 0).all()
+    assert (maps[0, :, 10:] < 0).all()
+    (maps,) = image_masks(out, [(16, 16)], [(40, 20)])
+    assert maps.shape == (1, 40, 20)
+    with pytest.raises(ValueError, match="image 0 cannot be 12 x 16"):
+        image_masks(out, [(12, 16)])
+
+
+def test_semantic_scores():
+    out = predictions_of([2, 0, -1], torch.stack([half(True), half(False), half(True)]))
+    (scores,) = semantic_scores(out, [(16, 16)])
+    label = scores.argmax(0)
+    assert (label[:, :7] == 2).all()
+    assert (label[:, 9:] == 0).all()
+    assert scores.shape == (3, 16, 16)
+
+
+def test_instances_overlap_and_are_ordered():
+    maps = torch.stack([half(True), torch.full((4, 4), 2.0), torch.full((4, 4), -20.0)])
+    (found,) = instances(predictions_of([1, 1, 1], maps), [(16, 16)], min_score=0.5)
+    assert found.classes.tolist() == [1, 1]  # the empty mask is no object
+    assert found.scores[0] > found.scores[1]
+    assert found.scores[1].item() == pytest.approx(torch.tensor(2.0).sigmoid().item(), rel=1e-3)
+    assert found.boxes().tolist() == [[0, 0, 8, 16], [0, 0, 16, 16]]
+    (found,) = instances(predictions_of([1, 1, 1], maps), [(16, 16)], min_score=0.5, things=[0])
+    assert len(found.scores) == 0
+    assert found.boxes().shape == (0, 4)
+
+
+def test_one_pixel():
+    maps = torch.full((1, 4, 4), -20.0)
+    maps[0, 1, 1] = 20.0
+    (found,) = instances(predictions_of([0], maps), [(4, 4)[:0] or (16, 16)], min_score=0.5)
+    assert 0 < found.masks[0].sum() < 64
+
+
+def test_panoptic_joins_stuff_and_drops_hidden_segments():
+    maps = torch.stack([half(True), half(False), half(True) - 1])
+    (result,) = panoptic(predictions_of([0, 0, 1], maps), [(16, 16)], things=[1])
+    assert [(s.category, s.is_thing) for s in result.segments] == [(0, False)]  # hidden: dropped
+    assert result.segments[0].area == (result.ids == 1).sum()
+    (result,) = panoptic(predictions_of([0, 0, -1], maps), [(16, 16)], things=[0])
+    assert len(result.segments) == 2
+
+
+def test_panoptic_of_nothing():
+    (result,) = panoptic(predictions_of([-1, -1], torch.zeros(2, 4, 4)), [(16, 16)], things=[0])
+    assert result.segments == ()
+    assert (result.ids == 0).all()
+
+
+@given(
+    queries=st.integers(1, 8),
+    certainty=st.floats(0, 6),
+    sharpness=st.floats(0, 8),
+    things=st.sets(st.integers(0, 2)),
+    min_score=st.floats(0, 0.9),
+    seed=st.integers(0, 2**16),
+)
+def test_every_pixel_is_in_at_most_one_segment(
+    queries, certainty, sharpness, things, min_score, seed
+):
+    g = torch.Generator().manual_seed(seed)
+    logits = certainty * torch.randn(1, queries, 4, generator=g)
+    grid = TokenSet.from_grid(sharpness * torch.randn(1, queries, 3, 4, generator=g))
+    out = MaskPredictions(logits, grid.features, grid)
+    (result,) = panoptic(out, [(11, 14)], things=things, min_score=min_score)
+    ids = [segment.id for segment in result.segments]
+    assert ids == list(range(1, len(ids) + 1))
+    assert set(result.ids.unique().tolist()) <= {0, *ids}
+    assert result.ids.shape == (11, 14)
+    for segment in result.segments:
+        assert segment.area == (result.ids == segment.id).sum() > 0
+        assert segment.is_thing == (segment.category in things)
+        assert segment.score > min_score
+    stuff = [s.category for s in result.segments if not s.is_thing]
+    assert len(stuff) == len(set(stuff))
