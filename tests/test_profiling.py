@@ -12,11 +12,14 @@ from strategies import tokens as token_sets
 from pointformer import (
     balanced_cluster,
     cli,
+    knn,
     nearest_clusters,
     neighborhood_attention,
+    point_conv,
+    weighted_gather,
 )
 from pointformer.models import AFFConfig, Model, count
-from pointformer.profiling import Limits, Work, measure_limits, profile, record, table
+from pointformer.profiling import Limits, Work, measure_limits, profile, record, table, work
 from pointformer.profiling.traffic import GROUP_KEYS, TILE, group_queries, tile_unions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "gpu"))
@@ -52,16 +55,16 @@ def neighborhoods_of(positions, sizes, extent, cluster_size=8):
 def test_operations_are_those_of_the_models_complexity():
     model, images = made(batch=1)
     expected = count(model, 64, 64)
-    work = by_op(profile(model.eval(), images))
-    dense = work["linear"].operations + work["convolution"].operations
+    counted = by_op(profile(model.eval(), images))
+    dense = counted["linear"].operations + counted["convolution"].operations
     outputs = []
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and module.bias is not None:
             module.register_forward_hook(lambda _, args, output: outputs.append(output.numel()))
     model(images)
     assert dense == 2 * expected.dense + sum(outputs)
-    assert work["neighborhood_attention"].operations == 2 * expected.attention
-    assert work["scored_merge"].operations == pytest.approx(2 * expected.merge, rel=0.02)
+    assert counted["neighborhood_attention"].operations == 2 * expected.attention
+    assert counted["scored_merge"].operations == pytest.approx(2 * expected.merge, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,27 +116,59 @@ def test_record_sees_every_call_once():
     assert not any(call.arguments for call in forward_only)
 
 
-def test_calls_run_again_with_gradients():
-    """A recorded call gives what it gave, and its backward pass what autograd gives."""
-    model, images = made()
+@pytest.mark.parametrize("head", ["classification", "mask2former"])
+def test_calls_run_again_with_gradients(head):
+    """A recorded call gives what it gave, and its backward pass a gradient per input."""
+    model, images = made(head)
     outputs = []
     model.backbone.stages[0].blocks[0].attn.proj.register_forward_hook(
-        lambda _, args, output: outputs.append((args[0], output))
+        lambda _, args, output: outputs.append(args[0])
     )
     calls = record(model, images, backward=True)
     attention = next(c for c in calls if c.name == "neighborhood_attention")
-    assert torch.equal(attention.run().flatten(1), outputs[0][0])
+    assert torch.equal(attention.run().flatten(1), outputs[0])
     for call in calls:
         if "backward" in call.work:
             grads = call.differentiable().backward()()
             assert all(torch.isfinite(grad).all() for grad in grads)
-            inputs = len(call.op.inputs)
+            given = (call.arguments[name] for name in call.op.inputs)
+            inputs = sum(isinstance(value, torch.Tensor) for value in given)
             if call.name in ("linear", "convolution"):
-                inputs = call.arguments["input"].requires_grad + 2  # weight and bias
+                bias = call.arguments["self"].bias is not None
+                inputs = call.arguments["input"].requires_grad + 1 + bias
             assert len(grads) == inputs
     first = next(c for c in calls if c.name == "convolution")
     assert not first.arguments["input"].requires_grad  # images take no gradient
     assert first.work["backward"].operations == first.work["forward"].operations
+    names = {call.name for call in calls}
+    assert {"knn", "point_conv", "deformable_attention"} <= names or head == "classification"
+
+
+def test_work_of_lists():
+    """Counted by hand for six tokens of five channels and three queries."""
+    features, weights = torch.randn(6, 5), torch.rand(3, 2)
+    index = torch.tensor([[0, 1], [1, -1], [4, 0]], dtype=torch.int32)
+    a = {"features": features, "index": index, "weights": weights}
+    output = weighted_gather(**a)
+    listed, lists, out = 3 * 20, 24 + 24, 60  # rows 0, 1 and 4
+    assert work.weighted_gather(a, output) == Work(listed + lists + out, 5 * 2 * 5)
+    assert work.weighted_gather_backward(a, output) == Work(
+        listed + lists + out + 6 * 20 + 24, 5 * 4 * 5
+    )
+    points, query = torch.rand(6, 2), torch.rand(3, 2)
+    found = knn(points, 2, query=query)
+    assert work.knn({"positions": points, "query": query}, found) == Work(48 + 24 + 24, 6 * 5)
+    net = {"weight": torch.rand(4, 5), "bias": torch.rand(4)}
+    net |= {"norm_weight": torch.rand(4), "norm_bias": torch.rand(4)}
+    a = {"features": features, "positions": points, "neighbor_index": index} | net
+    output = point_conv(**a, center_positions=query)
+    a["center_positions"] = query
+    read = 3 * (20 + 8) + 24 + 24 + 4 * (20 + 4 + 4 + 4)
+    operations = 5 * 2 * 4 * (5 + 5)
+    assert work.point_conv(a, output) == Work(read + 3 * 80, operations)
+    assert work.point_conv_backward(a, output) == Work(
+        read + 3 * 80 + 6 * 20 + 4 * 32, 2 * operations
+    )
 
 
 def test_profile_times_every_pass_beside_its_floor():

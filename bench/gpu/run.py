@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pointformer import neighborhood_attention
 from pointformer.models import Model, create_model
 from pointformer.profiling import (
+    OPS,
     Call,
     Limits,
     captured,
@@ -91,9 +92,7 @@ def figures() -> dict[str, object]:
 def figures_of(size: tuple[int, int], batch: int, limits: Limits) -> dict[str, object]:
     model, images = network("aff_tiny", size, batch)
     forward = profile(model, images, limits, repeats=REPEATS, graph=True)
-    search = sum(
-        row.times.q50 for row in forward if row.op in ("clustering", "nearest_clusters", "plan")
-    )
+    search = sum(row.times.q50 for row in forward if row.op in OPS and OPS[row.op].search)
     total = forward[-1].times.q50
     training = or_out_of_memory(
         lambda: profile(model, images, limits, backward=True, repeats=REPEATS)

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="aff_tiny", help="the model that calls the op (default: %(default)s)"
     )
+    parser.add_argument("--head", help="of the model, for example dense (default: classification)")
     parser.add_argument("--size", help="pixels: 512, or HEIGHTxWIDTH (default: the model's)")
     parser.add_argument("--batch", type=int, default=8, help="pictures (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: %(default)s")
@@ -150,7 +151,7 @@ def _model(options: argparse.Namespace) -> tuple[Model, str | None]:
             f"{name}: no such model or op; models: {', '.join(list_models())}; "
             f"ops: {', '.join([*OPS, *LAYERS])}"
         )
-    model = create_model(base, pretrained=tag or False, impl=options.impl)
+    model = create_model(base, pretrained=tag or False, head=options.head, impl=options.impl)
     return model.train(options.backward), only
 
 

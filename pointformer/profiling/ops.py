@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from pointformer import (
     Neighborhoods,
     TokenSet,
+    deformable_attention,
     interpolate,
+    knn,
     nearest_clusters,
     neighborhood_attention,
+    point_conv,
     scored_merge,
     select_centers,
+    weighted_gather,
 )
 from pointformer.profiling import traffic, work
 from pointformer.profiling.traffic import Traffic
@@ -33,7 +37,7 @@ class Op:
         work: least work of a pass ("forward", "backward"), from the arguments and the output. No
             "backward" where no gradient flows, or where it is not told apart.
         traffic: of a pass, where the kernels read rows several times.
-        inputs: names of the tensors that take a gradient.
+        inputs: names of the arguments that take a gradient where they are tensors.
         search: whether its time counts as clustering and neighbor search.
     """
 
@@ -47,6 +51,8 @@ class Op:
 def _run_layer(self: nn.Module, input: Tensor) -> Tensor:
     return self(input)
 
+
+_NET = ("weight", "bias", "norm_weight", "norm_bias")
 
 OPS: dict[str, Op] = {
     "clustering": Op(TokenSet.cluster, {FORWARD: work.clustering}, search=True),
@@ -68,13 +74,29 @@ OPS: dict[str, Op] = {
         scored_merge,
         {FORWARD: work.scored_merge, BACKWARD: work.scored_merge_backward},
         {FORWARD: traffic.scored_merge, BACKWARD: traffic.scored_merge_backward},
-        ("features", "scores", "weight", "bias", "norm_weight", "norm_bias"),
+        ("features", "scores", *_NET),
     ),
     "select_centers": Op(select_centers, {FORWARD: work.select_centers}),
+    "knn": Op(knn, {FORWARD: work.knn}, search=True),
+    "point_conv": Op(
+        point_conv,
+        {FORWARD: work.point_conv, BACKWARD: work.point_conv_backward},
+        inputs=("features", *_NET),
+    ),
     "interpolate": Op(
         interpolate,
         {FORWARD: work.interpolate, BACKWARD: work.interpolate_backward},
-        inputs=("features",),
+        inputs=("features", "power"),
+    ),
+    "weighted_gather": Op(
+        weighted_gather,
+        {FORWARD: work.weighted_gather, BACKWARD: work.weighted_gather_backward},
+        inputs=("features", "weights"),
+    ),
+    "deformable_attention": Op(
+        deformable_attention,
+        {FORWARD: work.deformable_attention, BACKWARD: work.deformable_attention_backward},
+        inputs=("value", "offsets", "weights", "power"),
     ),
 }
 # A layer's recorded input says itself whether it takes a gradient.

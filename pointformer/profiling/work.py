@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pointformer import Neighborhoods, TokenSet, knn
+import pointformer
+from pointformer import Neighborhoods, TokenSet
 from pointformer.models.complexity import (
     attention_multiply_adds,
     layer_multiply_adds,
@@ -90,6 +91,19 @@ def nearest_clusters(a: Arguments, output: Neighborhoods) -> Work:
     )
 
 
+def knn(a: Arguments, output: Tensor | tuple[Tensor, Tensor]) -> Work:
+    """`knn`.
+
+    Bytes: points and queries in, lists (and distances) out. Operations: the squared distance of
+    every listed point, E (3 D - 1).
+    """
+    found = output if isinstance(output, tuple) else (output,)
+    entries = int((found[0] >= 0).sum())
+    return Work(
+        num_bytes(a["positions"], a["query"], *found), entries * (3 * a["positions"].shape[1] - 1)
+    )
+
+
 def plan(a: Arguments, output: Neighborhoods) -> Work:
     """`Neighborhoods.with_inverse`, for training.
 
@@ -153,30 +167,33 @@ def neighborhood_attention_backward(a: Arguments, output: Tensor) -> Work:
     )
 
 
-def _merge_neighbors(a: Arguments) -> tuple[Neighborhoods, int, int]:
-    """The centers' neighborhoods, their pairs, and the tokens that are in any of them."""
+def _used(index: Tensor) -> int:
+    """How many different rows a list names."""
+    return int((torch.unique(index) >= 0).sum())
+
+
+def _scored_merge(a: Arguments) -> Work:
+    """What both passes of `scored_merge` read, and the operations of the forward pass."""
     centered = a["neighborhoods"].select(a["centers"])
     listed = torch.unique(centered.cluster_index)
     lengths = centered.clusters.offsets.diff()
     tokens = int(lengths[listed[listed >= 0].long()].sum())
-    return centered, int(cluster_lengths(centered).sum()), tokens
+    point = num_bytes(a["positions"][:1])
+    row = num_bytes(a["features"][:1], a["scores"][:1]) + point
+    read = tokens * row + centered.num_queries * point + num_bytes(a["centers"]) + _lists(centered)
+    return _merge(a, read, int(cluster_lengths(centered).sum()))
 
 
-def _merge_inputs(a: Arguments) -> tuple[int, int]:
-    """Bytes that both passes of a merge read, without features and scores; multiply-adds of the
-    forward pass."""
-    centered, pairs, tokens = _merge_neighbors(a)
-    point = a["positions"].shape[1] * a["positions"].element_size()
-    net = num_bytes(a["weight"], a["bias"], a["norm_weight"], a["norm_bias"])
+def _merge(a: Arguments, read: int, pairs: int) -> Work:
     mid, features = a["weight"].shape
-    read = point * (tokens + centered.num_queries) + num_bytes(a["centers"]) + _lists(centered)
-    return read + net, merge_multiply_adds(pairs, a["features"].shape[1], mid, features)
+    return Work(
+        read + _net(a), 2 * merge_multiply_adds(pairs, a["features"].shape[1], mid, features)
+    )
 
 
-def _merge_rows(a: Arguments) -> int:
-    """Bytes of the features and scores that any center sees."""
-    row = num_bytes(a["features"][:1], a["scores"][:1])
-    return _merge_neighbors(a)[2] * row
+def _net(a: Arguments) -> int:
+    """Bytes of a merge's weight net."""
+    return num_bytes(a["weight"], a["bias"], a["norm_weight"], a["norm_bias"])
 
 
 def scored_merge(a: Arguments, output: Tensor) -> Work:
@@ -186,8 +203,7 @@ def scored_merge(a: Arguments, output: Tensor) -> Work:
     centers' rows, positions and lists, cluster offsets, and the weight net in; output out.
     Operations: 2 P M (C + F): weighted sums, and the Linear layer of the weight net.
     """
-    read, multiply_adds = _merge_inputs(a)
-    return Work(read + _merge_rows(a) + num_bytes(output), 2 * multiply_adds)
+    return _scored_merge(a) + Work(num_bytes(output))
 
 
 def scored_merge_backward(a: Arguments, output: Tensor) -> Work:
@@ -197,11 +213,87 @@ def scored_merge_backward(a: Arguments, output: Tensor) -> Work:
     and scores and of the weight net out.
     Operations: twice those of the forward pass, for the gradients of weights and of features.
     """
-    read, multiply_adds = _merge_inputs(a)
-    gradients = num_bytes(
-        a["features"], a["scores"], a["weight"], a["bias"], a["norm_weight"], a["norm_bias"]
-    )
-    return Work(read + _merge_rows(a) + num_bytes(output) + gradients, 4 * multiply_adds)
+    forward = _scored_merge(a)
+    moved = num_bytes(output, a["features"], a["scores"]) + _net(a)
+    return Work(forward.bytes + moved, 2 * forward.operations)
+
+
+def _point_conv(a: Arguments) -> Work:
+    """What both passes of `point_conv` read, and the operations of the forward pass."""
+    index, centers = a["neighbor_index"], a["center_positions"]
+    row = num_bytes(a["features"][:1], a["positions"][:1])
+    centers = a["positions"] if centers is None else centers
+    read = _used(index) * row + num_bytes(index, centers)
+    return _merge(a, read, int((index >= 0).sum()))
+
+
+def point_conv(a: Arguments, output: Tensor) -> Work:
+    """The forward pass of `point_conv`.
+
+    Bytes: features and position of each token that is listed, center positions, lists and the
+    weight net in; output out. Operations: as `scored_merge`.
+    """
+    return _point_conv(a) + Work(num_bytes(output))
+
+
+def point_conv_backward(a: Arguments, output: Tensor) -> Work:
+    """The backward pass of `point_conv`: as that of `scored_merge`, without scores."""
+    forward = _point_conv(a)
+    moved = num_bytes(output, a["features"]) + _net(a)
+    return Work(forward.bytes + moved, 2 * forward.operations)
+
+
+def weighted_gather(a: Arguments, output: Tensor) -> Work:
+    """The forward pass of `weighted_gather`.
+
+    Bytes: features of each token that is listed, lists and weights in; output out. Operations: 2 C
+    per pair.
+    """
+    index, features = a["index"], a["features"]
+    read = _used(index) * num_bytes(features[:1]) + num_bytes(index, a["weights"])
+    pairs = int((index >= 0).sum())
+    return Work(read + num_bytes(output), 2 * pairs * features.shape[1])
+
+
+def weighted_gather_backward(a: Arguments, output: Tensor) -> Work:
+    """The backward pass of `weighted_gather`.
+
+    Bytes: what the forward pass reads and the output's gradient in; gradients of all T features and
+    of the weights out. Operations: twice those of the forward pass.
+    """
+    forward = weighted_gather(a, output)
+    moved = num_bytes(a["features"], a["weights"])
+    return Work(forward.bytes + moved, 2 * forward.operations)
+
+
+def _places(a: Arguments) -> tuple[int, int]:
+    """Bytes that both passes of `deformable_attention` read, and pairs of a place and a token."""
+    names = ("value", "positions", "offsets", "weights", "query_positions", "query_sample")
+    read = num_bytes(*(a[name] for name in names), a["lookup"])
+    return read, a["weights"].numel() * a["lookup"].shape[2]
+
+
+def deformable_attention(a: Arguments, output: Tensor) -> Work:
+    """The forward pass of `deformable_attention`.
+
+    Bytes: all its tensors in, as if each token and each cell were looked at by some query; output
+    out. Operations: per pair of a place and a token the squared distance 5, its weight 4 and 2 d
+    for the weighted sum.
+    """
+    read, pairs = _places(a)
+    return Work(read + num_bytes(output), pairs * (5 + 4 + 2 * output.shape[2]))
+
+
+def deformable_attention_backward(a: Arguments, output: Tensor) -> Work:
+    """The backward pass of `deformable_attention`.
+
+    Bytes: what the forward pass reads and the output's gradient in; gradients of value, offsets and
+    weights out. Operations: distances and weights again and their gradients, and 4 d per pair for
+    the gradients of value and weights.
+    """
+    read, pairs = _places(a)
+    moved = num_bytes(output, a["value"], a["offsets"], a["weights"])
+    return Work(read + moved, pairs * (2 * (5 + 4) + 4 * output.shape[2]))
 
 
 def select_centers(a: Arguments, output: tuple[Tensor, tuple[int, ...]]) -> Work:
@@ -218,17 +310,10 @@ def _interpolation(a: Arguments) -> tuple[int, int, int]:
     index, queries, positions = a["neighbor_index"], a["query_positions"], a["positions"]
     given = num_bytes(index)
     if index is None:
-        index = knn(
-            positions,
-            a["k"],
-            query=queries,
-            sizes=a["sizes"],
-            query_sizes=a["query_sizes"],
-            impl=a["impl"],
-        )
-    used = torch.unique(index)
-    tokens = int((used >= 0).sum())
-    point = positions.shape[1] * positions.element_size()
+        sizes = {"sizes": a["sizes"], "query_sizes": a["query_sizes"]}
+        index = pointformer.knn(positions, a["k"], query=queries, **sizes)
+    tokens = _used(index)
+    point = num_bytes(positions[:1])
     return num_bytes(queries) + given + tokens * point, tokens, int((index >= 0).sum())
 
 
