@@ -355,6 +355,26 @@ def test_rivals_compute_the_same(cluster_size, block):
     assert not needed.all()
 
 
+def test_benchmarks_of_attention_and_of_a_model(monkeypatch):
+    """The parts that compare, on the CPU: FlexAttention has no backward pass there, which is then
+    its result."""
+    monkeypatch.setattr(gpu_run, "device", lambda: CPU)
+    monkeypatch.setattr(gpu_run, "REPEATS", 1)
+    model, images = made()
+    call = next(
+        c for c in record(model, images, backward=True) if c.name == "neighborhood_attention"
+    )
+    result = gpu_run.compare(call, compiled=False)
+    assert result["gathered + SDPA"]["largest_difference"] < 1e-5
+    assert result["ours"]["largest_difference"] == 0
+    assert 0 < result["ours"]["forward_us"][1] < result["ours"]["forward_backward_us"][1] * 10
+    assert "NotImplementedError" in result["FlexAttention 128"]
+    figures = gpu_run.figures_of((64, 64), 1, Limits(1e9, 1e10))
+    assert 0 < figures["search_share"] < 1
+    assert figures["inference"][-1]["op"] == "total"
+    assert {row["pass"] for row in figures["training"]} == {"forward", "backward"}
+
+
 def test_rivals_refuse_ragged_batches():
     positions, neighborhoods = neighborhoods_of(torch.rand(50, 2), (20, 30), (1.0, 1.0))
     with pytest.raises(ValueError, match="samples of one size"):

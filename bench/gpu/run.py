@@ -91,7 +91,7 @@ def figures() -> dict[str, object]:
 
 def figures_of(size: tuple[int, int], batch: int, limits: Limits) -> dict[str, object]:
     model, images = network("aff_tiny", size, batch)
-    forward = profile(model, images, limits, repeats=REPEATS, graph=True)
+    forward = profile(model, images, limits, repeats=REPEATS, graph=device().type == "cuda")
     search = sum(row.times.q50 for row in forward if row.op in OPS and OPS[row.op].search)
     total = forward[-1].times.q50
     training = or_out_of_memory(
@@ -139,22 +139,22 @@ def sides_of(call: Call, compiled: bool = True) -> dict[str, Callable]:
     return sides
 
 
-def compare(call: Call) -> dict[str, object]:
+def compare(call: Call, compiled: bool = True) -> dict[str, object]:
+    """All sides on the arguments of a call: what `measure` says, or the error of a rival."""
     call = call.differentiable()
     names = ("query", "key", "value", "position_weight", "position_bias")
     leaves = [call.arguments[name] for name in names]
+    sides = sides_of(call, compiled)
     with torch.no_grad():
-        expected = sides_of(call)["ours"](*leaves)
+        expected = sides["ours"](*leaves)
     grad = torch.randn_like(expected)
-    result = {}
-    for name, side in sides_of(call).items():
+    result: dict[str, object] = {}
+    for name, side in sides.items():
+        torch.compiler.reset()  # else the number of compilations reaches its limit
+        target = None if "no bias" in name else expected
         try:
-            result[name] = or_out_of_memory(
-                lambda f=side, n=name: measure(
-                    f, leaves, grad, None if "no bias" in n else expected
-                )
-            )
-        except Exception as error:  # of a rival's compiler, which may fail in any way
+            result[name] = or_out_of_memory(lambda f=side, x=target: measure(f, leaves, grad, x))
+        except Exception as error:  # a rival's compiler may fail in any way
             if name == "ours":
                 raise
             result[name] = f"{type(error).__name__}: {error}"[:500]
@@ -167,27 +167,34 @@ def measure(
     """Times in microseconds, 20%, 50% and 80%; memory beyond the inputs in bytes; the error."""
 
     def both() -> None:
-        output = run(*leaves)
-        torch.autograd.grad(output, leaves, grad, allow_unused=True)
+        torch.autograd.grad(run(*leaves), leaves, grad, allow_unused=True)
 
+    error = None
     with torch.no_grad():
-        output = run(*leaves)
-        error = None if expected is None else float((output.float() - expected.float()).abs().max())
-        del output
-        forward = time_call(lambda: run(*leaves), device(), REPEATS)
+        if expected is not None:
+            error = float((run(*leaves).float() - expected.float()).abs().max())
+        forward = time_call(lambda: run(*leaves), grad.device, REPEATS)
     both()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    both()
-    memory = torch.cuda.max_memory_allocated() - before
-    total = time_call(both, device(), REPEATS)
+    memory = peak_memory(both)
+    total = time_call(both, grad.device, REPEATS)
     return {
         "forward_us": [1e6 * t for t in forward.quantiles],
         "forward_backward_us": [1e6 * t for t in total.quantiles],
         "memory": memory,
         "largest_difference": error,
     }
+
+
+def peak_memory(run: Callable[[], object]) -> int | None:
+    """Most bytes allocated at a time beyond those before; `None` without a GPU."""
+    if device().type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def throughput() -> dict[str, object]:
@@ -203,15 +210,16 @@ def throughput() -> dict[str, object]:
 
 
 def training_memory() -> dict[str, object]:
-    """Peak memory of a training step of AFF-Tiny at 512 px, batch 8."""
+    """Peak memory of a training step of AFF-Tiny at 512 px, batch 8, beyond weights and their
+    gradients."""
     model, images = network("aff_tiny", (512, 512), 8)
     model.train()
-    model(images).float().sum().backward()  # compiles, and makes the gradients
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kept = kept_tensors(model, images)
-    return {"peak": torch.cuda.max_memory_allocated() - before, **kept}
+
+    def step() -> None:
+        model(images).float().sum().backward()
+
+    step()  # compiles, and makes the gradients
+    return {"peak": peak_memory(step), **kept_tensors(model, images)}
 
 
 def kept_tensors(model: Model, images: Tensor) -> dict[str, object]:
