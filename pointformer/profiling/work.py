@@ -105,7 +105,7 @@ def knn(a: Arguments, output: Tensor | tuple[Tensor, Tensor]) -> Work:
 
 
 def plan(a: Arguments, output: Neighborhoods) -> Work:
-    """`Neighborhoods.with_inverse`, for training.
+    """What `Neighborhoods` derive for the backward passes of a stage.
 
     Bytes: the lists (4 T R) in; offsets (4 (K+1)) and queries (4 E) of the inverse lists out. No
     arithmetic.
