@@ -33,16 +33,24 @@ class Limits:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Copy and multiply on the device; the faster fifth of the repetitions counts."""
+    """Copy, and multiply matrices of two sizes, on the device; the fastest counts.
+
+    In several rounds, since what else the machine does slows some of them down.
+    """
     on_gpu = device.type == "cuda"
-    numbers, side = (2**28, 8192) if on_gpu else (2**25, 1024)  # far more than a cache holds
-    source = torch.ones(numbers, device=device)
+    numbers, sides = (2**28, (4096, 8192)) if on_gpu else (2**25, (512, 1024))
+    source = torch.ones(numbers, device=device)  # far more than a cache holds
     target = torch.empty_like(source)
-    copy = time_call(lambda: target.copy_(source), device, 10)
     # Random numbers: on zeros a GPU runs faster than it can in earnest.
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = time_call(lambda: left @ right, device, 10)
-    return Limits(2 * source.nbytes / copy.q20, 2 * side**3 / product.q20)
+    matrices = [torch.randn(2, side, side, device=device).to(dtype) for side in sides]
+    bandwidth = rate = 0.0
+    for _ in range(5):
+        copy = time_call(lambda: target.copy_(source), device, 4)
+        bandwidth = max(bandwidth, 2 * source.nbytes / copy.q20)
+        for left, right in matrices:
+            product = time_call(lambda x=left, y=right: x @ y, device, 4)
+            rate = max(rate, 2 * len(left) ** 3 / product.q20)
+    return Limits(bandwidth, rate)
 
 
 def describe_machine(device: torch.device) -> dict[str, object]:
