@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -47,9 +48,9 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     for _ in range(5):
         copy = time_call(lambda: target.copy_(source), device, 4)
         bandwidth = max(bandwidth, 2 * source.nbytes / copy.q20)
-        for left, right in matrices:
-            product = time_call(lambda x=left, y=right: x @ y, device, 4)
-            rate = max(rate, 2 * len(left) ** 3 / product.q20)
+        for pair in matrices:
+            product = time_call(partial(torch.matmul, *pair), device, 4)
+            rate = max(rate, 2 * pair.shape[1] ** 3 / product.q20)
     return Limits(bandwidth, rate)
 
 

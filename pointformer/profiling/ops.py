@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from pointformer import (
 )
 from pointformer.profiling import traffic, work
 from pointformer.profiling.traffic import Traffic
-from pointformer.profiling.work import Work
+from pointformer.profiling.work import Arguments, Work
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -42,8 +43,8 @@ class Op:
     """
 
     function: Callable
-    work: Mapping[str, Callable[[dict, object], Work]]
-    traffic: Mapping[str, Callable[[dict, object], Traffic]] = field(default_factory=dict)
+    work: Mapping[str, Callable[[Arguments, Any], Work]]
+    traffic: Mapping[str, Callable[[Arguments, Any], Traffic]] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     search: bool = False
 
@@ -122,7 +123,7 @@ class Call:
     stage: str
     work: Mapping[str, Work]
     traffic: Mapping[str, Traffic]
-    arguments: Mapping[str, object]
+    arguments: Mapping[str, Any]
     count: int = 1
 
     @property

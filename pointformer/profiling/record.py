@@ -41,14 +41,9 @@ def record(
             return
         op = OPS.get(name) or LAYERS[name]
         with torch.no_grad():
-            work, traffic = (
-                {
-                    direction: count(arguments, output)
-                    for direction, count in counts.items()
-                    if backward or direction == FORWARD
-                }
-                for counts in (op.work, op.traffic)
-            )
+            passes = [p for p in op.work if backward or p == FORWARD]
+            work = {p: op.work[p](arguments, output) for p in passes}
+            traffic = {p: op.traffic[p](arguments, output) for p in passes if p in op.traffic}
         calls[key] = Call(name, stage, work, traffic, arguments if keep else {})
 
     def layer(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
@@ -92,7 +87,7 @@ def _watching(add: Callable[[str, dict[str, object], object], None]):
         if event == "call" and inside is None and frame.f_code in names:
             # When a call begins the only local variables are its arguments.
             inside, arguments = frame, dict(frame.f_locals)
-        elif event == "return" and frame is inside:
+        elif event == "return" and inside is not None and frame is inside:
             if result is not None:  # else it raised an error
                 add(names[frame.f_code], arguments, result)
             inside = None

@@ -187,6 +187,7 @@ def _whole(
         else:
             run = _backward_of(model, images)
         times = time_call(run, images.device, repeats, warm=warm)
+    assert total.times is not None
     rest = Row("", REST, direction, 1, Work(), times=times - total.times)
     return [rest, replace(total, times=times)]
 
@@ -212,9 +213,9 @@ def table(rows: Sequence[Row]) -> str:
         ("op", True, lambda row: row.op),
         ("pass", True, lambda row: row.direction),
         ("calls", True, lambda row: str(row.calls)),
-        ("20% ms", times, lambda row: _number(row.times and 1e3 * row.times.q20)),
-        ("50% ms", times, lambda row: _number(row.times and 1e3 * row.times.q50)),
-        ("80% ms", times, lambda row: _number(row.times and 1e3 * row.times.q80)),
+        ("20% ms", times, lambda row: _number(1e3 * row.times.q20 if row.times else None)),
+        ("50% ms", times, lambda row: _number(1e3 * row.times.q50 if row.times else None)),
+        ("80% ms", times, lambda row: _number(1e3 * row.times.q80 if row.times else None)),
         ("MB", True, lambda row: _number(row.work.bytes / 1e6 or None)),
         ("GFLOP", True, lambda row: _number(row.work.operations / 1e9 or None)),
         ("floor ms", floors, lambda row: _number(row.floor and 1e3 * row.floor)),

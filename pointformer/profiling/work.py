@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from pointformer.models.complexity import (
     merge_multiply_adds,
 )
 
-Arguments = Mapping[str, object]
+Arguments = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def clustering(a: Arguments, output: TokenSet) -> Work:
     where its sample is larger than `global_size`; and D additions for the center.
     """
     tokens, clusters = a["self"], output.clusters
+    assert clusters is not None
     sorted_tokens = sum(size for size in tokens.sizes if size > a["global_size"])
     dimensions = tokens.dimensions
     return Work(
