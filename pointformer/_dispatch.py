@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: `reference`, `cpu` or `triton`."""
+"""Which implementation of an op runs: `reference`, `cpu` or `triton`, for some `torch_cluster`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 from collections.abc import Callable, Mapping
 
 import torch
-
-IMPLEMENTATIONS = ("reference", "cpu", "triton")
 
 
 def choose(
@@ -24,7 +22,7 @@ def choose(
         impl: what the user asked for, or `None` for the device's own: "cpu" on CPUs, "triton" on
             GPUs, the reference on devices or for ops without a fast implementation.
         lacks: for each fast implementation of the op, a function that says in words which argument
-            it cannot run, or returns `None` if it can. Devices are checked here.
+            it cannot run, or returns `None` if it can. Devices and installations are checked here.
         device: where the arguments live.
 
     Raises:
@@ -32,8 +30,8 @@ def choose(
             message names the argument and the remedy.
     """
     chosen = impl
-    if impl is None:
-        native = {"cpu": "cpu", "cuda": "triton"}.get(device.type)
+    if chosen is None:
+        native = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
         chosen = native if native in lacks else "reference"
     if chosen == "reference":
         return chosen
@@ -55,6 +53,10 @@ def everything() -> None:
 def _device_lacks(impl: str, device: torch.device) -> str | None:
     if impl == "cpu":
         return None if device.type == "cpu" else f"it needs tensors on the CPU, not on {device}"
+    if impl == "torch_cluster":
+        if importlib.util.find_spec("torch_cluster") is None:
+            return "torch-cluster is not installed (pip install 'pointformer[pyg]')"
+        return None
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":

@@ -150,3 +150,9 @@ def test_a_uniform_batch_can_be_captured(options):
         assert tokens.clusters.centers.device.type == "cuda"
         assert tokens.sample_index.shape == (288,)
         assert tokens.to_grid().shape == (3, 5, 8, 12)
+
+
+def test_too_many_tokens_are_an_error():
+    positions = torch.zeros(1, 2).expand(2**28 + 1, 2)
+    with pytest.raises(ValueError, match=r"positions has 268435457 rows.*impl='reference'"):
+        balanced_cluster(positions, extent=(1, 1), check_values=False, impl="triton")

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -280,17 +281,50 @@ def test_compiles_into_one_graph():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("k", [1, 5])
-def test_distances_equal_torch_cluster(k):
-    torch_cluster = pytest.importorskip(
-        "torch_cluster", reason="torch-cluster is not installed (extra: pyg)"
+@given(
+    ragged_points(largest=40).filter(lambda points: points[1] not in ("tiny", "huge")),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_distances_equal_torch_cluster(points, k, include_self):
+    """Of equally far points others may be listed, within what rounding leaves open."""
+    pytest.importorskip("torch_cluster", reason="torch-cluster is not installed (extra: pyg)")
+    rng, kind, dimensions, sizes = points
+    positions = torch.from_numpy(layout(rng, kind, (sum(sizes), dimensions)))
+    kwargs = {"sizes": sizes, "include_self": include_self, "return_distance": True}
+    index, theirs = knn(positions, k, impl="torch_cluster", **kwargs)
+    own_index, ours = knn(positions, k, **kwargs)
+    torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=0)
+    assert torch.equal(index < 0, own_index < 0)
+    gap = positions[:, None] - positions[index.long().clamp(min=0)]
+    named = gap.double().norm(dim=2).where(index >= 0, torch.inf)
+    torch.testing.assert_close(theirs.double(), named, rtol=1e-6, atol=0)
+    listed = index.sort(1).values
+    assert not bool(((listed[:, 1:] == listed[:, :-1]) & (listed[:, 1:] >= 0)).any())
+
+
+@given(ragged_points(largest=60), st.integers(1, 6))
+def test_clusters_equal_torch_cluster(points, num_clusters):
+    pytest.importorskip("torch_cluster", reason="torch-cluster is not installed (extra: pyg)")
+    rng, _, dimensions, sizes = points
+    positions = torch.from_numpy(layout(rng, "uniform", (sum(sizes), dimensions)))  # no ties
+    clusters = balanced_cluster(positions, 4, sizes=sizes)
+    positions = positions[clusters.order]
+    theirs, ours = (
+        nearest_clusters(positions, clusters, num_clusters, global_size=20, impl=impl).cluster_index
+        for impl in ("torch_cluster", None)
     )
-    generator = torch.Generator().manual_seed(4)
-    points, query = (torch.rand(n, 3, generator=generator) for n in (700, 300))
-    edges = torch_cluster.knn(points, query, k)
-    theirs = (query[edges[0]] - points[edges[1]]).norm(dim=1).view(-1, k).sort(1).values
-    ours = knn(points, k, query=query, return_distance=True)[1]
-    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(theirs, ours)
+
+
+def test_torch_cluster_is_an_error_where_it_is_not_installed():
+    with (
+        mock.patch("importlib.util.find_spec", return_value=None),
+        pytest.raises(
+            ValueError, match=r"torch-cluster is not installed \(pip install.*'reference'"
+        ),
+    ):
+        knn(POINTS, 1, impl="torch_cluster")
 
 
 POINTS = torch.rand(20, 2)

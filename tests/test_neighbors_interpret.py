@@ -40,8 +40,8 @@ def assert_same(run):
 
 @pytest.mark.filterwarnings("ignore:overflow")
 @given(
-    sample=tokens(max_size=30, max_samples=3),
-    k=st.sampled_from([1, 3, 6, 16, 40]),
+    sample=tokens(max_size=25, max_samples=3),
+    k=st.sampled_from([1, 3, 6, 13]),
     scale=st.sampled_from([1.0, 1.0, 1e-21, 1e18]),  # squares that underflow and overflow
     data=st.data(),
 )
@@ -53,7 +53,8 @@ def test_knn_is_that_of_the_cpu(sample, k, scale, data):
         query = torch.rand(sum(sizes), sample.dimensions) * 40 * scale
         kwargs = {"query": query, "query_sizes": sizes}
     kwargs |= {"sizes": sample.sizes, "return_distance": True}
-    assert_same(lambda impl: knn(positions, k, impl=impl, **kwargs))
+    with mock.patch.multiple(kernels, _IN_LIST=8, _LISTS=(4, 8)):  # longer ones take two passes
+        assert_same(lambda impl: knn(positions, k, impl=impl, **kwargs))
 
 
 @given(
@@ -109,7 +110,7 @@ def test_released_neighborhoods(stage):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("area", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("area", [1.0, 1e-4])
 @pytest.mark.parametrize("count", [500, 4000])
 def test_work_does_not_depend_on_density_or_size(count, area):
     """Nine points in ten in a part of the area: still a few leaves per query."""

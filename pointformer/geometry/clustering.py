@@ -24,6 +24,7 @@ from pointformer.reference import clustering as reference
 _REMAINDERS = ("spread", "last")
 _Rows = Sequence[tuple[float, ...]]
 _MAX_CELLS = 1 << 20  # per axis: the curves' codes hold 21 bits of each coordinate
+_MOST_TOKENS = 1 << 28  # on GPUs: places along the walk are counted in 32 bits
 _LEVELS = {2: 16, 3: 15}  # bits per axis of the quantisation without anchors
 
 
@@ -106,7 +107,8 @@ def balanced_cluster(
         raise ValueError(f"extent: expected finite numbers >= 0, got {sides!r:.80}")
 
     device = positions.device
-    chosen = choose("balanced_cluster", impl, {"cpu": everything, "triton": everything}, device)
+    triton_lacks = partial(_triton_lacks, positions)
+    chosen = choose("balanced_cluster", impl, {"cpu": everything, "triton": triton_lacks}, device)
     centers_of = reference.cluster_centers
     if chosen != "reference":
         centers_of = partial(fused_cluster_centers, impl=chosen)
@@ -124,6 +126,12 @@ def balanced_cluster(
     offsets = _cluster_offsets(sizes, counts, cluster_size, remainder, device)
     centers = centers_of(positions, order, offsets)
     return Clusters(order, offsets, centers, sizes, counts, cluster_size)
+
+
+def _triton_lacks(positions: Tensor) -> str | None:
+    if len(positions) > _MOST_TOKENS:
+        return f"positions has {len(positions)} rows, more than {_MOST_TOKENS}"
+    return None
 
 
 def _bounding_boxes(positions: Tensor, sizes: tuple[int, ...]) -> tuple[_Rows, _Rows]:
@@ -335,7 +343,7 @@ def _cluster_offsets(
     if remainder == "last":
         inside = place * cluster_size
     else:
-        count = first.diff().clamp(min=1)
-        size = start.diff()
-        inside = place * (size // count)[sample] + place.minimum((size % count)[sample])
+        divisor = first.diff().clamp(min=1)
+        lengths, more = start.diff() // divisor, start.diff() % divisor
+        inside = place * lengths[sample] + place.minimum(more[sample])
     return torch.cat([start[sample] + inside, start[-1:]]).int()

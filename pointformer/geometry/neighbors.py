@@ -16,6 +16,7 @@ from pointformer.reference import neighbors as reference
 
 _SCOPES = ("token", "tile")
 _MOST_POINTS = 8**9  # in the box tree on GPUs
+_LONGEST_LIST = 100  # of torch-cluster on GPUs
 
 
 def nearest_clusters(
@@ -52,7 +53,8 @@ def nearest_clusters(
         global_size: samples with at most this many tokens list all their clusters.
         check_values: whether to look for positions that are not finite, which waits for the device.
             Never done under `torch.compile` and while a CUDA graph is captured.
-        impl: "reference", "cpu" or "triton"; `None` chooses by device.
+        impl: "reference", "cpu" or "triton"; `None` chooses by device. "torch_cluster" for
+            comparison where torch-cluster is installed: of equally far clusters it may list others.
 
     Returns:
         Neighborhoods with `cluster_index` (T, R) int32, nearest first, padded with -1. R is the
@@ -89,7 +91,12 @@ def nearest_clusters(
         for size, count in zip(sizes, counts, strict=True)
     )
     width = max(limits, default=0)
-    chosen = choose("nearest_clusters", impl, _fast("clusters", centers), positions.device)
+    chosen = choose(
+        "nearest_clusters",
+        impl,
+        _fast(centers, width, "clusters", "num_clusters"),
+        positions.device,
+    )
     tile = tile_size if scope == "tile" else 1
     query, query_sizes = positions, sizes
     if tile > 1:
@@ -166,7 +173,8 @@ def knn(
         return_distance: also return the distances.
         check_values: whether to look for positions that are not finite, which waits for the device.
             Never done under `torch.compile` and while a CUDA graph is captured.
-        impl: "reference", "cpu" or "triton"; `None` chooses by device.
+        impl: "reference", "cpu" or "triton"; `None` chooses by device. "torch_cluster" for
+            comparison where torch-cluster is installed: of equally far points it may list others.
 
     Returns:
         Rows of `positions`, (Q, k) int32, nearest first, -1 where the sample has too few points.
@@ -200,7 +208,7 @@ def knn(
             check_finite("query", query, query_sizes)
     width = k if include_self else k + 1
     limits = (width,) * len(sizes)
-    chosen = choose("knn", impl, _fast("positions", positions), positions.device)
+    chosen = choose("knn", impl, _fast(positions, width, "positions", "k"), positions.device)
     if chosen == "reference":
         asking = positions if query is None else query
         index, distance = reference.nearest(asking, positions, query_sizes, sizes, limits, width)
@@ -215,15 +223,22 @@ def knn(
     return (index, distance.sqrt()) if return_distance else index
 
 
-def _fast(name: str, points: Tensor) -> dict[str, Callable[[], str | None]]:
-    """The fast implementations, and what they lack for these points."""
+def _fast(
+    points: Tensor, width: int, points_name: str, width_name: str
+) -> dict[str, Callable[[], str | None]]:
+    """The fast implementations, and what they lack for lists of `width` of these points."""
 
     def triton_lacks() -> str | None:
         if len(points) > _MOST_POINTS:
-            return f"{name} has {len(points)} rows, more than {_MOST_POINTS}"
+            return f"{points_name} has {len(points)} rows, more than {_MOST_POINTS}"
         return None
 
-    return {"cpu": everything, "triton": triton_lacks}
+    def torch_cluster_lacks() -> str | None:
+        if points.device.type != "cpu" and width > _LONGEST_LIST:
+            return f"{width_name} asks for lists of {width}, more than {_LONGEST_LIST}"
+        return None
+
+    return {"cpu": everything, "triton": triton_lacks, "torch_cluster": torch_cluster_lacks}
 
 
 def _tile_rows(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pointformer._checks import (
+    can_read,
     check_finite,
     check_per_sample,
     check_positions,
@@ -18,11 +21,12 @@ from pointformer._checks import (
 from pointformer._dispatch import choose, everything
 from pointformer.clusters import offsets_of
 from pointformer.geometry.neighbors import knn
-from pointformer.kernels.selection import fused_select_on_lattice
+from pointformer.kernels.selection import fused_select_from_nearest, fused_select_on_lattice
 from pointformer.reference import selection as reference
 
 _CELLS_PER_TOKEN = 1024  # emptier lattices are searched with `knn`
 _KEY_BITS = 30  # what the score and the reserved flag leave of a 64-bit key for (sample, row)
+_LONGEST_SIDE = 1 << 31  # of a lattice on GPUs: coordinates are integers of 32 bits
 _PRIORS = ("adaptive", "grid", None)
 
 
@@ -38,6 +42,7 @@ def select_centers(
     prior: str | None = "adaptive",
     reserve: bool = True,
     lattice: bool = True,
+    check_values: bool = True,
     impl: str | None = None,
 ) -> tuple[Tensor, tuple[int, ...]]:
     """The tokens around which a stage merges (AutoFocusFormer, section 3.3.2).
@@ -73,7 +78,9 @@ def select_centers(
         prior: "adaptive", "grid" or `None`.
         reserve: keep the coarse lattice.
         lattice: whether positions are integers; `False` accepts any.
-        impl: "reference" or "cpu"; `None` chooses by device.
+        check_values: whether to look for scores and positions that do not fit, which waits for the
+            device. Never done under `torch.compile` and while a CUDA graph is captured.
+        impl: "reference", "cpu" or "triton"; `None` chooses by device.
 
     Returns:
         Rows of the kept tokens, (T',) int64, and how many of them per sample. In each sample those
@@ -94,19 +101,28 @@ def select_centers(
     if stride <= 0 or (lattice and stride != int(stride)):
         wanted = "a positive integer" if lattice else "a positive number"
         raise ValueError(f"stride: expected {wanted}, got {stride!r}")
-    check_finite("positions", positions, sizes)
-    _check_scores(scores)
+    if check_values:
+        check_finite("positions", positions, sizes)
+        _check_scores(scores)
     if extent is None:
         extent = _measured_extent(positions, sizes, lattice)
     sides = check_per_sample("extent", extent, len(sizes), dimensions)
-    if lattice:
+    if lattice and check_values:
         _check_lattice(positions, sides, sizes)
     keep = tuple(
         _number_kept(size, side, rate, stride if reserve else None)
         for size, side in zip(sizes, sides, strict=True)
     )
-    chosen = choose("select_centers", impl, {"cpu": everything}, positions.device)
-    if chosen != "reference" and lattice and _map_fits(sizes, sides):
+    triton_lacks = partial(_triton_lacks, sides, lattice)
+    chosen = choose(
+        "select_centers", impl, {"cpu": everything, "triton": triton_lacks}, positions.device
+    )
+    search = partial(knn, positions, sizes=sizes, check_values=False, impl=chosen)
+    if chosen == "triton" and lattice:
+        pair = search(2) if prior == "adaptive" else None
+        options = (alpha, int(stride), prior == "grid", reserve, chosen)
+        return fused_select_from_nearest(scores, positions, pair, sizes, keep, *options), keep
+    if chosen == "cpu" and lattice and _map_fits(sizes, sides):
         canvas = torch.tensor(sides, dtype=torch.float64).ceil().long()
         index = fused_select_on_lattice(
             scores,
@@ -125,7 +141,7 @@ def select_centers(
 
     nearest = None
     if prior == "adaptive":
-        index = knn(positions, 1, sizes=sizes, include_self=False, impl=impl)
+        index = search(1, include_self=False)
         assert isinstance(index, Tensor)
         nearest = index[:, 0].long()
     if lattice:
@@ -134,6 +150,14 @@ def select_centers(
         has_prior, reserved = _free_parts(positions, nearest, sizes, sides, stride, prior, reserve)
     ranking = has_prior.float() + alpha * scores
     return reference.select(ranking, reserved, sizes, keep), keep
+
+
+def _triton_lacks(sides: Sequence[tuple[float, ...]], lattice: bool) -> str | None:
+    if lattice:
+        for side in itertools.chain(*sides):
+            if side > _LONGEST_SIDE:
+                return f"extent has a side of {side}, more than {_LONGEST_SIDE}, with lattice=True"
+    return None
 
 
 def _map_fits(sizes: tuple[int, ...], sides: Sequence[tuple[float, ...]]) -> bool:
@@ -169,9 +193,11 @@ def _free_parts(
 ) -> tuple[Tensor, Tensor]:
     """Which tokens have the prior and which are reserved, off a lattice: (T,) bool each."""
     sample = reference.sample_of_rows(sizes, positions.device)
-    shape = (len(sizes), positions.shape[1])
-    limit = torch.tensor(sides, dtype=torch.float32, device=positions.device)
-    limit = limit.reshape(shape)[sample]
+    if len(set(sides)) == 1:  # no copy from the host
+        limit = torch.stack([torch.full_like(positions[:, 0], side) for side in sides[0]], 1)
+    else:
+        limit = torch.tensor(sides, dtype=torch.float32, device=positions.device)
+        limit = limit.reshape(len(sizes), positions.shape[1])[sample]
     nobody = torch.zeros_like(sample, dtype=torch.bool)
     every = torch.full_like(limit[:, 0], stride)
     has_prior = nobody
@@ -206,7 +232,7 @@ def _measured_extent(
 
 
 def _check_scores(scores: Tensor) -> None:
-    if torch.compiler.is_compiling() or scores.device.type == "meta":
+    if not can_read(scores):
         return
     bad = scores.isnan()
     if bool(bad.any()):
@@ -220,7 +246,7 @@ def _check_lattice(
     positions: Tensor, sides: Sequence[tuple[float, ...]], sizes: tuple[int, ...]
 ) -> None:
     """Raise if a position is not an integer inside the canvas, naming the sample."""
-    if torch.compiler.is_compiling() or positions.device.type == "meta":
+    if not can_read(positions):
         return
     limit = torch.tensor(sides, device=positions.device).reshape(len(sizes), positions.shape[1])
     sample = reference.sample_of_rows(sizes, positions.device)

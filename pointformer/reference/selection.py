@@ -16,7 +16,7 @@ _FINEST = 20  # off a lattice, spacings below 2**-20 of the canvas count as that
 
 def sample_of_rows(sizes: Sequence[int], device: torch.device) -> Tensor:
     """(T,) int64, the sample of each row."""
-    lengths = torch.tensor(sizes, dtype=torch.int64, device=device)
+    lengths = offsets_of(tuple(sizes), device).diff()
     samples = torch.arange(len(sizes), device=device)
     return torch.repeat_interleave(samples, lengths, output_size=sum(sizes))
 

@@ -1,0 +1,1 @@
+"""Ops by torch-cluster, for comparison where it is installed."""
