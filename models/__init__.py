@@ -2,7 +2,8 @@
 
 from pointformer.models.checkpoints import CheckpointError, load_model, load_released, save_model
 from pointformer.models.complexity import Complexity, count
-from pointformer.models.config import AFFConfig
+from pointformer.models.config import AFFConfig, SwinConfig
+from pointformer.models.grid import GridBackbone, token_sets
 from pointformer.models.model import Model
 from pointformer.models.registry import create_model, list_models
 
@@ -10,11 +11,14 @@ __all__ = [
     "AFFConfig",
     "CheckpointError",
     "Complexity",
+    "GridBackbone",
     "Model",
+    "SwinConfig",
     "count",
     "create_model",
     "list_models",
     "load_model",
     "load_released",
     "save_model",
+    "token_sets",
 ]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pointformer._files import atomic_path
-from pointformer.models.config import AFFConfig
+from pointformer.models.config import config_from
 from pointformer.models.model import Model
 
 _METADATA = "pointformer"
@@ -51,7 +51,7 @@ def load_model(path: str | os.PathLike, **overrides: object) -> Model:
     """
     state, description = _read_safetensors(path)
     try:
-        config = AFFConfig(**description["config"]).override(**overrides)
+        config = config_from(description["config"]).override(**overrides)
         model = Model(
             description["name"],
             config,
@@ -62,6 +62,8 @@ def load_model(path: str | os.PathLike, **overrides: object) -> Model:
         )
     except KeyError as error:
         raise CheckpointError(f"{path}: its description lacks {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     load_state(model, state, source=path)
     return model.eval()
 

@@ -2,11 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Self
+
+
+class _Config:
+    """What the configurations share: checks, and copies with changes."""
+
+    dims: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    def _per_stage(self, *names: str) -> None:
+        """Make fields tuples of one value per stage; one number is for all stages."""
+        stages = len(self.dims)
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, int):
+                value = (value,) * stages
+            if len(value) != stages:
+                raise ValueError(
+                    f"{name}: expected one value for each of {stages} stages, got {value}"
+                )
+            object.__setattr__(self, name, tuple(value))
+
+    def _check_heads(self) -> None:
+        for stage, (dim, heads) in enumerate(zip(self.dims, self.heads, strict=True)):
+            if dim % heads:
+                raise ValueError(f"heads: stage {stage} has {dim} channels for {heads} heads")
+
+    def _check_choice(self, name: str, choices: tuple) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+
+    def override(self, **changes: object) -> Self:
+        """A copy with some fields changed; an unknown field is an error that lists the known."""
+        known = {field.name for field in fields(self)}  # type: ignore[arg-type]
+        unknown = sorted(set(changes) - known)
+        if unknown:
+            raise TypeError(
+                f"unknown option {', '.join(unknown)}; known options: {', '.join(sorted(known))}"
+            )
+        return replace(self, **changes)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
-class AFFConfig:
+class AFFConfig(_Config):
     """Everything that defines an AutoFocusFormer backbone.
 
     Attributes:
@@ -56,47 +97,73 @@ class AFFConfig:
     merge: str = "adaptive"
 
     def __post_init__(self) -> None:
-        stages = len(self.dims)
-        for name in ("dims", "depths", "heads", "neighborhood_size"):
-            value = getattr(self, name)
-            if isinstance(value, int):
-                value = (value,) * stages
-            if len(value) != stages:
-                raise ValueError(
-                    f"{name}: expected one value for each of {stages} stages, got {value}"
-                )
-            object.__setattr__(self, name, tuple(value))
-        for stage, (dim, heads) in enumerate(zip(self.dims, self.heads, strict=True)):
-            if dim % heads:
-                raise ValueError(f"heads: stage {stage} has {dim} channels for {heads} heads")
+        self._per_stage("dims", "depths", "heads", "neighborhood_size")
+        self._check_heads()
         if not 0 < self.rate <= 1:
             raise ValueError(f"rate: expected a number in (0, 1], got {self.rate}")
         if not self.alpha >= 0:
             raise ValueError(f"alpha: expected a number of at least 0, got {self.alpha}")
-        for name, choices in (
-            ("patch_stride", (1, 2, 4)),
-            ("prior", ("adaptive", "grid", None)),
-            ("scope", ("token", "tile")),
-            ("merge", ("adaptive", "patch")),
-            ("remainder", ("spread", "last")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+        self._check_choice("patch_stride", (1, 2, 4))
+        self._check_choice("prior", ("adaptive", "grid", None))
+        self._check_choice("scope", ("token", "tile"))
+        self._check_choice("merge", ("adaptive", "patch"))
+        self._check_choice("remainder", ("spread", "last"))
         if min(self.neighborhood_size) < self.cluster_size:
             raise ValueError(
                 f"neighborhood_size: {self.neighborhood_size} is less than one cluster of "
                 f"{self.cluster_size} tokens"
             )
 
-    def override(self, **changes: object) -> AFFConfig:
-        """A copy with some fields changed; an unknown field is an error that lists the known."""
-        known = {field.name for field in fields(self)}
-        unknown = sorted(set(changes) - known)
-        if unknown:
-            raise TypeError(
-                f"unknown option {', '.join(unknown)}; known options: {', '.join(sorted(known))}"
-            )
-        return replace(self, **changes)  # type: ignore[arg-type]
+
+@dataclass(frozen=True)
+class SwinConfig(_Config):
+    """The baseline with windows of a grid instead of clusters; the fields of `AFFConfig` it shares
+    mean the same.
+
+    Attributes:
+        window_size: tokens along the side of a window.
+    """
+
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    mlp_ratio: float = 3.0
+    window_size: int = 7
+    image_size: int = 224
+    patch_stride: int = 4
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        self._per_stage("dims", "depths", "heads")
+        self._check_heads()
+        self._check_choice("patch_stride", (1, 2, 4))
+        if self.window_size < 1:
+            raise ValueError(f"window_size: expected at least 1, got {self.window_size}")
+
+
+@dataclass(frozen=True)
+class GridConfig(_Config):
+    """What heads need to know of a backbone that is not ours, see `GridBackbone`."""
+
+    dims: tuple[int, ...]
+    image_size: int = 224
+    patch_stride: int = 4
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        self._per_stage("dims")
+
+
+def config_from(values: Mapping[str, object]) -> AFFConfig | SwinConfig:
+    """The configuration whose fields these are, as `dataclasses.asdict` gives them."""
+    for kind in (AFFConfig, SwinConfig):
+        known = {field.name for field in fields(kind)}
+        needed = {field.name for field in fields(kind) if field.default is MISSING}
+        if needed <= set(values) <= known:
+            return kind(**values)  # type: ignore[arg-type]
+    raise ValueError(f"no backbone of this package has the options {', '.join(sorted(values))}")
 
 
 # The released models pin the order that their weights were trained with.
@@ -124,7 +191,14 @@ _BASE = AFFConfig(
     **_RELEASED,
 )
 
-CONFIGS: dict[str, AFFConfig] = {
+
+def _on_a_grid(config: AFFConfig) -> SwinConfig:
+    """The paper's Swin of the same size: "same architecture configuration" (Table 2)."""
+    shared = {field.name for field in fields(SwinConfig)} - {"window_size"}
+    return SwinConfig(**{name: getattr(config, name) for name in shared})
+
+
+CONFIGS: dict[str, AFFConfig | SwinConfig] = {
     "aff_nano": AFFConfig(
         dims=(32, 64, 128, 192),
         depths=(2, 2, 4, 2),
@@ -141,4 +215,7 @@ CONFIGS: dict[str, AFFConfig] = {
     "aff_small_1_5th": replace(_SMALL, rate=0.2),
     "aff_base": _BASE,
     "aff_base_384": replace(_BASE, cluster_size=24, neighborhood_size=(144,) * 4, image_size=384),
+    "swin_mini": _on_a_grid(_MINI),
+    "swin_tiny": _on_a_grid(_TINY),
+    "swin_small": _on_a_grid(_SMALL),
 }

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pointformer.models.aff import AFF
-from pointformer.models.config import AFFConfig
+from pointformer.models.config import AFFConfig, GridConfig, SwinConfig
+from pointformer.models.grid import GridBackbone
 from pointformer.models.heads import HEADS
+from pointformer.models.swin import Swin
 
 TASKS = ("semantic", "instance", "panoptic")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,9 +40,12 @@ class Preprocess(nn.Module):
 class Model(nn.Module):
     """What `create_model` returns.
 
+    Another backbone is given in the place of the configuration: `Model("resnet50",
+    GridBackbone(module, dims), "mask2former", 150)`.
+
     Attributes:
         name: the name it was made with.
-        backbone: `AFF`; `backbone(images)` gives each stage's tokens and scores.
+        backbone: `AFF`, `Swin` or `GridBackbone`; `backbone(images)` gives each stage's tokens.
         head: maps the stages to the output of `forward`.
         task: "semantic", "instance" or "panoptic", what masks are turned into; `None` where the
             head makes none.
@@ -51,7 +56,7 @@ class Model(nn.Module):
     def __init__(
         self,
         name: str,
-        config: AFFConfig,
+        config: AFFConfig | SwinConfig | GridBackbone,
         head: str,
         num_classes: int,
         impl: str | None = None,
@@ -66,18 +71,29 @@ class Model(nn.Module):
         self.name = name
         self.head_name = head
         self.num_classes = num_classes
-        self.backbone = AFF(config, impl)
-        self.head = HEADS[head](config, num_classes, **head_options)
+        self.backbone: AFF | Swin | GridBackbone
+        if isinstance(config, GridBackbone):
+            self.backbone = config
+            self.backbone.impl = impl
+        else:
+            self.backbone = (
+                AFF(config, impl) if isinstance(config, AFFConfig) else Swin(config, impl)
+            )
+        self.head = HEADS[head](self.config, num_classes, **head_options)
         self.head_options = head_options
         self.task = task
         self.preprocess = Preprocess()
 
     @property
-    def config(self) -> AFFConfig:
+    def config(self) -> AFFConfig | SwinConfig | GridConfig:
         return self.backbone.config
 
     def reconfigure(self, **changes: object) -> None:
-        """Change `rate`, `alpha` or `neighborhood_size` for the following calls."""
+        """Change `rate`, `alpha` or `neighborhood_size` of an AFF for the following calls."""
+        if not isinstance(self.backbone, AFF):
+            raise ValueError(
+                f"reconfigure: the tokens of {self.name} are a grid, nothing can change"
+            )
         self.backbone.reconfigure(**changes)
 
     def forward(self, images: Tensor | Sequence[Tensor]):

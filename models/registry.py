@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 
 from pointformer.models.checkpoints import load_model
-from pointformer.models.config import CONFIGS
+from pointformer.models.config import CONFIGS, AFFConfig
 from pointformer.models.heads import HEADS
 from pointformer.models.model import Model
 
@@ -47,8 +47,8 @@ def create_model(
             `TokenSet`s, for decoders), "mask2former" or "hcformer" (a class and a mask per query).
         impl: implementation of the ops, see `pointformer.ops`.
         task: "semantic", "instance" or "panoptic": what the masks of a head are turned into.
-        overrides: fields of `AFFConfig`, for example `rate=0.2`, `alpha=8`, `patch_stride=2`, and
-            options of the head, for example `queries=250`.
+        overrides: fields of `AFFConfig`, for example `rate=0.2`, `alpha=8`, `patch_stride=2`, or of
+            `SwinConfig`, and options of the head, for example `queries=250`.
 
     Raises:
         ValueError, TypeError: unknown name, tag or option; the message lists the known ones.
@@ -58,9 +58,11 @@ def create_model(
     if not pretrained:
         head = head or "classification"
         options = {key: overrides.pop(key) for key in head_options(head) if key in overrides}
-        if head != "classification":  # as the released backbones: the last stage is local too
-            overrides.setdefault("neighborhood_size", min(CONFIGS[name].neighborhood_size))
-        config = CONFIGS[name].override(**overrides)
+        config = CONFIGS[name]
+        if head != "classification" and isinstance(config, AFFConfig):
+            # As the released backbones: the last stage is local too.
+            overrides.setdefault("neighborhood_size", min(config.neighborhood_size))
+        config = config.override(**overrides)
         num_classes = 1000 if num_classes is None else num_classes
         return Model(name, config, head, num_classes, impl, task, **options)
     weights = {p.stem.split(".", 1)[1]: p for p in sorted(_WEIGHTS.glob(f"{name}.*.safetensors"))}

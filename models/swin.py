@@ -1,0 +1,202 @@
+"""Swin, the baseline on a grid: AFF's blocks with shifted windows in the place of clusters.
+
+The paper's Swin with daggers (Tables 2 and 3): AFF's patch embedding, widths, depths and MLPs;
+attention in windows of 7 x 7 that move by half a window in every second block, with a learned bias
+per offset (Swin Transformer, ICCV 2021); and 2 x 2 patches merged between stages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from pointformer import TokenSet
+from pointformer.models.aff import PatchEmbed, PatchMerge, StageOutput, drop_path
+from pointformer.models.config import SwinConfig
+from pointformer.models.grid import by_shape
+from pointformer.models.layers import FeedForward
+
+
+class Windows:
+    """How maps of one size are cut into windows: padded to whole windows and, if shifted, rolled.
+
+    An axis that one window covers does not shift.
+
+    Attributes:
+        padded: height and width after padding.
+        blocked: (windows, size**2, size**2) bool, pairs of tokens of a window that are not
+            neighbors in the map, or of which one is padding; `None` if there are none. Padding
+            sees padding, so that no row is blocked as a whole.
+    """
+
+    def __init__(
+        self, height: int, width: int, size: int, shifted: bool, device: torch.device
+    ) -> None:
+        self.size = size
+        self.sides = (height, width)
+        self.padded = tuple(math.ceil(side / size) * size for side in self.sides)
+        self.shift = tuple(size // 2 if shifted and side > size else 0 for side in self.padded)
+        self.blocked: Tensor | None = None
+        if any(self.shift) or self.padded != self.sides:
+            self.blocked = self._blocked(device)
+
+    def split(self, maps: Tensor) -> Tensor:
+        """(B, H, W, C) to (B * windows, size**2, C)."""
+        down, right = (b - a for a, b in zip(self.sides, self.padded, strict=True))
+        maps = nn.functional.pad(maps, (0, 0, 0, right, 0, down))
+        if any(self.shift):
+            maps = maps.roll([-shift for shift in self.shift], (1, 2))
+        size = self.size
+        return rearrange(maps, "b (y i) (x j) c -> (b y x) (i j) c", i=size, j=size)
+
+    def join(self, windows: Tensor) -> Tensor:
+        """Undo `split`."""
+        size, (rows, _) = self.size, self.padded
+        columns = self.padded[1] // size
+        maps = rearrange(
+            windows, "(b y x) (i j) c -> b (y i) (x j) c", y=rows // size, x=columns, i=size
+        )
+        if any(self.shift):
+            maps = maps.roll(self.shift, (1, 2))
+        return maps[:, : self.sides[0], : self.sides[1]]
+
+    def _blocked(self, device: torch.device) -> Tensor:
+        wrapped, padding = [], []
+        for side, padded, shift in zip(self.sides, self.padded, self.shift, strict=True):
+            place = torch.arange(padded, device=device)
+            wrapped.append(place >= padded - shift)
+            padding.append((place + shift) % padded >= side)
+        region = 2 * wrapped[0][:, None].long() + wrapped[1].long()
+        region = region.masked_fill(padding[0][:, None] | padding[1], 4)
+        size = self.size
+        region = rearrange(region, "(y i) (x j) -> (y x) (i j)", i=size, j=size)
+        return region[:, :, None] != region[:, None, :]
+
+
+class WindowAttention(nn.Module):
+    """Attention inside windows, with a learned bias for each offset between two tokens."""
+
+    index: Tensor
+
+    def __init__(self, dim: int, heads: int, size: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.bias = nn.Parameter(torch.empty((2 * size - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.bias, std=0.02)
+        row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+        down, right = (x.reshape(-1, 1) - x.reshape(1, -1) + size - 1 for x in (row, column))
+        self.register_buffer("index", down * (2 * size - 1) + right, persistent=False)
+
+    def forward(self, maps: Tensor, windows: Windows) -> Tensor:
+        """(B, H, W, C) to the same shape."""
+        query, key, value = rearrange(
+            windows.split(self.qkv(maps)), "n t (three h d) -> three n h t d", three=3, h=self.heads
+        )
+        bias = rearrange(self.bias[self.index], "q k h -> 1 h q k").to(query.dtype)
+        if windows.blocked is not None:
+            bias = bias.masked_fill(windows.blocked[:, None], -torch.inf)
+            bias = bias.repeat(len(query) // len(bias), 1, 1, 1)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.proj(windows.join(rearrange(out, "n h t d -> n t (h d)")))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, AFF's with windows."""
+
+    def __init__(self, config: SwinConfig, stage: int, drop_path_rate: float) -> None:
+        super().__init__()
+        dim = config.dims[stage]
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, config.heads[stage], config.window_size)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = FeedForward(dim, int(dim * config.mlp_ratio))
+        for name in ("gamma1", "gamma2"):
+            scale = torch.full((dim,), config.layer_scale) if config.layer_scale > 0 else None
+            self.register_parameter(name, None if scale is None else nn.Parameter(scale))
+
+    def forward(self, tokens: TokenSet, windows: Windows) -> TokenSet:
+        x = tokens.features
+        maps = self.norm1(x).view(tokens.batch_size, *windows.sides, -1)
+        x = x + self._scaled(self.attn(maps, windows).reshape(x.shape), self.gamma1, tokens)
+        x = x + self._scaled(self.mlp(self.norm2(x)), self.gamma2, tokens)
+        return tokens.with_features(x)
+
+    def _scaled(self, branch: Tensor, gamma: Tensor | None, tokens: TokenSet) -> Tensor:
+        if gamma is not None:
+            branch = branch * gamma
+        return drop_path(branch, self.drop_path_rate, tokens, self.training)
+
+
+class Stage(nn.Module):
+    """Blocks, every second one with shifted windows, then 2 x 2 patches become one token."""
+
+    def __init__(self, config: SwinConfig, stage: int, drop_path_rates: Sequence[float]) -> None:
+        super().__init__()
+        self.stride = 2**stage
+        self.window_size = config.window_size
+        self.blocks = nn.ModuleList(Block(config, stage, rate) for rate in drop_path_rates)
+        last = stage + 1 == len(config.dims)
+        self.merge = None if last else PatchMerge(config, stage)  # type: ignore[arg-type]
+
+    def forward(self, tokens: TokenSet) -> tuple[StageOutput, TokenSet | None]:
+        assert tokens.extent is not None
+        width, height = (math.ceil(side / self.stride) for side in tokens.extent[0])
+        windows = [
+            Windows(height, width, self.window_size, shifted, tokens.device)
+            for shifted in (False, True)
+        ]
+        inputs = tokens
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, windows[i % 2])
+        merged = None if self.merge is None else self.merge(tokens)
+        return StageOutput(tokens, inputs, None), merged
+
+
+class Swin(nn.Module):
+    """The backbone: images to one `StageOutput` per stage, without scores.
+
+    Shapes:
+        images: (B, 3, H, W), or a list of (3, H, W) of any sizes; normalized, float.
+        positions: (x, y) indices of the first stage's grid of ceil(W / stride) x ceil(H / stride)
+            cells, in raster order; those of stage i are multiples of 2**i. An odd row or column
+            merges with zeros.
+    """
+
+    def __init__(self, config: SwinConfig, impl: str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.impl = impl
+        self.patch_embed = PatchEmbed(config.in_channels, config.dims[0], config.patch_stride)
+        blocks = sum(config.depths)
+        rates = [config.drop_path * block / max(blocks - 1, 1) for block in range(blocks)]
+        firsts = [sum(config.depths[:stage]) for stage in range(len(config.dims))]
+        self.stages = nn.ModuleList(
+            Stage(config, stage, rates[first : first + config.depths[stage]])
+            for stage, first in enumerate(firsts)
+        )
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor | Sequence[Tensor]) -> list[StageOutput]:
+        return by_shape(self._stages, images)
+
+    def _stages(self, images: Tensor) -> list[StageOutput]:
+        tokens = self.patch_embed(images)
+        outputs = []
+        for stage in self.stages:
+            output, tokens = stage(tokens)
+            outputs.append(output)
+        return outputs
