@@ -1,21 +1,60 @@
 """Neighborhood attention as registered ops: schemas, shapes, gradient.
 
-`inverse_offsets` and `inverse_queries` list for each cluster the queries that attend to it: only
-the backward op reads them, and it makes its own where they are missing. `normal` (T, H, 2)
-holds the largest logit in units of log2 and the inverse of the softmax's sum. Weights and blank
-tokens are float32. The backward op may use `output` (T, H, d) for the mean gradient of a row's
-logits; the CPU does not, because in half precision it is rounded.
+`neighborhood_plan` makes what an implementation derives from the neighborhoods alone, so that all
+blocks of a stage share it: a list of int32 tensors, as long as the worst case needs. The attention
+ops take it as `plan` and make what is missing; an empty list will do. The CPU's plan are, for
+training, offsets (K + 1) and queries (Q * R): for each cluster the queries that attend to it.
+Triton's is in `kernels.triton.attention_plan`. No cluster may be twice in one neighborhood.
+
+`normal` (T, H, 2) holds the largest logit in units of log2 and the inverse of the softmax's sum,
+0 where there is nothing to sum. Weights and blank tokens are float32. The backward op may use
+`output` (T, H, d) for the mean gradient of a row's logits: Triton does; the CPU does not, because
+in half precision it is rounded.
 """
 
 import torch
 
 from pointformer.kernels.library import LIBRARY, implement
 
+TILE = 32  # consecutive queries that Triton kernels take together: the bits of a member word
+GROUP_KEYS = 16  # keys of a Triton program's clusters, if they fit: rows of a matrix product
+
+
+def clusters_per_group(cluster_size):
+    """How many consecutive clusters share a list of queries in Triton's backward pass."""
+    return max(1, GROUP_KEYS // max(cluster_size, 1))
+
+
+def tile_capacity(radius, clusters):
+    """The most clusters that the union of a tile's neighborhoods can have."""
+    return torch.sym_min(TILE * radius, clusters)
+
+
+LIBRARY.define(
+    "neighborhood_plan(Tensor cluster_index, Tensor cluster_offsets, int cluster_size, "
+    "bool training, str impl) -> Tensor[]"
+)
+
+
+@torch.library.register_fake("pointformer::neighborhood_plan", lib=LIBRARY)
+def _plan_fake(cluster_index, cluster_offsets, cluster_size, training, impl):
+    (queries, radius), clusters = cluster_index.shape, cluster_offsets.shape[0] - 1
+    if impl == "cpu":
+        shapes = [(clusters + 1,), (queries * radius,)] if training else []
+    else:
+        tiles, groups = -(-queries // TILE), -(-clusters // clusters_per_group(cluster_size))
+        shapes = [(tiles,), *[(tiles, tile_capacity(radius, clusters))] * 3]
+        if training:
+            shapes += [(groups + 1,), (groups,), (queries * radius,), (queries * radius,)]
+    return [cluster_index.new_empty(shape) for shape in shapes]
+
+
+implement("neighborhood_plan", "attention.make_plan")
+
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor positions, Tensor cluster_index, "
-    "Tensor cluster_offsets, int cluster_size, Tensor? inverse_offsets, Tensor? inverse_queries, "
-    "Tensor? position_weight, Tensor? position_bias, Tensor? blank_key, Tensor? blank_value, "
-    "float scale, str impl"
+    "Tensor cluster_offsets, int cluster_size, Tensor[] plan, Tensor? position_weight, "
+    "Tensor? position_bias, Tensor? blank_key, Tensor? blank_value, float scale, str impl"
 )
 LIBRARY.define(f"neighborhood_attention({_ARGUMENTS}) -> (Tensor output, Tensor normal)")
 LIBRARY.define(
@@ -44,26 +83,28 @@ implement("neighborhood_attention_backward", "attention.backward")
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.impl = inputs
-    ctx.cluster_size = tensors.pop(6)
-    ctx.save_for_backward(*output, *tensors)
+    *tensors, ctx.cluster_size, plan, weight, bias, blank_key, blank_value, ctx.scale, ctx.impl = (
+        inputs
+    )
+    learned = (weight, bias, blank_key, blank_value)
+    ctx.rows, ctx.planned = len(tensors), len(plan)
+    ctx.save_for_backward(*output, *tensors, *learned, *plan)
 
 
 def _differentiate(ctx, grad, _):
     output, normal, *tensors = ctx.saved_tensors
-    tensors.insert(6, ctx.cluster_size)
-    *rows, weight, bias, blank_key, blank_value = (
+    rows, learned = tensors[: ctx.rows], tensors[ctx.rows : ctx.rows + 4]
+    plan = tensors[ctx.rows + 4 :]
+    *row_grads, weight, bias, blank_key, blank_value = (
         torch.ops.pointformer.neighborhood_attention_backward(
-            grad, output, normal, *tensors, ctx.scale, ctx.impl
+            grad, output, normal, *rows, ctx.cluster_size, plan, *learned, ctx.scale, ctx.impl
         )
     )
-    learned = [
+    learned_grads = [
         gradient if tensor is not None else None
-        for tensor, gradient in zip(
-            tensors[-4:], (weight, bias, blank_key, blank_value), strict=True
-        )
+        for tensor, gradient in zip(learned, (weight, bias, blank_key, blank_value), strict=True)
     ]
-    return *rows, None, None, None, None, None, None, *learned, None, None
+    return *row_grads, None, None, None, None, [None] * ctx.planned, *learned_grads, None, None
 
 
 torch.library.register_autograd(

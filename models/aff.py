@@ -299,8 +299,7 @@ class Stage(nn.Module):
             global_size=size,
             impl=impl,
         )
-        if torch.is_grad_enabled():
-            neighborhoods = neighborhoods.with_inverse()
+        neighborhoods = neighborhoods.with_plan(training=torch.is_grad_enabled(), impl=impl)
         inputs = tokens
         for block in self.blocks:
             tokens = block(tokens, neighborhoods, impl)

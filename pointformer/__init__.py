@@ -4,7 +4,7 @@ A `TokenSet` is a packed batch of tokens with positions. The ops work on 2-D and
 on batches of samples of different sizes; models built from them are in `pointformer.models`.
 """
 
-from pointformer.clusters import ClusterInverse, Clusters, Neighborhoods
+from pointformer.clusters import Clusters, Neighborhoods
 from pointformer.geometry import balanced_cluster, knn, nearest_clusters, select_centers
 from pointformer.ops import (
     deformable_attention,
@@ -20,7 +20,6 @@ from pointformer.tokens import TokenSet
 __version__ = "0.1.0"
 
 __all__ = [
-    "ClusterInverse",
     "Clusters",
     "Neighborhoods",
     "Segmentation",

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import pointformer.kernels.attention  # noqa: F401  (registers the plan)
+from pointformer._dispatch import choose, everything
+
+_MOST_ROWS = 2**31 - 64  # int32, with room for the last tile
+
 
 def offsets_of(sizes: tuple[int, ...] | list[int], device: torch.device | None = None) -> Tensor:
     """Start of each sample in a packed batch, and the end: (B+1,) int64 from B host integers."""
@@ -68,31 +73,6 @@ class Clusters:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ClusterInverse:
-    """For each cluster, the queries that attend to it (ascending): what a backward pass walks.
-
-    Attributes:
-        offsets: (K+1,) int32, the range of `queries` that belongs to each cluster.
-        queries: (E,) int32, query rows.
-    """
-
-    offsets: Tensor
-    queries: Tensor
-
-    @staticmethod
-    def of(cluster_index: Tensor, num_clusters: int) -> ClusterInverse:
-        """Invert a (Q, R) list of clusters, entries of -1 left out."""
-        flat = cluster_index.reshape(-1)
-        radius = cluster_index.shape[1]
-        unused = flat < 0
-        key = torch.where(unused, num_clusters, flat)
-        sorted_key, entry = torch.sort(key, stable=True)
-        bounds = torch.arange(num_clusters + 1, device=flat.device, dtype=sorted_key.dtype)
-        offsets = torch.searchsorted(sorted_key, bounds).int()
-        return ClusterInverse(offsets, (entry // max(radius, 1)).int())
-
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Neighborhoods:
     """The clusters that each query attends to; its neighbourhood is all of their tokens.
 
@@ -100,13 +80,15 @@ class Neighborhoods:
         cluster_index: (Q, R) int32, nearest cluster first; -1 where a query has fewer than R.
             Queries are the tokens in cluster order, or a selection of them.
         clusters: the clusters that `cluster_index` points to.
-        inverse: the same relation from the clusters' side, or `None`. Backward passes of the fast
-            ops need it: build it once per stage with `with_inverse`, else each call builds its own.
+        plan: index lists that fast ops derive from the two above, in an order of their own. Build
+            them once per stage with `with_plan`, else each call builds its own.
+        plan_impl: the implementation that `plan` is for; the others do not use it.
     """
 
     cluster_index: Tensor
     clusters: Clusters
-    inverse: ClusterInverse | None = None
+    plan: tuple[Tensor, ...] = ()
+    plan_impl: str | None = None
 
     @property
     def num_queries(self) -> int:
@@ -117,12 +99,33 @@ class Neighborhoods:
         """R, the number of clusters in a neighbourhood."""
         return self.cluster_index.shape[1]
 
-    def with_inverse(self) -> Neighborhoods:
-        """The same neighbourhoods with their inverse lists, for training."""
-        if self.inverse is not None:
+    def with_plan(self, *, training: bool = True, impl: str | None = None) -> Neighborhoods:
+        """The same neighborhoods with what the fast ops derive from them.
+
+        Args:
+            training: also with what backward passes need.
+            impl: that of the ops to come: "cpu", "triton", or `None` for the device's own. There is
+                nothing to prepare for the reference, and for forward passes on the CPU.
+
+        Raises:
+            ValueError: `impl` does not exist or cannot run here.
+        """
+        index, clusters = self.cluster_index, self.clusters
+        lacks = {"cpu": everything, "triton": self.triton_lacks}
+        chosen = choose("Neighborhoods.with_plan", impl, lacks, index.device)
+        if chosen == "reference" or (chosen == "cpu" and not training):
             return self
-        inverse = ClusterInverse.of(self.cluster_index, self.clusters.num_clusters)
-        return Neighborhoods(self.cluster_index, self.clusters, inverse)
+        lists = torch.ops.pointformer.neighborhood_plan(
+            index, clusters.offsets, clusters.cluster_size, training, chosen
+        )
+        return Neighborhoods(index, clusters, tuple(lists), chosen)
+
+    def triton_lacks(self) -> str | None:
+        """For `choose`: why Triton kernels cannot take these neighborhoods, or `None`."""
+        rows = max(self.cluster_index.numel(), self.clusters.num_tokens)
+        if rows > _MOST_ROWS:
+            return f"neighborhoods has {rows} tokens or list entries, more than {_MOST_ROWS}"
+        return None
 
     def select(self, rows: Tensor) -> Neighborhoods:
         """The neighbourhoods of some queries, by row index (Q',); clusters stay as they are."""
@@ -157,9 +160,5 @@ class Neighborhoods:
         )
 
 
-for _cls, _name in (
-    (Clusters, "Clusters"),
-    (ClusterInverse, "ClusterInverse"),
-    (Neighborhoods, "Neighborhoods"),
-):
+for _cls, _name in ((Clusters, "Clusters"), (Neighborhoods, "Neighborhoods")):
     torch.export.register_dataclass(_cls, serialized_type_name=f"pointformer.{_name}")

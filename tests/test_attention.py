@@ -377,28 +377,31 @@ def test_bits_do_not_depend_on_threads(threads):
         assert all(map(torch.equal, results[0], other))
 
 
-def test_given_inverse_changes_nothing():
+@pytest.mark.parametrize("training", [True, False])
+def test_given_plan_changes_nothing(training):
     tensors, positions, neighborhoods = make_inputs(sizes=(50, 7), radius=5, dtype=torch.float32)
     neighborhoods.cluster_index[::3, 2:] = -1
     cotangent = tensors["value"]
     _, built = gradients(tensors, positions, neighborhoods, cotangent, impl="cpu")
-    _, given_ = gradients(tensors, positions, neighborhoods.with_inverse(), cotangent, impl="cpu")
+    planned = neighborhoods.with_plan(training=training)
+    _, given_ = gradients(tensors, positions, planned, cotangent, impl="cpu")
     assert all(torch.equal(built[name], given_[name]) for name in built)
 
 
-def registered_arguments(tensors, positions, neighborhoods):
+def neighborhood_lists(neighborhoods):
     clusters = neighborhoods.clusters
+    return neighborhoods.cluster_index, clusters.offsets, clusters.cluster_size
+
+
+def registered_arguments(tensors, positions, neighborhoods, impl="cpu"):
     return (
         *(tensors[name] for name in ("query", "key", "value")),
         positions,
-        neighborhoods.cluster_index,
-        clusters.offsets,
-        clusters.cluster_size,
-        None,
-        None,
+        *neighborhood_lists(neighborhoods),
+        list(neighborhoods.plan),
         *(tensors.get(n) for n in ("position_weight", "position_bias", "blank_key", "blank_value")),
         0.25,
-        "cpu",
+        impl,
     )
 
 
@@ -409,7 +412,9 @@ def test_opcheck(options, dtype):
     rows = ("query", "key", "value")
     tensors = {n: t.to(dtype if n in rows else torch.float32) for n, t in tensors.items()}
     tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    arguments = registered_arguments(tensors, positions, neighborhoods)
+    plan = torch.ops.pointformer.neighborhood_plan.default
+    torch.library.opcheck(plan, (*neighborhood_lists(neighborhoods), True, "cpu"))
+    arguments = registered_arguments(tensors, positions, neighborhoods.with_plan())
     torch.library.opcheck(torch.ops.pointformer.neighborhood_attention.default, arguments)
     with torch.no_grad():
         output, normal = torch.ops.pointformer.neighborhood_attention(*arguments)
@@ -470,7 +475,7 @@ def run(tokens, radius):
     tensors, positions, neighborhoods = make_inputs(
         sizes=(tokens,), radius=radius, channels=16, cluster_size=8, dtype=torch.float32
     )
-    neighborhoods = neighborhoods.with_inverse()
+    neighborhoods = neighborhoods.with_plan()
     torch.ones(64 << 20)  # raise the peak beyond that of the preparation, and what was freed
     rest = [torch.ones(64 << 20)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

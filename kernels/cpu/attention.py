@@ -641,9 +641,21 @@ def _points(shape):
     return np.empty(shape.clusters * shape.cluster_blocks * (shape.dimensions + 1) * 8, f32)
 
 
+def make_plan(cluster_index, cluster_offsets, cluster_size, training):
+    """See `pointformer.kernels.attention`; entries beyond the last list are 0."""
+    if not training:
+        return []
+    radius = max(cluster_index.shape[1], 1)
+    index = cluster_index.contiguous().view(-1).numpy()
+    offsets, entries = inverse_lists(index, cluster_offsets.shape[0] - 1)
+    queries = np.zeros(len(index), np.int32)
+    queries[: len(entries)] = entries // radius
+    return [torch.from_numpy(offsets.astype(np.int32)), torch.from_numpy(queries)]
+
+
 def forward(
-    query, key, value, positions, cluster_index, cluster_offsets, cluster_size,
-    inverse_offsets, inverse_queries, position_weight, position_bias, blank_key, blank_value, scale,
+    query, key, value, positions, cluster_index, cluster_offsets, cluster_size, plan,
+    position_weight, position_bias, blank_key, blank_value, scale,
 ):  # fmt: skip
     """Output (T, H, d) and the softmax's normalization (T, H, 2)."""
     shape = _shape(query, positions, cluster_index, cluster_offsets, cluster_size, position_weight)
@@ -669,8 +681,8 @@ def forward(
 
 def backward(
     grad, output, normal,
-    query, key, value, positions, cluster_index, cluster_offsets, cluster_size,
-    inverse_offsets, inverse_queries, position_weight, position_bias, blank_key, blank_value, scale,
+    query, key, value, positions, cluster_index, cluster_offsets, cluster_size, plan,
+    position_weight, position_bias, blank_key, blank_value, scale,
 ):  # fmt: skip
     """Gradients of query, key, value, weight, bias and blank tokens; empty ones for what is `None`.
 
@@ -678,12 +690,7 @@ def backward(
     `position_bias` is 0.
     """
     shape = _shape(query, positions, cluster_index, cluster_offsets, cluster_size, position_weight)
-    index = cluster_index.contiguous().view(-1).numpy()
-    if inverse_offsets is None:
-        offsets, entries = inverse_lists(index, shape.clusters)
-        inverse = offsets.astype(np.int32), (entries // shape.radius).astype(np.int32)
-    else:
-        inverse = inverse_offsets.numpy(), inverse_queries.numpy()
+    inverse = plan or make_plan(cluster_index, cluster_offsets, cluster_size, True)
     rows = [torch.empty(query.shape, dtype=torch.float32) for _ in range(3)]
     chunks = -(-shape.tokens // CHUNK)
     partial = np.empty((chunks, partial_size(shape)), np.float32)
@@ -693,9 +700,9 @@ def backward(
         _rows(key),
         _rows(value),
         _flat(positions),
-        index,
+        cluster_index.contiguous().view(-1).numpy(),
         cluster_offsets.numpy(),
-        *inverse,
+        *(lists.numpy() for lists in inverse),
         _bias(position_weight, position_bias, blank_key, blank_value, *query.shape[1:]),
         f32(scale),
         f32(scale * LOG2_E),

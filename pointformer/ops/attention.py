@@ -41,16 +41,16 @@ def neighborhood_attention(
             Strided views (of one key-value projection) are read without a copy where their last
             stride is 1.
         positions: (T, D) float32, D = 2 or 3, rows in cluster order; they get no gradient.
-        neighborhoods: the clusters that each of the T tokens attends to. If a gradient is
-            wanted, `neighborhoods.with_inverse()` saves every call the work of inverting them.
+        neighborhoods: the clusters that each of the T tokens attends to, none twice.
+            `neighborhoods.with_plan()` saves every call the work of preparing them.
         position_weight: (H, F) weights of the relative position features. F = 5 in 2-D: dx, dy,
             distance, sine, cosine. F = 7 in 3-D: dx, dy, dz, distance, unit vector. F = D: only
             the differences. In the units of `positions`; `None` means no such term.
         position_bias: (H,) or `None`.
         blank_key, blank_value: (H, d), both or neither.
         scale: factor of the products of query and key, d ** -0.5 if `None`.
-        impl: "reference" (any of the dtypes, differentiable twice), "cpu" (float32 arithmetic, d a
-            multiple of 8 up to 128), or `None` for the device's own.
+        impl: "reference" (any of the dtypes, differentiable twice), "cpu" or "triton" (float32
+            arithmetic, d a multiple of 8 up to 128), or `None` for the device's own.
 
     Returns:
         (T, H, d) in the dtype of `query`. Sums are accumulated in float32, for float64 in float64.
@@ -88,10 +88,13 @@ def neighborhood_attention(
     if scale is None:
         scale = channels**-0.5 if channels else 1.0
 
-    lacks = {"cpu": lambda: _cpu_lacks(query)}
+    lacks = {
+        "cpu": lambda: _fused_lacks(query),
+        "triton": lambda: _fused_lacks(query) or neighborhoods.triton_lacks(),
+    }
     chosen = choose("neighborhood_attention", impl, lacks, device)
     if chosen != "reference":
-        clusters, inverse = neighborhoods.clusters, neighborhoods.inverse
+        clusters = neighborhoods.clusters
         output, _ = torch.ops.pointformer.neighborhood_attention(
             query,
             key,
@@ -100,8 +103,7 @@ def neighborhood_attention(
             neighborhoods.cluster_index,
             clusters.offsets,
             clusters.cluster_size,
-            None if inverse is None else inverse.offsets,
-            None if inverse is None else inverse.queries,
+            list(neighborhoods.plan) if neighborhoods.plan_impl == chosen else [],
             *(
                 None if tensor is None else tensor.float()
                 for tensor in (position_weight, position_bias, blank_key, blank_value)
@@ -135,10 +137,10 @@ def _check_neighborhoods(neighborhoods: object, tokens: int, device: torch.devic
     check_tensor("neighborhoods", neighborhoods.cluster_index, ("T", "R"), (torch.int32,), device)
 
 
-def _cpu_lacks(query: Tensor) -> str | None:
-    """Why the CPU kernels cannot run, in words, or `None`."""
+def _fused_lacks(query: Tensor) -> str | None:
+    """Why neither the CPU nor the Triton kernels can run, in words, or `None`."""
     if query.dtype == torch.float64:
-        return "query is float64 and the CPU kernels compute in float32"
+        return "query is float64 and the kernels compute in float32"
     channels = query.shape[2]
     if channels % 8 or not 8 <= channels <= 128:
         return f"query has {channels} channels per head, not a multiple of 8 in 8..128"

@@ -1,0 +1,167 @@
+"""What the attention kernels derive from neighborhoods, once per stage: lists of who attends whom.
+
+A *tile* is `TILE` consecutive queries: neighbors on the curve share most of their clusters, so that
+the union of their neighborhoods has about three times as many keys as one of them. A *group* is a
+few consecutive clusters, about `GROUP_KEYS` keys, for the backward pass. For each tile there is the
+list of clusters in its union, for each group the list of queries that attend to any of its
+clusters, both ascending; a word of bits per entry says which queries of the tile attend to the
+cluster, or to which clusters of the group the query attends. Lists are as long as the worst case
+needs, so that nothing waits for the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from pointformer.kernels.attention import TILE, clusters_per_group, tile_capacity
+from pointformer.kernels.triton.inverse import inverse_lists
+from pointformer.kernels.triton.runtime import Variant
+
+_BLOCK = 32  # entries of one neighborhood, or of a group's list, at a time
+
+
+def make_plan(cluster_index, cluster_offsets, cluster_size, training):
+    """The lists of tiles and, for training, those of groups."""
+    tiles = tile_lists(cluster_index, cluster_offsets)
+    if not training:
+        return tiles
+    return [*tiles, *group_lists(cluster_index, cluster_offsets.shape[0] - 1, cluster_size)]
+
+
+def tile_lists(cluster_index, cluster_offsets):
+    """For each tile the clusters in its union.
+
+    Returns:
+        counts (tiles,), first row of each cluster (tiles, capacity), its length (tiles, capacity),
+        members (tiles, capacity): bit t is set if query t of the tile attends to it; all int32.
+    """
+    queries, radius = cluster_index.shape
+    clusters = cluster_offsets.shape[0] - 1
+    tiles, capacity = -(-queries // TILE), tile_capacity(radius, clusters)
+    counts = _lists(cluster_index, tiles)
+    rows, lengths, members = (_lists(cluster_index, tiles, capacity) for _ in range(3))
+    _tile_variant(radius).launch(
+        (tiles,),
+        *(cluster_index.contiguous(), cluster_offsets, counts, rows, lengths, members),
+        *(queries, radius, clusters, capacity),
+    )
+    return [counts, rows, lengths, members]
+
+
+def group_lists(cluster_index, clusters, cluster_size):
+    """For each group of clusters the queries that attend to any of them.
+
+    Returns:
+        begins (groups + 1,), counts (groups,), queries (Q * R,), members (Q * R,): entries
+        `begins[g]` to `begins[g] + counts[g]` are those of group g; bit c of a member word is set
+        if the query attends to cluster c of the group; all int32.
+    """
+    group = clusters_per_group(cluster_size)
+    groups = -(-clusters // group)
+    cluster_index = cluster_index.contiguous()
+    known = (cluster_index >= 0) & (cluster_index < clusters)
+    begins, entries = inverse_lists(torch.where(known, cluster_index // group, -1), groups)
+    counts = _lists(cluster_index, groups)
+    queries, members = (_lists(cluster_index, cluster_index.numel()) for _ in range(2))
+    _group_variant(group).launch(
+        (groups,),
+        *(cluster_index, entries, begins, counts, queries, members, cluster_index.shape[1]),
+    )
+    return [begins, counts, queries, members]
+
+
+def _lists(cluster_index, *shape):
+    return torch.empty(shape, dtype=torch.int32, device=cluster_index.device)
+
+
+@triton.jit(do_not_specialize=("queries", "radius", "clusters", "capacity"))
+def neighborhood_tiles_kernel(
+    cluster_index, cluster_offsets, counts, rows, lengths, members, queries, radius, clusters,
+    capacity, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Walk the clusters of a tile in ascending order: each pass finds the next one."""
+    tile = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, TILE)
+    query = tile * TILE + lane
+    beyond = 2147483647
+    current = -1
+    found = -1
+    while current < beyond:
+        attends = tl.zeros((TILE,), tl.int32)
+        following = tl.full((TILE,), beyond, tl.int32)
+        for start in range(0, radius, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            cluster = tl.load(
+                cluster_index + query[:, None] * radius + slot[None, :],
+                mask=(query < queries)[:, None] & (slot < radius)[None, :],
+                other=-1,
+            )  # (TILE, BLOCK)
+            cluster = tl.where(cluster < clusters, cluster, -1)
+            attends = tl.maximum(attends, tl.max((cluster == current).to(tl.int32), 1))
+            later = tl.where(cluster > current, cluster, beyond)
+            following = tl.minimum(following, tl.min(later, 1))
+        if found >= 0:
+            entry = tile * capacity + found
+            row = tl.load(cluster_offsets + current)
+            tl.store(rows + entry, row)
+            tl.store(lengths + entry, tl.load(cluster_offsets + current + 1) - row)
+            tl.store(members + entry, tl.sum(attends << lane, 0))
+        current = tl.min(following, 0)
+        found += 1
+    tl.store(counts + tile, found)
+
+
+@triton.jit(do_not_specialize=("radius",))
+def neighborhood_groups_kernel(
+    cluster_index, entries, begins, counts, queries, members, radius,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Join the entries of a group that belong to the same query; they follow each other."""
+    group = tl.program_id(0).to(tl.int64)
+    begin = tl.load(begins + group)
+    end = tl.load(begins + group + 1)
+    found = 0
+    for start in range(begin, end, BLOCK):
+        entry = start + tl.arange(0, BLOCK)  # (BLOCK,)
+        inside = entry < end
+        query = tl.load(entries + entry, mask=inside, other=0).to(tl.int32) // radius
+        before = inside & (entry > begin)
+        previous = tl.load(entries + entry - 1, mask=before, other=0).to(tl.int32) // radius
+        new = inside & ((entry == begin) | (query != previous))
+        word = tl.zeros((BLOCK,), tl.int32)
+        for ahead in tl.static_range(GROUP):
+            listed = entry + ahead < end
+            source = tl.load(entries + entry + ahead, mask=listed, other=0).to(tl.int32)
+            same = listed & (source // radius == query)
+            cluster = tl.load(cluster_index + source, mask=same, other=0)
+            local = tl.where(same, cluster - group.to(tl.int32) * GROUP, 0)
+            word |= same.to(tl.int32) << local
+        place = begin + found + tl.cumsum(new.to(tl.int32), 0) - 1
+        tl.store(queries + place, query, mask=new)
+        tl.store(members + place, word, mask=new)
+        found += tl.sum(new.to(tl.int32), 0)
+    tl.store(counts + group, found)
+
+
+def _tile_variant(radius):
+    return Variant(
+        neighborhood_tiles_kernel,
+        (torch.int32,) * 6 + ("i32",) * 4,
+        {"TILE": TILE, "BLOCK": min(_BLOCK, triton.next_power_of_2(max(radius, 1)))},
+        num_warps=1,
+    )
+
+
+def _group_variant(group):
+    return Variant(
+        neighborhood_groups_kernel,
+        (torch.int32, torch.int64) + (torch.int32,) * 4 + ("i32",),
+        {"GROUP": group, "BLOCK": _BLOCK},
+        num_warps=1,
+    )
+
+
+def variants():
+    """Every specialization that the functions above can launch."""
+    yield from map(_tile_variant, (1, 2, 4, 8, 16, 32))
+    yield from map(_group_variant, sorted({clusters_per_group(size) for size in range(1, 33)}))
