@@ -61,12 +61,17 @@ def resources(compiled, target):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    used = dict(re.findall(r"(REG|STACK):(\d+)", text))
-    return int(used["REG"]), int(used["STACK"]), compiled.metadata.shared
+        used = dict(re.findall(r"(REG|STACK):(\d+)", _dump("--dump-resource-usage", file.name)))
+        stack = int(used["STACK"])
+        # Some kernels reserve a stack frame and never touch it: that is no spill.
+        if stack and not re.search(r"\b(STL|LDL)\b", _dump("-sass", file.name)):
+            stack = 0
+    return int(used["REG"]), stack, compiled.metadata.shared
+
+
+def _dump(option, path):
+    tool = triton.knobs.nvidia.cuobjdump.path
+    return subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
 
 
 def plain(value):

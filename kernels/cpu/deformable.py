@@ -162,7 +162,7 @@ def _arrays(value, *tensors):
     *tensors, lookup, exponent = tensors
     if lookup.numel() and int(lookup.max()) >= value.shape[0]:
         raise IndexError(f"lookup: row {int(lookup.max())} of {value.shape[0]} tokens")
-    arrays = (_flat(x) for x in (value, *tensors, lookup))
+    arrays = (_flat(x) for x in (value.float(), *tensors, lookup))
     return *arrays, f32(exponent.item()) / f32(2)
 
 
@@ -172,12 +172,12 @@ def _sizes(value, offsets, lookup):
 
 
 def forward(value, positions, offsets, weights, query_positions, canvas, lookup, power, eps):
-    """(Q, H, d), see `deformable_attention`; all float32, `canvas` and `lookup` int32."""
+    """(Q, H, d) in the dtype of `value`, see `deformable_attention`."""
     tensors = (value, positions, offsets, weights, query_positions, canvas, lookup, power)
-    out = value.new_empty(offsets.shape[0], *value.shape[1:])
+    out = torch.empty(offsets.shape[0], *value.shape[1:])
     sizes = _sizes(value, offsets, lookup)
     _forward(*_arrays(*tensors), f32(eps), sizes, out.view(-1).numpy())
-    return out
+    return out.to(value.dtype)
 
 
 def backward(grad, value, positions, offsets, weights, query_positions, canvas, lookup, power, eps):
@@ -187,7 +187,8 @@ def backward(grad, value, positions, offsets, weights, query_positions, canvas, 
     d_offsets, d_weights = torch.empty(offsets.shape), torch.empty(weights.shape)
     d_exponent = np.zeros(value.shape[1])
     _backward(
-        _flat(grad), *_arrays(*tensors), f32(eps), _sizes(value, offsets, lookup),
+        _flat(grad.float()), *_arrays(*tensors), f32(eps), _sizes(value, offsets, lookup),
         *(_flat(x) for x in (d_value, d_offsets, d_weights)), d_exponent,
     )  # fmt: skip
+    d_value = d_value.to(value.dtype)
     return d_value, d_offsets, d_weights, power.new_full(power.shape, d_exponent.sum() / 2)

@@ -121,25 +121,25 @@ def flat(tensor):
 def _arrays(features, index, weights):
     if index.numel() and int(index.max()) >= features.shape[0]:
         raise IndexError(f"index: row {int(index.max())} of {features.shape[0]} tokens")
-    return flat(features), flat(index), flat(weights)
+    return flat(features.float()), flat(index), flat(weights)
 
 
 def forward(features, index, weights):
-    """(Q, C), see `weighted_gather`; features and weights float32, the list int32."""
-    out = features.new_empty(index.shape[0], features.shape[1])
+    """(Q, C) in the dtype of `features`, see `weighted_gather`."""
+    out = torch.empty(index.shape[0], features.shape[1])
     sizes = (*index.shape, features.shape[1])
     _forward(*_arrays(features, index, weights), sizes, out.view(-1).numpy())
-    return out
+    return out.to(features.dtype)
 
 
 def backward(grad, features, index, weights):
     """Gradients of features and weights."""
     rows, lists, factors = _arrays(features, index, weights)
     d_features, d_weights = torch.empty(features.shape), torch.empty(weights.shape)
-    grad = flat(grad)
+    grad = flat(grad.float())
     k, channels = index.shape[1], features.shape[1]
     _weight_gradients(grad, rows, lists, (*index.shape, channels), d_weights.view(-1).numpy())
     offsets, entries = inverse_lists(lists, features.shape[0])
     sizes = (features.shape[0], k, channels)
     token_gradients(grad, factors, offsets, entries, sizes, d_features.view(-1).numpy())
-    return d_features, d_weights
+    return d_features.to(features.dtype), d_weights

@@ -15,6 +15,7 @@ from pointformer.reference.deformable import deformable_attention as reference
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
+_MOST = 2**31 - 1  # rows of heads, and places, have int32 numbers on GPUs
 
 
 def deformable_attention(
@@ -50,8 +51,8 @@ def deformable_attention(
         extent: columns and rows of the canvas, one pair for all samples or one for each.
         power: of the distance, a positive number, or a tensor of one element to learn it.
         eps: positive, in units of distance ** power.
-        impl: "reference" (differentiable twice), "cpu" (float32 arithmetic), or `None` for the
-            device's own.
+        impl: "reference" (differentiable twice), "cpu" or "triton" (float32 arithmetic), or `None`
+            for the device's own.
 
     Returns:
         (Q, H, d) in the dtype of `value`. Gradients reach the value, offsets, weights and power.
@@ -83,18 +84,26 @@ def deformable_attention(
     if not eps > 0:
         raise ValueError(f"eps: expected a positive number, got {eps}")
 
-    def cpu_lacks() -> str | None:
+    def lacks() -> str | None:
         return "value is float64" if value.dtype == torch.float64 else None
 
-    chosen = choose("deformable_attention", impl, {"cpu": cpu_lacks}, device)
+    def triton_lacks() -> str | None:
+        if max(tokens * heads, weights.numel()) > _MOST:
+            return (
+                f"value has {tokens} x {heads} rows of heads or weights more than {_MOST} entries"
+            )
+        return lacks()
+
+    fast = {"cpu": lacks, "triton": triton_lacks}
+    chosen = choose("deformable_attention", impl, fast, device)
     canvas = canvas[query_sample]
     if chosen == "reference":
         return reference(
             value, positions, offsets, weights, query_positions, canvas, lookup, power, eps
         )
-    inputs = (value.float(), positions, offsets.float(), weights.float(), query_positions)
+    inputs = (value, positions, offsets.float(), weights.float(), query_positions)
     lists = (canvas.int(), lookup.int())
-    return fused_deformable(*inputs, *lists, power.float(), eps, chosen).to(value.dtype)
+    return fused_deformable(*inputs, *lists, power.float(), eps, chosen)
 
 
 def _canvas(extent: Sequence, lookup: Tensor, device: torch.device) -> Tensor:

@@ -25,8 +25,8 @@ def weighted_gather(
         features: (T, C) floating.
         index: (Q, k) int32 or int64, rows of `features`, -1 where there are fewer.
         weights: (Q, k) floating.
-        impl: "reference" (differentiable twice), "cpu" (float32 arithmetic), or `None` for the
-            device's own.
+        impl: "reference" (differentiable twice), "cpu" or "triton" (float32 arithmetic), or `None`
+            for the device's own.
 
     Returns:
         (Q, C) in the dtype of `features`. Gradients reach the features and the weights.
@@ -40,11 +40,10 @@ def weighted_gather(
     check_tensor("index", index, ("Q", "k"), (torch.int32, torch.int64), device)
     check_tensor("weights", weights, tuple(index.shape), _FLOATS, device)
 
-    def cpu_lacks() -> str | None:
+    def lacks() -> str | None:
         return "features are float64" if features.dtype == torch.float64 else None
 
-    chosen = choose("weighted_gather", impl, {"cpu": cpu_lacks}, device)
+    chosen = choose("weighted_gather", impl, {"cpu": lacks, "triton": lacks}, device)
     if chosen == "reference":
         return reference(features, index, weights)
-    out = fused_gather(features.float(), index.int(), weights.float(), chosen)
-    return out.to(features.dtype)
+    return fused_gather(features, index.int(), weights.float(), chosen)

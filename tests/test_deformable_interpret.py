@@ -1,0 +1,104 @@
+"""Deformable attention and weighted sums in Triton's interpreter, against float64."""
+
+from unittest import mock
+
+import pytest
+import torch
+from fake_gpu import dirty_memory, fake_gpu
+from test_deformable import LEARNED, make_case, with_gradients
+from test_gather import make_case as make_gather_case
+from test_gather import with_gradients as with_gather_gradients
+
+from pointformer import deformable_attention, weighted_gather
+from pointformer.kernels.triton import deformable, gather
+from pointformer.kernels.triton.runtime import INTERPRETED, Variant
+
+if not INTERPRETED:
+    reason = "kernels run compiled here: set TRITON_INTERPRET=1"
+    pytest.skip(reason, allow_module_level=True)
+
+
+@pytest.mark.parametrize(("channels", "power"), [(5, 6.0), (16, 4.0), (32, 2.5)])
+def test_deformable_is_as_exact_as_plain_float32(channels, power):
+    """Within twice the largest error of the reference in float32; the same bits every time."""
+    errors = {"triton": {}, "reference": {}}
+    for seed in range(3):
+        case = make_case(channels=channels, seed=seed) | {"power": torch.tensor([power])}
+        exact = with_gradients(case, torch.float64, impl="reference")
+        for impl, largest in errors.items():
+            with dirty_memory():
+                results = with_gradients(case, impl=impl)
+            for name, ours in results.items():
+                error = (ours - exact[name]).abs().max().item()
+                largest[name] = max(largest.get(name, 0), error)
+    for name, error in errors["triton"].items():
+        budget = 2 * errors["reference"][name]
+        if name == "power":  # a sum over all queries and channels, which may cancel
+            budget += 5e-7 * exact["out"].numel() ** 0.5
+        assert error <= budget, name
+    again = with_gradients(case, impl="triton")
+    first = with_gradients(case, impl="triton")
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_places_half_way_between_cells_round_to_even():
+    """And far outside of the canvas to its border, as the reference."""
+    case = make_case()
+    case["query_positions"] = case["query_positions"].round()
+    steps = torch.tensor([-3e9, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3e9])
+    picks = torch.randint(0, 8, case["offsets"].shape, generator=torch.Generator().manual_seed(5))
+    case["offsets"] = steps[picks]
+    ours = deformable_attention(**case, impl="triton")
+    torch.testing.assert_close(ours, deformable_attention(**case, impl="reference"))
+
+
+@pytest.mark.parametrize("shape", [(20, 31, 9, 11), (5, 40, 4, 130), (0, 3, 2, 4), (4, 0, 2, 4)])
+def test_gather_is_as_exact_as_plain_float32(shape):
+    case = make_gather_case(*shape)
+    exact = with_gather_gradients(*case, torch.float64, "reference")
+    plain = with_gather_gradients(*case, torch.float32, "reference")
+    with dirty_memory():
+        ours = with_gather_gradients(*case, torch.float32, "triton")
+    for mine, eager, truth in zip(ours, plain, exact, strict=True):
+        if truth.numel():
+            budget = 2 * (eager - truth).abs().max() + 1e-6 * truth.abs().max()
+            assert (mine - truth).abs().max() <= budget
+
+
+def test_unsupported_arguments_are_named():
+    case = make_case()
+    case["value"] = case["value"].double()
+    with pytest.raises(ValueError, match=r"value is float64.*impl='reference'"):
+        deformable_attention(**case, impl="triton")
+    features, index, weights = make_gather_case()
+    with pytest.raises(ValueError, match=r"float64.*impl='reference'"):
+        weighted_gather(features.double(), index, weights, impl="triton")
+
+
+def test_nothing_waits_for_the_gpu():
+    """All but the kernels themselves runs without values: it can be captured in a CUDA graph."""
+    with fake_gpu(), mock.patch.object(Variant, "launch"):
+        cuda = {"device": "cuda"}
+        features, weights = torch.rand(20, 8, **cuda), torch.rand(30, 3, **cuda)
+        index = torch.zeros(30, 3, dtype=torch.int32, **cuda)
+        out = gather.forward(features, index, weights)
+        slopes = gather.backward(out, features, index, weights)
+        assert [tuple(slope.shape) for slope in slopes] == [(20, 8), (30, 3)]
+        assert weighted_gather(features, index, weights).shape == out.shape
+        arguments = {
+            "value": torch.rand(20, 2, 8, **cuda),
+            "positions": torch.rand(20, 2, **cuda),
+            "offsets": torch.rand(30, 2, 1, 4, 2, **cuda),
+            "weights": torch.rand(30, 2, 1, 4, **cuda),
+            "query_positions": torch.rand(30, 2, **cuda),
+        }
+        lookup = torch.zeros(24, 1, 4, dtype=torch.int32, **cuda)
+        sample = torch.zeros(30, dtype=torch.int64, **cuda)
+        out = deformable_attention(
+            **arguments, query_sample=sample, lookup=lookup, extent=[(4, 3), (4, 3)]
+        )
+        lists = (torch.zeros(30, 3, dtype=torch.int32, **cuda), lookup, torch.ones(1, **cuda))
+        assert deformable.forward(*arguments.values(), *lists, 1e-11).shape == out.shape
+        slopes = deformable.backward(out, *arguments.values(), *lists, 1e-11)
+        expected = [tuple(arguments[name].shape) for name in LEARNED[:3]]
+        assert [tuple(slope.shape) for slope in slopes] == [*expected, (1,)]
