@@ -53,14 +53,12 @@ def _run_layer(self: nn.Module, input: Tensor) -> Tensor:
     return self(input)
 
 
-# What the fast ops derive from neighborhoods once per stage, under its name of this version.
-_PLAN = getattr(Neighborhoods, "with_plan", None) or Neighborhoods.with_inverse
 _NET = ("weight", "bias", "norm_weight", "norm_bias")
 
 OPS: dict[str, Op] = {
     "clustering": Op(TokenSet.cluster, {FORWARD: work.clustering}, search=True),
     "nearest_clusters": Op(nearest_clusters, {FORWARD: work.nearest_clusters}, search=True),
-    "plan": Op(_PLAN, {FORWARD: work.plan}, search=True),
+    "plan": Op(Neighborhoods.with_plan, {FORWARD: work.plan}, search=True),
     "neighborhood_attention": Op(
         neighborhood_attention,
         {FORWARD: work.neighborhood_attention, BACKWARD: work.neighborhood_attention_backward},

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from pointformer import Neighborhoods
+from pointformer.kernels.attention import TILE, clusters_per_group
 from pointformer.profiling.work import Arguments, cluster_lengths, num_bytes
-
-TILE = 32  # consecutive queries of one program
-GROUP_KEYS = 16  # keys that a program of attention's backward pass owns
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def _union_sizes(neighborhoods: Neighborhoods) -> tuple[int, int]:
 
 def group_queries(neighborhoods: Neighborhoods) -> int:
     """Queries that attend to any cluster of a group of consecutive ones, over all groups."""
-    size = max(1, GROUP_KEYS // max(neighborhoods.clusters.cluster_size, 1))
+    size = clusters_per_group(neighborhoods.clusters.cluster_size)
     index = neighborhoods.cluster_index
     return int((_first_of_each(torch.where(index >= 0, index // size, -1)) >= 0).sum())
 

@@ -107,39 +107,16 @@ def knn(a: Arguments, output: Tensor | tuple[Tensor, Tensor]) -> Work:
 
 
 def plan(a: Arguments, output: Neighborhoods) -> Work:
-    """What fast ops derive from the neighborhoods of a stage.
+    """`Neighborhoods.with_plan`, whatever the implementation's lists are.
 
     Bytes: the lists (4 T R) in; for training, offsets (4 (K+1)) and queries (4 E) of the inverse
     lists out. No arithmetic.
     """
     moved = num_bytes(output.cluster_index)
-    if a.get("training", True):
+    if a["training"]:
         entries = int((output.cluster_index >= 0).sum())
         moved += 4 * (output.clusters.num_clusters + 1 + entries)
     return Work(moved)
-
-
-def knn(a: Arguments, output: Tensor | tuple[Tensor, Tensor]) -> Work:
-    """`knn`.
-
-    Bytes: points and queries in, lists (and distances) out. Operations: the squared distance of
-    every listed point, E (3 D - 1).
-    """
-    found = output if isinstance(output, tuple) else (output,)
-    entries = int((found[0] >= 0).sum())
-    return Work(
-        num_bytes(a["positions"], a["query"], *found), entries * (3 * a["positions"].shape[1] - 1)
-    )
-
-
-def plan(a: Arguments, output: Neighborhoods) -> Work:
-    """What `Neighborhoods` derive for the backward passes of a stage.
-
-    Bytes: the lists (4 T R) in; offsets (4 (K+1)) and queries (4 E) of the inverse lists out. No
-    arithmetic.
-    """
-    entries = int((output.cluster_index >= 0).sum())
-    return Work(num_bytes(output.cluster_index) + 4 * (output.clusters.num_clusters + 1 + entries))
 
 
 def _learned(a: Arguments) -> int:
