@@ -1,0 +1,81 @@
+"""Running mask heads on pictures of any size: test-time augmentation and tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pointformer.models.mask2former import MaskPredictions
+from pointformer.models.model import Model
+from pointformer.models.postprocess import semantic_scores
+from pointformer.tiling import tiles
+
+
+@torch.inference_mode()
+def predict_semantic(
+    model: Model,
+    image: Tensor,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    tile: int | None = None,
+    overlap: int = 64,
+) -> Tensor:
+    """Class scores (K, H, W) of one image, averaged over scaled and mirrored copies and tiles.
+
+    Args:
+        model: with a mask head, or a dense head whose scores are then class probabilities.
+        image: (3, H, W), normalized.
+        scales: sides of the copies over those of the image.
+        flip: also look at mirrored copies.
+        tile: side of the largest window in pixels of the image; `None` for the whole image at once.
+            Scores of neighboring windows are blended over their overlap.
+        overlap: of the windows, in pixels.
+    """
+    _, height, width = image.shape
+    windows = tiles(height, width, tile or max(height, width), overlap if tile else 0)
+    total: Tensor | None = None
+    weights = image.new_zeros(height, width)
+    for window in windows:
+        rows, columns = window.window
+        scores = _augmented(model, image[:, rows, columns], scales, flip)
+        fade = _fade(*scores.shape[1:], overlap, scores) if len(windows) > 1 else 1.0
+        if total is None:
+            total = scores.new_zeros(len(scores), height, width)
+        total[:, rows, columns] += scores * fade
+        weights[rows, columns] += fade
+    assert total is not None
+    return total / weights
+
+
+def _augmented(model: Model, image: Tensor, scales: Sequence[float], flip: bool) -> Tensor:
+    height, width = image.shape[1:]
+    copies = []
+    for scale in scales:
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        scaled = image[None]
+        if size != (height, width):
+            scaled = nn.functional.interpolate(
+                scaled, size, mode="bilinear", align_corners=False, antialias=scale < 1
+            )
+        for mirrored in (False, True) if flip else (False,):
+            output = model(scaled.flip(3) if mirrored else scaled)
+            if isinstance(output, MaskPredictions):
+                (scores,) = semantic_scores(output, [size], [(height, width)])
+            else:
+                scores = nn.functional.interpolate(
+                    output.softmax(1), (height, width), mode="bilinear", align_corners=False
+                )[0]
+            copies.append(scores.flip(2) if mirrored else scores)
+    return torch.stack(copies).mean(0)
+
+
+def _fade(height: int, width: int, overlap: int, like: Tensor) -> Tensor:
+    """(H, W) weights that fall to the window's border, over the width of an overlap."""
+    ramps = []
+    for side in (height, width):
+        steps = torch.arange(side, device=like.device, dtype=like.dtype) + 0.5
+        ramps.append((torch.minimum(steps, side - steps) / max(overlap, 1)).clamp(max=1))
+    return ramps[0][:, None] * ramps[1]
