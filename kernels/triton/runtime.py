@@ -36,6 +36,8 @@ class Variant:
         num_warps, num_stages: see Triton. With Triton's warps of 32 threads on NVIDIA, 64 on AMD.
         fp_fusion: let the compiler contract a * b + c to one rounding; off where results must equal
             the CPU's bit for bit.
+        max_registers: per thread, on NVIDIA. Without it the assembler aims at many warps and
+            spills a few registers for it.
     """
 
     kernel: Callable
@@ -44,6 +46,7 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 2
     fp_fusion: bool = True
+    max_registers: int | None = None
 
     def launch(self, grid: tuple[int, ...], *arguments) -> None:
         """Run on the device of the tensors; nothing happens where the grid is empty."""
@@ -57,7 +60,7 @@ class Variant:
         tensors = [given for given in arguments if isinstance(given, torch.Tensor)]
         device = tensors[0].device
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        options = {} if INTERPRETED else self._options
+        options = {} if INTERPRETED else self._options("hip" if torch.version.hip else "cuda")
         with guard:
             self.kernel[grid](*arguments, **self.constants, **options)
 
@@ -76,16 +79,18 @@ class Variant:
             if kind.startswith("*")
         }
         source = ASTSource(self.kernel, signature, dict(self.constants), aligned)
-        return triton.compile(source, target=target, options=self._options)
+        return triton.compile(source, target=target, options=self._options(target.backend))
 
     @property
     def name(self) -> str:
         return self.kernel.__name__
 
-    @property
-    def _options(self) -> dict[str, object]:
-        return {
+    def _options(self, backend: str) -> dict[str, object]:
+        options: dict[str, object] = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.fp_fusion,
         }
+        if self.max_registers is not None and backend == "cuda":
+            options["maxnreg"] = self.max_registers
+        return options

@@ -51,15 +51,16 @@ def scored_merge(
             only the differences.
         bias, norm_weight, norm_bias: (M,).
         eps: of the LayerNorm over M.
-        impl: "reference", "cpu" or None (the device's own). "cpu" needs M = 4, does not take
-            float64, and is differentiable once.
+        impl: "reference", "cpu", "triton" or None (the device's own). "cpu" and "triton" need
+            M = 4, do not take float64, and are differentiable once.
 
     Returns:
         (T', M * C) in the dtype of `features`; sums are in float32, for float64 in float64.
 
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype or device does not fit.
-        IndexError: a row of `centers` or `cluster_index` does not exist.
+        IndexError: a row of `centers` or `cluster_index` does not exist. On GPUs, which do not
+            wait to find out, such entries of `cluster_index` are left out.
     """
     check_tensor("features", features, ("T", "C"), _FLOATS)
     tokens, device = features.shape[0], features.device
@@ -70,12 +71,12 @@ def scored_merge(
         raise ValueError(f"neighborhoods: expected those of {tokens} tokens, got {neighborhoods}")
     _check_weight_net(weight, bias, norm_weight, norm_bias, positions.shape[1], device)
 
-    def cpu_lacks() -> str | None:
-        return _cpu_lacks(features, weight)
+    def lacks() -> str | None:
+        return _fused_lacks(features, weight)
 
     centered = neighborhoods.select(centers)
     net = (weight, bias, norm_weight, norm_bias)
-    chosen = choose("scored_merge", impl, {"cpu": cpu_lacks}, device)
+    chosen = choose("scored_merge", impl, {"cpu": lacks, "triton": lacks}, device)
     if chosen == "reference":
         rows, mask = centered.members()
         inputs = (features, scores, positions, positions[centers], rows, mask)
@@ -117,7 +118,7 @@ def point_conv(
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype or device does not fit, or a
             position is NaN or infinite.
-        IndexError: a row of `neighbor_index` does not exist.
+        IndexError: a row of `neighbor_index` does not exist; on GPUs it is left out.
     """
     check_tensor("features", features, ("T", "C"), _FLOATS)
     tokens, device = features.shape[0], features.device
@@ -139,11 +140,11 @@ def point_conv(
     check_finite("positions", positions, (tokens,))
     _check_weight_net(weight, bias, norm_weight, norm_bias, dimensions, device)
 
-    def cpu_lacks() -> str | None:
-        return _cpu_lacks(features, weight)
+    def lacks() -> str | None:
+        return _fused_lacks(features, weight)
 
     net = (weight, bias, norm_weight, norm_bias)
-    chosen = choose("point_conv", impl, {"cpu": cpu_lacks}, device)
+    chosen = choose("point_conv", impl, {"cpu": lacks, "triton": lacks}, device)
     if chosen == "reference":
         scores = features.new_ones(tokens)
         index = neighbor_index.long()
@@ -169,7 +170,8 @@ def _fused(
 ) -> Tensor:
     lists = (positions, center_positions, offsets, cluster_index)
     net = tuple(x.float() for x in net)
-    merged = fused_merge(features.float(), scores.float(), *lists, *net, eps, impl)
+    rows = features if impl == "triton" else features.float()
+    merged = fused_merge(rows, scores.float(), *lists, *net, eps, impl)
     return merged.to(features.dtype)
 
 
@@ -198,7 +200,7 @@ def _check_weight_net(
         check_tensor(name, value, (weight.shape[0],), _FLOATS, device)
 
 
-def _cpu_lacks(features: Tensor, weight: Tensor) -> str | None:
+def _fused_lacks(features: Tensor, weight: Tensor) -> str | None:
     if features.dtype == torch.float64:
         return "features are float64"
     if weight.shape[0] != 4:

@@ -1,0 +1,251 @@
+"""Neighborhood merging in Triton's interpreter, values and gradients, against float64."""
+
+from unittest import mock
+
+import pytest
+import torch
+from fake_gpu import dirty_memory, fake_gpu
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import tokens
+from test_merge import NET, make_case, with_gradients
+
+from pointformer import TokenSet, balanced_cluster, nearest_clusters, point_conv, scored_merge
+from pointformer.kernels.merge import fused_merge
+from pointformer.kernels.triton import merge as kernels
+from pointformer.kernels.triton.runtime import INTERPRETED, Variant
+
+if not INTERPRETED:
+    reason = "kernels run compiled here: set TRITON_INTERPRET=1"
+    pytest.skip(reason, allow_module_level=True)
+
+MERGED = ("features", "scores", *NET)
+
+
+def assert_as_accurate_as_eager(op, case, names):
+    exact = with_gradients(op, case, names, torch.float64, impl="reference")
+    eager = with_gradients(op, case, names, impl="reference")
+    with dirty_memory():
+        fused = with_gradients(op, case, names, impl="triton")
+    # The weight net's gradients are sums of similar terms, which cancel in some of them.
+    largest = max(exact[name].abs().max() for name in NET)
+    for name, value in exact.items():
+        if value.numel() == 0:
+            continue
+        scale = largest if name in NET else value.abs().max()
+        allowed = 2 * (eager[name] - value).abs().max() + 4e-6 * scale + 1e-6
+        error = (fused[name] - value).abs().max()
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def random_net(generator, width):
+    sizes = {"weight": (4, width), "bias": (4,), "norm_weight": (4,), "norm_bias": (4,)}
+    return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+
+
+options = st.fixed_dictionaries(
+    {"channels": st.integers(1, 40), "full": st.booleans(), "seed": st.integers(0, 2**16)}
+)
+
+
+@given(
+    sample=tokens(max_size=12, max_samples=3),
+    cluster_size=st.sampled_from([3, 8, 20]),
+    radius=st.integers(1, 4),
+    drop=st.sampled_from([0.0, 0.3]),
+    options=options,
+)
+def test_merge_is_as_accurate_as_eager(sample, cluster_size, radius, drop, options):
+    clusters = balanced_cluster(sample.positions, cluster_size, sizes=sample.sizes)
+    positions = sample.positions[clusters.order]
+    count, dimensions = positions.shape
+    g = torch.Generator().manual_seed(options["seed"])
+    neighborhoods = nearest_clusters(positions, clusters, radius)
+    index = neighborhoods.cluster_index
+    index[torch.rand(index.shape, generator=g) < drop] = -1
+    case = {
+        "features": torch.randn(count, options["channels"], generator=g),
+        "scores": torch.rand(count, generator=g),
+        "positions": positions,
+        "centers": torch.randperm(count, generator=g)[: (count + 3) // 4],
+        "neighborhoods": neighborhoods,
+        **random_net(g, 2 * dimensions + 1 if options["full"] else dimensions),
+    }
+    assert_as_accurate_as_eager(scored_merge, case, MERGED)
+
+
+@given(
+    sample=tokens(max_size=5, max_samples=2), k=st.integers(1, 20), elsewhere=st.booleans(),
+    options=options,
+)  # fmt: skip
+def test_point_conv_is_as_accurate_as_eager(sample, k, elsewhere, options):
+    count, dimensions = sample.positions.shape
+    g = torch.Generator().manual_seed(options["seed"])
+    queries = 3 if elsewhere else count
+    index = torch.randint(-1, max(count, 1), (queries, k), generator=g)
+    case = {
+        "features": torch.randn(count, options["channels"], generator=g),
+        "positions": sample.positions,
+        "neighbor_index": index if count else torch.full_like(index, -1),
+        **random_net(g, 2 * dimensions + 1 if options["full"] else dimensions),
+    }
+    if elsewhere:
+        case["center_positions"] = torch.randn(queries, dimensions, generator=g)
+    assert_as_accurate_as_eager(point_conv, case, ("features", *NET))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"radius": 10, "cluster_size": 4},  # more clusters than are looked up together
+        {"cluster_size": 20, "channels": 70},  # more tokens than rows of a product, uneven chunks
+        {"sizes": (21,), "cluster_size": 2, "channels": 272, "radius": 2},  # blocks of channels
+        {"sizes": (5, 0, 1, 16), "channels": 16},
+    ],
+)
+def test_shapes_that_need_several_blocks(shape):
+    assert_as_accurate_as_eager(scored_merge, make_case(**shape), MERGED)
+
+
+def test_gradients_computed_together_or_apart():
+    """In one kernel, as for bfloat16, whose arithmetic the interpreter lacks."""
+    case = make_case()
+    with mock.patch.object(kernels, "_backward_parts", return_value=("both",)):
+        together = with_gradients(scored_merge, case, MERGED, impl="triton")
+    apart = with_gradients(scored_merge, case, MERGED, impl="triton")
+    for name, value in together.items():
+        torch.testing.assert_close(value, apart[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_order_of_centers_changes_nothing():
+    case = make_case()
+    expected = with_gradients(scored_merge, case, MERGED, impl="triton")
+    with (
+        mock.patch.object(kernels, "_CACHE", 0),
+        mock.patch.object(kernels, "_ENOUGH_PROGRAMS", 3),
+    ):
+        result = with_gradients(scored_merge, case, MERGED, impl="triton")
+    assert torch.equal(result["out"], expected["out"])
+    assert torch.equal(result["features"], expected["features"])
+    for name in NET:
+        torch.testing.assert_close(result[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_cluster_listed_twice_counts_twice():
+    case = make_case(radius=3)
+    case["neighborhoods"].cluster_index[:, 1] = case["neighborhoods"].cluster_index[:, 0]
+    assert_as_accurate_as_eager(scored_merge, case, MERGED)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_samples_do_not_see_each_other():
+    case = make_case((20, 30))
+    case["features"][20:] = float("nan")
+    case["scores"][20:] = float("inf")
+    mine = case["centers"] < 20
+    out = scored_merge(**case, impl="triton")
+    assert out[mine].isfinite().all()
+    features = case["features"].requires_grad_()
+    scored_merge(**case, impl="triton")[mine].sum().backward()
+    assert features.grad[:20].isfinite().all()
+
+
+def test_entries_out_of_range_are_left_out():
+    case = make_case()
+    index = case["neighborhoods"].cluster_index
+    index[:, 0] = -1
+    expected = scored_merge(**case, impl="triton")
+    index[:, 0] = 99
+    assert torch.equal(scored_merge(**case, impl="triton"), expected)
+
+
+def test_translation_changes_nothing():
+    case = make_case()
+    moved = case | {"positions": case["positions"] + torch.tensor([64.0, -32.0])}
+    assert torch.equal(scored_merge(**case, impl="triton"), scored_merge(**moved, impl="triton"))
+
+
+def test_half_precision_is_rounded_once():
+    case = make_case()
+    case["features"] = case["features"].half()
+    expected = scored_merge(**case | {"features": case["features"].float()}, impl="triton").half()
+    assert torch.equal(scored_merge(**case, impl="triton"), expected)
+    grads = with_gradients(scored_merge, case, ("features",), torch.float16, impl="triton")
+    assert grads["features"].dtype == torch.float16
+
+
+def test_empty_inputs():
+    for case in (make_case((0,)), make_case((0, 0)), make_case(channels=0), make_case(radius=0)):
+        with dirty_memory():
+            result = with_gradients(scored_merge, case, MERGED, impl="triton")
+        assert result["out"].shape == (len(case["centers"]), 4 * case["features"].shape[1])
+        assert all(value.eq(0).all() for value in result.values())
+    case = make_case() | {"centers": torch.empty(0, dtype=torch.int64)}
+    assert with_gradients(scored_merge, case, MERGED, impl="triton")["features"].eq(0).all()
+    net = {name: case[name] for name in NET}
+    index = torch.full((5, 3), -1)
+    none = torch.empty(0, 7), torch.empty(0, 2)
+    with dirty_memory():
+        out = point_conv(*none, index, center_positions=torch.zeros(5, 2), **net, impl="triton")
+    assert torch.equal(out, torch.zeros(5, 28))
+
+
+def fused_arguments(case, impl):
+    chosen = case["neighborhoods"].select(case["centers"])
+    positions = case["positions"], case["positions"][case["centers"]]
+    lists = chosen.clusters.offsets, chosen.cluster_index
+    floats = [case[name].requires_grad_() for name in MERGED]
+    return (*floats[:2], *positions, *lists, *floats[2:], 1e-5, impl)
+
+
+def test_registered_op():
+    torch.library.opcheck(fused_merge, fused_arguments(make_case((9,), channels=3), "triton"))
+
+
+def test_compiles_into_one_graph():
+    case = make_case((9,), channels=3)
+    features = case.pop("features").requires_grad_()
+
+    def run(features):
+        return scored_merge(features, **case, impl="triton").square().sum()
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    (expected,) = torch.autograd.grad(run(features), features)
+    (grad,) = torch.autograd.grad(compiled(features), features)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_uniform_batch_can_be_captured(large):
+    """Neither the public op nor what the kernels' launchers do beside launching waits."""
+    limits = mock.patch.multiple(kernels, _CACHE=0 if large else 1 << 30)
+    with fake_gpu(), limits, mock.patch.object(Variant, "launch"):
+        cells = TokenSet.from_grid(torch.rand(2, 24, 8, 12, device="cuda")).cluster()
+        neighborhoods = nearest_clusters(cells.positions, cells.clusters)
+        centers = torch.arange(0, 192, 4, device="cuda")
+        net = {n: torch.rand((4, 5) if n == "weight" else 4, device="cuda") for n in NET}
+        scores = torch.rand(192, device="cuda")
+        tensors = (cells.features, scores, cells.positions, centers, neighborhoods)
+        assert scored_merge(*tensors, **net).shape == (48, 96)
+        chosen = neighborhoods.select(centers)
+        inputs = (
+            cells.features, scores, cells.positions, cells.positions[centers],
+            cells.clusters.offsets, chosen.cluster_index, *net.values(), 1e-5,
+        )  # fmt: skip
+        out = kernels.forward(*inputs)
+        grads = kernels.backward(out, *inputs)
+        for x, grad in zip((*inputs[:2], *inputs[6:10]), grads, strict=True):
+            assert grad.shape == x.shape
+            assert grad.device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.rand(47, 11).double()}, "features are float64"),
+        ({name: torch.rand((3, 5) if name == "weight" else 3) for name in NET}, "M = 3 rows"),
+    ],
+)
+def test_what_kernels_cannot_do(change, message):
+    with pytest.raises(ValueError, match=f"{message}.*use impl='reference'"):
+        scored_merge(**make_case() | change, impl="triton")
