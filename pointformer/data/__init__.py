@@ -1,14 +1,71 @@
-"""Reading pictures, instance maps and folders of them, and augmenting them."""
+"""Reading pictures, annotations and data sets, writing predictions, and augmenting pictures."""
 
+from pointformer.data.annotations import (
+    VOID,
+    Annotation,
+    Category,
+    Dataset,
+    Objects,
+    Segment,
+    named_categories,
+    read_categories,
+)
 from pointformer.data.augment import random_colors, random_crop
-from pointformer.data.folders import Sample, load_split
-from pointformer.data.images import read_image, read_instances
+from pointformer.data.categories import (
+    ADE20K,
+    CITYSCAPES,
+    CITYSCAPES_THINGS,
+    COCO,
+    COCO_PANOPTIC,
+)
+from pointformer.data.cityscapes import (
+    read_cityscapes,
+    read_cityscapes_objects,
+    write_cityscapes_objects,
+)
+from pointformer.data.coco import (
+    CocoResults,
+    read_coco_instances,
+    read_coco_panoptic,
+    write_coco_panoptic,
+    write_coco_results,
+)
+from pointformer.data.folders import Sample, load_split, read_folder, write_folder_objects
+from pointformer.data.images import read_image, read_instances, read_labels
+from pointformer.data.labels import read_ade20k, write_labels, write_map
 
 __all__ = [
+    "ADE20K",
+    "CITYSCAPES",
+    "CITYSCAPES_THINGS",
+    "COCO",
+    "COCO_PANOPTIC",
+    "VOID",
+    "Annotation",
+    "Category",
+    "CocoResults",
+    "Dataset",
+    "Objects",
     "Sample",
+    "Segment",
     "load_split",
+    "named_categories",
     "random_colors",
     "random_crop",
+    "read_ade20k",
+    "read_categories",
+    "read_cityscapes",
+    "read_cityscapes_objects",
+    "read_coco_instances",
+    "read_coco_panoptic",
+    "read_folder",
     "read_image",
     "read_instances",
+    "read_labels",
+    "write_cityscapes_objects",
+    "write_coco_panoptic",
+    "write_coco_results",
+    "write_folder_objects",
+    "write_labels",
+    "write_map",
 ]

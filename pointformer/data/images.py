@@ -10,6 +10,8 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 
+_ORIENTATION = 0x0112  # the EXIF tag
+
 # What Pillow's decoders raise on broken files.
 _DECODER_ERRORS = (
     OSError,
@@ -51,21 +53,46 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 def read_instances(path: str | os.PathLike[str]) -> np.ndarray:
     """Read an instance map, a grey picture of 8 to 32 bits, as int32 of shape (H, W).
 
-    0 is background; every other value is the id of an instance.
+    0 is background; every other value is the id of an instance. Of a palette picture, the
+    palette's indices are read.
 
     Raises:
         ValueError: in one line that names the file, if it cannot be read or has colors.
     """
+    return _read_map(path, "an instance map")
+
+
+def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read a map of labels like `read_instances`; every value is a label."""
+    return _read_map(path, "a map of labels")
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Height and width of the picture that `read_image` reads, from the file's header.
+
+    Raises:
+        ValueError: in one line that names the file, if it does not exist or is no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            turned = picture.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+            width, height = reversed(picture.size) if turned else picture.size
+            return height, width
+    except _DECODER_ERRORS as error:
+        raise _no_picture(path, error) from None
+
+
+def _read_map(path: str | os.PathLike[str], what: str) -> np.ndarray:
     picture = _decode(path)
-    if not picture.mode.startswith(("1", "L", "I")) or len(picture.getbands()) > 1:
+    if not picture.mode.startswith(("1", "L", "I", "P")) or len(picture.getbands()) > 1:
         raise ValueError(
-            f"{path}: expected an instance map (one channel of integers), "
+            f"{path}: expected {what} (one channel of integers), "
             f"got a picture of mode {picture.mode}"
         )
-    instances = np.asarray(picture).astype(np.int32)
-    if instances.size and instances.min() < 0:
-        raise ValueError(f"{path}: expected instance ids of at least 0, got {instances.min()}")
-    return instances
+    values = np.asarray(picture).astype(np.int32)
+    if values.size and values.min() < 0:
+        raise ValueError(f"{path}: expected {what} of values of at least 0, got {values.min()}")
+    return values
 
 
 def _decode(path: str | os.PathLike[str]) -> Image.Image:
@@ -75,13 +102,17 @@ def _decode(path: str | os.PathLike[str]) -> Image.Image:
             with Image.open(path) as picture:
                 return ImageOps.exif_transpose(picture)
     except _DECODER_ERRORS as error:
-        if not os.path.exists(path):
-            reason = "there is no such file"
-        elif os.path.isdir(path):
-            reason = "this is a folder"
-        else:
-            reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{os.fspath(path)}: expected a picture, but {reason}") from None
+        raise _no_picture(path, error) from None
+
+
+def _no_picture(path: str | os.PathLike[str], error: BaseException) -> ValueError:
+    if not os.path.exists(path):
+        reason = "there is no such file"
+    elif os.path.isdir(path):
+        reason = "this is a folder"
+    else:
+        reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"{os.fspath(path)}: expected a picture, but {reason}")
 
 
 def _rgb_from_deep_grey(values: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:

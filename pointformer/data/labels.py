@@ -1,0 +1,152 @@
+"""Pictures whose values are class numbers: ADE20K's format, and what others share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pointformer._files import atomic_path
+from pointformer.data.annotations import VOID, Annotation, Category, Dataset, Entry, check_size
+from pointformer.data.categories import ADE20K
+from pointformer.data.images import read_labels
+
+_UNKNOWN = VOID - 1
+
+
+def read_ade20k(
+    root: str | os.PathLike[str], split: str = "validation", *, skip_bad: bool = False
+) -> Dataset:
+    """ADE20K scene parsing: images/SPLIT/NAME.jpg and annotations/SPLIT/NAME.png.
+
+    Label 0 is void, label n is class n - 1.
+
+    Args:
+        root: the folder ADEChallengeData2016.
+        split: "training" or "validation".
+
+    Raises:
+        ValueError: naming the file, if one is missing or has a label above 150.
+    """
+    root = Path(root)
+    entries = label_entries(root / "images" / split, root / "annotations" / split, ADE20K, (0,))
+    return Dataset(root / "annotations" / split, ADE20K, entries, skip_bad=skip_bad)
+
+
+def label_entries(
+    images: Path, labels: Path, categories: Sequence[Category], void: Sequence[int]
+) -> list[Entry]:
+    """Entries for all pictures and all label PNGs of two folders, which must have equal names."""
+    table = label_table({category.id: n for n, category in enumerate(categories)}, void)
+    return [
+        Entry(name, image, path, partial(read_label_file, name, image, path, table))
+        for name, image, path in paired_files(images, labels)
+    ]
+
+
+def paired_files(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
+    """Names, pictures and PNGs with the same stem in two folders, whether or not both exist.
+
+    Raises:
+        ValueError: if there are no pictures, or two with one name.
+    """
+    pictures: dict[str, Path] = {}
+    for path in sorted(images.glob("[!.]*")):
+        if not path.is_file():
+            continue
+        if path.stem in pictures:
+            raise ValueError(f"{path}: there is another picture {pictures[path.stem].name}")
+        pictures[path.stem] = path
+    if not pictures:
+        raise ValueError(f"{images}: expected pictures, found none")
+    suffix = next(iter(pictures.values())).suffix
+    names = sorted(pictures.keys() | {path.stem for path in labels.glob("[!.]*.png")})
+    return [
+        (name, pictures.get(name, images / f"{name}{suffix}"), labels / f"{name}.png")
+        for name in names
+    ]
+
+
+def label_table(classes: dict[int, int], void: Iterable[int]) -> np.ndarray:
+    """int32 table from a file's labels to classes; `void` labels become VOID."""
+    classes = dict.fromkeys(void, VOID) | classes
+    table = np.full(max(classes) + 1, _UNKNOWN, np.int32)
+    table[list(classes)] = list(classes.values())
+    return table
+
+
+def classes_of_labels(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
+    """(H, W) int32 classes of a file's labels.
+
+    Raises:
+        ValueError: naming the file, the value and its place, if a label is not in the table.
+    """
+    classes = table[np.minimum(values, len(table) - 1)]
+    unknown = (values >= len(table)) | (classes == _UNKNOWN)
+    if unknown.any():
+        row, column = np.argwhere(unknown)[0].tolist()
+        known = np.flatnonzero(table != _UNKNOWN)
+        raise ValueError(
+            f"{path}: label {values[row, column]} at row {row}, column {column} is outside the "
+            f"{len(known)} known labels {known[0]} to {known[-1]}"
+        )
+    return classes
+
+
+def read_label_file(name: str, image: Path, path: Path, table: np.ndarray) -> Annotation:
+    values = read_labels(path)
+    check_size(path, values.shape, image)
+    classes = classes_of_labels(values, table, path)
+    return Annotation(name, image, values.shape, name, semantic=classes)
+
+
+def write_labels(
+    path: str | os.PathLike[str],
+    classes: np.ndarray,
+    categories: Sequence[Category],
+    *,
+    void: int,
+) -> None:
+    """Write a map of classes as a PNG of the categories' ids.
+
+    Args:
+        classes: (H, W) integers, 0 to K - 1 or VOID.
+        void: the label for VOID: 0 in ADE20K and Cityscapes, 255 in most others.
+
+    Raises:
+        ValueError: if a class is out of range.
+    """
+    classes = np.asarray(classes)
+    if classes.size and (classes.min() < VOID or classes.max() >= len(categories)):
+        raise ValueError(
+            f"classes: expected {VOID} to {len(categories) - 1}, "
+            f"got {classes.min()} to {classes.max()}"
+        )
+    ids = np.array([*(category.id for category in categories), void])  # VOID is the last one
+    write_map(path, ids[classes])
+
+
+def write_map(path: str | os.PathLike[str], values: np.ndarray) -> None:
+    """Write (H, W) integers as a grey PNG of 8 bits, or 16 if a value needs them.
+
+    Raises:
+        ValueError: if a value is negative or above 65535.
+    """
+    values = np.asarray(values)
+    largest = values.max(initial=0)
+    if values.min(initial=0) < 0 or largest > 65535:
+        raise ValueError(
+            f"{os.fspath(path)}: a PNG holds 0 to 65535, got {values.min()} to {largest}"
+        )
+    write_png(path, values.astype(np.uint8 if largest < 256 else np.uint16))
+
+
+def write_png(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
+    """Write an array that Pillow knows as a PNG, in a folder that is made if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")

@@ -1,0 +1,120 @@
+"""Cityscapes' own average precision of objects, computed by cityscapesscripts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pointformer.data import Annotation, Category, Objects
+
+
+@dataclass(frozen=True, eq=False)
+class CityscapesScores:
+    """Scores in [0, 1]; NaN where there is no annotated object.
+
+    Attributes:
+        ap: mean over classes and the overlaps 0.5 to 0.95; `ap50` at an overlap of 0.5.
+        per_class: (K,) AP; NaN for stuff.
+    """
+
+    ap: float
+    ap50: float
+    per_class: np.ndarray
+
+
+def _protocol() -> Any:
+    """The package's module with the protocol's parameters and its evaluation of matches."""
+    try:
+        from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling
+    except ImportError:
+        raise ImportError(
+            "Cityscapes' AP needs cityscapesscripts: pip install pointformer[eval]"
+        ) from None
+    return evalInstanceLevelSemanticLabeling
+
+
+class CityscapesAP:
+    """Average precision of Cityscapes objects over a data set.
+
+    Overlaps of predicted with annotated objects are counted here, from arrays; what follows from
+    them is the package's code (whose own counting reads a file per object, and does not run with
+    NumPy 2.4).
+    """
+
+    def __init__(self, categories: Sequence[Category]) -> None:
+        """Args: categories: the classes, with Cityscapes' label ids."""
+        self.categories = tuple(categories)
+        self._module = _protocol()
+        self._args = copy.copy(self._module.args)
+        self._module.setInstanceLabels(self._args)
+        self._void = [label.id for label in self._module.labels if label.ignoreInEval]
+        self._matches: dict[str, dict] = {}
+
+    def update(self, predicted: Any, annotation: Annotation) -> None:
+        """Add one picture.
+
+        Args:
+            predicted: with `masks` (N, H, W), `classes` (N,) and `scores` (N,).
+            annotation: of the task "instance" or "panoptic", with the file's map of ids.
+
+        Raises:
+            ValueError: if sizes differ, a class is out of range or the map of ids is missing.
+        """
+        if annotation.ids is None:
+            raise ValueError(f"annotation: {annotation.name} has no map of ids")
+        found = Objects.of(predicted, annotation.size)
+        classes = found.classes.tolist()
+        if any(not 0 <= category < len(self.categories) for category in classes):
+            raise ValueError(f"predicted: unknown class in the objects of {annotation.name}")
+        known: dict[str, list[dict]] = {name: [] for name in self._args.instLabels}
+        matched: dict[str, list[dict]] = {name: [] for name in self._args.instLabels}
+        ids, areas = np.unique(annotation.ids, return_counts=True)
+        for value, area in zip(ids.tolist(), areas.tolist(), strict=True):
+            label = value if value < 1000 else value // 1000
+            name = self._module.id2label[label].name
+            if name in known:
+                # The package's values where distances are unknown.
+                row = {"instID": value, "labelID": label, "pixelCount": area}
+                known[name].append({**row, "medDist": -1, "distConf": 0.0, "matchedPred": []})
+        void = np.isin(annotation.ids, self._void)
+        for n, (mask, category) in enumerate(zip(found.masks, classes, strict=True)):
+            label = self.categories[category].id
+            name = self._module.id2label[label].name
+            values, counts = np.unique(annotation.ids[mask], return_counts=True)
+            if name not in known or not len(values):
+                continue
+            overlaps = dict(zip(values.tolist(), counts.tolist(), strict=True))
+            prediction = {
+                "predID": n,
+                "labelID": label,
+                "pixelCount": int(counts.sum()),
+                "confidence": float(found.scores[n]),
+                "voidIntersection": int(void[mask].sum()),
+                "matchedGt": [],
+            }
+            for truth in known[name]:
+                overlap = overlaps.get(truth["instID"], 0)
+                if overlap:
+                    seen = {key: truth[key] for key in truth if key != "matchedPred"}
+                    truth["matchedPred"].append({**prediction, "intersection": overlap})
+                    prediction["matchedGt"].append({**seen, "intersection": overlap})
+            matched[name].append(prediction)
+        self._matches[annotation.name] = {"groundTruth": known, "prediction": matched}
+
+    def compute(self) -> CityscapesScores:
+        """Scores of all pictures so far."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # means over no classes
+            table = self._module.evaluateMatches(self._matches, self._args)
+            averages = self._module.computeAverages(table, self._args)
+        by_name = averages["classes"]
+        absent = {"ap": np.nan}
+        per_class = [by_name.get(category.name, absent)["ap"] for category in self.categories]
+        return CityscapesScores(
+            float(averages["allAp"]), float(averages["allAp50%"]), np.array(per_class, float)
+        )

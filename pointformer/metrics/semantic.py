@@ -1,0 +1,91 @@
+"""Mean intersection over union of class maps, from one confusion matrix over a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pointformer.data import VOID
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticScores:
+    """Scores in [0, 1].
+
+    Attributes:
+        iou: (K,) per class; NaN for classes that are neither annotated nor predicted.
+        accuracy: (K,) share of a class's annotated pixels that are found; NaN if there are none.
+        pixel_accuracy: share of all annotated pixels.
+    """
+
+    iou: np.ndarray
+    accuracy: np.ndarray
+    pixel_accuracy: float
+
+    @property
+    def mean_iou(self) -> float:
+        """Mean over the classes that are annotated or predicted; NaN if there are none."""
+        return _mean(self.iou)
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean over the annotated classes."""
+        return _mean(self.accuracy)
+
+
+class SemanticIoU:
+    """Confusion matrix of class maps; pixels that are void in the annotation are ignored.
+
+    Attributes:
+        counts: (K, K + 1) int64 pixels by annotated and predicted class; the last column is for
+            annotated pixels without a predicted class. Matrices of parts of a data set add up.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.counts = np.zeros((num_classes, num_classes + 1), np.int64)
+
+    def update(self, predicted: np.ndarray, annotated: np.ndarray) -> None:
+        """Add one picture.
+
+        Args:
+            predicted, annotated: (H, W) integers, 0 to K - 1, or -1 for void.
+
+        Raises:
+            ValueError: if the shapes differ or a value is out of range.
+        """
+        predicted, annotated = np.asarray(predicted), np.asarray(annotated)
+        if predicted.shape != annotated.shape:
+            raise ValueError(
+                "predicted, annotated: expected two maps of one shape, "
+                f"got {predicted.shape} and {annotated.shape}"
+            )
+        classes = len(self.counts)
+        for name, values in (("predicted", predicted), ("annotated", annotated)):
+            if values.size and (values.min() < VOID or values.max() >= classes):
+                raise ValueError(
+                    f"{name}: expected classes of {VOID} to {classes - 1}, "
+                    f"got {values.min()} to {values.max()}"
+                )
+        kept = annotated != VOID
+        found = predicted[kept].astype(np.int64)
+        found[found == VOID] = classes
+        pairs = annotated[kept].astype(np.int64) * (classes + 1) + found
+        self.counts += np.bincount(pairs, minlength=self.counts.size).reshape(self.counts.shape)
+
+    def compute(self) -> SemanticScores:
+        """Scores of all pictures so far."""
+        square = self.counts[:, :-1]
+        hits, annotated = np.diag(square), self.counts.sum(1)
+        union = annotated + square.sum(0) - hits
+        total = annotated.sum()
+        return SemanticScores(
+            iou=np.where(union > 0, hits / np.maximum(union, 1), np.nan),
+            accuracy=np.where(annotated > 0, hits / np.maximum(annotated, 1), np.nan),
+            pixel_accuracy=float(hits.sum() / total) if total else float("nan"),
+        )
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float("nan")
