@@ -138,8 +138,11 @@ def count(model: Model, height: int, width: int) -> Complexity:
         published += sum(totals[part] for part in ("windows", "decoder", "masks", "semantic"))
     totals["attention"] += totals.pop("windows", 0)
     parts = ("dense", "attention", "merge", "decoder", "points", "masks", "semantic")
-    parameters = sum(p.numel() for p in model.parameters())
-    return Complexity(parameters, *(totals[part] for part in parts), published)
+    return Complexity(
+        parameters=sum(p.numel() for p in model.parameters()),
+        **{part: totals[part] for part in parts},
+        published=published,
+    )
 
 
 class _ShapesOnly(TorchFunctionMode):

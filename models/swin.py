@@ -109,6 +109,9 @@ class WindowAttention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, AFF's with windows."""
 
+    gamma1: Tensor | None
+    gamma2: Tensor | None
+
     def __init__(self, config: SwinConfig, stage: int, drop_path_rate: float) -> None:
         super().__init__()
         dim = config.dims[stage]
