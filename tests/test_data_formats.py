@@ -1,6 +1,7 @@
 """Data sets in the field's formats: what is read, what is written, and what is wrong with files."""
 
 import json
+import math
 import pickle
 import shutil
 
@@ -14,7 +15,7 @@ from pycocotools.coco import COCO as PackageCOCO
 
 from pointformer import data
 from pointformer.data import VOID
-from pointformer.data.coco import decode_mask, encode_mask
+from pointformer.data.coco import decode_mask, encode_mask, mask_tools
 from pointformer.data.images import image_size, read_image
 
 
@@ -397,6 +398,7 @@ def test_bad_cityscapes_predictions(tmp_path):
 # COCO objects
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools with NumPy 2
 def test_coco_masks_are_the_packages(tmp_path, capsys):
     path = scenes.coco_instances(tmp_path)
     dataset, package = data.read_coco_instances(path, tmp_path / "val2017"), PackageCOCO(path)
@@ -420,6 +422,26 @@ def test_run_lengths(height, width, seed):
     for form in (encode_mask(mask), scenes.run_lengths(mask)):
         json.dumps(form)
         np.testing.assert_array_equal(decode_mask(form, mask.shape, ""), mask)
+    package = mask_tools().encode(np.asfortranarray(mask, np.uint8))
+    assert encode_mask(mask)["counts"].encode() == package["counts"]
+
+
+def test_long_runs():
+    mask = np.zeros((900, 1100), bool)
+    for mask[:, 100:1000], mask[7:800, 200:203] in ((True, False), (False, True), (False, False)):
+        package = mask_tools().encode(np.asfortranarray(mask, np.uint8))
+        assert encode_mask(mask)["counts"].encode() == package["counts"]
+        np.testing.assert_array_equal(decode_mask(package, mask.shape, ""), mask)
+
+
+@given(st.text(st.characters(min_codepoint=40, max_codepoint=130), max_size=12))
+def test_any_string_is_a_mask_or_an_error(text):
+    try:
+        mask = decode_mask({"size": [5, 4], "counts": text}, (5, 4), "file")
+    except ValueError as error:
+        assert str(error) == "file: expected polygons or run lengths as a mask"  # noqa: PT017
+    else:
+        assert encode_mask(mask)["counts"] or not text
 
 
 def test_coco_results_are_written_and_read(tmp_path, capsys):
@@ -455,7 +477,9 @@ def test_coco_errors(tmp_path):
     assert error_of(lambda: changed(category_id=2)) == (
         f"{path}: annotation 1 is of the unknown category 2"
     )
-    for bad in ([], [[1, 2, 3]], {"counts": [5]}, "x", None, [["a"] * 6]):
+    far, nan = [[1e30, 2, 3, 4, 5, 6]], [[math.nan, 2, 3, 4, 5, 6]]
+    odd, short = [[1, 2, 3, 4, 5, 6, 7]], {"counts": [5, 7], "size": [200, 240]}
+    for bad in ([], [[1, 2, 3]], {"counts": [5]}, "x", None, [["a"] * 6], far, nan, odd, short):
         dataset = changed(segmentation=bad)
         message = error_of(lambda dataset=dataset: dataset[0])
         assert message == f"{path}: annotation 1: expected polygons or run lengths as a mask"
@@ -476,7 +500,7 @@ def test_coco_errors(tmp_path):
     assert (len(list(skipping)), list(skipping.skipped)) == (4, [name.removesuffix(".jpg")])
     del content["annotations"][0]["image_id"]
     scenes.dump(path, content)
-    assert "entry 0 of the annotations has no 'image_id'" in error_of(
+    assert "entry 0 of the annotations has no valid 'image_id'" in error_of(
         lambda: data.read_coco_instances(path, folder)
     )
     scenes.dump(path, {"images": []})
@@ -505,7 +529,7 @@ def test_bad_coco_results(tmp_path):
         lambda: data.CocoResults(file, dataset.categories)
     )
     scenes.dump(file, [row, {}])
-    assert "entry 1 of the results has no 'image_id'" in error_of(
+    assert "entry 1 of the results has no valid 'image_id'" in error_of(
         lambda: data.CocoResults(file, dataset.categories)
     )
 
@@ -587,7 +611,7 @@ def test_panoptic_errors(panoptic):
     dataset = read(lambda row: row["segments_info"][0].update(category_id=5))
     assert error_of(lambda: dataset[0]) == f"{path}: segment 3 of 0 is of the unknown category 5"
     dataset = read(lambda row: row.update(segments_info=[{"id": 3}]))
-    assert "entry 0 of the segments of 0 has no 'category_id'" in error_of(lambda: dataset[0])
+    assert "entry 0 of the segments of 0 has no valid 'category_id'" in error_of(lambda: dataset[0])
     assert error_of(lambda: read(lambda row: row.update(image_id=4))) == (
         f"{path}: 0 is of image 4, which is not listed"
     )
@@ -614,6 +638,84 @@ def test_panoptic_writer_rejects_ids_that_three_bytes_do_not_hold(tmp_path):
 
 
 # All formats
+
+
+def places(content, path=()):
+    yield path
+    if isinstance(content, dict | list):
+        for key in content if isinstance(content, dict) else range(len(content)):
+            yield from places(content[key], (*path, key))
+
+
+def replaced(content, path, value):
+    if not path:
+        return value
+    content = content.copy()
+    content[path[0]] = replaced(content[path[0]], path[1:], value)
+    return content
+
+
+def test_json_with_anything_in_it_is_read_or_refused_in_one_line(tmp_path, panoptic):
+    """Every value in turn becomes something else, in each of the formats."""
+    segments_json, folder, images, _ = panoptic
+    objects_json = scenes.coco_instances(tmp_path, images=1)
+    plain = instance_folder(tmp_path / "plain", np.array([[0, 1, 2]]), [{"id": 1, "class": 1}])
+    plain_json = plain / "segments.json"
+
+    def few(path, count):
+        content = json.loads(path.read_text())
+        wanted = {row["image_id"] for row in content["annotations"][:count]}
+        content["annotations"] = content["annotations"][:count]
+        content["images"] = [row for row in content["images"] if row["id"] in wanted]
+        return content
+
+    readers = (
+        (
+            objects_json,
+            few(objects_json, 2),
+            lambda p: data.read_coco_instances(p, tmp_path / "val2017"),
+        ),
+        (
+            segments_json,
+            few(segments_json, 1),
+            lambda p: data.read_coco_panoptic(p, folder, images),
+        ),
+        (
+            plain_json,
+            json.loads(plain_json.read_text()),
+            lambda p: data.read_folder(plain, "val", "instance"),
+        ),
+    )
+    for path, content, read in readers:
+        refused = []
+        for place in places(content):
+            for value in (None, "x", -7, 0.5, [], {}, [[]]):
+                scenes.dump(path, replaced(content, place, value))
+                try:
+                    list(read(path))
+                except ValueError as error:
+                    refused.append(str(error))
+        assert len(refused) > 50
+        assert not [message for message in refused if "\n" in message]
+        assert not [message for message in refused if not message.startswith(str(tmp_path))]
+
+
+def test_pictures_with_one_name(tmp_path):
+    path = scenes.coco_instances(tmp_path)
+    content = json.loads(path.read_text())
+    content["images"].append({**content["images"][0], "id": 4})
+    scenes.dump(path, content)
+    message = error_of(lambda: data.read_coco_instances(path, tmp_path / "val2017", skip_bad=True))
+    assert message == f"{path}: expected different names of pictures, got 000000001000 twice"
+
+
+def test_class_maps_as_objects():
+    semantic = np.array([[VOID, 3, 3], [0, 3, VOID]])
+    objects = data.Annotation("a", None, (2, 3), "a", semantic=semantic).objects()
+    assert objects.classes.tolist() == [0, 3]
+    np.testing.assert_array_equal(objects.masks, [semantic == 0, semantic == 3])
+    nothing = data.Annotation("a", None, (2, 3), "a", semantic=np.full((2, 3), VOID)).objects()
+    assert nothing.masks.shape == (0, 2, 3)
 
 
 def test_data_sets_travel_to_worker_processes(tmp_path, panoptic):

@@ -109,7 +109,11 @@ class Annotation:
         return np.equal(self.ids, segment.id)
 
     def objects(self) -> Objects:
-        """Segments that are no crowds, as arrays: what a mask model is trained with."""
+        """What a mask model learns: segments that are no crowds, or a mask per annotated class."""
+        if self.semantic is not None:
+            classes = np.unique(self.semantic[self.semantic != VOID])
+            masks = self.semantic == classes[:, None, None]
+            return Objects(masks, classes.astype(np.int64), np.ones(len(classes), np.float32))
         segments = [segment for segment in self.segments if not segment.crowd]
         masks = [self.mask(segment) for segment in segments]
         return Objects(
@@ -174,6 +178,10 @@ class Dataset(Sequence[Annotation]):
         if problems and not skip_bad:
             more = f" (and {len(problems) - 1} more such errors)" if len(problems) > 1 else ""
             raise ValueError(next(iter(problems.values())) + more)
+        names = [entry.name for entry in self.entries]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{source}: expected different names of pictures, got {twice} twice")
         if not self.entries:
             skipped = f", {len(problems)} skipped" if problems else ""
             raise ValueError(f"{source}: expected annotated pictures, found none{skipped}")
@@ -182,7 +190,7 @@ class Dataset(Sequence[Annotation]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int) -> Annotation:  # type: ignore[override]
         """Read one annotation; errors are raised even with `skip_bad`."""
         if isinstance(index, slice):
             raise TypeError("a data set has no slices; index it with one number")
@@ -285,7 +293,7 @@ def check_ids(
         raise ValueError(f"{source}: {where} lists an id twice")
     for value in void:
         areas.pop(value, None)
-    only_map, only_list = sorted(areas.keys() - set(listed)), sorted(set(listed) - areas.keys())
+    only_map, only_list = sorted(areas.keys() - {*listed}), sorted({*listed} - areas.keys())
     if only_map:
         raise ValueError(f"{source}: ids {_shortened(only_map)} are not in {where}")
     if only_list:

@@ -1,11 +1,12 @@
 """COCO's JSON for objects (polygons, run lengths, crowds) and for panoptic segments (with PNGs).
 
-Masks as polygons or run lengths need the package pycocotools.
+Reading polygons and writing run lengths needs the package pycocotools.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -30,6 +31,19 @@ from pointformer.data.annotations import (
 from pointformer.data.images import read_image
 from pointformer.data.labels import write_png
 
+_TYPES: dict[str, Any] = {
+    "id": int | str,
+    "image_id": int | str,
+    "category_id": int,
+    "file_name": str,
+    "height": int,
+    "width": int,
+    "iscrowd": int,
+    "area": int | float,
+    "score": int | float,
+    "segments_info": list,
+}
+
 
 def mask_tools() -> Any:
     """The module pycocotools.mask."""
@@ -42,8 +56,19 @@ def mask_tools() -> Any:
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """Run lengths of (H, W) bool as COCO writes them: `size` and `counts`, a string."""
-    encoded = mask_tools().encode(np.asfortranarray(mask, np.uint8))
-    return {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode()}
+    mask = np.asarray(mask, bool)
+    height, width = mask.shape
+    columns = np.flatnonzero(mask.any(0))
+    ends = np.zeros(0, np.int64)
+    if len(columns):
+        first, last = columns[0], columns[-1] + 1
+        inner = np.pad(mask[:, first:last].T.ravel(), 1)
+        ends = np.flatnonzero(inner[1:] != inner[:-1]) + first * height
+    counts = np.diff(np.r_[0, ends, height * width])
+    counts = counts if counts[-1] else counts[:-1]  # the last run is not empty
+    size = [height, width]
+    encoded = mask_tools().frPyObjects({"counts": counts.tolist(), "size": size}, *size)
+    return {"size": size, "counts": encoded["counts"].decode()}
 
 
 def decode_mask(segmentation: Any, size: tuple[int, int], source: str) -> np.ndarray:
@@ -52,21 +77,55 @@ def decode_mask(segmentation: Any, size: tuple[int, int], source: str) -> np.nda
     Raises:
         ValueError: beginning with `source`, if it is none of these or for another size.
     """
-    tools = mask_tools()
-    height, width = size
     try:
-        if isinstance(segmentation, list):
-            runs = tools.merge(tools.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            runs = tools.frPyObjects(segmentation, *segmentation["size"])
-        else:
-            runs = segmentation
-        mask = tools.decode(runs)
-    except Exception:  # pycocotools raises bare Exceptions
-        raise ValueError(f"{source}: expected polygons or run lengths as a mask") from None
-    if mask.shape != tuple(size):
-        raise ValueError(f"{source}: expected a mask of {tuple(size)}, got {mask.shape}")
-    return mask.astype(bool)
+        if isinstance(segmentation, list) and segmentation:
+            return _filled_polygons(segmentation, size)
+        given, counts = tuple(segmentation["size"]), segmentation["counts"]
+        if isinstance(counts, str | bytes):
+            counts = _run_lengths(counts)
+        counts = np.array(counts, np.int64)
+        valid = counts.ndim == 1 and (counts >= 0).all() and counts.sum() == math.prod(given)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{source}: expected polygons or run lengths as a mask")
+    if given != tuple(size):
+        raise ValueError(f"{source}: expected a mask of {tuple(size)}, got {given}")
+    runs = np.arange(len(counts)) % 2 == 1
+    return np.repeat(runs, counts).reshape(size[1], size[0]).T
+
+
+def _run_lengths(text: str | bytes) -> np.ndarray:
+    """Run lengths from COCO's string: 5 bits a character, lowest first, bit 5 set if more follow.
+
+    From the fourth on, runs are stored as the difference to the run before last.
+    """
+    text = text.encode("ascii") if isinstance(text, str) else text
+    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(codes & 32 == 0)
+    if not len(ends) or ends[-1] != len(codes) - 1 or codes.min() < 0 or codes.max() > 63:
+        raise ValueError("no run lengths")
+    starts = np.r_[0, ends[:-1] + 1]
+    lengths = ends + 1 - starts
+    if lengths.max() > 7:
+        raise ValueError("a run longer than any picture")
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    counts = np.add.reduceat((codes & 31) << shifts, starts)
+    counts -= np.where(codes[ends] & 16, 1 << 5 * lengths, 0)  # the last bit is the sign
+    counts[1::2] = np.cumsum(counts[1::2])
+    counts[2::2] = np.cumsum(counts[2::2])
+    return counts
+
+
+def _filled_polygons(polygons: list, size: tuple[int, int]) -> np.ndarray:
+    tools, reach = mask_tools(), max(size)
+    for polygon in polygons:
+        corners = np.array(polygon, float)
+        # pycocotools neither checks this nor comes back from coordinates that are far out.
+        inside = (corners >= -reach) & (corners <= 2 * reach)
+        if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2 or not inside.all():
+            raise ValueError("no polygon")
+    return decode_mask(tools.merge(tools.frPyObjects(polygons, *size)), size, "polygons")
 
 
 def read_coco_instances(
@@ -114,7 +173,7 @@ def _read_objects(
     rows: list[dict],
     classes: dict[int, int],
 ) -> Annotation:
-    size = int(picture["height"]), int(picture["width"])
+    size = picture["height"], picture["width"]
     check_size(path, size, image)
     segments = []
     for row in rows:
@@ -231,6 +290,8 @@ def _read_panoptic(
     ids = read_image(png) @ np.array([1, 256, 65536], np.int32)
     check_size(png, ids.shape, image)
     infos = _checked(row["segments_info"], ("id", "category_id"), path, f"segments of {name}")
+    if not all(isinstance(info["id"], int) for info in infos):
+        raise ValueError(f"{path}: expected numbers as ids in the segments of {name}")
     areas = check_ids(png, ids, [info["id"] for info in infos], path.name)
     segments = []
     for info in infos:
@@ -321,11 +382,14 @@ def _rows(content: dict, key: str, path: Path) -> list:
 
 
 def _checked(rows: Any, keys: Sequence[str], path: Path, what: str) -> list[dict]:
-    """`rows` if they are dicts with all the keys."""
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
-        lacks = [key for key in keys if not isinstance(row, dict) or key not in row]
+    """`rows` if they are dicts with all the keys, and values are of the types they should be."""
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: expected {what} as objects with keys, got {row!r:.40}")
+        lacks = [key for key in keys if key not in row]
+        lacks += [k for k, types in _TYPES.items() if k in row and not isinstance(row[k], types)]
         if lacks:
-            raise ValueError(f"{path}: entry {number} of the {what} has no {lacks[0]!r}")
+            raise ValueError(f"{path}: entry {number} of the {what} has no valid {lacks[0]!r}")
     return rows
 
 

@@ -142,7 +142,8 @@ def _read_segments(path: Path) -> tuple[tuple[Category, ...], dict[str, list[dic
     try:
         names = {int(number): str(name) for number, name in content["classes"].items()}
         segments = {name: list(image["segments"]) for name, image in content["images"].items()}
-        complete = all(info.keys() >= {"id", "class"} for n in segments.values() for info in n)
+        infos = [info for infos in segments.values() for info in infos]
+        complete = all(isinstance(info[key], int) for info in infos for key in ("id", "class"))
     except (KeyError, TypeError, ValueError, AttributeError):
         complete = False
     if not complete:

@@ -44,10 +44,12 @@ class CityscapesAP:
     Overlaps of predicted with annotated objects are counted here, from arrays; what follows from
     them is the package's code (whose own counting reads a file per object, and does not run with
     NumPy 2.4).
+
+    Args:
+        categories: the classes, with Cityscapes' label ids.
     """
 
     def __init__(self, categories: Sequence[Category]) -> None:
-        """Args: categories: the classes, with Cityscapes' label ids."""
         self.categories = tuple(categories)
         self._module = _protocol()
         self._args = copy.copy(self._module.args)

@@ -79,7 +79,12 @@ class PanopticQuality:
                 f"predicted: expected the map of {annotation.name} to be of shape "
                 f"{annotation.ids.shape}, got {predicted_ids.shape}"
             )
-        values, columns = np.unique(predicted_ids, return_inverse=True)
+        pairs = annotation.ids.astype(np.int64) << 32 | predicted_ids.astype(np.int64)
+        pairs, pixels = np.unique(pairs, return_counts=True)
+        names, rows = np.unique(pairs >> 32, return_inverse=True)
+        values, columns = np.unique(pairs & 0xFFFFFFFF, return_inverse=True)
+        overlap = np.zeros((len(names), len(values)), np.int64)
+        overlap[rows, columns] = pixels
         if set(found) != set(values.tolist()) - {0} or 0 in found:
             raise ValueError(
                 f"predicted: expected one segment for each id in the map of {annotation.name}, "
@@ -87,10 +92,6 @@ class PanopticQuality:
             )
         if any(not 0 <= category < len(self.categories) for category in found.values()):
             raise ValueError(f"predicted: unknown category in the segments of {annotation.name}")
-        names, rows = np.unique(annotation.ids, return_inverse=True)
-        pairs = rows.ravel() * len(values) + columns.ravel()
-        overlap = np.bincount(pairs, minlength=len(names) * len(values))
-        overlap = overlap.reshape(len(names), len(values))
         predicted_areas, areas = overlap.sum(0), overlap.sum(1)
         void = overlap[[name not in known for name in names.tolist()]].sum(0)
         excused = void.copy()  # pixels that a spurious segment is not blamed for
