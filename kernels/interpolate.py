@@ -1,4 +1,8 @@
-"""Fused inverse-distance interpolation: the registered op and its gradients."""
+"""Fused inverse-distance interpolation: the registered op and its gradients.
+
+Tensors are float32, but Triton takes features, and so the output and their gradients, in bfloat16
+and float16, too.
+"""
 
 import torch
 from torch.autograd.function import once_differentiable

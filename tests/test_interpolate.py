@@ -276,7 +276,7 @@ def test_gradients_for_positions_need_the_reference():
         ({"power": torch.ones(2)}, ValueError, "power: expected one number"),
         ({"eps": 0.0}, ValueError, "eps: expected a positive number"),
         ({"sizes": (10, 10)}, ValueError, "sizes .* add up to 20"),
-        ({"impl": "triton"}, ValueError, "impl='triton'"),
+        ({"impl": "cuda"}, ValueError, "impl='cuda'"),
         ({"features": torch.rand(30, 3).double(), "impl": "cpu"}, ValueError, "float64"),
     ],
 )

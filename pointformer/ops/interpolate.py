@@ -47,15 +47,16 @@ def interpolate(
         k: neighbors to search for.
         power: of the distance, a positive number, or a tensor of one element to learn it.
         eps: positive, in units of distance ** power.
-        impl: "reference", "cpu" or None (the device's own). "cpu" does not take float64, gives no
-            gradient for positions, and is differentiable once; the reference does all of these.
+        impl: "reference", "cpu", "triton" or None (the device's own). "cpu" and "triton" do not
+            take float64, give no gradient for positions, and are differentiable once; the reference
+            does all of these.
 
     Returns:
         (Q, C) in the dtype of `features`; a query without neighbors gets zeros.
 
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype, device or value does not fit.
-        IndexError: a row of `neighbor_index` does not exist.
+        IndexError: a row of `neighbor_index` does not exist; on GPUs it is left out.
     """
     check_tensor("features", features, ("T", "C"), _FLOATS)
     tokens, device = features.shape[0], features.device
@@ -89,21 +90,21 @@ def interpolate(
             "neighbor_index", neighbor_index, (queries, "k"), (torch.int32, torch.int64), device
         )
 
-    def cpu_lacks() -> str | None:
+    def lacks() -> str | None:
         if features.dtype == torch.float64:
             return "features are float64"
         if positions.requires_grad or query_positions.requires_grad:
             return "positions or query_positions require a gradient"
         return None
 
-    chosen = choose("interpolate", impl, {"cpu": cpu_lacks}, device)
+    chosen = choose("interpolate", impl, {"cpu": lacks, "triton": lacks}, device)
     if chosen == "reference":
         return reference_interpolate(
             features, positions, query_positions, neighbor_index, power, eps
         )
     power = power.float() if isinstance(power, Tensor) else torch.full((), power, device=device)
     inputs = (
-        features.float(),
+        features if chosen == "triton" else features.float(),
         positions,
         query_positions,
         neighbor_index.int(),

@@ -1,0 +1,277 @@
+"""Inverse-distance interpolation for GPUs: weights are computed where they are used, never stored.
+
+The floor is one read of the features and one write of the output. A query reads the rows of its k
+neighbors; queries that follow each other share most of them in a cache. Backward, a program owns a
+token and reads the gradient's rows of the queries that list it; it needs the sum of each query's
+weights, which a first kernel leaves behind: one number per query.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from pointformer.kernels.triton.inverse import inverse_lists
+from pointformer.kernels.triton.runtime import Variant
+
+_ELEMENTS = 1024  # queries times channels of a program
+_MAX_CHANNELS = 256  # per program
+_ENTRIES = 16  # of a token's list at a time
+_FEATURES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _power(x, h):
+    """x**h of normal x > 0, to a relative error of about (1 + h) * 1e-7, and log2(x).
+
+    Integer and fraction of log2(x) are kept apart: the product's rounding error would grow with it.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    integer = (bits - 0x3F3504F3) >> 23  # of x = mantissa * 2**integer, mantissa about 1
+    mantissa = (bits - (integer << 23)).to(tl.float32, bitcast=True)
+    integer = integer.to(tl.float32)
+    fraction = tl.log2(mantissa)
+    whole = h * integer
+    part = h * fraction
+    y = whole + part
+    rest = (whole - y) + part + tl.fma(h, integer, -whole)
+    value = tl.exp2(tl.minimum(tl.maximum(y, -126.0), 127.0))
+    return value + value * (rest * 0.6931471805599453), integer + fraction
+
+
+@triton.jit
+def _weight(positions, row, known, own, h, eps, D: tl.constexpr):
+    """Weight of each position in `row` from `own`, a tuple of D, before normalization: 0 where it
+    is not known. And the factor f of d weight / d power = -f * weight."""
+    squared = tl.zeros(row.shape, tl.float32)
+    for axis in tl.static_range(D):
+        delta = tl.load(positions + row * D + axis, mask=known, other=0.0) - own[axis]
+        squared += delta * delta
+    apart = squared >= 1.1754944e-38
+    distance, logarithm = _power(tl.where(apart, squared, 1.0), h + tl.zeros_like(squared))
+    distance = tl.where(apart, distance, 0.0)
+    weight = 1.0 / (distance + eps)
+    slope = logarithm * 0.34657359027997264 * distance * weight
+    return tl.where(known, weight, 0.0), slope
+
+
+@triton.jit
+def _neighbor(index, query, stored, j, k, tokens):
+    row = tl.load(index + query * k + j, mask=stored, other=-1)
+    return row.to(tl.int64), (row >= 0) & (row < tokens)
+
+
+@triton.jit
+def _normal(positions, index, query, stored, own, h, eps, k, tokens, D: tl.constexpr):
+    """1 / sum of the weights, 0 without neighbors, and the weighted mean of their slopes."""
+    total = tl.zeros(query.shape, tl.float32)
+    slopes = tl.zeros(query.shape, tl.float32)
+    for j in range(k):
+        row, known = _neighbor(index, query, stored, j, k, tokens)
+        weight, slope = _weight(positions, row, known, own, h, eps, D)
+        total += weight
+        slopes += weight * slope
+    normal = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+    return normal, slopes * normal
+
+
+@triton.jit
+def interpolate_fwd_kernel(
+    features, positions, query_positions, index, power, out, queries, k, tokens, units, eps,
+    D: tl.constexpr, QUERIES: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """One program: QUERIES queries, BLOCK_C channels."""
+    channels = units * UNIT
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
+    query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)  # (QUERIES,)
+    stored = query < queries
+    h = tl.load(power) * 0.5
+    own = ()
+    for axis in tl.static_range(D):
+        own += (tl.load(query_positions + query * D + axis, mask=stored, other=0.0),)
+    normal = _normal(positions, index, query, stored, own, h, eps, k, tokens, D)[0]
+    acc = tl.zeros((QUERIES, BLOCK_C), tl.float32)
+    for j in range(k):
+        row, known = _neighbor(index, query, stored, j, k, tokens)
+        weight = _weight(positions, row, known, own, h, eps, D)[0]
+        at = row[:, None] * channels + channel[None, :]
+        mask = known[:, None] & (channel < channels)[None, :]
+        value = tl.load(features + at, mask=mask, other=0.0)
+        acc += (weight * normal)[:, None] * value.to(tl.float32)
+    at = query[:, None] * channels + channel[None, :]
+    tl.store(out + at, acc, mask=stored[:, None] & (channel < channels)[None, :])
+
+
+@triton.jit
+def interpolate_bwd_query_kernel(
+    grad, features, positions, query_positions, index, power, normals, partial,
+    queries, k, tokens, units, eps,
+    D: tl.constexpr, LEARN: tl.constexpr, QUERIES: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """One program: 1 / sum of the weights of QUERIES queries, and with LEARN the part of the
+    power's gradient that comes from BLOCK_C channels:
+
+        d out / d power = sum over j of weight_j * (mean slope - slope_j) * features_j.
+    """
+    query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)  # (QUERIES,)
+    stored = query < queries
+    h = tl.load(power) * 0.5
+    own = ()
+    for axis in tl.static_range(D):
+        own += (tl.load(query_positions + query * D + axis, mask=stored, other=0.0),)
+    normal, mean = _normal(positions, index, query, stored, own, h, eps, k, tokens, D)
+    if tl.program_id(1) == 0:
+        tl.store(normals + query, normal, mask=stored)
+    if LEARN:
+        channels = units * UNIT
+        channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
+        acc = tl.zeros((QUERIES, BLOCK_C), tl.float32)
+        for j in range(k):
+            row, known = _neighbor(index, query, stored, j, k, tokens)
+            weight, slope = _weight(positions, row, known, own, h, eps, D)
+            at = row[:, None] * channels + channel[None, :]
+            mask = known[:, None] & (channel < channels)[None, :]
+            value = tl.load(features + at, mask=mask, other=0.0)
+            acc += (weight * normal * (mean - slope))[:, None] * value.to(tl.float32)
+        at = query[:, None] * channels + channel[None, :]
+        mask = stored[:, None] & (channel < channels)[None, :]
+        acc *= tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(partial + program, tl.sum(tl.sum(acc, 1), 0))
+
+
+@triton.jit
+def interpolate_bwd_token_kernel(
+    grad, positions, query_positions, power, normals, lists, entries, d_features, k, units, eps,
+    D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradient of BLOCK_C channels of a token, ENTRIES of its list at a time."""
+    channels = units * UNIT
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
+    token = tl.program_id(0).to(tl.int64)
+    end = tl.load(lists + token + 1)
+    h = tl.load(power) * 0.5
+    own = ()
+    for axis in tl.static_range(D):
+        own += (tl.load(positions + token * D + axis),)
+    acc = tl.zeros((ENTRIES, BLOCK_C), tl.float32)
+    for e0 in range(tl.load(lists + token), end, ENTRIES):
+        e = e0 + tl.arange(0, ENTRIES)  # (ENTRIES,)
+        entry = tl.load(entries + e, mask=e < end, other=0).to(tl.int32)
+        query = (entry // k).to(tl.int64)
+        weight = _weight(query_positions, query, e < end, own, h, eps, D)[0]
+        weight *= tl.load(normals + query, mask=e < end, other=0.0)
+        at = query[:, None] * channels + channel[None, :]
+        mask = (e < end)[:, None] & (channel < channels)[None, :]
+        acc += weight[:, None] * tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    out = d_features + token * channels + channel
+    tl.store(out, tl.sum(acc, 0), mask=channel < channels)
+
+
+def _constants(dimensions, channels):
+    block = min(max(triton.next_power_of_2(channels), 16), _MAX_CHANNELS)
+    unit = 16 if channels % 16 == 0 else 1  # divides the channels: 16-byte loads need it
+    return {"D": dimensions, "BLOCK_C": block, "UNIT": unit}
+
+
+def _forward_variant(dtype, dimensions, channels):
+    constants = _constants(dimensions, channels)
+    f32, i32 = torch.float32, torch.int32
+    return Variant(
+        interpolate_fwd_kernel,
+        (dtype, f32, f32, i32, f32, dtype, "i32", "i32", "i32", "i32", "fp32"),
+        {**constants, "QUERIES": _ELEMENTS // constants["BLOCK_C"]},
+        num_warps=2,
+        num_stages=1,
+        max_registers=255,
+    )
+
+
+def _query_variant(dtype, dimensions, channels, learn):
+    constants = _constants(dimensions, channels if learn else 16)  # none are read otherwise
+    f32, i32 = torch.float32, torch.int32
+    return Variant(
+        interpolate_bwd_query_kernel,
+        (dtype, dtype, f32, f32, i32, f32, f32, f32, "i32", "i32", "i32", "i32", "fp32"),
+        {**constants, "LEARN": learn, "QUERIES": _ELEMENTS // constants["BLOCK_C"]},
+        num_warps=2,
+        num_stages=1,
+        max_registers=255,
+    )
+
+
+def _token_variant(dtype, dimensions, channels):
+    constants = _constants(dimensions, channels)
+    f32 = torch.float32
+    return Variant(
+        interpolate_bwd_token_kernel,
+        (dtype, f32, f32, f32, f32, torch.int32, torch.int64, dtype, "i32", "i32", "fp32"),
+        {**constants, "ENTRIES": _ENTRIES},
+        num_warps=max(1, constants["BLOCK_C"] // 64),
+        num_stages=1,
+        max_registers=255,
+    )
+
+
+def variants():
+    """Every specialization that the launchers below can choose."""
+    for dtype in _FEATURES:
+        for dimensions in (2, 3):
+            yield _query_variant(dtype, dimensions, 16, False)
+            for channels in (15, 16, 31, 32, 63, 64, 127, 128, 255, 256):
+                yield _forward_variant(dtype, dimensions, channels)
+                yield _query_variant(dtype, dimensions, channels, True)
+                yield _token_variant(dtype, dimensions, channels)
+
+
+def forward(features, positions, query_positions, neighbor_index, power, eps):
+    """(Q, C) in the features' dtype, see `interpolate`; entries out of range are left out."""
+    (tokens, channels), (queries, k) = features.shape, neighbor_index.shape
+    variant = _forward_variant(features.dtype, positions.shape[1], channels)
+    constants = variant.constants
+    out = torch.empty(queries, channels, dtype=features.dtype, device=features.device)
+    variant.launch(
+        (triton.cdiv(queries, constants["QUERIES"]), triton.cdiv(channels, constants["BLOCK_C"])),
+        *_contiguous(features, positions, query_positions, neighbor_index, power),
+        *(out, queries, k, tokens, channels // constants["UNIT"], eps),
+    )
+    return out
+
+
+def backward(grad, features, positions, query_positions, neighbor_index, power, eps, learn_power):
+    """Gradients of features and power, the latter zero unless `learn_power`."""
+    (tokens, channels), (queries, k) = features.shape, neighbor_index.shape
+    dtype, dimensions = features.dtype, positions.shape[1]
+    if neighbor_index.numel() == 0 or features.numel() == 0:
+        return torch.zeros_like(features), torch.zeros_like(power)
+    grad, features, positions, query_positions, neighbor_index, power = _contiguous(
+        grad, features, positions, query_positions, neighbor_index, power
+    )
+    variant = _query_variant(dtype, dimensions, channels, learn_power)
+    constants = variant.constants
+    blocks = triton.cdiv(channels, constants["BLOCK_C"]) if learn_power else 1
+    grid = triton.cdiv(queries, constants["QUERIES"]), blocks
+    normals = torch.empty(queries, device=features.device)
+    partial = torch.empty(grid, device=features.device)
+    variant.launch(
+        grid,
+        *(grad, features, positions, query_positions, neighbor_index, power, normals, partial),
+        *(queries, k, tokens, channels // constants["UNIT"], eps),
+    )
+    variant = _token_variant(dtype, dimensions, channels)
+    constants = variant.constants
+    d_features = torch.empty(features.shape, dtype=dtype, device=features.device)
+    variant.launch(
+        (tokens, triton.cdiv(channels, constants["BLOCK_C"])),
+        *(grad, positions, query_positions, power, normals),
+        *inverse_lists(neighbor_index, tokens),
+        *(d_features, k, channels // constants["UNIT"], eps),
+    )
+    if not learn_power:
+        return d_features, torch.zeros_like(power)
+    total = partial.sum(dtype=torch.float64)  # similar terms, which may cancel
+    return d_features, total.to(power.dtype).reshape(power.shape)
+
+
+def _contiguous(*tensors):
+    return [x.contiguous() for x in tensors]
