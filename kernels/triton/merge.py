@@ -344,7 +344,7 @@ def _backward_variant(dtype, dimensions, full, size, channels, parts):
     """`size`: tokens of a cluster, about; `parts`: "features", "net" or "both"."""
     block = _block(channels, 64 if dtype == torch.float32 else 128)
     chunk = min(block, 32 if dtype == torch.float32 or size <= 1 else 64)
-    if dtype == torch.float32 and parts == "net":
+    if parts == "net" and (dtype == torch.float32 or _unit(channels) == 1):
         chunk = 16
     f32, i32 = torch.float32, torch.int32
     return Variant(
@@ -373,7 +373,7 @@ def _backward_variant(dtype, dimensions, full, size, channels, parts):
 
 def _backward_parts(dtype, channels):
     """What one kernel computes together: all, where it fits the registers."""
-    together = dtype == torch.bfloat16 and channels <= _MAX_TOGETHER
+    together = dtype == torch.bfloat16 and channels <= _MAX_TOGETHER and _unit(channels) > 1
     return ("both",) if together else ("features", "net")
 
 
