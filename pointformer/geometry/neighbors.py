@@ -90,7 +90,7 @@ def nearest_clusters(
         count if size <= global_size else min(num_clusters, count)
         for size, count in zip(sizes, counts, strict=True)
     )
-    width = max(limits, default=0)
+    width = max((0, *limits))
     chosen = choose(
         "nearest_clusters",
         impl,

@@ -163,8 +163,8 @@ def _triton_lacks(sides: Sequence[tuple[float, ...]], lattice: bool) -> str | No
 def _map_fits(sizes: tuple[int, ...], sides: Sequence[tuple[float, ...]]) -> bool:
     """Whether the fused op for lattices can run: it maps the canvas and packs keys in 64 bits."""
     cells = sum([math.prod(row) for row in sides])
-    bits = len(sizes).bit_length() + max(sizes, default=0).bit_length()
-    return cells <= _CELLS_PER_TOKEN * (sum(sizes) + 1024) and bits <= _KEY_BITS
+    keys = 4 * len(sizes) * max((0, *sizes))  # at least what the two parts' whole bits can hold
+    return cells <= _CELLS_PER_TOKEN * (sum(sizes) + 1024) and keys <= 2**_KEY_BITS
 
 
 def _lattice_parts(
