@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pointformer._files import atomic_path
+from pointformer.data.annotations import Category
 from pointformer.models.config import config_from
 from pointformer.models.model import Model
 
@@ -35,6 +36,7 @@ def save_model(model: Model, path: str | os.PathLike) -> None:
         "head": model.head_name,
         "head_options": model.head_options,
         "task": model.task,
+        "categories": model.categories and [dataclasses.asdict(c) for c in model.categories],
         "num_classes": model.num_classes,
         "config": dataclasses.asdict(model.config),
     }
@@ -58,6 +60,7 @@ def load_model(path: str | os.PathLike, **overrides: object) -> Model:
             description["head"],
             description["num_classes"],
             task=description.get("task"),
+            categories=_categories(description.get("categories")),
             **description.get("head_options", {}),
         )
     except KeyError as error:
@@ -66,6 +69,10 @@ def load_model(path: str | os.PathLike, **overrides: object) -> Model:
         raise CheckpointError(f"{path}: {error}") from None
     load_state(model, state, source=path)
     return model.eval()
+
+
+def _categories(rows: list[dict] | None) -> list[Category] | None:
+    return rows and [Category(**row | {"color": tuple(row["color"])}) for row in rows]
 
 
 def _read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:

@@ -1,4 +1,4 @@
-"""Running mask heads on pictures of any size: test-time augmentation and tiles."""
+"""Running models on pictures: what they see, with test-time augmentation and in tiles."""
 
 from __future__ import annotations
 
@@ -9,8 +9,56 @@ from torch import Tensor, nn
 
 from pointformer.models.mask2former import MaskPredictions
 from pointformer.models.model import Model
-from pointformer.models.postprocess import semantic_scores
+from pointformer.models.postprocess import (
+    Instances,
+    Panoptic,
+    instances,
+    panoptic,
+    semantic_scores,
+)
 from pointformer.tiling import tiles
+
+
+def predict(
+    model: Model, image: Tensor, *, top: int = 100, min_score: float | None = None
+) -> Instances | Panoptic | Tensor:
+    """What a mask model sees in one image, by its task.
+
+    Args:
+        model: with a mask head and a task.
+        image: (3, H, W), normalized.
+        top: pairs of query and class that become objects, for the task "instance".
+        min_score: objects and segments with less are left out; default 0 and 0.8.
+
+    Returns:
+        `Instances`, `Panoptic`, or the class of each pixel, (H, W) int64.
+
+    Raises:
+        ValueError: the model has no task, or its head makes no masks.
+    """
+    with torch.inference_mode():
+        predictions = model(image[None])
+        if not isinstance(predictions, MaskPredictions) or model.task is None:
+            raise ValueError(
+                f"model: expected a mask head and a task, got {model.name} with head "
+                f"{model.head_name!r} and task {model.task!r}"
+            )
+        sizes = [tuple(image.shape[1:])]
+        if model.task == "semantic":
+            return semantic_scores(predictions, sizes)[0].argmax(0)
+        if model.task == "instance":
+            return instances(
+                predictions, sizes, top=top, min_score=min_score or 0.0, things=things_of(model)
+            )[0]
+        threshold = 0.8 if min_score is None else min_score
+        return panoptic(predictions, sizes, things=things_of(model), min_score=threshold)[0]
+
+
+def things_of(model: Model) -> list[int]:
+    """The countable classes of a model; all of them where it has no category table."""
+    if model.categories is None:
+        return list(range(model.num_classes))
+    return [number for number, category in enumerate(model.categories) if category.is_thing]
 
 
 @torch.inference_mode()

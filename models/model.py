@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pointformer.data.annotations import Category
 from pointformer.models.aff import AFF
 from pointformer.models.config import AFFConfig, GridConfig, SwinConfig
 from pointformer.models.grid import GridBackbone
@@ -49,6 +50,7 @@ class Model(nn.Module):
         head: maps the stages to the output of `forward`.
         task: "semantic", "instance" or "panoptic", what masks are turned into; `None` where the
             head makes none.
+        categories: names, colors and countability of the K classes, or `None`.
         head_options: the options that the head was made with.
         preprocess: normalization of raw images; not applied by `forward`.
     """
@@ -61,6 +63,7 @@ class Model(nn.Module):
         num_classes: int,
         impl: str | None = None,
         task: str | None = None,
+        categories: Sequence[Category] | None = None,
         **head_options: object,
     ) -> None:
         super().__init__()
@@ -68,6 +71,10 @@ class Model(nn.Module):
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
         if task is not None and task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        if categories is not None and len(categories) != num_classes:
+            raise ValueError(
+                f"categories: expected one for each of {num_classes} classes, got {len(categories)}"
+            )
         self.name = name
         self.head_name = head
         self.num_classes = num_classes
@@ -82,6 +89,7 @@ class Model(nn.Module):
         self.head = HEADS[head](self.config, num_classes, **head_options)
         self.head_options = head_options
         self.task = task
+        self.categories = None if categories is None else tuple(categories)
         self.preprocess = Preprocess()
 
     @property

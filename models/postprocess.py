@@ -41,6 +41,24 @@ class Instances:
                 boxes[n] = torch.stack(ends)
         return boxes
 
+    def painted(self) -> Panoptic:
+        """A map without overlaps, better objects on top of worse ones; hidden ones are left out."""
+        size = self.masks.shape[1:]
+        owner = torch.zeros(size, dtype=torch.int64, device=self.masks.device)
+        for n in reversed(range(len(self.masks))):
+            owner[self.masks[n]] = n + 1
+        areas = torch.bincount(owner.flatten(), minlength=len(self.masks) + 1)[1:]
+        visible = areas > 0
+        number = torch.cat([visible.new_zeros(1), visible.cumsum(0) * visible])
+        segments = [
+            Segment(
+                int(number[n + 1]), int(self.classes[n]), float(self.scores[n]), int(area), True
+            )
+            for n, area in enumerate(areas)
+            if area > 0
+        ]
+        return Panoptic(number[owner].int(), tuple(segments))
+
 
 @dataclass(frozen=True)
 class Segment:

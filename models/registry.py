@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 
+from pointformer.data.annotations import Category
 from pointformer.models.checkpoints import load_model
 from pointformer.models.config import CONFIGS, AFFConfig
 from pointformer.models.heads import HEADS
@@ -34,6 +36,7 @@ def create_model(
     head: str | None = None,
     impl: str | None = None,
     task: str | None = None,
+    categories: Sequence[Category] | None = None,
     **overrides: object,
 ) -> Model:
     """A model by name.
@@ -47,6 +50,7 @@ def create_model(
             `TokenSet`s, for decoders), "mask2former" or "hcformer" (a class and a mask per query).
         impl: implementation of the ops, see `pointformer.ops`.
         task: "semantic", "instance" or "panoptic": what the masks of a head are turned into.
+        categories: names, colors and countability of the classes, for pictures and panoptic maps.
         overrides: fields of `AFFConfig`, for example `rate=0.2`, `alpha=8`, `patch_stride=2`, or of
             `SwinConfig`, and options of the head, for example `queries=250`.
 
@@ -64,7 +68,7 @@ def create_model(
             overrides.setdefault("neighborhood_size", min(config.neighborhood_size))
         config = config.override(**overrides)
         num_classes = 1000 if num_classes is None else num_classes
-        return Model(name, config, head, num_classes, impl, task, **options)
+        return Model(name, config, head, num_classes, impl, task, categories, **options)
     weights = {p.stem.split(".", 1)[1]: p for p in sorted(_WEIGHTS.glob(f"{name}.*.safetensors"))}
     tag = next(iter(weights), None) if pretrained is True else pretrained
     if tag not in weights:

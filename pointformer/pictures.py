@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from pointformer.models.aff import StageOutput
+
+if TYPE_CHECKING:
+    from pointformer.data.annotations import Category
+    from pointformer.segmentation import Segmentation
 
 _GAP, _CAPTION, _PANEL = 8, 24, 400
 # Dark to light and evenly spaced in lightness, so that it reads in grey as well.
@@ -30,6 +36,40 @@ def outline(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     color = 1 - np.clip(np.minimum(phase % 6, 4 - phase % 6), 0, 1)
     picture[rim] = (80 + 175 * color).astype(np.uint8)
     return picture
+
+
+def overlay(result: Segmentation) -> Image.Image:
+    """What `segment` found: outlines, and colors with a legend where the classes have names."""
+    picture = result.image
+    if result.categories is None:
+        return Image.fromarray(outline(picture, result.labels))
+    colors = np.array([(0, 0, 0), *(result.categories[c].color for c in result.classes)])
+    tinted = picture * 0.5 + colors[result.labels] * 0.5
+    picture = np.where(result.labels[..., None] > 0, tinted, picture).astype(np.uint8)
+    picture = outline(picture, result.labels)
+    shown = [result.categories[number] for number in sorted(set(result.classes))]
+    return _with_legend(Image.fromarray(picture), shown)
+
+
+def _with_legend(picture: Image.Image, categories: Sequence[Category]) -> Image.Image:
+    """The picture above a row of color keys, in as many lines as its width needs."""
+    font = ImageFont.load_default(14)
+    places, x, y = [], _GAP, _GAP
+    for category in categories:
+        width = 20 + round(font.getlength(category.name)) + 2 * _GAP
+        if x + width > picture.width and x > _GAP:
+            x, y = _GAP, y + 20
+        places.append((x, y))
+        x += width
+    height = y + 20 + _GAP if categories else 0
+    sheet = Image.new("RGB", (picture.width, picture.height + height), "white")
+    sheet.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for (x, y), category in zip(places, categories, strict=True):
+        y += picture.height
+        draw.rectangle((x, y + 2, x + 14, y + 16), fill=category.color, outline="black")
+        draw.text((x + 20, y), category.name, "black", font)
+    return sheet
 
 
 def heat(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From a picture to objects: the dense three-class model and what is read off its map."""
+"""From a picture to objects, or to regions: by the dense three-class model, or by a mask model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pointformer.data.annotations import Category
 from pointformer.data.images import read_image
+from pointformer.tiling import stitch, tiles
 
 if TYPE_CHECKING:
     from pointformer.models import Model
@@ -33,8 +35,8 @@ class Segmentation:
 
     Attributes:
         image: (H, W, 3) uint8, what was segmented.
-        labels: (H, W) int32, 0 is background, 1..N the objects.
-        tokens: number of tokens in each stage of the backbone.
+        labels: (H, W) int32, 0 is background, 1..N the objects (or regions of one class).
+        tokens: number of tokens in each stage of the backbone, summed over tiles.
         seconds: time for the network and for reading the objects off its map.
     """
 
@@ -42,10 +44,21 @@ class Segmentation:
     labels: np.ndarray
     tokens: tuple[int, ...]
     seconds: float
+    classes: tuple[int, ...] = ()
+    """The class of each object, by id - 1."""
+    scores: tuple[float, ...] = ()
+    """The confidence of each object, by id - 1; 1 where the model has none."""
+    categories: tuple[Category, ...] | None = None
+    """Names and colors of the classes, if the model has them."""
 
     @property
     def count(self) -> int:
         return int(self.labels.max(initial=0))
+
+    def class_name(self, id: int) -> str:
+        """Name of an object's class, or its number where the model has no names."""
+        number = self.classes[id - 1]
+        return str(number) if self.categories is None else self.categories[number].name
 
     def objects(self) -> list[ObjectMeasure]:
         """Area, centroid and box of every object, by id."""
@@ -90,32 +103,88 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
 
 
 def segment(
-    model: Model, image: str | os.PathLike[str] | np.ndarray | torch.Tensor
+    model: Model,
+    image: str | os.PathLike[str] | np.ndarray | torch.Tensor,
+    *,
+    tile: int | None = None,
+    overlap: int = 64,
+    min_score: float = 0.5,
 ) -> Segmentation:
-    """Find the objects in one picture.
+    """Find the objects, or the regions, in one picture.
 
     Args:
-        model: a model with the head "dense" and three classes (background, inside, border), such
-            as `create_model("aff_nano", pretrained="nuclei")`.
+        model: with the head "dense" and three classes (background, inside, border), such as
+            `create_model("aff_nano", pretrained="nuclei")`, or with a mask head and a task.
         image: a file, a uint8 array (H, W) or (H, W, 3), or a uint8 tensor (3, H, W).
+        tile: side of the largest window in pixels, for pictures larger than memory; objects are
+            joined across windows. `None`: the whole picture at once.
+        overlap: of the windows, in pixels: at least the size of an object.
+        min_score: confidence that objects and segments of mask models need.
 
     Raises:
         ValueError, TypeError: the image is unreadable or no picture, or the model has another head.
     """
-    from pointformer.instances import instances_from_logits
-
-    if model.head_name != "dense" or model.num_classes != 3:
+    if model.task is None and not _finds_nuclei(model):
         raise ValueError(
-            f"model: expected a dense head with 3 classes, got {model.name} with head "
-            f"{model.head_name!r} and {model.num_classes} classes"
+            f"model: expected a dense head with 3 classes, or a mask head and a task, got "
+            f"{model.name} with head {model.head_name!r} and {model.num_classes} classes"
         )
     pixels = as_rgb(image)
     start = time.perf_counter()
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        batch = model.preprocess(to_tensor(pixels).to(device))[None]
-        stages = model.backbone(batch)
-        logits = model.head(stages, batch, model.backbone.impl)[0]
-    labels = instances_from_logits(logits.float().cpu().numpy())
+    height, width = pixels.shape[:2]
+    windows = tiles(height, width, tile or max(height, width), overlap if tile else 0)
+    batch = to_tensor(pixels)
+    found = [_segment_window(model, batch[:, *window.window], min_score) for window in windows]
+    labels, classes, scores, tokens = found[0]
+    if len(windows) > 1:
+        parts = [(w, ids, kinds) for w, (ids, kinds, _, _) in zip(windows, found, strict=True)]
+        labels, sources = stitch((height, width), parts)
+        classes = [parts[joined[0][0]][2][joined[0][1] - 1] for joined in sources]
+        scores = [max(found[part][2][item - 1] for part, item in joined) for joined in sources]
+        tokens = [sum(counts) for counts in zip(*(part[3] for part in found), strict=True)]
     seconds = time.perf_counter() - start
-    return Segmentation(pixels, labels, tuple(s.tokens.num_tokens for s in stages), seconds)
+    return Segmentation(
+        pixels, labels, tuple(tokens), seconds, tuple(classes), tuple(scores), model.categories
+    )
+
+
+def _finds_nuclei(model: Model) -> bool:
+    """Whether instances are read off a map of background, inside and border."""
+    return model.head_name == "dense" and model.num_classes == 3 and model.task is None
+
+
+def _segment_window(
+    model: Model, image: torch.Tensor, min_score: float
+) -> tuple[np.ndarray, list[int], list[float], list[int]]:
+    """Ids (H, W) of a uint8 image (3, H, W), class and score of each, and tokens per stage."""
+    from pointformer.instances import instances_from_logits
+    from pointformer.models.inference import predict
+    from pointformer.models.postprocess import Instances, Panoptic
+
+    device = next(model.parameters()).device
+    counts: list[int] = []
+
+    def count(module: torch.nn.Module, inputs: object, stages: list) -> None:
+        counts.extend(stage.tokens.num_tokens for stage in stages)
+
+    hook = model.backbone.register_forward_hook(count)
+    try:
+        with torch.inference_mode():
+            pixels = model.preprocess(image.to(device))
+            if _finds_nuclei(model):
+                logits = model(pixels[None])[0]
+                labels = instances_from_logits(logits.float().cpu().numpy())
+                objects = int(labels.max(initial=0))
+                return labels, [0] * objects, [1.0] * objects, counts
+            result = predict(model, pixels, min_score=min_score)
+    finally:
+        hook.remove()
+    if isinstance(result, Instances):
+        result = result.painted()
+    if isinstance(result, Panoptic):
+        kinds = [segment.category for segment in result.segments]
+        scores = [segment.score for segment in result.segments]
+        return result.ids.cpu().numpy(), kinds, scores, counts
+    classes, labels = np.unique(result.cpu().numpy(), return_inverse=True)
+    labels = (labels.reshape(result.shape) + 1).astype(np.int32)
+    return labels, classes.tolist(), [1.0] * len(classes), counts

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pointformer import segment
-from pointformer.data import read_image, read_instances
+from pointformer.data import Category, read_image, read_instances
 from pointformer.metrics import average_precision
 from pointformer.models import create_model, list_models
-from pointformer.pictures import focus_picture, heat, outline
+from pointformer.pictures import focus_picture, heat, outline, overlay
 from pointformer.segmentation import as_rgb, to_tensor
 
 EXAMPLE = Path(__file__).parents[1] / "docs/nuclei.png"
@@ -104,3 +104,48 @@ def test_focus_picture_has_a_panel_per_merge(nuclei_model, result):
     assert heat(np.array([0.0, 0.5, 1.0])).sum(-1).tolist() == sorted(
         heat(np.array([0.0, 0.5, 1.0])).sum(-1).tolist()
     )
+
+
+# Mask models -----------------------------------------------------------------------------------
+
+CATEGORIES = (
+    Category(1, "nucleus", True, (220, 60, 60)),
+    Category(2, "tissue", False, (60, 160, 60)),
+)
+
+
+@pytest.fixture(scope="module", params=["semantic", "instance", "panoptic"])
+def mask_model(request):
+    torch.manual_seed(0)
+    return create_model(
+        "aff_nano", head="hcformer", num_classes=2, task=request.param, categories=CATEGORIES,
+        queries=6, dim=32, hidden=32, decoder_layers=1,
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", [None, 96])
+def test_mask_models_give_ids_with_classes(mask_model, tile):
+    result = segment(mask_model, EXAMPLE, tile=tile, overlap=32, min_score=0.1)
+    assert result.labels.shape == result.image.shape[:2]
+    assert len(result.classes) == len(result.scores) == result.count
+    assert set(np.unique(result.labels)) <= set(range(result.count + 1))
+    if mask_model.task == "semantic":
+        assert (result.labels > 0).all()
+        assert len(set(result.classes)) == len(result.classes)
+    for number in range(1, result.count + 1):
+        assert result.class_name(number) in ("nucleus", "tissue")
+    picture = overlay(result)
+    assert picture.width == result.image.shape[1]
+    assert picture.height > result.image.shape[0] or result.count == 0
+
+
+def test_tiles_of_a_dense_model_find_the_same_nuclei(nuclei_model, result):
+    tiled = segment(nuclei_model, EXAMPLE, tile=160, overlap=48)
+    score = average_precision([(tiled.labels, result.labels)])
+    assert score.at(0.5) > 0.85
+
+
+def test_a_mask_model_without_a_task_is_an_error():
+    model = create_model("aff_nano", head="hcformer", num_classes=2, queries=2, decoder_layers=1)
+    with pytest.raises(ValueError, match="or a mask head and a task"):
+        segment(model.eval(), EXAMPLE)

@@ -1,7 +1,8 @@
 """Find the objects in pictures.
 
-Writes, for each picture STEM: STEM_overlay.png (objects outlined), STEM_labels.png (16-bit ids),
-STEM_objects.csv (id, area, centroid, box) and STEM_summary.json (count, time, tokens per stage).
+Writes, for each picture STEM: STEM_overlay.png (objects outlined, or classes in colors with a
+legend), STEM_labels.png (16-bit ids), STEM_objects.csv (id, class, score, area, centroid, box) and
+STEM_summary.json (count, time, tokens per stage).
 """
 
 from __future__ import annotations
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob pattern")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    parser.add_argument(
+        "--tile", type=int, metavar="PIXELS", help="work in windows of this side (large pictures)"
+    )
+    parser.add_argument(
+        "--overlap", type=int, default=64, metavar="PIXELS", help="of the windows (default: 64)"
+    )
+    parser.add_argument(
+        "--min-score", type=float, default=0.5, help="of objects of mask models (default: 0.5)"
+    )
     add_model_arguments(parser)
 
 
@@ -44,7 +54,13 @@ def run(options: argparse.Namespace) -> int:
     failures = 0
     for path in tqdm(paths, disable=len(paths) == 1, unit="image"):
         try:
-            result = segment(model, path)
+            result = segment(
+                model,
+                path,
+                tile=options.tile,
+                overlap=options.overlap,
+                min_score=options.min_score,
+            )
             write(result, path.stem, options.out, options.model)
         except ValueError as error:
             failures += 1
@@ -66,23 +82,28 @@ def write(result: Segmentation, stem: str, folder: Path, model: str) -> None:
     import numpy as np
     from PIL import Image
 
-    from pointformer.pictures import outline
+    from pointformer.pictures import overlay
 
     if result.count > np.iinfo(np.uint16).max:
         raise ValueError(f"{stem}: {result.count} objects do not fit 16-bit ids")
     with contextlib.ExitStack() as files:
-        overlay, labels, objects, summary = (
+        picture, labels, objects, summary = (
             files.enter_context(atomic_path(folder / f"{stem}_{name}"))
             for name in ("overlay.png", "labels.png", "objects.csv", "summary.json")
         )
-        Image.fromarray(outline(result.image, result.labels)).save(overlay)
+        overlay(result).save(picture)
         Image.fromarray(result.labels.astype(np.uint16)).save(labels)
         with objects.open("w", newline="") as file:
             rows = csv.writer(file)
-            rows.writerow(["id", "area", "x", "y", "left", "top", "right", "bottom"])
+            rows.writerow(
+                ["id", "class", "score", "area", "x", "y", "left", "top", "right", "bottom"]
+            )
             for item in result.objects():
                 x, y = item.centroid
-                rows.writerow([item.id, item.area, f"{x:.2f}", f"{y:.2f}", *item.box])
+                kind, score = result.class_name(item.id), result.scores[item.id - 1]
+                rows.writerow(
+                    [item.id, kind, f"{score:.3f}", item.area, f"{x:.2f}", f"{y:.2f}", *item.box]
+                )
         height, width = result.labels.shape
         description = {
             "image": stem,
