@@ -49,9 +49,9 @@ options = st.fixed_dictionaries(
 
 
 @given(
-    sample=tokens(max_size=12, max_samples=3),
-    cluster_size=st.sampled_from([3, 8, 20]),
-    radius=st.integers(1, 4),
+    sample=tokens(max_size=12, max_samples=2),
+    cluster_size=st.sampled_from([4, 8, 20]),
+    radius=st.integers(1, 3),
     drop=st.sampled_from([0.0, 0.3]),
     options=options,
 )
@@ -75,7 +75,7 @@ def test_merge_is_as_accurate_as_eager(sample, cluster_size, radius, drop, optio
 
 
 @given(
-    sample=tokens(max_size=5, max_samples=2), k=st.integers(1, 20), elsewhere=st.booleans(),
+    sample=tokens(max_size=4, max_samples=2), k=st.integers(1, 20), elsewhere=st.booleans(),
     options=options,
 )  # fmt: skip
 def test_point_conv_is_as_accurate_as_eager(sample, k, elsewhere, options):
