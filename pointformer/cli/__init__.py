@@ -1,4 +1,4 @@
-"""The command line: `pointformer segment | focus | models | profile`."""
+"""The command line: `pointformer segment | evaluate | focus | models | profile`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pointformer.cli import focus, models, profile, segment
+from pointformer.cli import evaluate, focus, models, profile, segment
 
-_COMMANDS = {"segment": segment, "focus": focus, "models": models, "profile": profile}
+_COMMANDS = {
+    "segment": segment,
+    "evaluate": evaluate,
+    "focus": focus,
+    "models": models,
+    "profile": profile,
+}
 
 
 def _parser() -> argparse.ArgumentParser:

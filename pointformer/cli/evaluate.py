@@ -1,0 +1,98 @@
+"""Score a model on an annotated data set.
+
+Formats: "folder" (SPLIT/images beside SPLIT/labels or SPLIT/instances), "ade20k", "cityscapes",
+"coco" and "coco-panoptic" (with --annotations for the JSON and DATA for the pictures).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pointformer._files import atomic_path
+from pointformer.cli.common import add_model_arguments, model_from
+
+if TYPE_CHECKING:
+    from pointformer.data.annotations import Dataset
+
+_FORMATS = ("folder", "ade20k", "cityscapes", "coco", "coco-panoptic")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
+    parser.add_argument("--format", choices=_FORMATS, default="folder", help="default: folder")
+    parser.add_argument("--split", default="val", help="default: val")
+    parser.add_argument(
+        "--task",
+        choices=("semantic", "instance", "panoptic"),
+        help="default: the model's, or instance",
+    )
+    parser.add_argument("--annotations", type=Path, help="JSON file of COCO's formats")
+    parser.add_argument(
+        "--segments", type=Path, help="folder of the PNGs of coco-panoptic (default: beside JSON)"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out unreadable annotations and list them"
+    )
+    parser.add_argument("--limit", type=int, help="score only the first so many pictures")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="of mirrored copies")
+    parser.add_argument("--flip", action="store_true", help="also look at mirrored pictures")
+    parser.add_argument("--tile", type=int, metavar="PIXELS", help="work in windows of this side")
+    parser.add_argument("--json", type=Path, help="write the scores to this file too")
+    add_model_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from itertools import islice
+
+    from tqdm import tqdm
+
+    from pointformer.evaluation import evaluate
+
+    model = model_from(options, 2)
+    task = options.task or model.task or "instance"
+    dataset = _dataset(options, task, model)
+    total = min(len(dataset), options.limit or len(dataset))
+    bar = tqdm(islice(dataset, options.limit), total=total, unit="image")
+    scores = evaluate(
+        model,
+        dataset,
+        task,
+        annotations=bar,
+        scales=options.scales,
+        flip=options.flip,
+        tile=options.tile,
+    )
+    for name, value in scores.items():
+        print(f"{name:40} {100 * value:6.2f}")
+    if dataset.skipped:
+        print(f"{len(dataset.skipped)} skipped:", file=sys.stderr)
+        for problem in dataset.skipped.values():
+            print(f"  {problem}", file=sys.stderr)
+    if options.json is not None:
+        content = {"model": options.model, "task": task, "images": total, "scores": scores}
+        content["skipped"] = dataset.skipped
+        with atomic_path(options.json) as path:
+            path.write_text(json.dumps(content, indent=2) + "\n")
+    return 0
+
+
+def _dataset(options: argparse.Namespace, task: str, model) -> Dataset:
+    from pointformer import data
+
+    bad = {"skip_bad": options.skip_bad}
+    if options.format.startswith("coco"):
+        if options.annotations is None:
+            raise ValueError(f"--annotations: --format {options.format} needs its JSON file")
+        if options.format == "coco":
+            return data.read_coco_instances(options.annotations, options.data, **bad)
+        folder = options.segments or options.annotations.with_suffix("")
+        return data.read_coco_panoptic(options.annotations, folder, options.data, **bad)
+    if options.format == "ade20k":
+        return data.read_ade20k(options.data, options.split, **bad)
+    if options.format == "cityscapes":
+        return data.read_cityscapes(options.data, options.split, task, **bad)
+    return data.read_folder(options.data, options.split, task, categories=model.categories, **bad)
