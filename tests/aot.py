@@ -86,6 +86,11 @@ def traits(variant, target):
     return {"target": target, **constants, **launch, **types}
 
 
+def identity(variant):
+    """The same for variants that compile to the same code."""
+    return variant.name, json.dumps(traits(variant, ""), sort_keys=True), variant.fp_fusion
+
+
 def pairwise(cases):
     """A part of (variant, target) cases in which every pair of two traits of a kernel occurs."""
 
@@ -134,9 +139,10 @@ def main():
         parser.error("TRITON_INTERPRET=1 is set: kernels cannot be compiled while interpreting")
     part, parts = (int(number) for number in arguments.part.split("/"))
     for module in arguments.modules or modules():
+        unique = {identity(variant): variant for variant in _module(module).variants()}
         cases = [
             (variant, target)
-            for variant in _module(module).variants()
+            for variant in unique.values()
             for target in arguments.targets.split(",")
         ]
         chosen = list(pairwise(cases)) if arguments.pairwise else cases
