@@ -1,10 +1,16 @@
 """Neighborhood attention on the CPU: fused loops over clusters, eight keys per vector.
 
 Keys are taken in *blocks*: up to eight consecutive tokens of one cluster, of which it has
-`ceil(cluster_size / 8)`. Keys (and values, backward) are first packed as (block, head, channel, 8),
-so that one vector holds one channel of a block, positions as (block, D + 1, 8), where the last row
-is a mask: 0 for a token, a very low logit for a missing one. What belongs to a token and its
-neighborhood lives in scratch memory of one chunk of tokens and is never written out.
+`ceil(cluster_size / 8)`. A block is first packed so that no vector is loaded twice and few numbers
+are spread over one: as *columns* (head, block, d / 2, 8 tokens, 2 channels) for products with a
+query, as *rows* (head, block, 2, d, 4 tokens) for sums over tokens, with zeros for missing ones.
+Positions are packed as (block, D + 1, 8), where the last row is a mask: 0 for a token, a very low
+logit for a missing one. What one head reads for consecutive tokens then lies together and stays in
+the fastest cache.
+
+What belongs to a token and its neighborhood lives in scratch memory of a few tokens and is never
+written out. Those tokens take every step of the softmax together, because the steps of a single one
+would wait for each other. Two blocks share a vector of 16.
 
 Logits are in units of log2, because exp2 is the cheaper function. Of the softmax only the largest
 logit and the inverse of the sum are kept: two numbers, because one (the log-sum-exp) would lose the
@@ -21,17 +27,28 @@ from numba import njit, prange
 from pointformer.kernels.cpu.inverse import inverse_lists
 from pointformer.kernels.cpu.runtime import kernel
 from pointformer.kernels.cpu.simd import (
+    add_neighbors,
     exp2,
     f32,
     fma,
     hmax,
     hsum,
+    interleave_pairs,
+    interleave_quads,
+    keep,
     load,
-    load_transposed,
+    load16,
+    load_pair16,
+    load_quad16,
+    low8,
     maximum,
+    pointer,
+    prefetch,
     splat,
+    splat16,
     sqrt,
     store,
+    where_less,
     where_positive,
     zero,
 )
@@ -39,6 +56,7 @@ from pointformer.kernels.cpu.simd import (
 BATCH = 64  # queries of a cluster that the backward pass takes at a time
 SPARE = 5  # blocks that scratch memory of logits has beyond those of a neighborhood
 CHUNK = 16  # tokens per unit of work; small, so that one small image still fills the threads
+GROUP = 8  # tokens that the forward pass takes together
 LOG2_E = f32(1.4426950408889634)
 MISSING = f32(-1e30)
 
@@ -59,13 +77,16 @@ class Shape(NamedTuple):
 class Rows(NamedTuple):
     """A (T, H, d) tensor as flat memory; channels are contiguous."""
 
-    data: np.ndarray
+    data: np.ndarray  # or a pointer
     token_stride: int
     head_stride: int
 
 
 class Bias(NamedTuple):
-    """What the logits and outputs have besides queries, keys and values; zeros where absent."""
+    """What the logits and outputs have besides queries, keys and values; zeros where absent.
+
+    Arrays, or pointers to their elements.
+    """
 
     position_weight: np.ndarray  # (H * F)
     position_bias: np.ndarray  # (H)
@@ -75,20 +96,64 @@ class Bias(NamedTuple):
 
 
 @njit(forceinline=True)
-def pack_rows(rows, cluster, offsets, shape, packed):
-    """Transpose the tokens of a cluster into blocks; a block without tokens stays unwritten."""
+def rows_of(tensor):
+    return Rows(pointer(tensor.data), tensor.token_stride, tensor.head_stride)
+
+
+@njit(forceinline=True)
+def bias_of(bias):
+    return Bias(
+        pointer(bias.position_weight),
+        pointer(bias.position_bias),
+        pointer(bias.blank_key),
+        pointer(bias.blank_value),
+        bias.has_blank,
+    )
+
+
+@njit(forceinline=True)
+def packed_at(head, block, shape):
+    """Where a block starts in a packed tensor."""
+    return (head * shape.clusters * shape.cluster_blocks + block) * shape.channels * 8
+
+
+@njit(forceinline=True)
+def pack_columns(tensor, cluster, offsets, shape, packed):
+    """Pack the tokens of a cluster; a block without any stays unwritten."""
     for part in range(shape.cluster_blocks):
         first = offsets[cluster] + 8 * part
-        last = min(offsets[cluster + 1] - first, 8) - 1
-        at = (cluster * shape.cluster_blocks + part) * shape.heads * shape.channels * 8
-        if last >= 0:
+        count = offsets[cluster + 1] - first
+        if count > 0:
             for head in range(shape.heads):
-                source = first * rows.token_stride + head * rows.head_stride
+                to = packed_at(head, cluster * shape.cluster_blocks + part, shape)
+                at = first * tensor.token_stride + head * tensor.head_stride
                 for channel in range(0, shape.channels, 8):
-                    load_transposed(
-                        rows.data, source + channel, rows.token_stride, last, packed, at
-                    )
-                    at += 64
+                    interleave_pairs(
+                        tensor.data, at + channel, tensor.token_stride, count,
+                        packed, to + channel * 8,
+                    )  # fmt: skip
+
+
+@njit(forceinline=True)
+def pack_rows(tensor, cluster, offsets, shape, packed):
+    """Pack the tokens of a cluster; a block without any stays unwritten."""
+    for part in range(shape.cluster_blocks):
+        first = offsets[cluster] + 8 * part
+        count = offsets[cluster + 1] - first
+        if count > 0:
+            for head in range(shape.heads):
+                to = packed_at(head, cluster * shape.cluster_blocks + part, shape)
+                at = first * tensor.token_stride + head * tensor.head_stride
+                for half in range(2):
+                    rows = max(count - 4 * half, 0)
+                    if rows > 0:
+                        at += 4 * half * tensor.token_stride
+                    for channel in range(0, shape.channels, 8):
+                        interleave_quads(
+                            tensor.data, at + channel, tensor.token_stride, rows,
+                            packed, to + channel * 4,
+                        )  # fmt: skip
+                    to += 4 * shape.channels
 
 
 @njit(forceinline=True)
@@ -107,180 +172,159 @@ def pack_positions(positions, cluster, offsets, shape, points):
 
 
 @njit(forceinline=True)
-def list_blocks(cluster_index, token, offsets, shape, blocks, rows, counts):
-    """The blocks of a token's neighborhood: number, first row and tokens of each; how many."""
-    found = 0
+def list_blocks(cluster_index, token, offsets, shape, blocks, at):
+    """Write the blocks of a token's neighborhood from place `at` of a list; how many."""
+    found = at
     for slot in range(token * shape.radius, (token + 1) * shape.radius):
         cluster = cluster_index[slot]
         if cluster >= 0:
-            end = offsets[cluster + 1]
+            tokens = offsets[cluster + 1] - offsets[cluster]
             for part in range(shape.cluster_blocks):
-                row = offsets[cluster] + 8 * part
-                if row < end:
+                if 8 * part < tokens:
                     blocks[found] = cluster * shape.cluster_blocks + part
-                    rows[found] = row
-                    counts[found] = min(end - row, 8)
                     found += 1
-    return found
+    return found - at
+
+
+@njit(forceinline=True)
+def phi_size(count, shape):
+    """Scratch memory for the relative positions of `count` blocks: (pair, 1 + F, 2 blocks, 8)."""
+    return (count + 1) // 2 * (1 + shape.features) * 16
+
+
+@njit(forceinline=True)
+def phi_at(block, shape):
+    """Where the relative positions of a neighborhood's block start; 16 from one to the next."""
+    return block // 2 * (1 + shape.features) * 16 + block % 2 * 8
 
 
 @njit(forceinline=True)
 def relate(positions, token, points, block, shape, phi, at):
     """Write the mask and the relative position features of a block: `1 + F` vectors."""
     source = block * (shape.dimensions + 1) * 8
+    here = token * shape.dimensions
+    x = load(points, source) - splat(positions[here])
+    y = load(points, source + 8) - splat(positions[here + 1])
     store(phi, at, load(points, source + shape.dimensions * 8))
     if shape.features == 0:
         return
-    squared = zero()
-    for axis in range(shape.dimensions):
-        here = splat(positions[token * shape.dimensions + axis])
-        delta = load(points, source + axis * 8) - here
-        store(phi, at + 8 + axis * 8, delta)
-        squared = fma(delta, delta, squared)
+    store(phi, at + 16, x)
+    store(phi, at + 32, y)
+    squared = fma(y, y, x * x)
+    z = zero()
+    if shape.dimensions == 3:
+        z = load(points, source + 16) - splat(positions[here + 2])
+        store(phi, at + 48, z)
+        squared = fma(z, z, squared)
     if shape.features > shape.dimensions:
         distance = sqrt(squared)
         inverse = where_positive(squared, splat(f32(1.0)) / distance, zero())
-        direction = at + 16 + shape.dimensions * 8
-        store(phi, direction - 8, distance)
-        for axis in range(shape.dimensions):
-            # In 2-D the sine (y) comes first.
-            column = 1 - axis if shape.dimensions == 2 else axis
-            delta = load(phi, at + 8 + axis * 8)
-            store(phi, direction + column * 8, delta * inverse)
+        if shape.dimensions == 3:
+            store(phi, at + 64, distance)
+            store(phi, at + 80, x * inverse)
+            store(phi, at + 96, y * inverse)
+            store(phi, at + 112, z * inverse)
+        else:
+            store(phi, at + 48, distance)
+            store(phi, at + 64, y * inverse)  # the sine comes first
+            store(phi, at + 80, x * inverse)
 
 
 @njit(forceinline=True)
-def dot_blocks(vector, at, packed, head, blocks, count, shape, target):
-    """Products of one head's `vector[at:]` with the keys of blocks: (count, 8) into `target`.
+def relate_all(positions, token, points, blocks, first, count, shape, phi, at):
+    """`relate` the blocks of a neighborhood; the missing half of its last pair is masked."""
+    for block in range(count):
+        to = at + phi_at(block, shape)
+        relate(positions, token, points, blocks[first + block], shape, phi, to)
+    if count % 2:
+        to = at + phi_at(count, shape)
+        store(phi, to, splat(MISSING))
+        for feature in range(shape.features):
+            store(phi, to + (1 + feature) * 16, zero())
 
-    Every product is one chain over the channels, here and in `dot_queries`: the backward pass then
-    finds the very logits of the forward pass. Several chains run at a time to hide their latency;
-    the last ones may repeat the last block, so `target` has room for `count + SPARE` blocks.
+
+@njit(forceinline=True)
+def dot_blocks(vector, at, packed, head, blocks, first, count, shape, target, to):
+    """Products of one head's `vector[at:]` with packed columns: (count, 8) into `target[to:]`.
+
+    Every product has the same order of sums here and in `dot_queries`: the backward pass then finds
+    the very logits of the forward pass. Several run at a time to hide their latency; the last ones
+    may repeat the last block, so `target` has room for `count + SPARE` blocks.
     """
-    size = shape.channels * 8
-    stride = shape.heads * size
-    base = head * size
-    last = count - 1
-    done = 0
-    while done < count:
-        to = done * 8
-        k0 = base + blocks[done] * stride
-        k1 = base + blocks[min(done + 1, last)] * stride
-        k2 = base + blocks[min(done + 2, last)] * stride
-        s0 = s1 = s2 = zero()
-        if count - done > 3:
-            k3 = base + blocks[done + 3] * stride
-            k4 = base + blocks[min(done + 4, last)] * stride
-            k5 = base + blocks[min(done + 5, last)] * stride
-            s3 = s4 = s5 = zero()
-            for channel in range(shape.channels):
-                x = splat(vector[at + channel])
-                e = channel * 8
-                s0 = fma(load(packed, k0 + e), x, s0)
-                s1 = fma(load(packed, k1 + e), x, s1)
-                s2 = fma(load(packed, k2 + e), x, s2)
-                s3 = fma(load(packed, k3 + e), x, s3)
-                s4 = fma(load(packed, k4 + e), x, s4)
-                s5 = fma(load(packed, k5 + e), x, s5)
-            store(target, to + 24, s3)
-            store(target, to + 32, s4)
-            store(target, to + 40, s5)
+    last = first + count - 1
+    for done in range(0, count, 6):
+        b = first + done
+        k0 = packed_at(head, blocks[b], shape)
+        k1 = packed_at(head, blocks[min(b + 1, last)], shape)
+        s0 = s1 = splat16(f32(0.0))
+        place = to + done * 8
+        if count - done > 2:
+            k2 = packed_at(head, blocks[b + 2], shape)
+            k3 = packed_at(head, blocks[min(b + 3, last)], shape)
+            k4 = packed_at(head, blocks[min(b + 4, last)], shape)
+            k5 = packed_at(head, blocks[min(b + 5, last)], shape)
+            s2 = s3 = s4 = s5 = splat16(f32(0.0))
+            for eight in range(0, shape.channels, 8):
+                for channel in range(eight, eight + 8, 2):
+                    x = load_pair16(vector, at + channel)
+                    e = channel * 8
+                    s0 = fma(load16(packed, k0 + e), x, s0)
+                    s1 = fma(load16(packed, k1 + e), x, s1)
+                    s2 = fma(load16(packed, k2 + e), x, s2)
+                    s3 = fma(load16(packed, k3 + e), x, s3)
+                    s4 = fma(load16(packed, k4 + e), x, s4)
+                    s5 = fma(load16(packed, k5 + e), x, s5)
+            store(target, place + 16, add_neighbors(s2, s3))
+            store(target, place + 32, add_neighbors(s4, s5))
         else:
-            for channel in range(shape.channels):
-                x = splat(vector[at + channel])
+            for channel in range(0, shape.channels, 2):
+                x = load_pair16(vector, at + channel)
                 e = channel * 8
-                s0 = fma(load(packed, k0 + e), x, s0)
-                s1 = fma(load(packed, k1 + e), x, s1)
-                s2 = fma(load(packed, k2 + e), x, s2)
-        store(target, to, s0)
-        store(target, to + 8, s1)
-        store(target, to + 16, s2)
-        done += 6
+                s0 = fma(load16(packed, k0 + e), x, s0)
+                s1 = fma(load16(packed, k1 + e), x, s1)
+        store(target, place, add_neighbors(s0, s1))
 
 
 @njit(forceinline=True)
 def sum_rows(
-    weights, rows, counts, count, source, head, extra, extra_weight, factor, shape, to, at
-):
-    """`to[at:] = factor * (extra_weight * extra of the head + sum of weights * source rows)`."""
+    weights, first_weight, packed, blocks, first, count, head, extra, extra_weight, factor, shape,
+    to, at,
+):  # fmt: skip
+    """`to[at:] = factor * (extra_weight * extra of the head + sum of weights * packed rows)`."""
     extra_at = head * shape.channels
-    channel = 0
-    while channel < shape.channels:
-        base = head * source.head_stride + channel
-        left = shape.channels - channel
-        if left >= 32:
-            w = extra_weight
-            a0 = w * load(extra, extra_at + channel)
-            a1 = w * load(extra, extra_at + channel + 8)
-            a2 = w * load(extra, extra_at + channel + 16)
-            a3 = w * load(extra, extra_at + channel + 24)
-            b0 = b1 = b2 = b3 = zero()
-            for block in range(count):
-                row = base + rows[block] * source.token_stride
-                for pair in range(counts[block] // 2):
-                    u = splat(weights[block * 8 + 2 * pair])
-                    a0 = fma(load(source.data, row), u, a0)
-                    a1 = fma(load(source.data, row + 8), u, a1)
-                    a2 = fma(load(source.data, row + 16), u, a2)
-                    a3 = fma(load(source.data, row + 24), u, a3)
-                    row += source.token_stride
-                    v = splat(weights[block * 8 + 2 * pair + 1])
-                    b0 = fma(load(source.data, row), v, b0)
-                    b1 = fma(load(source.data, row + 8), v, b1)
-                    b2 = fma(load(source.data, row + 16), v, b2)
-                    b3 = fma(load(source.data, row + 24), v, b3)
-                    row += source.token_stride
-                if counts[block] % 2:
-                    u = splat(weights[block * 8 + counts[block] - 1])
-                    a0 = fma(load(source.data, row), u, a0)
-                    a1 = fma(load(source.data, row + 8), u, a1)
-                    a2 = fma(load(source.data, row + 16), u, a2)
-                    a3 = fma(load(source.data, row + 24), u, a3)
-            f = splat(factor)
-            store(to, at + channel, (a0 + b0) * f)
-            store(to, at + channel + 8, (a1 + b1) * f)
-            store(to, at + channel + 16, (a2 + b2) * f)
-            store(to, at + channel + 24, (a3 + b3) * f)
-            channel += 32
-        elif left >= 16:
-            w = extra_weight
-            a0 = w * load(extra, extra_at + channel)
-            a1 = w * load(extra, extra_at + channel + 8)
-            b0 = b1 = zero()
-            for block in range(count):
-                row = base + rows[block] * source.token_stride
-                for pair in range(counts[block] // 2):
-                    u = splat(weights[block * 8 + 2 * pair])
-                    a0 = fma(load(source.data, row), u, a0)
-                    a1 = fma(load(source.data, row + 8), u, a1)
-                    row += source.token_stride
-                    v = splat(weights[block * 8 + 2 * pair + 1])
-                    b0 = fma(load(source.data, row), v, b0)
-                    b1 = fma(load(source.data, row + 8), v, b1)
-                    row += source.token_stride
-                if counts[block] % 2:
-                    u = splat(weights[block * 8 + counts[block] - 1])
-                    a0 = fma(load(source.data, row), u, a0)
-                    a1 = fma(load(source.data, row + 8), u, a1)
-            f = splat(factor)
-            store(to, at + channel, (a0 + b0) * f)
-            store(to, at + channel + 8, (a1 + b1) * f)
-            channel += 16
-        else:
-            a0 = extra_weight * load(extra, extra_at + channel)
-            b0 = zero()
-            for block in range(count):
-                row = base + rows[block] * source.token_stride
-                for pair in range(counts[block] // 2):
-                    a0 = fma(load(source.data, row), splat(weights[block * 8 + 2 * pair]), a0)
-                    row += source.token_stride
-                    b0 = fma(load(source.data, row), splat(weights[block * 8 + 2 * pair + 1]), b0)
-                    row += source.token_stride
-                if counts[block] % 2:
-                    u = splat(weights[block * 8 + counts[block] - 1])
-                    a0 = fma(load(source.data, row), u, a0)
-            store(to, at + channel, (a0 + b0) * splat(factor))
-            channel += 8
+    size = 4 * shape.channels
+    for channel in range(0, shape.channels - 15, 16):
+        s0 = s1 = s2 = s3 = splat16(f32(0.0))
+        for block in range(count):
+            row = packed_at(head, blocks[first + block], shape) + channel * 4
+            w = load_quad16(weights, first_weight + block * 8)
+            s0 = fma(load16(packed, row), w, s0)
+            s1 = fma(load16(packed, row + 16), w, s1)
+            s2 = fma(load16(packed, row + 32), w, s2)
+            s3 = fma(load16(packed, row + 48), w, s3)
+            w = load_quad16(weights, first_weight + block * 8 + 4)
+            s0 = fma(load16(packed, row + size), w, s0)
+            s1 = fma(load16(packed, row + size + 16), w, s1)
+            s2 = fma(load16(packed, row + size + 32), w, s2)
+            s3 = fma(load16(packed, row + size + 48), w, s3)
+        total = add_neighbors(add_neighbors(s0, s1), add_neighbors(s2, s3))
+        total = fma(splat16(extra_weight), load16(extra, extra_at + channel), total)
+        store(to, at + channel, total * splat16(factor))
+    if shape.channels % 16:
+        channel = shape.channels - 8
+        s0 = s1 = splat16(f32(0.0))
+        for block in range(count):
+            row = packed_at(head, blocks[first + block], shape) + channel * 4
+            w = load_quad16(weights, first_weight + block * 8)
+            s0 = fma(load16(packed, row), w, s0)
+            s1 = fma(load16(packed, row + 16), w, s1)
+            w = load_quad16(weights, first_weight + block * 8 + 4)
+            s0 = fma(load16(packed, row + size), w, s0)
+            s1 = fma(load16(packed, row + size + 16), w, s1)
+        pairs = add_neighbors(s0, s1)
+        total = low8(add_neighbors(pairs, pairs))
+        total = fma(splat(extra_weight), load(extra, extra_at + channel), total)
+        store(to, at + channel, total * splat(factor))
 
 
 @njit(forceinline=True)
@@ -292,81 +336,125 @@ def dot_rows(a, a_at, b, b_at, channels):
 
 
 @njit(forceinline=True)
-def add_bias(logits, count, phi, head, scale, bias, shape):
-    """Turn products into logits, in place; the largest of them."""
-    largest = splat(MISSING)
-    for block in range(count):
-        at = block * (1 + shape.features) * 8
-        offset = load(phi, at) + splat(bias.position_bias[head])
-        logit = fma(load(logits, block * 8), splat(scale), offset)
+def add_bias(logits, at, count, phi, phi_first, head, scale, bias, shape):
+    """Turn the products of `count` blocks into logits, in place; the largest of them."""
+    largest = splat16(MISSING)
+    for pair in range((count + 1) // 2):
+        features = phi_first + pair * (1 + shape.features) * 16
+        offset = load16(phi, features) + splat16(bias.position_bias[head])
+        logit = fma(load16(logits, at + pair * 16), splat16(scale), offset)
         for feature in range(shape.features):
-            weight = splat(bias.position_weight[head * shape.features + feature])
-            logit = fma(load(phi, at + 8 + feature * 8), weight, logit)
-        store(logits, block * 8, logit)
+            weight = splat16(bias.position_weight[head * shape.features + feature])
+            logit = fma(load16(phi, features + (1 + feature) * 16), weight, logit)
+        store(logits, at + pair * 16, logit)
         largest = maximum(largest, logit)
-    return largest
+    return hmax(largest)
 
 
 @njit(forceinline=True)
-def power(x):
+def power(x, low, nothing):
     """2**x, exactly 0 where it underflows: products with tiny numbers are slow."""
-    return where_positive(splat(f32(-126.0)) - x, zero(), exp2(x))
+    return where_less(x, low, nothing, exp2(x))
+
+
+@njit(forceinline=True)
+def power16(x):
+    return power(x, splat16(f32(-126.0)), splat16(f32(0.0)))
+
+
+@njit(forceinline=True)
+def power8(x):
+    return power(x, splat(f32(-126.0)), zero())
 
 
 @njit(inline="always")
 def attend_chunk(
-    chunk, query, value, positions, cluster_index, offsets, bias, scale, shape,
-    packed_key, points, output, normal,
+    chunk, query, positions, cluster_index, offsets, bias, scale, shape,
+    packed_key, packed_value, points, output, normal,
 ):  # fmt: skip
     width = shape.radius * shape.cluster_blocks
-    blocks = np.empty(width, np.int64)
-    rows = np.empty(width, np.int64)
-    counts = np.empty(width, np.int64)
-    phi = np.empty(width * (1 + shape.features) * 8, np.float32)
-    logits = np.empty((width + SPARE) * 8, np.float32)
-    for token in range(chunk * CHUNK, min((chunk + 1) * CHUNK, shape.tokens)):
-        count = list_blocks(cluster_index, token, offsets, shape, blocks, rows, counts)
-        for block in range(count):
-            at = block * (1 + shape.features) * 8
-            relate(positions, token, points, blocks[block], shape, phi, at)
+    length = (width + SPARE) * 8
+    lists = np.empty(GROUP * (width + 1), np.int64)
+    vectors = np.zeros(GROUP * (phi_size(width, shape) + length + 3), np.float32)
+    blocks = pointer(lists)
+    counts = pointer(lists[GROUP * width :])
+    phi = pointer(vectors)
+    logits = pointer(vectors[GROUP * phi_size(width, shape) :])
+    # Of each token of the group:
+    largest = pointer(vectors[-3 * GROUP :])
+    blank = pointer(vectors[-2 * GROUP :])  # its logit, then weight
+    mass = pointer(vectors[-GROUP:])  # sum of the weights, then its inverse
+    end = min((chunk + 1) * CHUNK, shape.tokens)
+    for first in range(chunk * CHUNK, end, GROUP):
+        tokens = min(GROUP, end - first)
+        for i in range(tokens):
+            counts[i] = list_blocks(cluster_index, first + i, offsets, shape, blocks, i * width)
+            at = i * phi_size(width, shape)
+            relate_all(positions, first + i, points, blocks, i * width, counts[i], shape, phi, at)
         for head in range(shape.heads):
-            at = (token * shape.heads + head) * shape.channels
-            dot_blocks(query, at, packed_key, head, blocks, count, shape, logits)
-            largest = hmax(add_bias(logits, count, phi, head, scale, bias, shape))
-            blank_weight = zero()
+            own = head * shape.channels
+            for i in range(tokens):
+                at = ((first + i) * shape.heads + head) * shape.channels
+                # Queries are far apart: without this, every first use waits for memory.
+                soon = at + shape.channels
+                if head == shape.heads - 1:
+                    soon = (first + i + GROUP) * shape.heads * shape.channels
+                for channel in range(0, shape.channels, 16):
+                    prefetch(query, soon + channel)
+                dot_blocks(
+                    query, at, packed_key, head, blocks, i * width, counts[i], shape,
+                    logits, i * length,
+                )  # fmt: skip
+            for i in range(tokens):
+                at = i * phi_size(width, shape)
+                highest = add_bias(logits, i * length, counts[i], phi, at, head, scale, bias, shape)
+                if bias.has_blank:
+                    at = ((first + i) * shape.heads + head) * shape.channels
+                    logit = scale * dot_rows(query, at, bias.blank_key, own, shape.channels)
+                    highest = max(highest, logit)
+                    blank[i] = logit
+                largest[i] = highest
             if bias.has_blank:
-                own = head * shape.channels
-                blank = scale * dot_rows(query, at, bias.blank_key, own, shape.channels)
-                largest = max(largest, blank)
-                blank_weight = power(splat(blank) - splat(largest))
-            shift = splat(largest)
-            total = blank_weight * splat(f32(0.125))
-            for block in range(count):
-                weight = power(load(logits, block * 8) - shift)
-                store(logits, block * 8, weight)
-                total = total + weight
-            mass = hsum(total)
-            factor = f32(1.0) / mass if mass > 0 else f32(0.0)
-            sum_rows(
-                logits, rows, counts, count, value, head,
-                bias.blank_value, blank_weight, factor, shape, output, at,
-            )  # fmt: skip
-            normal[2 * (token * shape.heads + head)] = largest
-            normal[2 * (token * shape.heads + head) + 1] = factor
+                store(blank, 0, power8(load(blank, 0) - load(largest, 0)))
+            for i in range(tokens):
+                shift = splat16(largest[i])
+                total = splat16(f32(0.0))
+                for pair in range((counts[i] + 1) // 2):
+                    at = i * length + pair * 16
+                    weight = power16(load16(logits, at) - shift)
+                    store(logits, at, weight)
+                    total = total + weight
+                mass[i] = hsum(total) + blank[i]
+            total = load(mass, 0)
+            store(mass, 0, where_positive(total, splat(f32(1.0)) / total, zero()))
+            for i in range(tokens):
+                row = (first + i) * shape.heads + head
+                sum_rows(
+                    logits, i * length, packed_value, blocks, i * width, counts[i], head,
+                    bias.blank_value, blank[i], mass[i], shape,
+                    output, row * shape.channels,
+                )  # fmt: skip
+                normal[2 * row] = largest[i]
+                normal[2 * row + 1] = mass[i]
+    keep(lists)
+    keep(vectors)
 
 
 @kernel
 def attend(
     query, key, value, positions, cluster_index, offsets, bias, scale, shape,
-    packed_key, points, output, normal,
+    packed_key, packed_value, points, output, normal,
 ):  # fmt: skip
     for cluster in prange(shape.clusters):
-        pack_rows(key, cluster, offsets, shape, packed_key)
-        pack_positions(positions, cluster, offsets, shape, points)
+        ends = pointer(offsets)
+        pack_columns(rows_of(key), cluster, ends, shape, pointer(packed_key))
+        pack_rows(rows_of(value), cluster, ends, shape, pointer(packed_value))
+        pack_positions(pointer(positions), cluster, ends, shape, pointer(points))
     for chunk in prange((shape.tokens + CHUNK - 1) // CHUNK):
         attend_chunk(
-            chunk, query, value, positions, cluster_index, offsets, bias, scale, shape,
-            packed_key, points, output, normal,
+            chunk, pointer(query), pointer(positions), pointer(cluster_index), pointer(offsets),
+            bias_of(bias), scale, shape, pointer(packed_key), pointer(packed_value),
+            pointer(points), pointer(output), pointer(normal),
         )  # fmt: skip
 
 
@@ -379,71 +467,74 @@ def add_scaled(weight, source, source_at, target, target_at, channels):
 
 @njit(inline="always")
 def query_gradients(
-    chunk, grad, query, key, positions, cluster_index, offsets, bias, scale, log2_scale, shape,
-    packed_key, packed_value, points, normal, delta, grad_query, partial,
+    chunk, grad, query, positions, cluster_index, offsets, bias, scale, log2_scale, shape,
+    packed_key, key_rows, packed_value, points, normal, delta, grad_query, partial,
 ):  # fmt: skip
     """Gradients of a chunk's queries, and its share of those of weight, bias and blank token."""
     width = shape.radius * shape.cluster_blocks
-    blocks = np.empty(width, np.int64)
-    rows = np.empty(width, np.int64)
-    counts = np.empty(width, np.int64)
-    phi = np.empty(width * (1 + shape.features) * 8, np.float32)
-    logits = np.empty((width + SPARE) * 8, np.float32)
-    grad_logits = np.empty((width + SPARE) * 8, np.float32)
-    weight_sums = np.zeros(shape.heads * shape.features * 8, np.float32)
+    length = (width + SPARE) * 8
+    sums = shape.heads * shape.features * 16
+    lists = np.empty(width, np.int64)
+    vectors = np.zeros(sums + 2 * length + phi_size(width, shape), np.float32)
+    blocks = pointer(lists)
+    weight_sums = pointer(vectors)
+    logits = pointer(vectors[sums:])
+    grad_logits = pointer(vectors[sums + length :])
+    phi = pointer(vectors[sums + 2 * length :])
     # This chunk's sums: position_weight (H * F), position_bias (H), blank_key, blank_value (H * d).
     bias_at = chunk * partial_size(shape) + shape.heads * shape.features
     key_at = bias_at + shape.heads
     value_at = key_at + shape.heads * shape.channels
-    partial[chunk * partial_size(shape) : (chunk + 1) * partial_size(shape)] = f32(0.0)
+    for n in range(chunk * partial_size(shape), (chunk + 1) * partial_size(shape)):
+        partial[n] = f32(0.0)
     for token in range(chunk * CHUNK, min((chunk + 1) * CHUNK, shape.tokens)):
-        count = list_blocks(cluster_index, token, offsets, shape, blocks, rows, counts)
-        for block in range(count):
-            at = block * (1 + shape.features) * 8
-            relate(positions, token, points, blocks[block], shape, phi, at)
+        count = list_blocks(cluster_index, token, offsets, shape, blocks, 0)
+        relate_all(positions, token, points, blocks, 0, count, shape, phi, 0)
         for head in range(shape.heads):
             at = (token * shape.heads + head) * shape.channels
             own = head * shape.channels
-            dot_blocks(query, at, packed_key, head, blocks, count, shape, logits)
-            dot_blocks(grad, at, packed_value, head, blocks, count, shape, grad_logits)
-            add_bias(logits, count, phi, head, log2_scale, bias, shape)
-            shift = splat(normal[2 * (token * shape.heads + head)])
-            factor = splat(normal[2 * (token * shape.heads + head) + 1])
-            total = blank = blank_grad = zero()
+            dot_blocks(query, at, packed_key, head, blocks, 0, count, shape, logits, 0)
+            dot_blocks(grad, at, packed_value, head, blocks, 0, count, shape, grad_logits, 0)
+            add_bias(logits, 0, count, phi, 0, head, log2_scale, bias, shape)
+            shift = normal[2 * (token * shape.heads + head)]
+            factor = normal[2 * (token * shape.heads + head) + 1]
+            blank = blank_grad = f32(0.0)
             if bias.has_blank:
                 logit = dot_rows(query, at, bias.blank_key, own, shape.channels) * log2_scale
-                blank = power(splat(logit) - shift) * factor
-                blank_grad = splat(dot_rows(grad, at, bias.blank_value, own, shape.channels))
-                total = blank * blank_grad * splat(f32(0.125))
-            for block in range(count):
-                weight = power(load(logits, block * 8) - shift) * factor
-                store(logits, block * 8, weight)
-                total = fma(weight, load(grad_logits, block * 8), total)
-            mean = hsum(total)
+                blank = hmax(power8(splat(logit) - splat(shift))) * factor
+                blank_grad = dot_rows(grad, at, bias.blank_value, own, shape.channels)
+            total = splat16(f32(0.0))
+            for pair in range((count + 1) // 2):
+                weight = power16(load16(logits, pair * 16) - splat16(shift)) * splat16(factor)
+                store(logits, pair * 16, weight)
+                total = fma(weight, load16(grad_logits, pair * 16), total)
+            mean = hsum(total) + blank * blank_grad
             delta[token * shape.heads + head] = mean
-            for block in range(count):
-                change = load(grad_logits, block * 8) - splat(mean)
-                store(grad_logits, block * 8, load(logits, block * 8) * change)
+            for pair in range((count + 1) // 2):
+                change = load16(grad_logits, pair * 16) - splat16(mean)
+                store(grad_logits, pair * 16, load16(logits, pair * 16) * change)
             for feature in range(shape.features):
-                to = (head * shape.features + feature) * 8
-                total = load(weight_sums, to)
-                for block in range(count):
-                    x = load(phi, (block * (1 + shape.features) + 1 + feature) * 8)
-                    total = fma(load(grad_logits, block * 8), x, total)
+                to = (head * shape.features + feature) * 16
+                total = load16(weight_sums, to)
+                for pair in range((count + 1) // 2):
+                    x = load16(phi, (pair * (1 + shape.features) + 1 + feature) * 16)
+                    total = fma(load16(grad_logits, pair * 16), x, total)
                 store(weight_sums, to, total)
-            blank_change = blank * (blank_grad - splat(mean))
+            blank_change = blank * (blank_grad - mean)
             if bias.has_blank:
                 # The gradients of a row's logits add up to 0: less rounding than their sum.
-                partial[bias_at + head] -= hsum(blank_change) * f32(0.125)
-                scaled = blank_change * splat(scale)
+                partial[bias_at + head] -= blank_change
+                scaled = splat(blank_change * scale)
                 add_scaled(scaled, query, at, partial, key_at + own, shape.channels)
-                add_scaled(blank, grad, at, partial, value_at + own, shape.channels)
+                add_scaled(splat(blank), grad, at, partial, value_at + own, shape.channels)
             sum_rows(
-                grad_logits, rows, counts, count, key, head,
+                grad_logits, 0, key_rows, blocks, 0, count, head,
                 bias.blank_key, blank_change, scale, shape, grad_query, at,
             )  # fmt: skip
     for n in range(shape.heads * shape.features):
-        partial[chunk * partial_size(shape) + n] = hsum(load(weight_sums, n * 8))
+        partial[chunk * partial_size(shape) + n] = hsum(load16(weight_sums, n * 16))
+    keep(lists)
+    keep(vectors)
 
 
 @njit(forceinline=True)
@@ -456,34 +547,30 @@ def dot_queries(query, grad, first, count, queries, head, packed_key, packed_val
                 logits, grad_logits):  # fmt: skip
     """Products of queries with a block's keys, of output gradients with its values: (count, 8)."""
     size = shape.heads * shape.channels
-    base = (block * shape.heads + head) * shape.channels * 8
+    base = packed_at(head, block, shape)
     own = head * shape.channels
     for done in range(0, count, 4):
         i0 = queries[first + done] * size + own
         i1 = queries[first + min(done + 1, count - 1)] * size + own
         i2 = queries[first + min(done + 2, count - 1)] * size + own
         i3 = queries[first + min(done + 3, count - 1)] * size + own
-        s0 = s1 = s2 = s3 = g0 = g1 = g2 = g3 = zero()
-        for channel in range(shape.channels):
-            k = load(packed_key, base + channel * 8)
-            s0 = fma(k, splat(query[i0 + channel]), s0)
-            s1 = fma(k, splat(query[i1 + channel]), s1)
-            s2 = fma(k, splat(query[i2 + channel]), s2)
-            s3 = fma(k, splat(query[i3 + channel]), s3)
-            v = load(packed_value, base + channel * 8)
-            g0 = fma(v, splat(grad[i0 + channel]), g0)
-            g1 = fma(v, splat(grad[i1 + channel]), g1)
-            g2 = fma(v, splat(grad[i2 + channel]), g2)
-            g3 = fma(v, splat(grad[i3 + channel]), g3)
+        s0 = s1 = s2 = s3 = g0 = g1 = g2 = g3 = splat16(f32(0.0))
+        for channel in range(0, shape.channels, 2):
+            k = load16(packed_key, base + channel * 8)
+            s0 = fma(k, load_pair16(query, i0 + channel), s0)
+            s1 = fma(k, load_pair16(query, i1 + channel), s1)
+            s2 = fma(k, load_pair16(query, i2 + channel), s2)
+            s3 = fma(k, load_pair16(query, i3 + channel), s3)
+            v = load16(packed_value, base + channel * 8)
+            g0 = fma(v, load_pair16(grad, i0 + channel), g0)
+            g1 = fma(v, load_pair16(grad, i1 + channel), g1)
+            g2 = fma(v, load_pair16(grad, i2 + channel), g2)
+            g3 = fma(v, load_pair16(grad, i3 + channel), g3)
         to = done * 8
-        store(logits, to, s0)
-        store(logits, to + 8, s1)
-        store(logits, to + 16, s2)
-        store(logits, to + 24, s3)
-        store(grad_logits, to, g0)
-        store(grad_logits, to + 8, g1)
-        store(grad_logits, to + 16, g2)
-        store(grad_logits, to + 24, g3)
+        store(logits, to, add_neighbors(s0, s1))
+        store(logits, to + 16, add_neighbors(s2, s3))
+        store(grad_logits, to, add_neighbors(g0, g1))
+        store(grad_logits, to + 16, add_neighbors(g2, g3))
 
 
 @njit(forceinline=True)
@@ -529,11 +616,12 @@ def key_gradients(
 ):  # fmt: skip
     """Gradients of a cluster's keys and values, from the queries that attend to it."""
     size = shape.heads * shape.channels
-    key_sums = np.empty(size * 8, np.float32)
-    value_sums = np.empty(size * 8, np.float32)
-    phi = np.empty(BATCH * (1 + shape.features) * 8, np.float32)
-    logits = np.empty(BATCH * 8, np.float32)
-    grad_logits = np.empty(BATCH * 8, np.float32)
+    vectors = np.zeros(16 * size + 16 * BATCH + phi_size(BATCH, shape), np.float32)
+    key_sums = pointer(vectors)
+    value_sums = pointer(vectors[8 * size :])
+    logits = pointer(vectors[16 * size :])
+    grad_logits = pointer(vectors[16 * size + 8 * BATCH :])
+    phi = pointer(vectors[16 * size + 16 * BATCH :])
     begin, end = inverse_offsets[cluster], inverse_offsets[cluster + 1]
     for part in range(shape.cluster_blocks):
         row = offsets[cluster] + 8 * part
@@ -541,22 +629,23 @@ def key_gradients(
         if tokens <= 0:
             break
         block = cluster * shape.cluster_blocks + part
-        key_sums[:] = f32(0.0)
-        value_sums[:] = f32(0.0)
+        for n in range(0, 8 * size, 8):
+            store(key_sums, n, zero())
+            store(value_sums, n, zero())
         for first in range(begin, end, BATCH):
             count = min(end - first, BATCH)
             for i in range(count):
-                at = i * (1 + shape.features) * 8
+                at = phi_at(i, shape)
                 relate(positions, inverse_queries[first + i], points, block, shape, phi, at)
             for head in range(shape.heads):
                 dot_queries(
                     query, grad, first, count, inverse_queries, head,
                     packed_key, packed_value, block, shape, logits, grad_logits,
                 )  # fmt: skip
-                add_bias(logits, count, phi, head, log2_scale, bias, shape)
+                add_bias(logits, 0, count, phi, 0, head, log2_scale, bias, shape)
                 for i in range(count):
                     at = inverse_queries[first + i] * shape.heads + head
-                    weight = power(load(logits, i * 8) - splat(normal[2 * at]))
+                    weight = power8(load(logits, i * 8) - splat(normal[2 * at]))
                     weight = weight * splat(normal[2 * at + 1])
                     change = load(grad_logits, i * 8) - splat(delta[at])
                     store(logits, i * 8, weight)
@@ -570,28 +659,34 @@ def key_gradients(
                 for channel in range(0, shape.channels, 8):
                     store(grad_key, to + channel, load(key_sums, at + channel) * splat(scale))
                     store(grad_value, to + channel, load(value_sums, at + channel))
+    keep(vectors)
 
 
 @kernel
 def attend_backward(
     grad, query, key, value, positions, cluster_index, offsets, inverse_offsets, inverse_queries,
-    bias, scale, log2_scale, shape, packed_key, packed_value, points, normal, delta,
+    bias, scale, log2_scale, shape, packed_key, key_rows, packed_value, points, normal, delta,
     grad_query, grad_key, grad_value, partial,
 ):  # fmt: skip
     for cluster in prange(shape.clusters):
-        pack_rows(key, cluster, offsets, shape, packed_key)
-        pack_rows(value, cluster, offsets, shape, packed_value)
-        pack_positions(positions, cluster, offsets, shape, points)
+        ends = pointer(offsets)
+        pack_columns(rows_of(key), cluster, ends, shape, pointer(packed_key))
+        pack_rows(rows_of(key), cluster, ends, shape, pointer(key_rows))
+        pack_columns(rows_of(value), cluster, ends, shape, pointer(packed_value))
+        pack_positions(pointer(positions), cluster, ends, shape, pointer(points))
     for chunk in prange((shape.tokens + CHUNK - 1) // CHUNK):
         query_gradients(
-            chunk, grad, query, key, positions, cluster_index, offsets, bias, scale, log2_scale,
-            shape, packed_key, packed_value, points, normal, delta, grad_query, partial,
+            chunk, pointer(grad), pointer(query), pointer(positions), pointer(cluster_index),
+            pointer(offsets), bias_of(bias), scale, log2_scale, shape, pointer(packed_key),
+            pointer(key_rows), pointer(packed_value), pointer(points), pointer(normal),
+            pointer(delta), pointer(grad_query), pointer(partial),
         )  # fmt: skip
     for cluster in prange(shape.clusters):
         key_gradients(
-            cluster, grad, query, positions, offsets, inverse_offsets, inverse_queries,
-            bias, scale, log2_scale, shape,
-            packed_key, packed_value, points, normal, delta, grad_key, grad_value,
+            cluster, pointer(grad), pointer(query), pointer(positions), pointer(offsets),
+            pointer(inverse_offsets), pointer(inverse_queries), bias_of(bias), scale, log2_scale,
+            shape, pointer(packed_key), pointer(packed_value), pointer(points), pointer(normal),
+            pointer(delta), pointer(grad_key), pointer(grad_value),
         )  # fmt: skip
 
 
@@ -672,6 +767,7 @@ def forward(
         f32(scale * LOG2_E),
         shape,
         _packed(shape),
+        _packed(shape),
         _points(shape),
         output.view(-1).numpy(),
         normal.view(-1).numpy(),
@@ -707,6 +803,7 @@ def backward(
         f32(scale),
         f32(scale * LOG2_E),
         shape,
+        _packed(shape),
         _packed(shape),
         _packed(shape),
         _points(shape),

@@ -1,12 +1,15 @@
-"""Explicit 8-lane float32 vectors for Numba kernels.
+"""Explicit float32 vectors of 8 or 16 lanes for Numba kernels.
 
-A `f32x8` value is an LLVM `<8 x float>`: one AVX register, or two NEON ones. Kernels write
+A `f32x8` value is an LLVM `<8 x float>`: one AVX register, or two NEON ones. A `f32x16` is one
+AVX-512 register, and two AVX registers where there are none as wide: the same source serves all.
+Kernels write
 
     acc = splat(f32(0.0))
     acc = fma(load(key, i), splat(query[e]), acc)
 
-with flat, contiguous float32 arrays and element offsets. The IR goes through llvmlite, which ships
-inside Numba's wheels, so nothing is compiled at install time.
+with flat, contiguous float32 arrays, or pointers to them, and element offsets. `load16` and
+`splat16` make the wide vectors; everything else takes either kind, but not both at a time. The IR
+goes through llvmlite, which ships inside Numba's wheels, so nothing is compiled at install time.
 """
 
 import operator
@@ -22,57 +25,81 @@ LANES = 8
 f32 = np.float32
 
 
-class F32x8(types.Type):
-    def __init__(self):
-        super().__init__(name="f32x8")
-
-
-f32x8 = F32x8()
 _FLOAT = ir.FloatType()
-_VECTOR = ir.VectorType(_FLOAT, LANES)
 _INDEX = ir.IntType(32)
-_FAST = ("reassoc", "contract", "nsz", "arcp", "afn")  # NaN and infinity keep their meaning
 
 
-@register_model(F32x8)
-class _F32x8Model(models.PrimitiveModel):
+class F32Vector(types.Type):
+    def __init__(self, lanes):
+        self.lanes = lanes
+        super().__init__(name=f"f32x{lanes}")
+
+
+@register_model(F32Vector)
+class _F32VectorModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, _VECTOR)
+        super().__init__(dmm, fe_type, ir.VectorType(_FLOAT, fe_type.lanes))
 
 
-def _address(context, builder, array_type, array, index):
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer())
+f32x8, f32x16 = F32Vector(LANES), F32Vector(2 * LANES)
+
+
+def constant(like, value):
+    """The IR constant with `value` in every lane of the IR type `like`."""
+    return ir.Constant(like, [value] * like.count)
+
+
+def integers_like(vector):
+    """The IR type of as many 32-bit integers as a vector has lanes."""
+    return ir.VectorType(_INDEX, vector.type.count)
+
+
+def _address(context, builder, array_type, array, index, lanes=LANES):
+    data = array
+    if isinstance(array_type, types.Array):
+        data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), ir.VectorType(_FLOAT, lanes).as_pointer())
 
 
 def _is_flat_f32(array):
+    if array == types.CPointer(types.float32):
+        return True
     return isinstance(array, types.Array) and array.dtype == types.float32 and array.ndim == 1
 
 
-@intrinsic
-def load(typingctx, array, index):
-    """Eight consecutive elements of a flat float32 array, from `index`; no alignment needed."""
-    if not _is_flat_f32(array) or not isinstance(index, types.Integer):
-        return None
+def _loader(vector, doc):
+    def define(typingctx, array, index):
+        if not _is_flat_f32(array) or not isinstance(index, types.Integer):
+            return None
 
-    def codegen(context, builder, sig, args):
-        index = context.cast(builder, args[1], sig.args[1], types.intp)
-        value = builder.load(_address(context, builder, sig.args[0], args[0], index))
-        value.align = 4
-        return value
+        def codegen(context, builder, sig, args):
+            index = context.cast(builder, args[1], sig.args[1], types.intp)
+            address = _address(context, builder, sig.args[0], args[0], index, vector.lanes)
+            value = builder.load(address)
+            value.align = 4
+            return value
 
-    return f32x8(array, index), codegen
+        return vector(array, index), codegen
+
+    define.__doc__ = doc
+    return intrinsic(define)
+
+
+load = _loader(f32x8, "Eight elements of a flat float32 array from `index`; no alignment needed.")
+load16 = _loader(f32x16, "Sixteen elements of a flat float32 array, like `load`.")
 
 
 @intrinsic
 def store(typingctx, array, index, value):
-    """Write eight consecutive elements of a flat float32 array, from `index`."""
-    if not _is_flat_f32(array) or not isinstance(index, types.Integer) or value != f32x8:
+    """Write a vector to consecutive elements of a flat float32 array, from `index`."""
+    if not _is_flat_f32(array) or not isinstance(index, types.Integer):
+        return None
+    if not isinstance(value, F32Vector):
         return None
 
     def codegen(context, builder, sig, args):
         index = context.cast(builder, args[1], sig.args[1], types.intp)
-        address = _address(context, builder, sig.args[0], args[0], index)
+        address = _address(context, builder, sig.args[0], args[0], index, sig.args[2].lanes)
         builder.store(args[2], address).align = 4
         return context.get_dummy_value()
 
@@ -80,47 +107,102 @@ def store(typingctx, array, index, value):
 
 
 @intrinsic
-def splat(typingctx, scalar):
-    """A vector with the float32 `scalar` in every lane."""
-    if scalar != types.float32:
+def pointer(typingctx, array):
+    """Where the elements of a flat array are: `pointer[i]` and vectors without the array's costs.
+
+    Reference counts of arrays and indices that count from the end cost inner loops dearly. The
+    array must outlive its pointer: local ones end with `keep(array)`.
+    """
+    if not isinstance(array, types.Array) or array.ndim != 1 or array.layout != "C":
         return None
 
     def codegen(context, builder, sig, args):
-        one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), args[0], _INDEX(0))
-        zeros = ir.Constant(ir.VectorType(_INDEX, LANES), [0] * LANES)
-        return builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), zeros)
+        return context.make_array(sig.args[0])(context, builder, args[0]).data
 
-    return f32x8(scalar), codegen
+    return types.CPointer(array.dtype)(array), codegen
 
 
-def _call(builder, name, result, args, flags=()):
+@intrinsic
+def keep(typingctx, array):
+    """Nothing, but the array exists until here."""
+    return types.void(array), lambda context, builder, sig, args: context.get_dummy_value()
+
+
+@intrinsic
+def prefetch(typingctx, array, index):
+    """Ask for the cache line of an element that will be read soon; it need not exist."""
+    if not _is_flat_f32(array) or not isinstance(index, types.Integer):
+        return None
+
+    def codegen(context, builder, sig, args):
+        index = context.cast(builder, args[1], sig.args[1], types.intp)
+        address = _address(context, builder, sig.args[0], args[0], index, 1)
+        pointer = builder.bitcast(address, ir.IntType(8).as_pointer())
+        read, keep, data = _INDEX(0), _INDEX(3), _INDEX(1)
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(array, index), codegen
+
+
+def _splatter(vector, doc):
+    def define(typingctx, scalar):
+        if scalar != types.float32:
+            return None
+
+        def codegen(context, builder, sig, args):
+            undefined = ir.Constant(ir.VectorType(_FLOAT, vector.lanes), ir.Undefined)
+            one = builder.insert_element(undefined, args[0], _INDEX(0))
+            zeros = constant(ir.VectorType(_INDEX, vector.lanes), 0)
+            return builder.shuffle_vector(one, undefined, zeros)
+
+        return vector(scalar), codegen
+
+    define.__doc__ = doc
+    return intrinsic(define)
+
+
+splat = _splatter(f32x8, "Eight lanes that all hold the float32 `scalar`.")
+splat16 = _splatter(f32x16, "Sixteen lanes that all hold the float32 `scalar`.")
+
+
+def _call(builder, name, result, args):
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(result, [a.type for a in args]), name
     )
-    return builder.call(function, args, fastmath=flags)
+    return builder.call(function, args)
 
 
-def _vector_intrinsic(arity, emit, doc):
-    """An intrinsic over `arity` vectors whose IR `emit(builder, *values)` returns."""
+def _overloaded(name, builder, args):
+    """Call an LLVM intrinsic that is overloaded by the vector's type."""
+    vector = args[0].type
+    return _call(builder, f"{name}.v{vector.count}f32", vector, args)
+
+
+def _same_vectors(*values):
+    return isinstance(values[0], F32Vector) and all(value == values[0] for value in values)
+
+
+def vector_intrinsic(arity, emit, doc):
+    """An intrinsic over `arity` vectors of one kind whose IR `emit(builder, *values)` returns."""
     if arity == 1:
 
         def define(typingctx, a):
-            return (f32x8(a), lambda c, b, s, v: emit(b, *v)) if a == f32x8 else None
+            return (a(a), lambda c, b, s, v: emit(b, *v)) if _same_vectors(a) else None
     elif arity == 2:
 
         def define(typingctx, a, b):
-            ok = a == f32x8 and b == f32x8
-            return (f32x8(a, b), lambda c, bld, s, v: emit(bld, *v)) if ok else None
+            return (a(a, b), lambda c, bld, s, v: emit(bld, *v)) if _same_vectors(a, b) else None
     elif arity == 3:
 
         def define(typingctx, a, b, c):
-            ok = a == f32x8 and b == f32x8 and c == f32x8
-            return (f32x8(a, b, c), lambda ctx, bld, s, v: emit(bld, *v)) if ok else None
+            ok = _same_vectors(a, b, c)
+            return (a(a, b, c), lambda ctx, bld, s, v: emit(bld, *v)) if ok else None
     else:
 
         def define(typingctx, a, b, c, d):
-            ok = a == f32x8 and b == f32x8 and c == f32x8 and d == f32x8
-            return (f32x8(a, b, c, d), lambda ctx, bld, s, v: emit(bld, *v)) if ok else None
+            ok = _same_vectors(a, b, c, d)
+            return (a(a, b, c, d), lambda ctx, bld, s, v: emit(bld, *v)) if ok else None
 
     define.__doc__ = doc
     return intrinsic(define)
@@ -133,23 +215,19 @@ def _ordered(relation):
     return emit
 
 
-_SUFFIX = f"v{LANES}f32"
-_zero = ir.Constant(_VECTOR, [0.0] * LANES)
-fma = _vector_intrinsic(
-    3, lambda b, x, y, z: _call(b, f"llvm.fmuladd.{_SUFFIX}", _VECTOR, [x, y, z]), "x * y + z"
+fma = vector_intrinsic(3, lambda b, x, y, z: _overloaded("llvm.fmuladd", b, [x, y, z]), "x * y + z")
+maximum = vector_intrinsic(2, lambda b, x, y: _ordered(">")(b, x, y, x, y), "Larger of x and y")
+minimum = vector_intrinsic(2, lambda b, x, y: _ordered("<")(b, x, y, x, y), "Smaller of x and y")
+sqrt = vector_intrinsic(1, lambda b, x: _overloaded("llvm.sqrt", b, [x]), "Square root")
+where_positive = vector_intrinsic(
+    3,
+    lambda b, x, y, z: _ordered(">")(b, x, constant(x.type, 0.0), y, z),
+    "y where x > 0, else z",
 )
-maximum = _vector_intrinsic(2, lambda b, x, y: _ordered(">")(b, x, y, x, y), "Larger of x and y")
-minimum = _vector_intrinsic(2, lambda b, x, y: _ordered("<")(b, x, y, x, y), "Smaller of x and y")
-sqrt = _vector_intrinsic(
-    1, lambda b, x: _call(b, f"llvm.sqrt.{_SUFFIX}", _VECTOR, [x]), "Square root"
-)
-where_positive = _vector_intrinsic(
-    3, lambda b, x, y, z: _ordered(">")(b, x, _zero, y, z), "y where x > 0, else z"
-)
-where_less = _vector_intrinsic(
+where_less = vector_intrinsic(
     4, lambda b, x, y, z, w: _ordered("<")(b, x, y, z, w), "z where x < y, else w"
 )
-plus = _vector_intrinsic(
+plus = vector_intrinsic(
     2, lambda b, x, y: b.fadd(x, y), "x + y, never fused with the products that it adds"
 )
 
@@ -169,11 +247,11 @@ def bits_less_equal(typingctx, a, b):
 
 def _round_scale(b, x):
     """(fraction, 2**integer) of x = integer + fraction with |fraction| <= 1/2, x in [-126, 127]."""
-    whole = _call(b, f"llvm.nearbyint.{_SUFFIX}", _VECTOR, [x])
-    ints = ir.VectorType(ir.IntType(32), LANES)
-    bias, shift = ir.Constant(ints, [127] * LANES), ir.Constant(ints, [23] * LANES)
-    bits = b.shl(b.add(b.fptosi(whole, ints), bias), shift)
-    return b.fsub(x, whole), b.bitcast(bits, _VECTOR)
+    whole = _overloaded("llvm.nearbyint", b, [x])
+    integers = integers_like(x)
+    exponent = b.add(b.fptosi(whole, integers), constant(integers, 127))
+    bits = b.shl(exponent, constant(integers, 23))
+    return b.fsub(x, whole), b.bitcast(bits, x.type)
 
 
 # 2**f on [-1/2, 1/2]: Taylor coefficients ln(2)**n / n! refitted (least squares at Chebyshev nodes,
@@ -184,38 +262,40 @@ _EXP2 = (
 
 
 def _exp2(b, x):
-    low, high = ir.Constant(_VECTOR, [-126.0] * LANES), ir.Constant(_VECTOR, [127.0] * LANES)
+    low, high = constant(x.type, -126.0), constant(x.type, 127.0)
     x = _ordered("<")(b, x, low, low, x)
     x = _ordered(">")(b, x, high, high, x)
     fraction, scale = _round_scale(b, x)
-    value = ir.Constant(_VECTOR, [_EXP2[0]] * LANES)
+    value = constant(x.type, _EXP2[0])
     for c in _EXP2[1:]:
-        value = _call(
-            b,
-            f"llvm.fmuladd.{_SUFFIX}",
-            _VECTOR,
-            [value, fraction, ir.Constant(_VECTOR, [c] * LANES)],
-        )
+        value = _overloaded("llvm.fmuladd", b, [value, fraction, constant(x.type, c)])
     return b.fmul(value, scale)
 
 
-exp2 = _vector_intrinsic(
+exp2 = vector_intrinsic(
     1, _exp2, "2**x, float32 accuracy; x below -126 gives 2**-126, NaN stays NaN"
 )
 
 
-def _reduce(name, doc):
+def _reduce(combine, doc):
     def define(typingctx, a):
-        if a != f32x8:
+        if not _same_vectors(a):
             return None
 
         def codegen(context, builder, sig, args):
-            if name == "add":
-                start = ir.Constant(_FLOAT, -0.0)
-                operands = [start, args[0]]
-            else:
-                operands = [args[0]]
-            return _call(builder, f"llvm.vector.reduce.f{name}.{_SUFFIX}", _FLOAT, operands, _FAST)
+            (value,) = args
+            while value.type.count > 1:
+                half = value.type.count // 2
+                undefined = ir.Constant(value.type, ir.Undefined)
+                lanes = ir.VectorType(_INDEX, half)
+                low, high = (
+                    builder.shuffle_vector(
+                        value, undefined, ir.Constant(lanes, list(range(first, first + half)))
+                    )
+                    for first in (0, half)
+                )
+                value = combine(builder, low, high)
+            return builder.extract_element(value, _INDEX(0))
 
         return types.float32(a), codegen
 
@@ -223,19 +303,21 @@ def _reduce(name, doc):
     return intrinsic(define)
 
 
-hsum = _reduce("add", "Sum of the eight lanes, as float32 (fixed pairwise order)")
-hmax = _reduce("max", "Largest of the eight lanes, as float32")
+hsum = _reduce(
+    lambda b, x, y: b.fadd(x, y), "Sum of the lanes, as float32: halves, then halves of that"
+)
+hmax = _reduce(lambda b, x, y: _ordered(">")(b, x, y, x, y), "Largest of the lanes, as float32")
 
 
 def _operator(op, emit):
     @infer_global(op)
     class _Typing(AbstractTemplate):
         def generic(self, args, kws):
-            if len(args) == 2 and all(a == f32x8 for a in args):
-                return signature(f32x8, *args)
+            if len(args) == 2 and _same_vectors(*args):
+                return signature(args[0], *args)
             return None
 
-    @lower_builtin(op, F32x8, F32x8)
+    @lower_builtin(op, F32Vector, F32Vector)
     def _lower(context, builder, sig, args):
         return emit(builder, *args)
 
@@ -253,39 +335,112 @@ def zero():
 
 
 @intrinsic
-def load_transposed(typingctx, source, index, stride, last, target, at):
-    """Copy rows of eight floats to columns: `target[at + 8*e + j] = source[index + j*stride + e]`.
+def load_pair16(typingctx, array, index):
+    """Two elements of a flat float32 array from `index`, eight times over."""
+    if not _is_flat_f32(array) or not isinstance(index, types.Integer):
+        return None
+    return f32x16(array, index), _repeated(2)
 
-    Rows j beyond `last` repeat row `last`. Both arrays are flat float32.
-    """
-    integers = all(isinstance(t, types.Integer) for t in (index, stride, last, at))
-    if not (_is_flat_f32(source) and _is_flat_f32(target) and integers):
+
+@intrinsic
+def load_quad16(typingctx, array, index):
+    """Four elements of a flat float32 array from `index`, four times over."""
+    if not _is_flat_f32(array) or not isinstance(index, types.Integer):
+        return None
+    return f32x16(array, index), _repeated(4)
+
+
+def _repeated(count):
+    def codegen(context, builder, sig, args):
+        index = context.cast(builder, args[1], sig.args[1], types.intp)
+        value = builder.load(_address(context, builder, sig.args[0], args[0], index, count))
+        value.align = 4
+        lanes = [lane % count for lane in range(f32x16.lanes)]
+        mask = ir.Constant(ir.VectorType(_INDEX, f32x16.lanes), lanes)
+        return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
+
+    return codegen
+
+
+def _every_second(b, x, y, first):
+    lanes = ir.VectorType(_INDEX, x.type.count)
+    mask = ir.Constant(lanes, list(range(first, 2 * x.type.count, 2)))
+    return b.shuffle_vector(x, y, mask)
+
+
+add_neighbors = vector_intrinsic(
+    2,
+    lambda b, x, y: b.fadd(_every_second(b, x, y, 0), _every_second(b, x, y, 1)),
+    "Sums of lanes 0 and 1, 2 and 3, ... of x, then of y",
+)
+
+
+@intrinsic
+def low8(typingctx, value):
+    """The first eight of sixteen lanes."""
+    if value != f32x16:
         return None
 
     def codegen(context, builder, sig, args):
-        def as_index(n):
-            return context.cast(builder, args[n], sig.args[n], types.intp)
+        mask = ir.Constant(ir.VectorType(_INDEX, LANES), list(range(LANES)))
+        return builder.shuffle_vector(args[0], ir.Constant(args[0].type, ir.Undefined), mask)
 
-        index, stride, last, at = (as_index(n) for n in (1, 2, 3, 5))
-        rows = []
-        for j in range(LANES):
-            lane = ir.Constant(index.type, j)
-            row = builder.select(builder.icmp_signed("<", lane, last), lane, last)
-            offset = builder.add(index, builder.mul(row, stride))
-            row = builder.load(_address(context, builder, sig.args[0], args[0], offset))
-            row.align = 4
-            rows.append(row)
-        # Three rounds of interleaving row j with row j + 4 transpose an 8 x 8 block.
-        low = [n // 2 + (n % 2) * LANES for n in range(LANES)]
-        masks = [ir.Constant(ir.VectorType(_INDEX, LANES), [n + s for n in low]) for s in (0, 4)]
-        for _ in range(3):
-            rows = [
-                builder.shuffle_vector(rows[j // 2], rows[j // 2 + 4], masks[j % 2])
-                for j in range(LANES)
-            ]
-        for e, row in enumerate(rows):
-            offset = builder.add(at, ir.Constant(at.type, e * LANES))
-            builder.store(row, _address(context, builder, sig.args[4], args[4], offset)).align = 4
-        return context.get_dummy_value()
+    return f32x8(value), codegen
 
-    return types.void(source, index, stride, last, target, at), codegen
+
+def _interleaver(rows, width, doc):
+    """Of `rows` rows, eight floats each, `width` of one row, then of the next, and so on."""
+
+    def define(typingctx, source, index, stride, count, target, at):
+        integers = all(isinstance(t, types.Integer) for t in (index, stride, count, at))
+        if not (_is_flat_f32(source) and _is_flat_f32(target) and integers):
+            return None
+
+        def codegen(context, builder, sig, args):
+            def as_index(n):
+                return context.cast(builder, args[n], sig.args[n], types.intp)
+
+            index, stride, count, at = (as_index(n) for n in (1, 2, 3, 5))
+            element = _FLOAT if width == 1 else ir.IntType(32 * width)
+            row_type = ir.VectorType(element, LANES // width)
+            vectors = []
+            for n in range(rows):
+                row = ir.Constant(index.type, n)
+                exists = builder.icmp_signed("<", row, count)
+                offset = builder.add(index, builder.mul(row, stride))
+                offset = builder.select(exists, offset, index)
+                value = builder.load(_address(context, builder, sig.args[0], args[0], offset))
+                value.align = 4
+                value = builder.select(exists, value, constant(value.type, 0.0))
+                vectors.append(builder.bitcast(value, row_type))
+            while len(vectors) > 1:
+                half = len(vectors) // 2
+                length = vectors[0].type.count
+                lanes = [n // 2 + (n % 2) * length for n in range(2 * length)]
+                mask = ir.Constant(ir.VectorType(_INDEX, 2 * length), lanes)
+                vectors = [
+                    builder.shuffle_vector(vectors[n], vectors[n + half], mask) for n in range(half)
+                ]
+            address = _address(context, builder, sig.args[4], args[4], at)
+            pointer = builder.bitcast(address, vectors[0].type.as_pointer())
+            builder.store(vectors[0], pointer).align = 4
+            return context.get_dummy_value()
+
+        return types.void(source, index, stride, count, target, at), codegen
+
+    define.__doc__ = doc
+    return intrinsic(define)
+
+
+interleave_pairs = _interleaver(
+    8,
+    2,
+    """Eight floats each of eight rows of `source`: two of every row, the next two of every row, ...
+
+    Row n starts at `index + n * stride`; those from `count` on are zeros. Writes
+    `target[at:at + 64]`. Both arrays are flat float32.
+    """,
+)
+interleave_quads = _interleaver(
+    4, 1, "Eight floats each of four rows: one of every row, the next of every row, ..."
+)

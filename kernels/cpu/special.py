@@ -1,45 +1,43 @@
 """Powers and the normal distribution for eight float32 lanes."""
 
-from llvmlite import ir
 from numba import njit
 
-from pointformer.kernels.cpu import simd
 from pointformer.kernels.cpu.simd import (
+    constant,
     exp2,
     f32,
     fma,
+    integers_like,
     maximum,
     minimum,
     splat,
+    vector_intrinsic,
     where_positive,
     zero,
 )
 
-_INTS = ir.VectorType(ir.IntType(32), simd.LANES)
 _SQRT_HALF_BITS = 0x3F3504F3
-
-
-def _ints(value):
-    return ir.Constant(_INTS, [value] * simd.LANES)
 
 
 def _biased_exponent(b, x):
     """Integer e of x = mantissa * 2**e, mantissa in [sqrt(1/2), sqrt(2))."""
-    return b.ashr(b.sub(b.bitcast(x, _INTS), _ints(_SQRT_HALF_BITS)), _ints(23))
+    integers = integers_like(x)
+    bits = b.sub(b.bitcast(x, integers), constant(integers, _SQRT_HALF_BITS))
+    return b.ashr(bits, constant(integers, 23))
 
 
 def _mantissa(b, x):
-    return b.bitcast(
-        b.sub(b.bitcast(x, _INTS), b.shl(_biased_exponent(b, x), _ints(23))), simd._VECTOR
-    )
+    integers = integers_like(x)
+    power = b.shl(_biased_exponent(b, x), constant(integers, 23))
+    return b.bitcast(b.sub(b.bitcast(x, integers), power), x.type)
 
 
-exponent = simd._vector_intrinsic(
+exponent = vector_intrinsic(
     1,
-    lambda b, x: b.sitofp(_biased_exponent(b, x), simd._VECTOR),
+    lambda b, x: b.sitofp(_biased_exponent(b, x), x.type),
     "The integer e of x = m * 2**e with m in [sqrt(1/2), sqrt(2)), for normal x > 0",
 )
-mantissa = simd._vector_intrinsic(
+mantissa = vector_intrinsic(
     1, _mantissa, "The m of x = m * 2**e in [sqrt(1/2), sqrt(2)), for normal x > 0"
 )
 
