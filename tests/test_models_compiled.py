@@ -86,13 +86,12 @@ def test_forward_does_not_wait_for_the_gpu(name):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="kernels run compiled here")
-@pytest.mark.parametrize("config", [TINY, RELEASED])
-def test_a_model_on_interpreted_kernels_is_that_on_the_cpu(config):
+def test_a_model_on_interpreted_kernels_is_that_on_the_cpu():
     """Same tokens, and features and gradients that differ by rounding only."""
-    images = torch.randn(1, 3, 60, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, 3, 40, 44, generator=torch.Generator().manual_seed(0))
     results = {}
     for impl in ("cpu", "triton"):
-        model = make(config=config, impl=impl)
+        model = make(config=TWO_STAGES, impl=impl)
         stages = model.backbone(images)
         logits = model.head(stages, images, impl)
         logits.square().sum().backward()
