@@ -34,6 +34,7 @@ class Variant:
             such elements, or a scalar's type ("i32", "i64", "fp32").
         constants: the `tl.constexpr` arguments by name.
         num_warps, num_stages: see Triton. With Triton's warps of 32 threads on NVIDIA, 64 on AMD.
+        amd_warps: the number of warps on AMD, if another.
         fp_fusion: let the compiler contract a * b + c to one rounding; off where results must equal
             the CPU's bit for bit.
         max_registers: per thread, on NVIDIA. Without it the assembler aims at many warps and
@@ -47,6 +48,7 @@ class Variant:
     num_stages: int = 2
     fp_fusion: bool = True
     max_registers: int | None = None
+    amd_warps: int | None = None
 
     def launch(self, grid: tuple[int, ...], *arguments) -> None:
         """Run on the device of the tensors; nothing happens where the grid is empty."""
@@ -91,6 +93,8 @@ class Variant:
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.fp_fusion,
         }
+        if self.amd_warps is not None and backend == "hip":
+            options["num_warps"] = self.amd_warps
         if self.max_registers is not None and backend == "cuda":
             options["maxnreg"] = self.max_registers
         return options

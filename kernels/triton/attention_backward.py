@@ -1,0 +1,402 @@
+"""Neighborhood attention on GPUs, the backward pass: three kernels, no atomics.
+
+* Per tile of queries and head, as in the forward pass: the mean gradient of a row's logits, the
+  gradient of the queries, and the tile's share of those of weights and blank tokens.
+* Per group of clusters and head, over the queries that attend to any of them: the gradients of keys
+  and values. About half of the pairs are in no neighborhood.
+* The tiles' shares, added up in two passes of a fixed order.
+
+The gradients of a row's logits add up to 0. So that of the bias, which all logits but the blank's
+have, is minus the sum over the blank's logits, with less rounding; without a blank token it is 0.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from pointformer.kernels.attention import TILE, clusters_per_group
+from pointformer.kernels.triton.attention_pairs import (
+    DTYPES,
+    LOG2_E,
+    WIDTHS,
+    add_features,
+    division,
+    dot,
+    learned_tensors,
+    list_keys,
+    load_blank,
+    load_points,
+    load_rows,
+    load_weights,
+    position_logits,
+    readable,
+    relate,
+    store_rows,
+    width_of,
+)
+from pointformer.kernels.triton.attention_plan import group_lists, tile_lists
+from pointformer.kernels.triton.runtime import Variant
+
+_SPAN = 256  # tiles whose shares one program of the first pass adds up
+_BLOCK = {"ROWS": 32, "BLOCK": 32}  # shares added up at a time
+_STRIDES = (
+    "grad_token", "grad_head", "query_token", "query_head",
+    "key_token", "key_head", "value_token", "value_head",
+)  # fmt: skip
+_QUERY_INTEGERS = (
+    *_STRIDES, "tokens", "heads", "octets", "features", "has_bias", "has_blank", "capacity",
+    "cluster_size", "reciprocal", "shift",
+)  # fmt: skip
+_KEY_INTEGERS = (*_STRIDES, "clusters", "heads", "octets", "features", "has_bias", "group")
+
+
+@triton.jit(do_not_specialize=_QUERY_INTEGERS)
+def neighborhood_attention_bwd_query_kernel(
+    grad, output, normal, query, key, value, positions, counts, rows, lengths, members,
+    position_weight, position_bias, blank_key, blank_value, grad_query, means, shares,
+    grad_token, grad_head, query_token, query_head, key_token, key_head, value_token, value_head,
+    tokens, heads, octets, features, has_bias, has_blank,
+    capacity, cluster_size, reciprocal, shift, scale,
+    AXES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The mean gradient of a row's logits is that of its output, up to the rounding of both.
+
+    But the gradients of the logits add up to 0: what they add up to tells how far the mean was off.
+    All but the gradient of the query, which is rounded itself, is corrected by it.
+    """
+    head = tl.program_id(0) % heads
+    row = tl.program_id(0) // heads * QUERIES + tl.arange(0, QUERIES)
+    tile = tl.program_id(0) // heads * QUERIES // TILE
+    exists = row < tokens
+    q = load_rows(query, row, exists, head, query_token, query_head, octets, WIDTH)
+    g = load_rows(grad, row, exists, head, grad_token, grad_head, octets, WIDTH)
+    out = load_rows(output, row, exists, head, heads * octets, octets, octets, WIDTH)
+    at = row.to(tl.int64) * heads + head
+    mean = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
+    largest = tl.load(normal + at * 2, mask=exists, other=0.0)
+    factor = tl.load(normal + at * 2 + 1, mask=exists, other=0.0)
+    scaled_mean = (mean * factor)[:, None]
+
+    x, y, z = load_points(positions, row, exists, AXES)
+    weights = load_weights(position_weight, head, features, AXES)
+    bias = tl.load(position_bias + head, mask=has_bias != 0, other=0.0) * LOG2_E
+    log2_scale = scale * LOG2_E
+    own_bit = (1 << row % TILE)[:, None]
+    d_query = tl.zeros((QUERIES, WIDTH), tl.float32)
+    nothing = tl.zeros((QUERIES,), tl.float32)
+    excess = nothing  # of the mean gradient over its estimate
+    sums = ()  # of the logits' gradients times each feature
+    features_mean = ()  # of the attention, times each feature
+    for _ in tl.static_range(2 * AXES + 1):
+        sums += (nothing,)
+        features_mean += (nothing,)
+
+    slots = tl.load(counts + tile) * cluster_size
+    first = tile.to(tl.int64) * capacity
+    for start in range(0, slots, KEYS):
+        slot = start + tl.arange(0, KEYS)
+        key_row, known, attending = list_keys(
+            slot, slots, rows, lengths, members, first, cluster_size, reciprocal, shift
+        )
+        k = load_rows(key, key_row, known, head, key_token, key_head, octets, WIDTH)
+        v = load_rows(value, key_row, known, head, value_token, value_head, octets, WIDTH)
+        kx, ky, kz = load_points(positions, key_row, known, AXES)
+        relation = relate(
+            (x[:, None], y[:, None], z[:, None]), (kx[None, :], ky[None, :], kz[None, :]), AXES
+        )
+        logits = dot(q, tl.trans(k), tl.zeros((QUERIES, KEYS), tl.float32), PRECISION)
+        logits = logits * log2_scale + position_logits(weights, bias, relation, AXES)
+        attention = tl.exp2(logits - largest[:, None])
+        attention = tl.where((attending[None, :] & own_bit) != 0, attention, 0.0)
+        d_attention = dot(g, tl.trans(v), tl.zeros((QUERIES, KEYS), tl.float32), PRECISION)
+        d_logits = attention * (d_attention * factor[:, None] - scaled_mean)
+        d_query = dot(d_logits.to(k.dtype), k, d_query, PRECISION)
+        sums = add_features(sums, d_logits, relation, AXES)
+        excess += tl.sum(d_logits, 1)
+        features_mean = add_features(features_mean, attention, relation, AXES)
+
+    blank = load_blank(blank_key, head, octets, has_blank, WIDTH)[None, :]
+    blank_out = load_blank(blank_value, head, octets, has_blank, WIDTH)[None, :]
+    blank_logit = tl.sum(q.to(tl.float32) * blank, 1) * log2_scale
+    attention = tl.where(has_blank != 0, tl.exp2(blank_logit - largest) * factor, 0.0)
+    d_attention = tl.sum(g.to(tl.float32) * blank_out, 1)
+    d_logit = attention * (d_attention - mean)
+    excess += d_logit
+    mean += excess
+    d_logit = attention * (d_attention - mean)
+    tl.store(means + at, mean, mask=exists)
+    d_query = (d_query + d_logit[:, None] * blank) * scale
+    store_rows(grad_query, d_query, row, exists, head, heads, octets, WIDTH)
+
+    channels = octets * 8
+    shares += tl.program_id(0).to(tl.int64) * (features + has_blank * (1 + 2 * channels))
+    for f in tl.static_range(2 * AXES + 1):
+        total = sums[f] - excess * factor * features_mean[f]
+        tl.store(shares + f, tl.sum(total, 0), mask=f < features)
+    tl.store(shares + features, -tl.sum(d_logit, 0), mask=has_blank != 0)
+    channel = tl.arange(0, WIDTH)
+    stored = channel < channels * has_blank
+    d_blank = tl.sum(d_logit[:, None] * q.to(tl.float32), 0) * scale
+    tl.store(shares + features + 1 + channel, d_blank, mask=stored)
+    d_blank = tl.sum(attention[:, None] * g.to(tl.float32), 0)
+    tl.store(shares + features + 1 + channels + channel, d_blank, mask=stored)
+
+
+@triton.jit(do_not_specialize=_KEY_INTEGERS)
+def neighborhood_attention_bwd_key_kernel(
+    grad, normal, means, query, key, value, positions,
+    cluster_offsets, begins, counts, queries, members,
+    position_weight, position_bias, grad_key, grad_value,
+    grad_token, grad_head, query_token, query_head, key_token, key_head, value_token, value_head,
+    clusters, heads, octets, features, has_bias, group, scale,
+    AXES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS of the keys of one group of clusters, which are consecutive rows."""
+    head = tl.program_id(0) % heads
+    index = tl.program_id(0) // heads
+    first = index * group
+    row = tl.load(cluster_offsets + first) + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    exists = row < tl.load(cluster_offsets + tl.minimum(first + group, clusters))
+    cluster = tl.zeros((ROWS,), tl.int32)  # within the group
+    for following in range(1, group):
+        end = tl.load(cluster_offsets + tl.minimum(first + following, clusters))
+        cluster += (row >= end).to(tl.int32)
+    own_bit = tl.where(exists, 1 << cluster, 0)[:, None]
+    k = load_rows(key, row, exists, head, key_token, key_head, octets, WIDTH)
+    v = load_rows(value, row, exists, head, value_token, value_head, octets, WIDTH)
+    x, y, z = load_points(positions, row, exists, AXES)
+    weights = load_weights(position_weight, head, features, AXES)
+    bias = tl.load(position_bias + head, mask=has_bias != 0, other=0.0) * LOG2_E
+    log2_scale = scale * LOG2_E
+    d_key = tl.zeros((ROWS, WIDTH), tl.float32)
+    d_value = tl.zeros((ROWS, WIDTH), tl.float32)
+
+    queries += tl.load(begins + index)
+    members += tl.load(begins + index)
+    count = tl.load(counts + index)
+    for start in range(0, count, QUERIES):
+        slot = start + tl.arange(0, QUERIES)
+        listed = slot < count
+        query_row = tl.load(queries + slot, mask=listed, other=0)
+        attended = tl.load(members + slot, mask=listed, other=0)
+        q = load_rows(query, query_row, listed, head, query_token, query_head, octets, WIDTH)
+        g = load_rows(grad, query_row, listed, head, grad_token, grad_head, octets, WIDTH)
+        at = query_row.to(tl.int64) * heads + head
+        largest = tl.load(normal + at * 2, mask=listed, other=0.0)[None, :]
+        factor = tl.load(normal + at * 2 + 1, mask=listed, other=0.0)[None, :]
+        mean = tl.load(means + at, mask=listed, other=0.0)[None, :]
+        qx, qy, qz = load_points(positions, query_row, listed, AXES)
+        relation = relate(
+            (qx[None, :], qy[None, :], qz[None, :]), (x[:, None], y[:, None], z[:, None]), AXES
+        )
+        logits = dot(k, tl.trans(q), tl.zeros((ROWS, QUERIES), tl.float32), PRECISION)
+        logits = logits * log2_scale + position_logits(weights, bias, relation, AXES)
+        attention = tl.exp2(logits - largest) * factor
+        attention = tl.where((attended[None, :] & own_bit) != 0, attention, 0.0)
+        d_value = dot(attention.to(g.dtype), g, d_value, PRECISION)
+        d_attention = dot(v, tl.trans(g), tl.zeros((ROWS, QUERIES), tl.float32), PRECISION)
+        d_logits = attention * (d_attention - mean)
+        d_key = dot(d_logits.to(q.dtype), q, d_key, PRECISION)
+
+    store_rows(grad_key, d_key * scale, row, exists, head, heads, octets, WIDTH)
+    store_rows(grad_value, d_value, row, exists, head, heads, octets, WIDTH)
+
+
+@triton.jit
+def _sum_rows(source, column, begin, end, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of some columns (BLOCK,) of a (rows, columns) array over the rows `begin` to `end`."""
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(begin, end, ROWS):
+        row = (start + tl.arange(0, ROWS))[:, None]
+        mask = (row < end) & (column < columns)[None, :]
+        offset = row.to(tl.int64) * columns + column[None, :]
+        total += tl.load(source + offset, mask=mask, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=("rows", "columns"))
+def sum_shares_kernel(
+    source, target, rows, columns, SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Sum every SPAN consecutive rows of a (rows, columns) array."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(1)
+    end = tl.minimum((part + 1) * SPAN, rows)
+    total = _sum_rows(source, column, part * SPAN, end, columns, ROWS, BLOCK)
+    tl.store(target + part.to(tl.int64) * columns + column, total, mask=column < columns)
+
+
+@triton.jit(do_not_specialize=("rows", "heads", "features", "has_bias", "has_blank", "channels"))
+def learned_gradients_kernel(
+    shares, grad_weight, grad_bias, grad_blank_key, grad_blank_value,
+    rows, heads, features, has_bias, has_blank, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum (rows, heads, columns) over the rows, and deal the columns out to the gradients."""
+    width = features + has_blank * (1 + 2 * channels)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    stored = column < heads * width
+    total = _sum_rows(shares, column, 0, rows, heads * width, ROWS, BLOCK)
+    head = column // width
+    column = column % width
+    tl.store(grad_weight + head * features + column, total, mask=stored & (column < features))
+    column -= features
+    tl.store(grad_bias + head, total, mask=stored & (column >= 0) & (column < has_bias))
+    column -= 1
+    in_key = stored & (column >= 0) & (column < channels)
+    tl.store(grad_blank_key + head * channels + column, total, mask=in_key)
+    column -= channels
+    tl.store(grad_blank_value + head * channels + column, total, mask=stored & (column >= 0))
+
+
+def _query_variant(dtype, axes, width):
+    wide = dtype == torch.float32
+    return Variant(
+        neighborhood_attention_bwd_query_kernel,
+        (dtype, dtype, torch.float32, *(dtype,) * 3, torch.float32, *(torch.int32,) * 4)
+        + (*(torch.float32,) * 4, dtype, torch.float32, torch.float32)
+        + ("i32",) * len(_QUERY_INTEGERS)
+        + ("fp32",),
+        {
+            "AXES": axes,
+            "WIDTH": width,
+            "TILE": TILE,
+            "QUERIES": 16 if wide or width > 32 else TILE,
+            "KEYS": 16 if wide or width > 32 or axes == 3 else 32,
+            "PRECISION": "ieee" if width > 32 else "bf16x6",
+        },
+        num_warps=_warps(wide, width),
+        amd_warps=4 if wide or width > 32 else 2,
+        max_registers=255 if width > 64 else None,
+    )
+
+
+def _key_variant(dtype, axes, width, rows):
+    wide = dtype == torch.float32
+    return Variant(
+        neighborhood_attention_bwd_key_kernel,
+        (dtype, torch.float32, torch.float32, *(dtype,) * 3, torch.float32)
+        + (*(torch.int32,) * 5, torch.float32, torch.float32, dtype, dtype)
+        + ("i32",) * len(_KEY_INTEGERS)
+        + ("fp32",),
+        {
+            "AXES": axes,
+            "WIDTH": width,
+            "ROWS": rows,
+            "QUERIES": 16 if wide or width > 64 else 32,
+            "PRECISION": "ieee" if width > 64 else "bf16x6",
+        },
+        num_warps=_warps(wide, width),
+        amd_warps=4 if wide or width > 32 else 2,
+        max_registers=255 if width in (16, 128) else None,
+    )
+
+
+def _warps(wide, width):
+    """As many as the registers need: wide dtypes have no matrix product of their own."""
+    if wide and width > 64:
+        return 8
+    return 4 if wide or width > 32 else 2
+
+
+def _key_rows(dtype):
+    """Keys of a group that a program may take at a time."""
+    return (16,) if dtype == torch.float32 else (16, 32)
+
+
+_SUM = Variant(
+    sum_shares_kernel,
+    (torch.float32, torch.float32, "i32", "i32"),
+    {"SPAN": _SPAN, **_BLOCK},
+)
+_LEARNED = Variant(
+    learned_gradients_kernel,
+    (torch.float32,) * 5 + ("i32",) * 6,
+    _BLOCK,
+)
+
+
+def variants():
+    """Every specialization that `backward` can launch."""
+    yield _SUM
+    yield _LEARNED
+    for dtype in DTYPES:
+        for axes in (2, 3):
+            for width in WIDTHS:
+                yield _query_variant(dtype, axes, width)
+                for rows in _key_rows(dtype):
+                    yield _key_variant(dtype, axes, width, rows)
+
+
+def backward(
+    grad, output, normal,
+    query, key, value, positions, cluster_index, cluster_offsets, cluster_size, plan,
+    position_weight, position_bias, blank_key, blank_value, scale,
+):  # fmt: skip
+    """Gradients of query, key, value and what is learned; empty ones for what is `None`."""
+    (tokens, heads, channels), axes = query.shape, positions.shape[1]
+    device, clusters = query.device, cluster_offsets.shape[0] - 1
+    tiles = plan[:4] or tile_lists(cluster_index, cluster_offsets)
+    groups = plan[4:] or group_lists(cluster_index, clusters, cluster_size)
+    learned, flags = learned_tensors(
+        position_weight, position_bias, blank_key, blank_value, absent=normal
+    )
+    features, _, has_blank = flags
+    inputs, strides = zip(*(readable(x) for x in (grad, query, key, value)), strict=True)
+    grad, *inputs = inputs
+    strides = [number for pair in strides for number in pair]
+    positions = positions.contiguous()
+    width = width_of(channels)
+
+    d_rows = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value)]
+    means = torch.empty(tokens, heads, device=device)
+    columns = heads * (features + has_blank * (1 + 2 * channels))
+    variant = _query_variant(query.dtype, axes, width)
+    programs = triton.cdiv(tokens, variant.constants["QUERIES"])
+    shares = torch.empty(programs, columns, device=device)
+    variant.launch(
+        (programs * heads,),
+        *(grad, output.contiguous(), normal, *inputs, positions, *tiles, *learned),
+        *(d_rows[0], means, shares),
+        *(*strides, tokens, heads, channels // 8, *flags),
+        *(tiles[1].shape[1], cluster_size, *division(cluster_size), scale),
+    )
+    group = clusters_per_group(cluster_size)
+    rows = next((n for n in _key_rows(query.dtype) if group * cluster_size <= n), None)
+    rows = rows or _key_rows(query.dtype)[-1]
+    _key_variant(query.dtype, axes, width, rows).launch(
+        (groups[1].shape[0] * heads, triton.cdiv(group * cluster_size, rows)),
+        *(grad, normal, means, *inputs, positions, cluster_offsets, *groups, *learned[:2]),
+        *(*d_rows[1:], *strides, clusters, heads, channels // 8, *flags[:2], group, scale),
+    )
+    given = (position_weight, position_bias, blank_key, blank_value)
+    return *d_rows, *learned_gradients(shares, given, heads, channels)
+
+
+def learned_gradients(shares, given, heads, channels):
+    """Sum the shares (programs, columns) and part them: one tensor like each of the given."""
+    device, columns = shares.device, shares.shape[1]
+    gradients = [
+        torch.empty(0 if x is None else x.shape, dtype=torch.float32, device=device) for x in given
+    ]
+    weight, bias, blank_key, _ = given
+    if blank_key is None:
+        gradients[1].zero_()
+    blocks = triton.cdiv(columns, _BLOCK["BLOCK"])
+    if len(shares) > _SPAN:
+        sums = torch.empty(triton.cdiv(len(shares), _SPAN), columns, device=device)
+        _SUM.launch((blocks, len(sums)), shares, sums, len(shares), columns)
+        shares = sums
+    flags = (0 if weight is None else weight.shape[1], int(bias is not None))
+    _LEARNED.launch(
+        (blocks,),
+        shares,
+        *gradients,
+        len(shares),
+        heads,
+        *flags,
+        int(blank_key is not None),
+        channels,
+    )
+    return gradients
