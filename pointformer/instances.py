@@ -46,9 +46,9 @@ def instances_from_logits(
     logits: np.ndarray,
     *,
     foreground_threshold: float = 0.5,
-    marker_threshold: float = 0.7,
+    marker_threshold: float = 0.8,
     smoothing: float = 1.0,
-    confidence: float = 0.8,
+    confidence: float = 0.85,
     min_size: int = 16,
 ) -> np.ndarray:
     """Instances by a watershed grown from where the inside is certain.

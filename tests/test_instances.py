@@ -65,7 +65,9 @@ def test_result_is_a_labelling_of_the_foreground(seed, height, width, min_size):
     assert not (found > 0)[~foreground].any()
     if min_size == 1:
         # Exactly the connected foreground that holds a marker.
-        unsmoothed = instances_from_logits(logits, min_size=1, confidence=0.0, smoothing=0.0)
+        unsmoothed = instances_from_logits(
+            logits, min_size=1, confidence=0.0, smoothing=0.0, marker_threshold=0.7
+        )
         regions = label(foreground, connectivity=1)
         marked = np.unique(regions[foreground & (inside > 0.7)])
         np.testing.assert_array_equal(unsmoothed > 0, np.isin(regions, marked) & foreground)
