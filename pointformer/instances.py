@@ -48,7 +48,7 @@ def instances_from_logits(
     foreground_threshold: float = 0.5,
     marker_threshold: float = 0.8,
     smoothing: float = 1.0,
-    confidence: float = 0.85,
+    confidence: float = 0.825,
     min_size: int = 16,
 ) -> np.ndarray:
     """Instances by a watershed grown from where the inside is certain.
