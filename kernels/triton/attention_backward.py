@@ -263,7 +263,7 @@ def _query_variant(dtype, axes, width):
             "WIDTH": width,
             "TILE": TILE,
             "QUERIES": 16 if wide or width > 32 else TILE,
-            "KEYS": 16 if wide or width > 32 or axes == 3 else 32,
+            "KEYS": 16,
             "PRECISION": "ieee" if width > 32 else "bf16x6",
         },
         num_warps=_warps(wide, width),
