@@ -86,13 +86,13 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path):
 
 
 def test_training_learns_logs_and_scores(tmp_path):
-    run = trainer(Budget(steps=100), Recipe(batch=2, crop=32, learning_rate=5e-2))
+    run = trainer(Budget(steps=200))
     before = evaluate(run.averaged, blobs(3, seed=1)).at(0.5)
     result = train(run, blobs(3, seed=1), tmp_path, checkpoint_minutes=0.0)
     assert result.at(0.5) > max(before, 0.3)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
-    assert len(losses) == 5
+    assert len(losses) == 10
     assert losses[-1] < losses[0]
     assert log[-1]["validation"]["AP50"] == result.at(0.5)
     assert (tmp_path / "checkpoint.pt").exists()
