@@ -39,6 +39,14 @@ def drop_path(x: Tensor, rate: float, tokens: TokenSet, training: bool) -> Tenso
     return x * (keep.to(x.dtype) / (1 - rate))[tokens.sample_index]
 
 
+class GELU(nn.GELU):
+    """GELU that overwrites its input, a layer's output, where no gradient is recorded: to fill new
+    memory would take as long as the function itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
 class PatchEmbed(nn.Module):
     """Two 3x3 convolutions from an image to one token per `stride` pixels (rounded up)."""
 
@@ -47,7 +55,7 @@ class PatchEmbed(nn.Module):
         first, second = {4: (2, 2), 2: (2, 1), 1: (1, 1)}[stride]
         self.conv1 = nn.Conv2d(in_channels, dim // 2, 3, first, 1)
         self.bn = nn.BatchNorm2d(dim // 2)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, second, 1)
         self.norm = nn.LayerNorm(dim)
 
@@ -118,7 +126,7 @@ class Mlp(nn.Sequential):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.fc2 = nn.Linear(hidden, dim)
 
 
@@ -211,7 +219,8 @@ class AdaptiveMerge(nn.Module):
             eps=norm.eps,
             impl=impl,
         )
-        return tokens.select(index, sizes).with_features(self.linear(self.norm(merged)))
+        features = self.linear(self.norm(merged))
+        return TokenSet(tokens.positions[index], features, sizes, tokens.extent, tokens.origin)
 
 
 class PatchMerge(nn.Module):
