@@ -8,7 +8,7 @@ neighbourhoods around the best: fewer tokens, still on the positions that matter
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from pointformer import (
 )
 from pointformer.models.config import AFFConfig
 
+HIDDEN = 1 << 22  # numbers that a hidden layer holds at a time at inference
+
 
 def position_features(expanded: bool) -> int:
     """How many numbers describe a relative position in 2-D: (dx, dy[, dist, sin, cos])."""
@@ -37,6 +39,24 @@ def drop_path(x: Tensor, rate: float, tokens: TokenSet, training: bool) -> Tenso
         return x
     keep = torch.rand(tokens.batch_size, 1, device=x.device) >= rate
     return x * (keep.to(x.dtype) / (1 - rate))[tokens.sample_index]
+
+
+def by_rows(function: Callable[..., Tensor], *inputs: Tensor, width: int) -> Tensor:
+    """`function(*inputs)`, at most `HIDDEN / width` rows at a time where no gradient is recorded.
+
+    For functions that treat every row alone. What they need inside would take several times the
+    memory of their result, and on CPUs fresh memory takes longer than the layers that fill it.
+    """
+    rows, total = max(1, HIDDEN // width), len(inputs[0])
+    if total <= rows or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*inputs)
+    result = torch.empty(0)
+    for first in range(0, total, rows):
+        part = function(*(x[first : first + rows] for x in inputs))
+        if first == 0:
+            result = part.new_empty(total, *part.shape[1:])
+        result[first : first + rows] = part
+    return result
 
 
 class GELU(nn.GELU):
@@ -78,7 +98,10 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Neighbourhood attention with a learned position bias and a blank token (section 3.2, 4.3)."""
+    """Neighbourhood attention with a learned position bias and a blank token (section 3.2, 4.3).
+
+    `forward` leaves the output projection `proj` to the block, which runs it on a few rows.
+    """
 
     def __init__(self, dim: int, heads: int, expanded_position: bool, blank_token: bool) -> None:
         super().__init__()
@@ -117,7 +140,7 @@ class Attention(nn.Module):
             blank_value=blank_value,
             impl=impl,
         )
-        return self.proj(out.flatten(1))
+        return out.flatten(1)
 
 
 class Mlp(nn.Sequential):
@@ -152,11 +175,15 @@ class Block(nn.Module):
 
     def forward(self, tokens: TokenSet, neighborhoods: Neighborhoods, impl: str | None) -> TokenSet:
         x = tokens.features
-        branch = self.attn(self.norm1(x), tokens.positions, neighborhoods, impl)
-        x = x + self._scaled(branch, self.gamma1, tokens)
-        branch = self.mlp(self.norm2(x))
-        x = x + self._scaled(branch, self.gamma2, tokens)
-        return tokens.with_features(x)
+        attended = self.attn(self.norm1(x), tokens.positions, neighborhoods, impl)
+
+        def rest(x: Tensor, attended: Tensor) -> Tensor:
+            x = x + self._scaled(self.attn.proj(attended), self.gamma1, tokens)
+            return x + self._scaled(self.mlp(self.norm2(x)), self.gamma2, tokens)
+
+        if self.training:  # paths are dropped for whole samples
+            return tokens.with_features(rest(x, attended))
+        return tokens.with_features(by_rows(rest, x, attended, width=self.mlp.fc1.out_features))
 
     def _scaled(self, branch: Tensor, gamma: Tensor | None, tokens: TokenSet) -> Tensor:
         if gamma is not None:

@@ -250,3 +250,13 @@ def test_features_are_token_sets_in_cluster_order():
     assert [type(tokens) for tokens in outputs] == [TokenSet] * 4
     assert [tokens.channels for tokens in outputs] == list(TINY.dims)
     assert all(tokens.clusters is not None for tokens in outputs)
+
+
+def test_hidden_layers_take_a_few_rows_at_a_time(monkeypatch):
+    model = create_model("aff_nano", num_classes=10).eval()
+    images = torch.randn(2, 3, 64, 48)
+    with torch.no_grad():
+        whole = model(images)
+        monkeypatch.setattr("pointformer.models.aff.HIDDEN", 5000)
+        torch.testing.assert_close(model(images), whole)
+    torch.testing.assert_close(model(images).detach(), whole)
