@@ -180,9 +180,9 @@ def _attention(module: Attention, args: tuple, output: Tensor) -> dict[str, int]
 
 def _windows(module: WindowAttention, args: tuple, output: Tensor) -> dict[str, int]:
     """Padding to whole windows counts: it is computed."""
-    maps, windows = args
-    cells = len(maps) * windows.padded[0] * windows.padded[1]
-    return {"windows": 2 * cells * windows.size**2 * maps.shape[-1]}
+    _, tokens, windows = args
+    cells = tokens.batch_size * windows.padded[0] * windows.padded[1]
+    return {"windows": 2 * cells * windows.size**2 * output.shape[-1]}
 
 
 def _merge(module: AdaptiveMerge, args: tuple, output) -> dict[str, int]:

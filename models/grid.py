@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pointformer import TokenSet
-from pointformer.models.aff import StageOutput
+from pointformer.models.backbone import StageOutput
 from pointformer.models.config import GridConfig
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pointformer import TokenSet, interpolate
-from pointformer.models.aff import StageOutput
+from pointformer.models.backbone import StageOutput
 from pointformer.models.config import AFFConfig
 from pointformer.models.hcformer import SoftAssignment, decode
 from pointformer.models.mask2former import MaskDecoder, MaskPredictions

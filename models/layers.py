@@ -9,10 +9,18 @@ from torch import Tensor, nn
 from pointformer import TokenSet, knn, point_conv
 
 
+class GELU(nn.GELU):
+    """GELU that overwrites its input, a layer's output, where no gradient is recorded: to fill new
+    memory would take as long as the function itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
 class FeedForward(nn.Sequential):
     """Linear, activation, Linear."""
 
-    def __init__(self, dim: int, hidden: int, activation: type[nn.Module] = nn.GELU) -> None:
+    def __init__(self, dim: int, hidden: int, activation: type[nn.Module] = GELU) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.act = activation()

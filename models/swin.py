@@ -15,10 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pointformer import TokenSet
-from pointformer.models.aff import PatchEmbed, PatchMerge, StageOutput, drop_path
+from pointformer.models.backbone import Backbone, Block, PatchMerge, StageOutput
 from pointformer.models.config import SwinConfig
 from pointformer.models.grid import by_shape
-from pointformer.models.layers import FeedForward
 
 
 class Windows:
@@ -93,48 +92,18 @@ class WindowAttention(nn.Module):
         down, right = (x.reshape(-1, 1) - x.reshape(1, -1) + size - 1 for x in (row, column))
         self.register_buffer("index", down * (2 * size - 1) + right, persistent=False)
 
-    def forward(self, maps: Tensor, windows: Windows) -> Tensor:
-        """(B, H, W, C) to the same shape."""
+    def forward(self, x: Tensor, tokens: TokenSet, windows: Windows) -> Tensor:
+        """(T, C) in raster order, before the output projection `proj`, which is the block's."""
+        maps = self.qkv(x).view(tokens.batch_size, *windows.sides, -1)
         query, key, value = rearrange(
-            windows.split(self.qkv(maps)), "n t (three h d) -> three n h t d", three=3, h=self.heads
+            windows.split(maps), "n t (three h d) -> three n h t d", three=3, h=self.heads
         )
         bias = rearrange(self.bias[self.index], "q k h -> 1 h q k").to(query.dtype)
         if windows.blocked is not None:
             bias = bias.masked_fill(windows.blocked[:, None], -torch.inf)
             bias = bias.repeat(len(query) // len(bias), 1, 1, 1)
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.proj(windows.join(rearrange(out, "n h t d -> n t (h d)")))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block, AFF's with windows."""
-
-    gamma1: Tensor | None
-    gamma2: Tensor | None
-
-    def __init__(self, config: SwinConfig, stage: int, drop_path_rate: float) -> None:
-        super().__init__()
-        dim = config.dims[stage]
-        self.drop_path_rate = drop_path_rate
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, config.heads[stage], config.window_size)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = FeedForward(dim, int(dim * config.mlp_ratio))
-        for name in ("gamma1", "gamma2"):
-            scale = torch.full((dim,), config.layer_scale) if config.layer_scale > 0 else None
-            self.register_parameter(name, None if scale is None else nn.Parameter(scale))
-
-    def forward(self, tokens: TokenSet, windows: Windows) -> TokenSet:
-        x = tokens.features
-        maps = self.norm1(x).view(tokens.batch_size, *windows.sides, -1)
-        x = x + self._scaled(self.attn(maps, windows).reshape(x.shape), self.gamma1, tokens)
-        x = x + self._scaled(self.mlp(self.norm2(x)), self.gamma2, tokens)
-        return tokens.with_features(x)
-
-    def _scaled(self, branch: Tensor, gamma: Tensor | None, tokens: TokenSet) -> Tensor:
-        if gamma is not None:
-            branch = branch * gamma
-        return drop_path(branch, self.drop_path_rate, tokens, self.training)
+        return windows.join(rearrange(out, "n h t d -> n t (h d)")).reshape(x.shape)
 
 
 class Stage(nn.Module):
@@ -144,9 +113,19 @@ class Stage(nn.Module):
         super().__init__()
         self.stride = 2**stage
         self.window_size = config.window_size
-        self.blocks = nn.ModuleList(Block(config, stage, rate) for rate in drop_path_rates)
+        dim, heads = config.dims[stage], config.heads[stage]
+        self.blocks = nn.ModuleList(
+            Block(
+                WindowAttention(dim, heads, config.window_size),
+                dim,
+                int(dim * config.mlp_ratio),
+                config.layer_scale,
+                rate,
+            )
+            for rate in drop_path_rates
+        )
         last = stage + 1 == len(config.dims)
-        self.merge = None if last else PatchMerge(config, stage)  # type: ignore[arg-type]
+        self.merge = None if last else PatchMerge(config, stage)
 
     def forward(self, tokens: TokenSet) -> tuple[StageOutput, TokenSet | None]:
         assert tokens.extent is not None
@@ -162,7 +141,7 @@ class Stage(nn.Module):
         return StageOutput(tokens, inputs, None), merged
 
 
-class Swin(nn.Module):
+class Swin(Backbone):
     """The backbone: images to one `StageOutput` per stage, without scores.
 
     Shapes:
@@ -172,26 +151,10 @@ class Swin(nn.Module):
             merges with zeros.
     """
 
-    def __init__(self, config: SwinConfig, impl: str | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.impl = impl
-        self.patch_embed = PatchEmbed(config.in_channels, config.dims[0], config.patch_stride)
-        blocks = sum(config.depths)
-        rates = [config.drop_path * block / max(blocks - 1, 1) for block in range(blocks)]
-        firsts = [sum(config.depths[:stage]) for stage in range(len(config.dims))]
-        self.stages = nn.ModuleList(
-            Stage(config, stage, rates[first : first + config.depths[stage]])
-            for stage, first in enumerate(firsts)
-        )
-        self.apply(self._init_weights)
+    config: SwinConfig
 
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    def __init__(self, config: SwinConfig, impl: str | None = None) -> None:
+        super().__init__(config, Stage, impl)
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> list[StageOutput]:
         return by_shape(self._stages, images)

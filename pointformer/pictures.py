@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from pointformer.models.aff import StageOutput
+from pointformer.models.backbone import StageOutput
 
 if TYPE_CHECKING:
     from pointformer.data.annotations import Category

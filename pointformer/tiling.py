@@ -76,7 +76,7 @@ def stitch(
         it was joined from.
     """
     firsts = np.cumsum([0, *(len(categories) for _, _, categories in parts)])
-    category = np.concatenate([np.asarray(c, np.int64) for _, _, c in parts] or [np.zeros(0)])
+    category = np.concatenate([np.zeros(0, np.int64), *(np.asarray(c, np.int64) for _, _, c in parts)])
     parent = np.arange(firsts[-1])
 
     def root(item: int) -> int:

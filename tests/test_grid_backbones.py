@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pointformer import TokenSet
 from pointformer.models import (
     AFFConfig,
     GridBackbone,
@@ -204,6 +205,11 @@ def test_any_image_size(made, shape):
 # Swin ----------------------------------------------------------------------------------------
 
 
+def raster(maps):
+    """Tokens of maps (B, H, W, C)."""
+    return TokenSet.from_grid(maps.movedim(-1, 1))
+
+
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("size", [(8, 12), (10, 13), (4, 9), (3, 4), (2, 2)])
 def test_window_attention_is_its_definition(size, shifted):
@@ -214,7 +220,8 @@ def test_window_attention_is_its_definition(size, shifted):
     layer = WindowAttention(dim, heads, window).double()
     nn.init.normal_(layer.bias)
     maps = torch.randn(2, *size, dim, dtype=torch.float64)
-    ours = layer(maps, Windows(*size, window, shifted, maps.device))
+    tokens = raster(maps)
+    ours = layer(tokens.features, tokens, Windows(*size, window, shifted, maps.device))
     starts = [window // 2 if shifted and side > window else 0 for side in size]
     query, key, value = layer.qkv(maps).view(2, *size, 3, heads, -1).unbind(3)
     expected = torch.empty(2, *size, heads, dim // heads, dtype=torch.float64)
@@ -231,13 +238,15 @@ def test_window_attention_is_its_definition(size, shifted):
         logits = (query[:, y, x, None] * key[:, rows, columns]).sum(3) / math.sqrt(dim // heads)
         share = (logits + bias).softmax(1)
         expected[:, y, x] = (share[..., None] * value[:, rows, columns]).sum(1)
-    torch.testing.assert_close(ours, layer.proj(expected.flatten(3)))
+    torch.testing.assert_close(ours, expected.view(-1, dim))
 
 
 def test_padding_and_masks_let_finite_gradients_through():
     layer = WindowAttention(6, 2, 4)
     maps = torch.randn(1, 5, 6, 6, requires_grad=True)
-    layer(maps, Windows(5, 6, 4, True, maps.device)).square().sum().backward()
+    tokens = raster(maps)
+    windows = Windows(5, 6, 4, True, maps.device)
+    layer(tokens.features, tokens, windows).square().sum().backward()
     assert maps.grad.isfinite().all()
     assert maps.grad.flatten(0, 2).any(1).all()
 

@@ -257,6 +257,6 @@ def test_hidden_layers_take_a_few_rows_at_a_time(monkeypatch):
     images = torch.randn(2, 3, 64, 48)
     with torch.no_grad():
         whole = model(images)
-        monkeypatch.setattr("pointformer.models.aff.HIDDEN", 5000)
+        monkeypatch.setattr("pointformer.models.backbone.HIDDEN", 5000)
         torch.testing.assert_close(model(images), whole)
     torch.testing.assert_close(model(images).detach(), whole)

@@ -17,9 +17,9 @@ from pointformer.train.nuclei import (
     learning_rate_factor,
     main,
     parameter_groups,
-    segmentation_loss,
     train,
 )
+from pointformer.train.objectives import dense_loss
 
 RECIPE = Recipe(batch=2, crop=32, learning_rate=1e-2)
 
@@ -87,7 +87,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path):
 
 def test_training_learns_logs_and_scores(tmp_path):
     run = trainer(Budget(steps=200))
-    before = evaluate(run.averaged, blobs(3, seed=1)).at(0.5)
+    before = evaluate(run.averaged, blobs(3, seed=1), run.objective).at(0.5)
     result = train(run, blobs(3, seed=1), tmp_path, checkpoint_minutes=0.0)
     assert result.at(0.5) > max(before, 0.3)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -103,16 +103,16 @@ def test_loss_is_least_for_the_truth_and_counts_the_classes():
     weights = torch.tensor([1.0, 2.0, 6.0])
     truth = 20 * nn.functional.one_hot(target, 3).movedim(-1, 1).float()
     uniform = torch.zeros(2, 3, 16, 16)
-    assert segmentation_loss(truth, target, weights) < 1e-3
+    assert dense_loss(truth, target, weights) < 1e-3
     # All classes equally likely: log 3, and per class Dice (2 n/3 + 100) / (n + N/3 + 100).
     pixels = target.numel()
     dice = [
         (2 * n / 3 + 100) / (n + pixels / 3 + 100) for n in target.unique(return_counts=True)[1]
     ]
     expected = math.log(3) + 1 - float(sum(dice[1:])) / 2
-    assert segmentation_loss(uniform, target, weights).item() == pytest.approx(expected, rel=1e-5)
+    assert dense_loss(uniform, target, weights).item() == pytest.approx(expected, rel=1e-5)
     absent = torch.zeros_like(target)
-    assert torch.isfinite(segmentation_loss(uniform, absent, weights))
+    assert torch.isfinite(dense_loss(uniform, absent, weights))
 
 
 def test_schedule_and_budget():

@@ -1,6 +1,6 @@
-"""Train a dense head for instance segmentation of nuclei.
+"""Train a model for instance segmentation of nuclei, with any of the heads that can learn it.
 
-    python -m pointformer.train.nuclei --data DIR --out DIR --minutes 40
+    python -m pointformer.train.nuclei --data DIR --out DIR --minutes 40 [--head mask2former]
 
 DIR holds train/ and val/, each with images/NAME.png and instances/NAME.png. In the output folder,
 `checkpoint.pt` is what `--resume` continues from, `log.jsonl` has the losses and scores, and
@@ -23,14 +23,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pointformer.data import Sample, load_split, random_colors, random_crop
-from pointformer.instances import instance_target, instances_from_logits
+from pointformer.data import Category, Sample, load_split, random_colors, random_crop
 from pointformer.metrics import AveragePrecision, average_precision
 from pointformer.models import Model, create_model, save_model
+from pointformer.train.objectives import DenseObjective, MaskObjective, Objective
+
+# Mask heads of the size of a small backbone; the defaults are those of the released models.
+HEAD_OPTIONS: dict[str, dict[str, int]] = {
+    "dense": {},
+    "mask2former": {
+        "queries": 150,
+        "dim": 128,
+        "hidden": 512,
+        "pixel_hidden": 512,
+        "pixel_layers": 3,
+        "decoder_layers": 6,
+    },
+    "hcformer": {"queries": 150, "dim": 128, "hidden": 512, "decoder_layers": 6},
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +56,14 @@ class Recipe:
         crop: height and width of the crops, in pixels.
         warmup: share of the budget in which the learning rate rises.
         average: decay per step of the weights' moving average.
-        border_weight, inside_weight: weights of the classes in the cross-entropy (background: 1).
+        border_weight, inside_weight: see `DenseObjective`.
+        points: see `MaskObjective`.
+        pretrained: weights whose backbone to start from, see `create_model`; empty for random ones.
     """
 
     model: str = "aff_nano"
+    head: str = "dense"
+    pretrained: str = ""
     alpha: float | None = None
     rate: float | None = None
     batch: int = 8
@@ -57,7 +74,36 @@ class Recipe:
     average: float = 0.995
     inside_weight: float = 1.0
     border_weight: float = 3.0
+    points: int = 1024
     seed: int = 0
+
+    def create(self) -> Model:
+        """The model in its initial state.
+
+        Raises:
+            ValueError: nothing is known of how the head learns instances.
+        """
+        if self.head not in HEAD_OPTIONS:
+            raise ValueError(f"head: expected one of {', '.join(HEAD_OPTIONS)}, got {self.head!r}")
+        torch.manual_seed(self.seed)
+        changes = {"alpha": self.alpha, "rate": self.rate}
+        overrides = {name: value for name, value in changes.items() if value is not None}
+        options: dict[str, object] = {"num_classes": 3}
+        if self.head != "dense":
+            nucleus = Category(1, "nucleus")
+            options = {"num_classes": 1, "task": "instance", "categories": [nucleus]}
+        options |= HEAD_OPTIONS[self.head]
+        model = create_model(self.model, head=self.head, **options, **overrides)
+        if self.pretrained:
+            trained = create_model(self.model, pretrained=self.pretrained)
+            model.backbone.load_state_dict(trained.backbone.state_dict())
+        return model
+
+    def objective(self) -> Objective:
+        """What its head learns."""
+        if self.head == "dense":
+            return DenseObjective(self.inside_weight, self.border_weight)
+        return MaskObjective(self.points, self.crop)
 
 
 @dataclass(frozen=True)
@@ -75,24 +121,6 @@ class Budget:
         if self.minutes is not None:
             shares.append(seconds / max(60 * self.minutes, 1e-9))
         return min(1.0, max(shares))
-
-
-def segmentation_loss(logits: Tensor, target: Tensor, class_weights: Tensor) -> Tensor:
-    """Weighted cross-entropy plus one minus the soft Dice score of each foreground class.
-
-    Args:
-        logits: (B, classes, H, W) float.
-        target: (B, H, W) int64; class 0 is background.
-        class_weights: (classes,) float.
-    """
-    cross_entropy = F.cross_entropy(logits, target, class_weights)
-    probability = logits.softmax(1)[:, 1:]
-    truth = F.one_hot(target, logits.shape[1])[..., 1:].movedim(-1, 1).to(probability.dtype)
-    overlap = (probability * truth).sum((0, 2, 3))
-    total = (probability + truth).sum((0, 2, 3))
-    # The constant keeps a class that is absent from the batch from dominating.
-    dice = (2 * overlap + 100) / (total + 100)
-    return cross_entropy + (1 - dice).mean()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -130,7 +158,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.weight_decay), lr=0.0, betas=(0.9, 0.98)
         )
-        self.class_weights = torch.tensor([1.0, recipe.inside_weight, recipe.border_weight])
+        self.objective = recipe.objective()
         self.steps = 0
         self.seconds = 0.0
 
@@ -138,15 +166,15 @@ class Trainer:
     def used(self) -> float:
         return self.budget.used(self.steps, self.seconds)
 
-    def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Normalized crops (B, 3, S, S) and their classes (B, S, S)."""
-        images, targets = [], []
+    def batch(self, rng: np.random.Generator) -> tuple[Tensor, list[np.ndarray]]:
+        """Normalized crops (B, 3, S, S) and their ids, (S, S) each."""
+        images, truth = [], []
         for index in rng.choice(len(self.samples), self.recipe.batch, p=self.probabilities):
             image, instances = random_crop(self.samples[index], self.recipe.crop, rng)
             images.append(random_colors(image, rng))
-            targets.append(instance_target(instances))
+            truth.append(instances)
         pixels = torch.from_numpy(np.stack(images)).movedim(-1, 1).contiguous()
-        return self.model.preprocess(pixels), torch.from_numpy(np.stack(targets)).long()
+        return self.model.preprocess(pixels), truth
 
     def step(self) -> float:
         """One update; returns the loss."""
@@ -157,8 +185,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * factor
         self.model.train()
-        images, target = self.batch(rng)
-        loss = segmentation_loss(self.model(images), target, self.class_weights)
+        images, instances = self.batch(rng)
+        loss = self.objective.loss(self.model(images), instances)
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} at step {self.steps}")
@@ -222,14 +250,12 @@ class Trainer:
 
 
 @torch.inference_mode()
-def evaluate(model: Model, samples: Sequence[Sample]) -> AveragePrecision:
-    """Score a model in eval mode on whole pictures, one by one."""
+def evaluate(model: Model, samples: Sequence[Sample], objective: Objective) -> AveragePrecision:
+    """Score a model in eval mode on pictures, one by one."""
 
     def predictions() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for sample in tqdm(samples, "evaluating", leave=False):
-            pixels = torch.from_numpy(sample.image).movedim(-1, 0)[None].contiguous()
-            logits = model(model.preprocess(pixels))[0].numpy()
-            yield instances_from_logits(logits), sample.instances
+            yield objective.labels(model, sample.image), sample.instances
 
     return average_precision(predictions())
 
@@ -266,7 +292,7 @@ def train(
             log.flush()
 
         def score(name: str, samples: Sequence[Sample]) -> AveragePrecision:
-            result = evaluate(trainer.averaged, samples)
+            result = evaluate(trainer.averaged, samples, trainer.objective)
             record(**{name: {"AP50": result.at(0.5), "AP": result.mean, "pooled": result.pooled}})
             tqdm.write(
                 f"step {trainer.steps}, {trainer.seconds / 60:.1f} min: "
@@ -328,13 +354,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{checkpoint} exists: pass --resume, or another --out")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    torch.manual_seed(recipe.seed)
-    overrides = {
-        name: getattr(recipe, name)
-        for name in ("alpha", "rate")
-        if getattr(recipe, name) is not None
-    }
-    model = create_model(recipe.model, head="dense", num_classes=3, **overrides)
+    model = recipe.create()
     arguments.out.mkdir(parents=True, exist_ok=True)
     budget = Budget(arguments.steps, arguments.minutes)
     trainer = Trainer(model, load_split(arguments.data, "train"), recipe, budget)

@@ -1,0 +1,208 @@
+"""What the backbones share: patches in, blocks, 2 x 2 merging, and what a stage gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from pointformer import TokenSet
+from pointformer.models.config import AFFConfig, SwinConfig
+from pointformer.models.layers import GELU, FeedForward
+
+HIDDEN = 1 << 22  # numbers that a hidden layer holds at a time at inference
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage saw and thought.
+
+    Attributes:
+        tokens: the stage's tokens after its blocks, in cluster order; features (T, C).
+        inputs: the same tokens as they came into the stage, embedded or merged; features (T, C).
+        scores: (T,) importance of each token, in (0, 1); `None` in a stage that scores none.
+    """
+
+    tokens: TokenSet
+    inputs: TokenSet
+    scores: Tensor | None
+
+
+def drop_path(x: Tensor, rate: float, tokens: TokenSet, training: bool) -> Tensor:
+    """Zero a residual branch (T, C) for whole samples with probability `rate`, rescale the rest."""
+    if not training or rate == 0:
+        return x
+    keep = torch.rand(tokens.batch_size, 1, device=x.device) >= rate
+    return x * (keep.to(x.dtype) / (1 - rate))[tokens.sample_index]
+
+
+def by_rows(function: Callable[..., Tensor], *inputs: Tensor, width: int) -> Tensor:
+    """`function(*inputs)`, at most `HIDDEN / width` rows at a time where no gradient is recorded.
+
+    For functions that treat every row alone. What they need inside would take several times the
+    memory of their result, and on CPUs fresh memory takes longer than the layers that fill it.
+    """
+    rows, total = max(1, HIDDEN // width), len(inputs[0])
+    if total <= rows or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*inputs)
+    result = torch.empty(0)
+    for first in range(0, total, rows):
+        part = function(*(x[first : first + rows] for x in inputs))
+        if first == 0:
+            result = part.new_empty(total, *part.shape[1:])
+        result[first : first + rows] = part
+    return result
+
+
+class PatchEmbed(nn.Module):
+    """Two 3x3 convolutions from an image to one token per `stride` pixels (rounded up)."""
+
+    def __init__(self, in_channels: int, dim: int, stride: int) -> None:
+        super().__init__()
+        first, second = {4: (2, 2), 2: (2, 1), 1: (1, 1)}[stride]
+        self.conv1 = nn.Conv2d(in_channels, dim // 2, 3, first, 1)
+        self.bn = nn.BatchNorm2d(dim // 2)
+        self.act = GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, second, 1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, images: Tensor | Sequence[Tensor]) -> TokenSet:
+        """Tokens of a batch (B, C, H, W), or of a list of (C, H, W) images of any sizes."""
+        if isinstance(images, Tensor):
+            tokens = TokenSet.from_grid(self._convolve(images))
+        else:
+            maps: list[Tensor] = [images[0]] * len(images)
+            for shape in {tuple(image.shape) for image in images}:
+                same = [i for i, image in enumerate(images) if tuple(image.shape) == shape]
+                batch = self._convolve(torch.stack([images[i] for i in same]))
+                for i, sample in zip(same, batch, strict=True):
+                    maps[i] = sample
+            tokens = TokenSet.from_grid(maps)
+        return tokens.with_features(self.norm(tokens.features))
+
+    def _convolve(self, images: Tensor) -> Tensor:
+        return self.conv2(self.act(self.bn(self.conv1(images))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on a token set.
+
+    Args:
+        attention: called as `attention(x, tokens, *where)` with normalized features x (T, C). It
+            leaves its output projection `proj` to the block, which runs it on a few rows.
+        dim, hidden: channels C, and hidden ones of the feed-forward layer.
+        layer_scale: initial value of the residual branches' scale; 0 means no scale.
+        drop_path_rate: of the residual branches.
+    """
+
+    gamma1: Tensor | None
+    gamma2: Tensor | None
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        dim: int,
+        hidden: int,
+        layer_scale: float,
+        drop_path_rate: float,
+    ) -> None:
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = FeedForward(dim, hidden)
+        for name in ("gamma1", "gamma2"):
+            scale = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
+            self.register_parameter(name, scale)
+
+    def forward(self, tokens: TokenSet, *where: object) -> TokenSet:
+        """`where` tells the attention who sees whom."""
+        x = tokens.features
+        attended = self.attn(self.norm1(x), tokens, *where)
+
+        def rest(x: Tensor, attended: Tensor) -> Tensor:
+            x = x + self._scaled(self.attn.proj(attended), self.gamma1, tokens)
+            return x + self._scaled(self.mlp(self.norm2(x)), self.gamma2, tokens)
+
+        if self.training:  # paths are dropped for whole samples
+            return tokens.with_features(rest(x, attended))
+        return tokens.with_features(by_rows(rest, x, attended, width=self.mlp.fc1.out_features))
+
+    def _scaled(self, branch: Tensor, gamma: Tensor | None, tokens: TokenSet) -> Tensor:
+        if gamma is not None:
+            branch = branch * gamma
+        return drop_path(branch, self.drop_path_rate, tokens, self.training)
+
+
+class PatchMerge(nn.Module):
+    """Swin's patch merging: 2x2 tokens of the grid into one (Table 5's alternative)."""
+
+    def __init__(self, config: AFFConfig | SwinConfig, stage: int) -> None:
+        super().__init__()
+        dim = config.dims[stage]
+        self.stride = 2**stage
+        self.norm = nn.LayerNorm(4 * dim)
+        self.linear = nn.Linear(4 * dim, config.dims[stage + 1], bias=False)
+
+    def forward(self, tokens: TokenSet) -> TokenSet:
+        assert tokens.extent is not None
+        stride = self.stride
+        grid = TokenSet(
+            torch.floor(tokens.positions / stride),
+            tokens.features,
+            tokens.sizes,
+            [tuple(math.ceil(side / stride) for side in extent) for extent in tokens.extent],
+        )
+        maps = grid.to_grid()
+        merged = [self._merge(m) for m in maps] if isinstance(maps, list) else self._merge(maps)
+        coarse = TokenSet.from_grid(merged)
+        return TokenSet(
+            coarse.positions * (2 * stride),
+            self.linear(self.norm(coarse.features)),
+            coarse.sizes,
+            tokens.extent,
+        )
+
+    @staticmethod
+    def _merge(maps: Tensor) -> Tensor:
+        height, width = maps.shape[-2:]
+        maps = nn.functional.pad(maps, (0, width % 2, 0, height % 2))
+        return rearrange(maps, "... c (h y) (w x) -> ... (x y c) h w", y=2, x=2)
+
+
+class Backbone(nn.Module):
+    """Patches, then stages of blocks.
+
+    Args:
+        config: of the backbone.
+        stage: makes one, called as `stage(config, index, drop_path_rates)`, a rate for each block.
+        impl: implementation of the ops, for tests: `None` picks the device's fast path.
+    """
+
+    def __init__(
+        self,
+        config: AFFConfig | SwinConfig,
+        stage: Callable[..., nn.Module],
+        impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.impl = impl
+        self.patch_embed = PatchEmbed(config.in_channels, config.dims[0], config.patch_stride)
+        blocks = sum(config.depths)
+        rates = [config.drop_path * block / max(blocks - 1, 1) for block in range(blocks)]
+        firsts = [sum(config.depths[:index]) for index in range(len(config.dims))]
+        self.stages = nn.ModuleList(
+            stage(config, index, rates[first : first + config.depths[index]])
+            for index, first in enumerate(firsts)
+        )
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
