@@ -76,7 +76,8 @@ def stitch(
         it was joined from.
     """
     firsts = np.cumsum([0, *(len(categories) for _, _, categories in parts)])
-    category = np.concatenate([np.zeros(0, np.int64), *(np.asarray(c, np.int64) for _, _, c in parts)])
+    given = (np.asarray(categories, np.int64) for _, _, categories in parts)
+    category = np.concatenate([np.zeros(0, np.int64), *given])
     parent = np.arange(firsts[-1])
 
     def root(item: int) -> int:

@@ -22,14 +22,13 @@ from pointformer.kernels.triton.attention_pairs import (
     division,
     dot,
     learned_tensors,
-    list_keys,
+    load_bias,
     load_blank,
+    load_keys,
     load_points,
     load_rows,
-    load_weights,
-    position_logits,
+    pair_logits,
     readable,
-    relate,
     store_rows,
     width_of,
 )
@@ -61,8 +60,8 @@ def neighborhood_attention_fwd_kernel(
     exists = row < tokens
     q = load_rows(query, row, exists, head, query_token, query_head, octets, WIDTH)
     x, y, z = load_points(positions, row, exists, AXES)
-    weights = load_weights(position_weight, head, features, AXES)
-    bias = tl.load(position_bias + head, mask=has_bias != 0, other=0.0) * LOG2_E
+    point = (x[:, None], y[:, None], z[:, None])
+    weights, bias = load_bias(position_weight, position_bias, head, features, has_bias, AXES)
     log2_scale = scale * LOG2_E
     own_bit = (1 << row % TILE)[:, None]
 
@@ -77,19 +76,13 @@ def neighborhood_attention_fwd_kernel(
     slots = tl.load(counts + tile) * cluster_size
     first = tile.to(tl.int64) * capacity
     for start in range(0, slots, KEYS):
-        slot = start + tl.arange(0, KEYS)
-        key_row, known, attending = list_keys(
-            slot, slots, rows, lengths, members, first, cluster_size, reciprocal, shift
-        )
-        k = load_rows(key, key_row, known, head, key_token, key_head, octets, WIDTH)
-        v = load_rows(value, key_row, known, head, value_token, value_head, octets, WIDTH)
-        kx, ky, kz = load_points(positions, key_row, known, AXES)
-        relation = relate(
-            (x[:, None], y[:, None], z[:, None]), (kx[None, :], ky[None, :], kz[None, :]), AXES
-        )
-        logits = dot(q, tl.trans(k), tl.zeros((QUERIES, KEYS), tl.float32), PRECISION)
-        logits = logits * log2_scale + position_logits(weights, bias, relation, AXES)
-        logits = tl.where((attending[None, :] & own_bit) != 0, logits, LOWEST)
+        k, v, key_point, attending = load_keys(
+            start, slots, rows, lengths, members, first, cluster_size, reciprocal, shift,
+            key, value, positions, head, key_token, key_head, value_token, value_head, octets,
+            AXES, WIDTH, KEYS,
+        )  # fmt: skip
+        _, logits = pair_logits(q, k, point, key_point, weights, bias, log2_scale, AXES, PRECISION)
+        logits = tl.where((attending & own_bit) != 0, logits, LOWEST)
         # As long as a row has met no key of its own, it counts others: `fade` is 0 at the first.
         new_largest = tl.maximum(largest, tl.max(logits, 1))
         fade = tl.exp2(largest - new_largest)

@@ -23,14 +23,13 @@ from pointformer.kernels.triton.attention_pairs import (
     division,
     dot,
     learned_tensors,
-    list_keys,
+    load_bias,
     load_blank,
+    load_keys,
     load_points,
     load_rows,
-    load_weights,
-    position_logits,
+    pair_logits,
     readable,
-    relate,
     store_rows,
     width_of,
 )
@@ -79,8 +78,8 @@ def neighborhood_attention_bwd_query_kernel(
     scaled_mean = (mean * factor)[:, None]
 
     x, y, z = load_points(positions, row, exists, AXES)
-    weights = load_weights(position_weight, head, features, AXES)
-    bias = tl.load(position_bias + head, mask=has_bias != 0, other=0.0) * LOG2_E
+    point = (x[:, None], y[:, None], z[:, None])
+    weights, bias = load_bias(position_weight, position_bias, head, features, has_bias, AXES)
     log2_scale = scale * LOG2_E
     own_bit = (1 << row % TILE)[:, None]
     d_query = tl.zeros((QUERIES, WIDTH), tl.float32)
@@ -95,20 +94,16 @@ def neighborhood_attention_bwd_query_kernel(
     slots = tl.load(counts + tile) * cluster_size
     first = tile.to(tl.int64) * capacity
     for start in range(0, slots, KEYS):
-        slot = start + tl.arange(0, KEYS)
-        key_row, known, attending = list_keys(
-            slot, slots, rows, lengths, members, first, cluster_size, reciprocal, shift
+        k, v, key_point, attending = load_keys(
+            start, slots, rows, lengths, members, first, cluster_size, reciprocal, shift,
+            key, value, positions, head, key_token, key_head, value_token, value_head, octets,
+            AXES, WIDTH, KEYS,
+        )  # fmt: skip
+        relation, logits = pair_logits(
+            q, k, point, key_point, weights, bias, log2_scale, AXES, PRECISION
         )
-        k = load_rows(key, key_row, known, head, key_token, key_head, octets, WIDTH)
-        v = load_rows(value, key_row, known, head, value_token, value_head, octets, WIDTH)
-        kx, ky, kz = load_points(positions, key_row, known, AXES)
-        relation = relate(
-            (x[:, None], y[:, None], z[:, None]), (kx[None, :], ky[None, :], kz[None, :]), AXES
-        )
-        logits = dot(q, tl.trans(k), tl.zeros((QUERIES, KEYS), tl.float32), PRECISION)
-        logits = logits * log2_scale + position_logits(weights, bias, relation, AXES)
         attention = tl.exp2(logits - largest[:, None])
-        attention = tl.where((attending[None, :] & own_bit) != 0, attention, 0.0)
+        attention = tl.where((attending & own_bit) != 0, attention, 0.0)
         d_attention = dot(g, tl.trans(v), tl.zeros((QUERIES, KEYS), tl.float32), PRECISION)
         d_logits = attention * (d_attention * factor[:, None] - scaled_mean)
         d_query = dot(d_logits.to(k.dtype), k, d_query, PRECISION)
@@ -167,8 +162,8 @@ def neighborhood_attention_bwd_key_kernel(
     k = load_rows(key, row, exists, head, key_token, key_head, octets, WIDTH)
     v = load_rows(value, row, exists, head, value_token, value_head, octets, WIDTH)
     x, y, z = load_points(positions, row, exists, AXES)
-    weights = load_weights(position_weight, head, features, AXES)
-    bias = tl.load(position_bias + head, mask=has_bias != 0, other=0.0) * LOG2_E
+    point = (x[:, None], y[:, None], z[:, None])
+    weights, bias = load_bias(position_weight, position_bias, head, features, has_bias, AXES)
     log2_scale = scale * LOG2_E
     d_key = tl.zeros((ROWS, WIDTH), tl.float32)
     d_value = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -188,11 +183,10 @@ def neighborhood_attention_bwd_key_kernel(
         factor = tl.load(normal + at * 2 + 1, mask=listed, other=0.0)[None, :]
         mean = tl.load(means + at, mask=listed, other=0.0)[None, :]
         qx, qy, qz = load_points(positions, query_row, listed, AXES)
-        relation = relate(
-            (qx[None, :], qy[None, :], qz[None, :]), (x[:, None], y[:, None], z[:, None]), AXES
+        query_point = (qx[None, :], qy[None, :], qz[None, :])
+        _, logits = pair_logits(
+            k, q, query_point, point, weights, bias, log2_scale, AXES, PRECISION
         )
-        logits = dot(k, tl.trans(q), tl.zeros((ROWS, QUERIES), tl.float32), PRECISION)
-        logits = logits * log2_scale + position_logits(weights, bias, relation, AXES)
         attention = tl.exp2(logits - largest) * factor
         attention = tl.where((attended[None, :] & own_bit) != 0, attention, 0.0)
         d_value = dot(attention.to(g.dtype), g, d_value, PRECISION)

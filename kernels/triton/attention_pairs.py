@@ -67,13 +67,13 @@ def load_points(positions, row, exists, AXES: tl.constexpr):
 
 
 @triton.jit
-def load_weights(position_weight, head, features, AXES: tl.constexpr):
-    """Weights of dx, dy, [dz], distance and direction, in units of log2."""
+def load_bias(position_weight, position_bias, head, features, has_bias, AXES: tl.constexpr):
+    """Weights of dx, dy, [dz], distance and direction, and the bias, in units of log2."""
     weights = ()
     for f in tl.static_range(2 * AXES + 1):
         weight = tl.load(position_weight + head * features + f, mask=f < features, other=0.0)
         weights += (weight * LOG2_E,)
-    return weights
+    return weights, tl.load(position_bias + head, mask=has_bias != 0, other=0.0) * LOG2_E
 
 
 @triton.jit
@@ -109,6 +109,20 @@ def position_logits(weights, bias, relation, AXES: tl.constexpr):
 
 
 @triton.jit
+def pair_logits(
+    a, b, query_point, key_point, weights, bias, log2_scale,
+    AXES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Relations and logits of pairs of rows a (N, WIDTH) and b (M, WIDTH), as (N, M).
+
+    One of the two are queries; the points are arranged as `relate` takes them.
+    """
+    relation = relate(query_point, key_point, AXES)
+    logits = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32), PRECISION)
+    return relation, logits * log2_scale + position_logits(weights, bias, relation, AXES)
+
+
+@triton.jit
 def add_features(sums, values, relation, AXES: tl.constexpr):
     """Add values (N, K) times each feature of phi, summed over K, to the sums (N,) of features."""
     dx, dy, dz, distance, inverse = relation
@@ -136,6 +150,23 @@ def list_keys(slot, slots, rows, lengths, members, first, cluster_size, reciproc
     row = tl.load(rows + first + entry, mask=listed, other=0) + within
     exists = listed & (within < tl.load(lengths + first + entry, mask=listed, other=0))
     return row, exists, tl.load(members + first + entry, mask=exists, other=0)
+
+
+@triton.jit
+def load_keys(
+    start, slots, rows, lengths, members, first, cluster_size, reciprocal, shift,
+    key, value, positions, head, key_token, key_head, value_token, value_head, octets,
+    AXES: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """KEYS of a tile's keys from place `start`: keys, values, points, and who attends to them."""
+    slot = start + tl.arange(0, KEYS)
+    row, exists, attending = list_keys(
+        slot, slots, rows, lengths, members, first, cluster_size, reciprocal, shift
+    )
+    k = load_rows(key, row, exists, head, key_token, key_head, octets, WIDTH)
+    v = load_rows(value, row, exists, head, value_token, value_head, octets, WIDTH)
+    x, y, z = load_points(positions, row, exists, AXES)
+    return k, v, (x[None, :], y[None, :], z[None, :]), attending[None, :]
 
 
 def division(divisor):

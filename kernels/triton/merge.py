@@ -32,19 +32,19 @@ _HALF = tl.constexpr("ieee" if INTERPRETED else "bf16x3")
 
 
 @triton.jit
-def _position_features(delta, D: tl.constexpr, FULL: tl.constexpr):
+def _position_features(delta, D: tl.constexpr):
     """phi of differences, a tuple of D: see `pointformer.reference.relative_position`."""
+    squared = delta[0] * delta[0] + delta[1] * delta[1]
+    if D == 3:
+        squared += delta[2] * delta[2]
+    apart = squared >= 1.1754944e-38  # the root below takes smaller numbers for zero
+    inverse = tl.where(apart, tl.rsqrt(tl.where(apart, squared, 1.0)), 0.0)
     phi = delta
-    if FULL:
-        squared = delta[0] * delta[0] + delta[1] * delta[1]
-        if D == 3:
-            squared += delta[2] * delta[2]
-        apart = squared >= 1.1754944e-38  # the root below takes smaller numbers for zero
-        inverse = tl.where(apart, tl.rsqrt(tl.where(apart, squared, 1.0)), 0.0)
-        if D == 2:
-            phi += (squared * inverse, delta[1] * inverse, delta[0] * inverse)
-        else:
-            phi += (squared * inverse, delta[0] * inverse, delta[1] * inverse, delta[2] * inverse)
+    if D == 2:
+        phi += (squared * inverse, delta[1] * inverse, delta[0] * inverse)
+    else:
+        x, y, z = delta
+        phi += (squared * inverse, x * inverse, y * inverse, z * inverse)
     return phi
 
 
@@ -104,12 +104,12 @@ def scored_merge_fwd_kernel(
     features, scores, positions, centers, offsets, index, order,
     weight, bias, norm_weight, norm_bias, out,
     queries, radius, clusters, units, span, eps,
-    D: tl.constexpr, FULL: tl.constexpr, ORDERED: tl.constexpr, LISTED: tl.constexpr,
+    D: tl.constexpr, ORDERED: tl.constexpr, LISTED: tl.constexpr,
     STEP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: `span` centers one by one, CHUNKS times CHUNK channels. LISTED clusters of a
     list are looked up together, their tokens summed STEP at a time."""
-    F: tl.constexpr = 2 * D + 1 if FULL else D
+    F: tl.constexpr = 2 * D + 1
     channels = units * UNIT
     first_channel = tl.program_id(1) * (CHUNK * CHUNKS)
     m = tl.arange(0, 4)
@@ -140,7 +140,7 @@ def scored_merge_fwd_kernel(
                 for axis in tl.static_range(D):
                     position = tl.load(positions + row * D + axis, mask=inside, other=0.0)
                     delta += ((position - tl.load(centers + center * D + axis))[:, None],)
-                phi = _position_features(delta, D, FULL)  # of (STEP, 1)
+                phi = _position_features(delta, D)  # of (STEP, 1)
                 normalized, inverse = _normalized(  # noqa: RUF059 - types of `_` would differ
                     phi, (weight + m * F)[None, :], (bias + m)[None, :], eps, F, 1
                 )
@@ -171,7 +171,7 @@ def scored_merge_bwd_kernel(
     grad, features, scores, positions, centers, offsets, lists, entries,
     weight, bias, norm_weight, norm_bias, d_features, d_scores, partial,
     radius, clusters, units, span, eps,
-    D: tl.constexpr, FULL: tl.constexpr, FEATURES: tl.constexpr, NET: tl.constexpr,
+    D: tl.constexpr, FEATURES: tl.constexpr, NET: tl.constexpr,
     ROWS: tl.constexpr, CENTERS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -182,7 +182,7 @@ def scored_merge_bwd_kernel(
     Numbers of pairs are (CENTERS, 4, ROWS) or have size 1 where they are the same for all four m;
     `line` counts rows of the gradient, four per center.
     """
-    F: tl.constexpr = 2 * D + 1 if FULL else D
+    F: tl.constexpr = 2 * D + 1
     LINES: tl.constexpr = 4 * CENTERS
     channels = units * UNIT
     program = tl.program_id(0).to(tl.int64)
@@ -218,7 +218,7 @@ def scored_merge_bwd_kernel(
                         own[None, None, :] - tl.load(centers + query * D + axis)[:, None, None]
                     )
                     delta += (tl.where(pair, difference, 0.0),)
-                phi = _position_features(delta, D, FULL)
+                phi = _position_features(delta, D)
                 normalized, inverse = _normalized(phi, weight + m * F, bias + m, eps, F, 1)
                 scale = tl.load(norm_weight + m)
                 x = normalized * scale + tl.load(norm_bias + m)
@@ -311,7 +311,7 @@ def sum_partials_kernel(
         tl.store(d_norm_bias + m, total)
 
 
-def _forward_variant(dtype, dimensions, full, size, ordered, channels):
+def _forward_variant(dtype, dimensions, size, ordered, channels):
     """`size`: tokens of a cluster, about."""
     block = _block(channels, 128 if dtype == torch.float32 else 256)
     warps = 4 if block > 64 else 2
@@ -326,7 +326,6 @@ def _forward_variant(dtype, dimensions, full, size, ordered, channels):
         ),
         {
             "D": dimensions,
-            "FULL": full,
             "ORDERED": ordered,
             "LISTED": 16 if size <= 1 else 8,
             "STEP": 16 if size <= 1 else 32,
@@ -340,7 +339,7 @@ def _forward_variant(dtype, dimensions, full, size, ordered, channels):
     )
 
 
-def _backward_variant(dtype, dimensions, full, size, channels, parts):
+def _backward_variant(dtype, dimensions, size, channels, parts):
     """`size`: tokens of a cluster, about; `parts`: "features", "net" or "both"."""
     block = _block(channels, 64 if dtype == torch.float32 else 128)
     chunk = min(block, 32 if dtype == torch.float32 or size <= 1 else 64)
@@ -356,7 +355,6 @@ def _backward_variant(dtype, dimensions, full, size, channels, parts):
         ),
         {
             "D": dimensions,
-            "FULL": full,
             "FEATURES": parts != "net",
             "NET": parts != "features",
             "ROWS": 1 if size <= 1 else 8 if size <= 8 and dtype != torch.float32 else 16,
@@ -379,6 +377,8 @@ def _backward_parts(dtype, channels):
 
 def _block(channels, most):
     """Channels of a program."""
+    if _unit(channels) == 1:
+        return 64  # the slow path: one width for all
     return min(max(triton.next_power_of_2(channels), 16), most)
 
 
@@ -400,17 +400,15 @@ def _sum_variant(width):
 
 def variants():
     """Every specialization that the launchers below can choose."""
-    for dimensions, full in ((2, True), (2, False), (3, True), (3, False)):
-        yield _sum_variant(2 * dimensions + 1 if full else dimensions)
+    for dimensions in (2, 3):
+        yield _sum_variant(2 * dimensions + 1)
         for dtype in _FEATURES:
-            kind = (dtype, dimensions, full)
-            for channels in (15, 16, 31, 32, 63, 64, 127, 128, 255, 256):
+            for channels in (1, 16, 32, 64, 128, 256):
                 for size, ordered in ((1, False), (8, False), (8, True)):
-                    yield _forward_variant(*kind, size, ordered, channels)
-            for size in (1, 8, 16):
-                for channels in (15, 16, 31, 32, 63, 64, 127, 128, 255, 256):
+                    yield _forward_variant(dtype, dimensions, size, ordered, channels)
+                for size in (1, 8, 16):
                     for parts in _backward_parts(dtype, channels):
-                        yield _backward_variant(*kind, size, channels, parts)
+                        yield _backward_variant(dtype, dimensions, size, channels, parts)
 
 
 def forward(
@@ -425,12 +423,11 @@ def forward(
     # Lists of single tokens belong to queries that are tokens in their own order.
     ordered = size > 1 and radius > 0 and features.numel() * features.element_size() > _CACHE
     order = torch.sort(index[:, 0], stable=True).indices if ordered else index
-    full = weight.shape[1] > dimensions
-    variant = _forward_variant(features.dtype, dimensions, full, size, ordered, channels)
+    variant = _forward_variant(features.dtype, dimensions, size, ordered, channels)
     span = min(max(queries // _ENOUGH_PROGRAMS, 1), 4)
     grid = triton.cdiv(queries, span), _blocks(variant, channels)
     arrays = (features, scores, positions, center_positions, offsets, index, order)
-    net = (weight, bias, norm_weight, norm_bias)
+    net = (_all_weights(weight, dimensions), bias, norm_weight, norm_bias)
     sizes = (queries, radius, clusters, channels // variant.constants["UNIT"], span)
     variant.launch(grid, *_contiguous(*arrays, *net), out, *sizes, eps)
     return out
@@ -443,9 +440,11 @@ def backward(
     """Gradients of features, scores, weight, bias, norm_weight and norm_bias."""
     (tokens, channels), dimensions = features.shape, positions.shape[1]
     radius, clusters = index.shape[1], offsets.shape[0] - 1
-    net = (weight, bias, norm_weight, norm_bias)
+    given = weight.shape[1]
+    net = (_all_weights(weight, dimensions), bias, norm_weight, norm_bias)
     if index.numel() == 0 or features.numel() == 0:
-        return tuple(torch.zeros_like(x) for x in (features, scores, *net))
+        learned = (weight, bias, norm_weight, norm_bias)
+        return tuple(torch.zeros_like(x) for x in (features, scores, *learned))
     lists = inverse_lists(index, clusters)
     # Several clusters per program where there are enough: sums cost as much as a cluster.
     span = min(max(clusters // _ENOUGH_PROGRAMS, 1), 8)
@@ -453,20 +452,23 @@ def backward(
     d_features, d_scores, *d_net = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (features, scores, *net)
     )
-    width = weight.shape[1]
+    width = 2 * dimensions + 1
     partial = torch.empty(4 * width + 12, programs, device=weight.device)
     arrays = (grad, features, scores, positions, center_positions, offsets, *lists, *net)
     outputs = (d_features, d_scores, partial)
     size = triton.cdiv(tokens, clusters)
     for parts in _backward_parts(features.dtype, channels):
-        variant = _backward_variant(
-            features.dtype, dimensions, width > dimensions, size, channels, parts
-        )
+        variant = _backward_variant(features.dtype, dimensions, size, channels, parts)
         blocks = _blocks(variant, channels) if parts != "net" else 1
         sizes = (radius, clusters, channels // variant.constants["UNIT"], span)
         variant.launch((programs, blocks), *_contiguous(*arrays), *outputs, *sizes, eps)
     _sum_variant(width).launch((4 * width + 12,), partial, *d_net, programs)
-    return d_features, d_scores, *d_net
+    return d_features, d_scores, d_net[0][:, :given].contiguous(), *d_net[1:]
+
+
+def _all_weights(weight, dimensions):
+    """(4, 2 D + 1): zeros where those of distance and direction are absent."""
+    return torch.nn.functional.pad(weight, (0, 2 * dimensions + 1 - weight.shape[1]))
 
 
 def _contiguous(*tensors):
