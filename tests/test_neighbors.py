@@ -238,9 +238,10 @@ def candidates_per_query(positions, k):
         block = positions[order[start : start + 8]]
         low, high = (np.pad(f(0), (0, 1)).astype(np.float32) for f in (block.min, block.max))
         middle = (low + high) / np.float32(2)
-        cpu._search_one(tree, 0, k, np.float32(np.inf), *middle, scratch, index, distance)
+        cpu._search_one(tree[:6], 0, k, np.float32(np.inf), *middle, scratch, index, distance)
         reach = np.float32(cpu._widen(distance[-1], *(high - middle)))
-        found.append(cpu._collect(tree, 0, tuple(low), tuple(high), reach, scratch[0], buffer))
+        box = (tuple(low), tuple(high))
+        found.append(cpu._collect(tree[:6], 0, *box, reach, scratch[0], buffer, len(buffer)))
     found = np.array(found)
     return (found >= 0).mean(), np.median(found[found >= 0])
 

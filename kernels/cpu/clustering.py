@@ -89,6 +89,19 @@ def _squared_distance(point, target):
     return total
 
 
+@njit
+def sample_of(offsets, row):
+    """The sample that a row belongs to."""
+    sample, end = 0, len(offsets) - 1
+    while end - sample > 1:
+        middle = (sample + end) // 2
+        if offsets[middle] <= row:
+            sample = middle
+        else:
+            end = middle
+    return sample
+
+
 @kernel
 def _keys(
     positions, offsets, origin, cell_size, unit, shape, first_cell, anchor_of_cell, anchors, out
@@ -96,7 +109,7 @@ def _keys(
     tokens, dimensions = positions.shape
     for chunk in prange((tokens + _CHUNK - 1) // _CHUNK):
         start = chunk * _CHUNK
-        sample = np.searchsorted(offsets, start, side="right") - 1
+        sample = sample_of(offsets, start)
         point = np.empty(dimensions, np.float32)
         for row in range(start, min(start + _CHUNK, tokens)):
             while row >= offsets[sample + 1]:

@@ -61,13 +61,12 @@ def sum_rows(features, index, weights, at, first, k, channels, rows, factors, ou
             rows[filled] = row * channels
             factors[filled] = weights[first + j]
             filled += 1
-            if filled == 4:
-                add_rows(features, channels, rows, factors, 4, out, target, empty)
-                filled, empty = 0, False
-    if filled > 0:
-        add_rows(features, channels, rows, factors, filled, out, target, empty)
-    elif empty:
-        out[target : target + channels] = f32(0.0)
+        if filled == 4 or (filled > 0 and j + 1 == k):
+            add_rows(features, channels, rows, factors, filled, out, target, empty)
+            filled, empty = 0, False
+    if empty:
+        for c in range(target, target + channels):
+            out[c] = f32(0.0)
 
 
 @kernel

@@ -15,7 +15,9 @@ from pointformer.kernels.cpu.runtime import kernel
 from pointformer.kernels.cpu.simd import (
     LANES,
     f32,
+    keep,
     load,
+    pointer,
     splat,
     store,
     where_positive,
@@ -86,7 +88,13 @@ def _forward(features, positions, queries, index, exponent, eps, sizes, out):
         _normalize(weights, k, end - begin)
         for q in range(begin, end):
             first = (q - begin) * k
-            sum_rows(features, index, weights, q * k, first, k, channels, rows, factors, out, q)
+            sum_rows(
+                pointer(features), pointer(index), pointer(weights), q * k, first, k, channels,
+                pointer(rows), pointer(factors), pointer(out), q,
+            )  # fmt: skip
+        keep(weights)
+        keep(rows)
+        keep(factors)
 
 
 @kernel

@@ -18,7 +18,9 @@ from pointformer.kernels.cpu.simd import (
     f32,
     fma,
     hsum,
+    keep,
     load,
+    pointer,
     splat,
     sqrt,
     store,
@@ -103,19 +105,24 @@ def _gather(tokens, stride, first, count, center, q, pairs, width, at):
 def _forward(features, tokens, centers, offsets, index, order, net, eps, sizes, out):
     radius, channels, stride, width = sizes
     for chunk in prange((order.size + _CHUNK - 1) // _CHUNK):
-        pairs = np.zeros(8 * width, np.float32)  # 3 differences, score, 4 weights
-        rows = np.empty(width, np.int64)
+        vectors = np.zeros(8 * width, np.float32)
+        pairs = pointer(vectors)  # 3 differences, score, 4 weights
+        numbers = np.empty(width, np.int64)
+        rows = pointer(numbers)
+        lists, ends, parameters = pointer(index), pointer(offsets), pointer(net)
         begin = np.int64(chunk) * _CHUNK
         for n in range(begin, min(begin + _CHUNK, order.size)):
             q = order[n]
             count = 0
             for r in range(radius):
-                cluster = index[q * radius + r]
+                cluster = lists[q * radius + r]
                 if cluster < 0:
                     continue
-                first = np.int64(offsets[cluster])
-                length = np.int64(offsets[cluster + 1]) - first
-                _gather(tokens, stride, first, length, centers, q, pairs, width, count)
+                first = np.int64(ends[cluster])
+                length = np.int64(ends[cluster + 1]) - first
+                _gather(
+                    pointer(tokens), stride, first, length, pointer(centers), q, pairs, width, count
+                )
                 for i in range(length):
                     rows[count + i] = (first + i) * channels
                 count += length
@@ -123,19 +130,20 @@ def _forward(features, tokens, centers, offsets, index, order, net, eps, sizes, 
                 dx, dy, dz = load(pairs, p), load(pairs, width + p), load(pairs, 2 * width + p)
                 score = load(pairs, 3 * width + p)
                 distance, ux, uy, uz = _direction(dx, dy, dz)
-                n0, n1, n2, n3, _ = _normalized(net, eps, dx, dy, dz, distance, ux, uy, uz)
-                store(pairs, 4 * width + p, _gelu(_affine(net, 0, n0)) * score)
-                store(pairs, 5 * width + p, _gelu(_affine(net, 1, n1)) * score)
-                store(pairs, 6 * width + p, _gelu(_affine(net, 2, n2)) * score)
-                store(pairs, 7 * width + p, _gelu(_affine(net, 3, n3)) * score)
-            _sum_features(features, channels, rows, pairs, width, count, out, q * 4 * channels)
+                n0, n1, n2, n3, _ = _normalized(parameters, eps, dx, dy, dz, distance, ux, uy, uz)
+                store(pairs, 4 * width + p, _gelu(_affine(parameters, 0, n0)) * score)
+                store(pairs, 5 * width + p, _gelu(_affine(parameters, 1, n1)) * score)
+                store(pairs, 6 * width + p, _gelu(_affine(parameters, 2, n2)) * score)
+                store(pairs, 7 * width + p, _gelu(_affine(parameters, 3, n3)) * score)
+            at = q * 4 * channels
+            _sum_features(pointer(features), channels, rows, pairs, width, count, pointer(out), at)
+        keep(vectors)
+        keep(numbers)
 
 
 @njit(forceinline=True)
 def _sum_features(features, channels, rows, pairs, width, count, out, at):
-    # Views, not offsets: Numba then knows that indices are not negative.
-    u0, u1 = pairs[4 * width : 5 * width], pairs[5 * width : 6 * width]
-    u2, u3 = pairs[6 * width : 7 * width], pairs[7 * width : 8 * width]
+    u0, u1, u2, u3 = 4 * width, 5 * width, 6 * width, 7 * width
     c = 0
     while c + 2 * LANES <= channels:  # two vectors of channels keep the multipliers busy
         a0, a1, a2, a3 = zero(), zero(), zero(), zero()
@@ -143,7 +151,8 @@ def _sum_features(features, channels, rows, pairs, width, count, out, at):
         for j in range(count):
             x = load(features, rows[j] + c)
             y = load(features, rows[j] + c + LANES)
-            w0, w1, w2, w3 = splat(u0[j]), splat(u1[j]), splat(u2[j]), splat(u3[j])
+            w0, w1 = splat(pairs[u0 + j]), splat(pairs[u1 + j])
+            w2, w3 = splat(pairs[u2 + j]), splat(pairs[u3 + j])
             a0, a1, a2, a3 = fma(w0, x, a0), fma(w1, x, a1), fma(w2, x, a2), fma(w3, x, a3)
             b0, b1, b2, b3 = fma(w0, y, b0), fma(w1, y, b1), fma(w2, y, b2), fma(w3, y, b3)
         store(out, at + c, a0)
@@ -159,10 +168,10 @@ def _sum_features(features, channels, rows, pairs, width, count, out, at):
         a0, a1, a2, a3 = zero(), zero(), zero(), zero()
         for j in range(count):
             x = load(features, rows[j] + c)
-            a0 = fma(splat(u0[j]), x, a0)
-            a1 = fma(splat(u1[j]), x, a1)
-            a2 = fma(splat(u2[j]), x, a2)
-            a3 = fma(splat(u3[j]), x, a3)
+            a0 = fma(splat(pairs[u0 + j]), x, a0)
+            a1 = fma(splat(pairs[u1 + j]), x, a1)
+            a2 = fma(splat(pairs[u2 + j]), x, a2)
+            a3 = fma(splat(pairs[u3 + j]), x, a3)
         store(out, at + c, a0)
         store(out, at + channels + c, a1)
         store(out, at + 2 * channels + c, a2)

@@ -22,9 +22,11 @@ from pointformer.kernels.cpu.runtime import kernel
 from pointformer.kernels.cpu.simd import (
     bits_less_equal,
     f32,
+    keep,
     load,
     maximum,
     plus,
+    pointer,
     splat,
     store,
     where_less,
@@ -99,15 +101,14 @@ def _bounding_box(place):
 
 
 @njit
-def _collect(tree, sample, low, high, reach, stack, candidates):
+def _collect(tree, sample, low, high, reach, stack, candidates, capacity):
     """Slots of the points within `reach` (squared) of a box by ascending id; -1 if too many."""
-    points, ids, boxes, children, _, root, _, _ = tree
+    points, ids, boxes, children, _, root = tree
     if not reach < np.inf:  # a list starts with infinite distances, so none can enter it
         return -1
     limit = splat(reach)
     low = (splat(low[0]), splat(low[1]), splat(low[2]))
     high = (splat(high[0]), splat(high[1]), splat(high[2]))
-    capacity = len(candidates) - _LANES
     found = 0
     depth = 1
     stack[0] = root[sample]
@@ -125,7 +126,7 @@ def _collect(tree, sample, low, high, reach, stack, candidates):
             for lane in range(_LANES):
                 candidates[found] = ~code * _LANES + lane
                 found += (bits >> lane) & 1
-            if found > capacity:
+            if found > capacity - _LANES:
                 return -1
     for gap in (132, 23, 4, 1):  # Shell sort; most lists are in order already
         for i in range(gap, found):
@@ -174,7 +175,7 @@ def _search_block(points, candidates, found, limit, place, distance, choice):
 @njit
 def _search_one(tree, sample, limit, worst, x, y, z, scratch, out_index, out_distance):
     """The nearest points of one query by distance, then id; the last is no farther than `worst`."""
-    points, ids, boxes, children, least, root, _, _ = tree
+    points, ids, boxes, children, least, root = tree
     stack, gaps, squares = scratch
     x, y, z = splat(x), splat(y), splat(z)
     center = (x, y, z)
@@ -234,6 +235,14 @@ def _search_one(tree, sample, limit, worst, x, y, z, scratch, out_index, out_dis
 
 
 @njit
+def _least(numbers, first, count):
+    least = numbers[first]
+    for i in range(first + 1, first + count):
+        least = min(least, numbers[i])
+    return least
+
+
+@njit
 def _build_sample(positions, ids, first, count, leaf, node, tree):
     """Fill one sample's leaves and nodes; returns the code of its root."""
     points, slots, boxes, children, least, _, _, _ = tree
@@ -258,8 +267,7 @@ def _build_sample(positions, ids, first, count, leaf, node, tree):
             boxes[base + 8 * axis] = low
             boxes[base + 24 + 8 * axis] = high
         children[entry] = ~(leaf + group)
-        start = (leaf + group) * _LANES
-        least[entry] = slots[start : start + members].min()
+        least[entry] = _least(slots, (leaf + group) * _LANES, members)
     below = node
     while groups > _LANES:
         count, groups = groups, (groups + _LANES - 1) // _LANES
@@ -277,8 +285,7 @@ def _build_sample(positions, ids, first, count, leaf, node, tree):
                 boxes[base + 8 * axis] = low
                 boxes[base + 24 + 8 * axis] = high
             children[entry] = below + group
-            start = (below + group) * _LANES
-            least[entry] = least[start : start + members].min()
+            least[entry] = _least(least, (below + group) * _LANES, members)
         below = node
     return node
 
@@ -296,18 +303,25 @@ def _build(positions, ids, offsets, first_node, tree):
 @kernel
 def _search(query, rows, first_rows, last_rows, samples, limits, tree, index, distance):
     """Blocks of up to eight queries, `rows[first_rows[b]:last_rows[b]]` of one sample each."""
-    points, ids = tree[0], tree[1]
     dimensions = query.shape[1]
     blocks = len(samples)
     width = index.shape[1]
     in_block = min(width, _MOST_IN_BLOCK)
     for chunk in numba.prange((blocks + _BLOCKS_PER_CHUNK - 1) // _BLOCKS_PER_CHUNK):
-        candidates = np.empty(64 + 128 * in_block + _LANES, np.int32)
-        scratch = (
-            np.empty(_STACK, np.int32),
-            np.empty(_STACK, np.float32),
-            np.empty(8, np.float32),
+        points, ids = pointer(tree[0]), pointer(tree[1])
+        nodes = (
+            points,
+            ids,
+            pointer(tree[2]),
+            pointer(tree[3]),
+            pointer(tree[4]),
+            pointer(tree[5]),
         )
+        capacity = 64 + 128 * in_block + _LANES
+        integers = np.empty(capacity + _STACK, np.int32)
+        floats = np.empty(_STACK + _LANES, np.float32)
+        candidates = pointer(integers)
+        scratch = (pointer(integers[capacity:]), pointer(floats), pointer(floats[_STACK:]))
         middle_index = np.empty(in_block, np.int32)
         middle_distance = np.empty(in_block, np.float32)
         lists = np.empty(in_block * _LANES, np.float32)
@@ -344,13 +358,15 @@ def _search(query, rows, first_rows, last_rows, samples, limits, tree, index, di
                 )
                 worst = _widen(last_square, x - last[0], y - last[1], z - last[2])
                 _search_one(
-                    tree, sample, limit, worst, x, y, z, scratch, middle_index, middle_distance
+                    nodes, sample, limit, worst, x, y, z, scratch, middle_index, middle_distance
                 )
                 last, last_square = (x, y, z), middle_distance[limit - 1]
                 reach = _widen(last_square, high[0] - x, high[1] - y, high[2] - z)
                 # At even density this many points are in reach: rather not begin with too many.
-                if reach * f32(limit) <= last_square * f32(len(candidates)):
-                    found = _collect(tree, sample, low, high, reach, scratch[0], candidates)
+                if reach * f32(limit) <= last_square * f32(capacity):
+                    found = _collect(
+                        nodes, sample, low, high, reach, scratch[0], candidates, capacity
+                    )
             if found >= 0:
                 _search_block(points, candidates, found, limit, place, lists, choice)
                 for lane in range(count):
@@ -364,8 +380,12 @@ def _search(query, rows, first_rows, last_rows, samples, limits, tree, index, di
                 row = rows[first + lane]
                 x, y, z = place[lane], place[8 + lane], place[16 + lane]
                 worst = _widen(last_square, x - last[0], y - last[1], z - last[2])
-                _search_one(tree, sample, limit, worst, x, y, z, scratch, index[row], distance[row])
+                _search_one(
+                    nodes, sample, limit, worst, x, y, z, scratch, index[row], distance[row]
+                )
                 last, last_square = (x, y, z), distance[row, limit - 1]
+        keep(integers)
+        keep(floats)
 
 
 def _offsets(sizes):

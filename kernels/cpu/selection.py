@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from pointformer.kernels.cpu.clustering import sample_of
 from pointformer.kernels.cpu.runtime import kernel
 
 f32 = np.float32
@@ -58,7 +59,7 @@ def _keys(
     tokens, dimensions = positions.shape
     for chunk in prange((tokens + _CHUNK - 1) // _CHUNK):
         start = chunk * _CHUNK
-        sample = np.searchsorted(offsets, start, side="right") - 1
+        sample = sample_of(offsets, start)
         ranking = np.empty(1, np.float32)
         ranking_bits = ranking.view(np.int32)
         for row in range(start, min(start + _CHUNK, tokens)):
