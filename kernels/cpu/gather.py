@@ -10,7 +10,18 @@ from numba import njit, prange
 
 from pointformer.kernels.cpu.inverse import inverse_lists
 from pointformer.kernels.cpu.runtime import kernel
-from pointformer.kernels.cpu.simd import LANES, f32, fma, hsum, load, splat, store, zero
+from pointformer.kernels.cpu.simd import (
+    LANES,
+    f32,
+    fma,
+    hsum,
+    keep,
+    load,
+    pointer,
+    splat,
+    store,
+    zero,
+)
 
 _CHUNK = 128  # queries or tokens per unit of parallel work
 
@@ -77,7 +88,12 @@ def _forward(features, index, weights, sizes, out):
         factors = np.zeros(4, np.float32)
         begin = np.int64(chunk) * _CHUNK
         for q in range(begin, min(begin + _CHUNK, number)):
-            sum_rows(features, index, weights, q * k, q * k, k, channels, rows, factors, out, q)
+            sum_rows(
+                pointer(features), pointer(index), pointer(weights), q * k, q * k, k, channels,
+                pointer(rows), pointer(factors), pointer(out), q,
+            )  # fmt: skip
+        keep(rows)
+        keep(factors)
 
 
 @kernel
