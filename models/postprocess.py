@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pointformer.data.annotations import Segment
 from pointformer.models.mask2former import MaskPredictions
 
 Sizes = Sequence[tuple[int, int]]
@@ -52,7 +53,7 @@ class Instances:
         number = torch.cat([visible.new_zeros(1), visible.cumsum(0) * visible])
         segments = [
             Segment(
-                int(number[n + 1]), int(self.classes[n]), float(self.scores[n]), int(area), True
+                int(number[n + 1]), int(self.classes[n]), int(area), score=float(self.scores[n])
             )
             for n, area in enumerate(areas)
             if area > 0
@@ -61,23 +62,12 @@ class Instances:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """One segment of a panoptic map: `id` is its value there, `area` in pixels."""
-
-    id: int
-    category: int
-    score: float
-    area: int
-    is_thing: bool
-
-
-@dataclass(frozen=True)
 class Panoptic:
     """Segments of one image that do not overlap.
 
     Attributes:
         ids: (H, W) int32, 0 where there is no segment.
-        segments: one for each id.
+        segments: one for each id; `area` in pixels, `score` of the best query in it.
     """
 
     ids: Tensor
@@ -204,11 +194,11 @@ def panoptic(
                     first = segments[place]
                     ids[visible] = first.id
                     best = max(first.score, score)
-                    segments[place] = Segment(first.id, label, best, first.area + size, False)
+                    segments[place] = Segment(first.id, label, first.area + size, score=best)
                     continue
                 if label not in things:
                     joined[label] = len(segments)
                 ids[visible] = len(segments) + 1
-                segments.append(Segment(len(segments) + 1, label, score, size, label in things))
+                segments.append(Segment(len(segments) + 1, label, size, score=score))
         results.append(Panoptic(ids, tuple(segments)))
     return results

@@ -245,7 +245,7 @@ def test_plain_instances_with_classes_and_crowd(tmp_path):
         ([{"id": 1, "class": 1}] * 2, "a.png: segments.json lists an id twice"),
         (
             [{"id": 1, "class": 4}, {"id": 2, "class": 1}],
-            "segments.json: object 1 of a is of the unknown class 4",
+            "segments.json: segment 1 of a is of the unknown class 4",
         ),
     ],
 )
@@ -609,7 +609,7 @@ def test_panoptic_errors(panoptic):
         f"{folder / '0.png'}: ids 9 of p.json are not in the picture"
     )
     dataset = read(lambda row: row["segments_info"][0].update(category_id=5))
-    assert error_of(lambda: dataset[0]) == f"{path}: segment 3 of 0 is of the unknown category 5"
+    assert error_of(lambda: dataset[0]) == f"{path}: segment 3 of 0 is of the unknown class 5"
     dataset = read(lambda row: row.update(segments_info=[{"id": 3}]))
     assert "entry 0 of the segments of 0 has no valid 'category_id'" in error_of(lambda: dataset[0])
     assert error_of(lambda: read(lambda row: row.update(image_id=4))) == (

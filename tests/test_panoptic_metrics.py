@@ -192,11 +192,10 @@ def test_results_of_models_are_taken_as_they_are(tmp_path):
     import torch
 
     from pointformer.models.postprocess import Panoptic
-    from pointformer.models.postprocess import Segment as Found
 
     truth = annotation(row((1, 6), (2, 6)), {1: 0, 2: 2})
     ids = torch.tensor(truth.ids, dtype=torch.int32)
-    found = Panoptic(ids, (Found(1, 0, 0.9, 6, True), Found(2, 2, 0.8, 6, False)))
+    found = Panoptic(ids, (Segment(1, 0, 6, score=0.9), Segment(2, 2, 6, score=0.8)))
     assert score((found, truth)).all.pq == 1
     data.write_coco_panoptic(tmp_path / "a.json", tmp_path, [(truth, found)], TABLE)
     read = data.read_coco_panoptic(tmp_path / "a.json", tmp_path)[0]

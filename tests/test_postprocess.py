@@ -69,7 +69,7 @@ def test_one_pixel():
 def test_panoptic_joins_stuff_and_drops_hidden_segments():
     maps = torch.stack([half(True), half(False), half(True) - 1])
     (result,) = panoptic(predictions_of([0, 0, 1], maps), [(16, 16)], things=[1])
-    assert [(s.category, s.is_thing) for s in result.segments] == [(0, False)]  # hidden: dropped
+    assert [s.category for s in result.segments] == [0]  # hidden: dropped
     assert result.segments[0].area == (result.ids == 1).sum()
     (result,) = panoptic(predictions_of([0, 0, -1], maps), [(16, 16)], things=[0])
     assert len(result.segments) == 2
@@ -103,7 +103,6 @@ def test_every_pixel_is_in_at_most_one_segment(
     assert result.ids.shape == (11, 14)
     for segment in result.segments:
         assert segment.area == (result.ids == segment.id).sum() > 0
-        assert segment.is_thing == (segment.category in things)
         assert segment.score > min_score
-    stuff = [s.category for s in result.segments if not s.is_thing]
+    stuff = [s.category for s in result.segments if s.category not in things]
     assert len(stuff) == len(set(stuff))

@@ -301,6 +301,33 @@ def check_ids(
     return areas
 
 
+def listed_segments(
+    source: Path,
+    name: str,
+    infos: Iterable[Mapping[str, Any]],
+    classes: Mapping[int, int],
+    areas: Mapping[int, int],
+) -> list[Segment]:
+    """Segments of an annotation from rows with "id", "class", and perhaps "crowd" and "score".
+
+    Args:
+        source, name: the file that lists them, and the annotation, for messages.
+        classes: number of each class of the file.
+        areas: of the ids, see `check_ids`.
+
+    Raises:
+        ValueError: naming both, if a class is not among `classes`.
+    """
+    segments = []
+    for info in infos:
+        number, kind = info["id"], info["class"]
+        if kind not in classes:
+            raise ValueError(f"{source}: segment {number} of {name} is of the unknown class {kind}")
+        crowd, score = bool(info.get("crowd", 0)), float(info.get("score", 1))
+        segments.append(Segment(number, classes[kind], areas[number], crowd, score))
+    return segments
+
+
 def _shortened(values: Sequence[int]) -> str:
     return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 

@@ -25,6 +25,7 @@ from pointformer.data.annotations import (
     Segment,
     check_ids,
     check_size,
+    listed_segments,
     parse_categories,
     read_json,
 )
@@ -293,22 +294,10 @@ def _read_panoptic(
     if not all(isinstance(info["id"], int) for info in infos):
         raise ValueError(f"{path}: expected numbers as ids in the segments of {name}")
     areas = check_ids(png, ids, [info["id"] for info in infos], path.name)
-    segments = []
-    for info in infos:
-        if info["category_id"] not in classes:
-            raise ValueError(
-                f"{path}: segment {info['id']} of {name} is of the unknown category "
-                f"{info['category_id']}"
-            )
-        segments.append(
-            Segment(
-                info["id"],
-                classes[info["category_id"]],
-                areas[info["id"]],
-                bool(info.get("iscrowd", 0)),
-                float(info.get("score", 1)),
-            )
-        )
+    infos = [
+        {**info, "class": info["category_id"], "crowd": info.get("iscrowd", 0)} for info in infos
+    ]
+    segments = listed_segments(path, name, infos, classes, areas)
     return Annotation(name, image, ids.shape, row["image_id"], ids=ids, segments=tuple(segments))
 
 

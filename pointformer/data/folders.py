@@ -24,6 +24,7 @@ from pointformer.data.annotations import (
     check_ids,
     check_size,
     distinct_color,
+    listed_segments,
     named_categories,
     read_json,
 )
@@ -174,21 +175,7 @@ def _read_objects(
             {"id": int(n), "class": min(classes)} for n in np.unique(ids) if n not in (0, *void)
         ]
     areas = check_ids(path, ids, [info["id"] for info in infos], source.name, (0, *void))
-    segments = []
-    for info in infos:
-        if info["class"] not in classes:
-            raise ValueError(
-                f"{source}: object {info['id']} of {name} is of the unknown class {info['class']}"
-            )
-        segments.append(
-            Segment(
-                info["id"],
-                classes[info["class"]],
-                areas[info["id"]],
-                bool(info.get("crowd", 0)),
-                float(info.get("score", 1)),
-            )
-        )
+    segments = listed_segments(source, name, infos, classes, areas)
     for value in void:
         area = int((ids == value).sum())
         if area:
