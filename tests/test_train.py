@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pointformer.data import Sample
+from pointformer.models import create_model
 from pointformer.train.nuclei import (
     Budget,
     Recipe,
@@ -19,7 +20,7 @@ from pointformer.train.nuclei import (
     parameter_groups,
     train,
 )
-from pointformer.train.objectives import dense_loss
+from pointformer.train.objectives import dense_loss, instance_masks
 
 RECIPE = Recipe(batch=2, crop=32, learning_rate=1e-2)
 
@@ -126,13 +127,46 @@ def test_schedule_and_budget():
 
 
 def test_only_matrices_decay():
-    decayed, free = parameter_groups(TinyModel(), 0.1)
-    assert decayed["weight_decay"] == 0.1
-    assert free["weight_decay"] == 0
-    assert all(p.dim() > 1 for p in decayed["params"])
-    assert all(p.dim() <= 1 for p in free["params"])
-    assert len(decayed["params"]) == 2
-    assert len(free["params"]) == 4
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 3), "head": TinyModel()})
+    groups = parameter_groups(model, 0.1, backbone_rate=0.25)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0, 0.1, 0]
+    assert [group["factor"] for group in groups] == [1, 1, 0.25, 0.25]
+    assert [len(group["params"]) for group in groups] == [2, 4, 1, 1]
+    assert all(p.dim() > 1 for group in groups[::2] for p in group["params"])
+    assert all(p.dim() <= 1 for group in groups[1::2] for p in group["params"])
+    assert [len(group["params"]) for group in parameter_groups(TinyModel(), 0.1)] == [2, 4, 0, 0]
+
+
+def test_instances_as_masks():
+    ids = np.zeros((5, 6), np.int32)
+    ids[:2, :4] = 7
+    ids[4, 5] = 3
+    targets = instance_masks(ids)
+    assert targets.classes.tolist() == [0, 0]
+    np.testing.assert_array_equal(targets.masks[0], [[0, 0, 0], [0, 0, 0], [0, 0, 0.5]])
+    np.testing.assert_array_equal(targets.masks[1], [[1, 1, 0], [0, 0, 0], [0, 0, 0]])
+    assert instance_masks(np.zeros((5, 6), np.int32)).masks.shape[0] == 0
+
+
+@pytest.mark.parametrize("head", ["mask2former", "hcformer"])
+def test_mask_heads_train_and_are_scored(head):
+    recipe = Recipe(head=head, batch=1, crop=96, points=64)
+    run = Trainer(recipe.create(), blobs(2), recipe, Budget(steps=3))
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    losses = [run.step() for _ in range(3)]  # the first has a learning rate of 0
+    assert all(math.isfinite(loss) for loss in losses)
+    moved = [name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])]
+    assert {name.split(".")[0] for name in moved} == {"backbone", "head"}
+    assert 0 <= evaluate(run.averaged, blobs(1), run.objective).at(0.5) <= 1
+
+
+def test_backbone_starts_from_weights():
+    started, random = (Recipe(pretrained=tag).create().backbone for tag in ("nuclei", ""))
+    trained = create_model("aff_nano", pretrained="nuclei").backbone
+    assert same(started.state_dict(), trained.state_dict())
+    assert not same(random.state_dict(), trained.state_dict())
+    with pytest.raises(ValueError, match="head: expected one of dense, mask2former, hcformer"):
+        Recipe(head="classification").create()
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):

@@ -54,6 +54,7 @@ class Recipe:
         alpha: weight of the learned scores in the merges (0: a uniform grid); None: the model's.
         rate: share of tokens kept per merge; None: the model's.
         crop: height and width of the crops, in pixels.
+        backbone_rate: learning rate of the backbone over that of the rest.
         warmup: share of the budget in which the learning rate rises.
         average: decay per step of the weights' moving average.
         border_weight, inside_weight: see `DenseObjective`.
@@ -70,6 +71,7 @@ class Recipe:
     crop: int = 256
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
+    backbone_rate: float = 1.0
     warmup: float = 0.05
     average: float = 0.995
     inside_weight: float = 1.0
@@ -123,13 +125,24 @@ class Budget:
         return min(1.0, max(shares))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay matrices and kernels, not norms, biases and other parameters of one dimension."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+def parameter_groups(
+    model: nn.Module, weight_decay: float, backbone_rate: float = 1.0
+) -> list[dict]:
+    """Decay matrices and kernels, not norms, biases and other parameters of one dimension.
+
+    `factor` of a group multiplies the learning rate: `backbone_rate` in the backbone, else 1.
+    """
+    groups = []
+    for backbone, factor in ((False, 1.0), (True, backbone_rate)):
+        parameters = [
+            p
+            for name, p in model.named_parameters()
+            if p.requires_grad and name.startswith("backbone.") == backbone
+        ]
+        for matrices, decay in ((True, weight_decay), (False, 0.0)):
+            some = [p for p in parameters if (p.dim() > 1) == matrices]
+            groups.append({"params": some, "weight_decay": decay, "factor": factor})
+    return groups
 
 
 def learning_rate_factor(used: float, warmup: float) -> float:
@@ -156,7 +169,9 @@ class Trainer:
         self.recipe = recipe
         self.budget = budget
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, recipe.weight_decay), lr=0.0, betas=(0.9, 0.98)
+            parameter_groups(model, recipe.weight_decay, recipe.backbone_rate),
+            lr=0.0,
+            betas=(0.9, 0.98),
         )
         self.objective = recipe.objective()
         self.steps = 0
@@ -183,7 +198,7 @@ class Trainer:
         torch.manual_seed(int(rng.integers(2**62)))
         factor = learning_rate_factor(self.used, self.recipe.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate * factor
+            group["lr"] = self.recipe.learning_rate * factor * group["factor"]
         self.model.train()
         images, instances = self.batch(rng)
         loss = self.objective.loss(self.model(images), instances)
