@@ -114,6 +114,7 @@ class AdaptiveMerge(nn.Module):
             # On the full grid of the first stage both priors are the same.
             prior="grid" if first and config.prior == "adaptive" else config.prior,
             reserve=config.reserve,
+            check_values=not scores.is_cuda,  # which would wait for it
             impl=impl,
         )
         merged = scored_merge(
@@ -162,6 +163,7 @@ class Stage(nn.Module):
             anchors=config.anchors,
             remainder=config.remainder,
             global_size=size,
+            check_values=False,  # the positions are a lattice's
             impl=impl,
         )
         assert tokens.clusters is not None
@@ -171,6 +173,7 @@ class Stage(nn.Module):
             round(size / config.cluster_size),
             scope=config.scope,
             global_size=size,
+            check_values=False,  # the positions are a lattice's
             impl=impl,
         )
         neighborhoods = neighborhoods.with_plan(training=torch.is_grad_enabled(), impl=impl)

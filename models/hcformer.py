@@ -48,6 +48,7 @@ class SoftAssignment(nn.Module):
                 query=fine.positions,
                 sizes=coarse.sizes,
                 query_sizes=fine.sizes,
+                check_values=False,
                 impl=impl,
             )
         query = nn.functional.normalize(self.fine_proj(self.fine_norm(fine.features)), dim=1)

@@ -109,6 +109,7 @@ class DenseHead(nn.Module):
                 query_sizes=grid.sizes,
                 k=3,
                 power=2.0,
+                check_values=False,
                 impl=impl,
             )
         maps = grid.with_features(total).to_grid()

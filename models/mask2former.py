@@ -134,6 +134,7 @@ class MaskDecoder(nn.Module):
             query=level.positions,
             sizes=finest.sizes,
             query_sizes=level.sizes,
+            check_values=False,
         )[:, 0].long()
         rows = rows - finest.batch_offsets[level.sample_index]
         features, present = pad_samples(level.features + self.level_embed[index], level.sizes)

@@ -83,6 +83,7 @@ class Places:
                 query=grid.positions,
                 sizes=tokens.sizes,
                 query_sizes=grid.sizes,
+                check_values=False,
                 impl=impl,
             )
             lists.append(torch.where(index >= 0, index + start, index))
@@ -186,6 +187,7 @@ class PixelDecoder(nn.Module):
             grid.positions,
             sizes=finest.sizes,
             query_sizes=grid.sizes,
+            check_values=False,
             impl=impl,
         )
         fused = grid.with_features(self.lateral(grid.features) + upsampled)

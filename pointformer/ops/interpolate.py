@@ -27,6 +27,7 @@ def interpolate(
     k: int = 4,
     power: Tensor | float = 6.0,
     eps: float = 1e-11,
+    check_values: bool = True,
     impl: str | None = None,
 ) -> Tensor:
     """Features at other positions: mean of the nearest tokens, weighted by inverse distance.
@@ -47,6 +48,7 @@ def interpolate(
         k: neighbors to search for.
         power: of the distance, a positive number, or a tensor of one element to learn it.
         eps: positive, in units of distance ** power.
+        check_values: whether to look for positions that are not finite, which waits for the device.
         impl: "reference", "cpu", "triton" or None (the device's own). "cpu" and "triton" do not
             take float64, give no gradient for positions, and are differentiable once; the reference
             does all of these.
@@ -65,10 +67,11 @@ def interpolate(
     check_positions("query_positions", query_positions, positions.shape[1])
     check_tensor("query_positions", query_positions, device=device)
     queries = query_positions.shape[0]
-    check_finite("positions", positions, check_sizes("sizes", sizes, tokens))
-    check_finite(
-        "query_positions", query_positions, check_sizes("query_sizes", query_sizes, queries)
-    )
+    token_sizes = check_sizes("sizes", sizes, tokens)
+    asking_sizes = check_sizes("query_sizes", query_sizes, queries)
+    if check_values:
+        check_finite("positions", positions, token_sizes)
+        check_finite("query_positions", query_positions, asking_sizes)
     if isinstance(power, Tensor):
         check_tensor("power", power, dtypes=_FLOATS, device=device)
         if power.numel() != 1:
@@ -84,6 +87,7 @@ def interpolate(
             query=query_positions.detach(),
             sizes=sizes,
             query_sizes=query_sizes,
+            check_values=False,
         )
     else:
         check_tensor(
