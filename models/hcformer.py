@@ -12,6 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pointformer import TokenSet, knn, weighted_gather
+from pointformer.models.layers import (
+    EncoderLayer,
+    SelfAttention,
+    pack_samples,
+    pad_samples,
+    sine_encoding,
+)
 
 
 class SoftAssignment(nn.Module):
@@ -57,6 +64,28 @@ class SoftAssignment(nn.Module):
         cosine = torch.einsum("tkc,tc->tk", key[index.clamp(min=0).long()], query)
         logits = cosine / (self.temperature.abs() + 1e-8)
         return index, logits.masked_fill(~known, -torch.inf).softmax(1)
+
+
+class Encoder(nn.Module):
+    """Plain transformer layers among the tokens of each sample, which tell them where they are.
+
+    What makes "HCFormer+" of HCFormer. Without it nothing but their surroundings tells two objects
+    apart that look the same.
+    """
+
+    def __init__(self, dim: int, layers: int, heads: int = 8, hidden: int = 2048) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            EncoderLayer(SelfAttention(dim, heads), dim, hidden) for _ in range(layers)
+        )
+
+    def forward(self, tokens: TokenSet) -> TokenSet:
+        x, present = pad_samples(tokens.features, tokens.sizes)
+        code, _ = pad_samples(sine_encoding(tokens, tokens.channels), tokens.sizes)
+        allowed = None if present is None else present[:, None].expand(-1, x.shape[1], -1)
+        for layer in self.layers:
+            x = layer(x, code, allowed)
+        return tokens.with_features(pack_samples(x, tokens.sizes))
 
 
 def decode(

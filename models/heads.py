@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pointformer import TokenSet, interpolate
 from pointformer.models.backbone import StageOutput
 from pointformer.models.config import AFFConfig
-from pointformer.models.hcformer import SoftAssignment, decode
+from pointformer.models.hcformer import Encoder, SoftAssignment, decode
 from pointformer.models.mask2former import MaskDecoder, MaskPredictions
 from pointformer.models.pixel_decoder import PixelDecoder
 
@@ -187,11 +187,13 @@ class HCFormerHead(nn.Module):
 
     No pixel decoder: queries look at the coarsest tokens only, and each stage's tokens learned in
     which tokens of the next one they have a share. Runs in float32, as `Mask2FormerHead`.
+    "HCFormer+" is `encoder_layers=6`.
 
     Args:
         queries: objects that an image can have at most.
         neighbors: coarse tokens that a fine token can be assigned to.
         temperature: of the assignments, at the start.
+        encoder_layers: of an `Encoder` of the coarsest tokens.
         decoder_layers, dim, hidden: of the transformer decoder.
     """
 
@@ -203,6 +205,7 @@ class HCFormerHead(nn.Module):
         queries: int = 100,
         neighbors: int = 9,
         temperature: float = 0.1,
+        encoder_layers: int = 0,
         decoder_layers: int = 8,
         dim: int = 256,
         hidden: int = 2048,
@@ -214,7 +217,8 @@ class HCFormerHead(nn.Module):
         )
         self.norm = nn.LayerNorm(config.dims[-1])
         self.project = nn.Linear(config.dims[-1], dim)
-        self.mask_features = nn.Linear(config.dims[-1], dim)
+        self.encoder = Encoder(dim, encoder_layers, hidden=hidden) if encoder_layers else None
+        self.mask_features = nn.Linear(dim if encoder_layers else config.dims[-1], dim)
         self.decoder = MaskDecoder(num_classes, 1, dim, queries, decoder_layers, hidden=hidden)
 
     def forward(
@@ -228,11 +232,12 @@ class HCFormerHead(nn.Module):
                 pair = (_as_float(fine.tokens), _as_float(coarse.inputs))
                 assignments.append(assign(*pair, impl=impl))
             coarsest = _as_float(stages[-1].tokens)
-            features = self.norm(coarsest.features)
-            predictions = self.decoder(
-                coarsest.with_features(self.mask_features(features)),
-                [coarsest.with_features(self.project(features))],
-            )
+            coarsest = coarsest.with_features(self.norm(coarsest.features))
+            memory = coarsest.with_features(self.project(coarsest.features))
+            if self.encoder is not None:
+                coarsest = memory = self.encoder(memory)
+            mask_features = coarsest.with_features(self.mask_features(coarsest.features))
+            predictions = self.decoder(mask_features, [memory])
             grid = stages[0].tokens
             wanted = (*predictions.auxiliary, predictions) if self.training else (predictions,)
             masks = decode(torch.cat([p.mask_logits for p in wanted], 1), assignments, impl)

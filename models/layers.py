@@ -86,6 +86,29 @@ class MultiheadAttention(nn.Module):
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
 
+class SelfAttention(MultiheadAttention):
+    """Dense attention among the tokens of each sample; where they are counts for who sees whom."""
+
+    def forward(self, x: Tensor, code: Tensor, allowed: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """(B, N, C) from features and position code (B, N, C)."""
+        return super().forward(x + code, x + code, x, allowed)
+
+
+class EncoderLayer(nn.Module):
+    """Attention, called as `attention(x, *where)`, and feed-forward, each followed by LayerNorm."""
+
+    def __init__(self, attention: nn.Module, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.attn = attention
+        self.norm1 = nn.LayerNorm(dim)
+        self.mlp = FeedForward(dim, hidden, nn.ReLU)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, *where: object) -> Tensor:
+        x = self.norm1(x + self.attn(x, *where))
+        return self.norm2(x + self.mlp(x))
+
+
 def sine_encoding(
     tokens: TokenSet, channels: int, norm: str = "image", temperature: float = 10000.0
 ) -> Tensor:

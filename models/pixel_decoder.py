@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pointformer import TokenSet, deformable_attention, interpolate, knn
-from pointformer.models.layers import FeedForward, PointConv, sine_encoding
+from pointformer.models.layers import EncoderLayer, PointConv, sine_encoding
 
 
 class DeformableAttention(nn.Module):
@@ -93,21 +93,6 @@ class Places:
             self.lookup = self.lookup[grid.clusters.inverse_order]
 
 
-class EncoderLayer(nn.Module):
-    """Deformable attention and feed-forward, each followed by its LayerNorm."""
-
-    def __init__(self, dim: int, hidden: int, **attention: object) -> None:
-        super().__init__()
-        self.attn = DeformableAttention(dim, **attention)  # type: ignore[arg-type]
-        self.norm1 = nn.LayerNorm(dim)
-        self.mlp = FeedForward(dim, hidden, nn.ReLU)
-        self.norm2 = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, code: Tensor, places: Places, impl: str | None) -> Tensor:
-        x = self.norm1(x + self.attn(x, code, places, impl))
-        return self.norm2(x + self.mlp(x))
-
-
 class PixelDecoder(nn.Module):
     """Mixes the stages' tokens across levels; gives per-token mask features on the finest one.
 
@@ -143,13 +128,16 @@ class PixelDecoder(nn.Module):
         self.level_embed = nn.Parameter(torch.randn(len(coarse), dim))
         self.layers = nn.ModuleList(
             EncoderLayer(
+                DeformableAttention(
+                    dim,
+                    heads=heads,
+                    levels=len(coarse),
+                    points=points,
+                    power=power,
+                    learn_power=learn_power,
+                ),
                 dim,
                 hidden,
-                heads=heads,
-                levels=len(coarse),
-                points=points,
-                power=power,
-                learn_power=learn_power,
             )
             for _ in range(layers)
         )

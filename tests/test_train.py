@@ -161,10 +161,14 @@ def test_mask_heads_train_and_are_scored(head):
 
 
 def test_backbone_starts_from_weights():
-    started, random = (Recipe(pretrained=tag).create().backbone for tag in ("nuclei", ""))
+    started = Recipe(pretrained="nuclei", pretrained_stages=2).create().backbone
     trained = create_model("aff_nano", pretrained="nuclei").backbone
-    assert same(started.state_dict(), trained.state_dict())
-    assert not same(random.state_dict(), trained.state_dict())
+    random = Recipe().create().backbone
+    assert same(started.patch_embed.state_dict(), trained.patch_embed.state_dict())
+    for stage in range(4):
+        source = trained if stage < 2 else random
+        expected = source.stages[stage].state_dict()
+        assert same(started.stages[stage].state_dict(), expected)
     with pytest.raises(ValueError, match="head: expected one of dense, mask2former, hcformer"):
         Recipe(head="classification").create()
 

@@ -35,14 +35,14 @@ from pointformer.train.objectives import DenseObjective, MaskObjective, Objectiv
 HEAD_OPTIONS: dict[str, dict[str, int]] = {
     "dense": {},
     "mask2former": {
-        "queries": 150,
+        "queries": 60,
         "dim": 128,
         "hidden": 512,
         "pixel_hidden": 512,
         "pixel_layers": 3,
         "decoder_layers": 6,
     },
-    "hcformer": {"queries": 150, "dim": 128, "hidden": 512, "decoder_layers": 6},
+    "hcformer": {"queries": 60, "dim": 128, "hidden": 512, "decoder_layers": 6},
 }
 
 
@@ -60,11 +60,14 @@ class Recipe:
         border_weight, inside_weight: see `DenseObjective`.
         points: see `MaskObjective`.
         pretrained: weights whose backbone to start from, see `create_model`; empty for random ones.
+        pretrained_stages: how many of its stages to take. The deep ones of a model with a dense
+            head, which hardly needs them, can be worse than random ones.
     """
 
     model: str = "aff_nano"
     head: str = "dense"
     pretrained: str = ""
+    pretrained_stages: int = 2
     alpha: float | None = None
     rate: float | None = None
     batch: int = 8
@@ -98,7 +101,10 @@ class Recipe:
         model = create_model(self.model, head=self.head, **options, **overrides)
         if self.pretrained:
             trained = create_model(self.model, pretrained=self.pretrained)
-            model.backbone.load_state_dict(trained.backbone.state_dict())
+            model.backbone.patch_embed.load_state_dict(trained.backbone.patch_embed.state_dict())
+            for stage in range(self.pretrained_stages):
+                weights = trained.backbone.stages[stage].state_dict()
+                model.backbone.stages[stage].load_state_dict(weights)
         return model
 
     def objective(self) -> Objective:
