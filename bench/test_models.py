@@ -52,27 +52,33 @@ def test_training_step_at_224(compare):
     compare(rounds=3, cpu=lambda: step(model), reference=lambda: step(reference))
 
 
-@pytest.mark.parametrize("side", [256, 512, 1024, 2048])
-def test_time_over_image_size(benchmark, side):
+HEADS = ["features", "mask2former", "hcformer"]
+SIZES = [(256, 256), (512, 512), (1024, 1024), (1024, 2048), (2048, 2048)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("head", HEADS)
+def test_time_over_image_size(benchmark, head, size):
     """Time per pixel should stay the same; read it in the extra information."""
-    model = create_model("aff_mini", head="features").eval()
-    image = torch.randn(1, 3, side, side)
+    model = create_model("aff_mini", head=head, num_classes=150).eval()
+    image = torch.randn(1, 3, *size)
     with torch.no_grad():
         benchmark.pedantic(lambda: model(image), rounds=3, warmup_rounds=1)
-    benchmark.extra_info["ns_per_pixel"] = 1e9 * benchmark.stats.stats.median / side**2
+    benchmark.extra_info["ns_per_pixel"] = 1e9 * benchmark.stats.stats.median / image[0, 0].numel()
 
 
-@pytest.mark.parametrize("side", [256, 512, 1024, 2048])
-def test_memory_over_image_size(benchmark, side):
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("head", HEADS)
+def test_memory_over_image_size(benchmark, head, size):
     """Peak memory of a fresh process; bytes per pixel are its growth over a small image's."""
 
-    def peak(side):
+    def peak(height, width):
         code = (
             "import resource, sys, torch\n"
             "from pathlib import Path\n"
             "from pointformer.models import create_model\n"
-            "model = create_model('aff_mini', head='features').eval()\n"
-            f"with torch.no_grad(): model(torch.randn(1, 3, {side}, {side}))\n"
+            f"model = create_model('aff_mini', head='{head}', num_classes=150).eval()\n"
+            f"with torch.no_grad(): model(torch.randn(1, 3, {height}, {width}))\n"
             "status = Path('/proc/self/status')\n"
             "if status.exists():\n"  # Linux counts the parent's memory in `ru_maxrss`
             "    line = next(x for x in status.open() if x.startswith('VmHWM'))\n"
@@ -85,7 +91,8 @@ def test_memory_over_image_size(benchmark, side):
         ).stdout
         return int(output)
 
-    small = peak(64)
-    large = benchmark.pedantic(peak, args=(side,), rounds=1)
+    height, width = size
+    small = peak(64, 64)
+    large = benchmark.pedantic(peak, args=size, rounds=1)
     benchmark.extra_info["MiB"] = large / 2**20
-    benchmark.extra_info["bytes_per_pixel"] = (large - small) / (side**2 - 64**2)
+    benchmark.extra_info["bytes_per_pixel"] = (large - small) / (height * width - 64**2)
