@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pointformer.data.annotations import Annotation, Dataset, Objects
+from pointformer.data.annotations import Annotation, Dataset, Objects, Segment
 from pointformer.data.images import read_image
 from pointformer.metrics import average_precision
 from pointformer.metrics.instances import IOU_THRESHOLDS
@@ -37,11 +37,13 @@ def evaluate(
         task: "semantic" (mean IoU), "instance" (AP of COCO where pycocotools is installed; AP as
             StarDist counts it, regardless of class) or "panoptic" (PQ, for things and stuff).
         annotations: what to go through in the place of `dataset`, for example with a progress bar.
-        scales, flip, tile: see `predict_semantic`; for other tasks only `tile` of dense models.
+        scales, flip: see `predict_semantic`; only for that task, because the queries of different
+            copies do not correspond.
+        tile: side of the windows in pixels; see `predict_semantic`, and `segment` for other tasks.
 
     Raises:
-        ValueError: the model and the data set have different classes, or a picture another size
-            than its annotation; the message names it.
+        ValueError: an option does not fit the task, the model and the data set have different
+            classes, or a picture another size than its annotation; the message names it.
     """
     if model.task not in (None, task):
         raise ValueError(f"task: the model is made for {model.task!r}, not for {task!r}")
@@ -49,6 +51,8 @@ def evaluate(
         raise ValueError(
             f"model: has {model.num_classes} classes, the data set {len(dataset.categories)}"
         )
+    if task != "semantic" and (flip or tuple(scales) != (1.0,)):
+        raise ValueError(f"scales, flip: only for the task 'semantic', not for {task!r}")
     score = {"semantic": _semantic, "instance": _instance, "panoptic": _panoptic}[task]
     options = {"scales": scales, "flip": flip, "tile": tile}
     return score(model, dataset, dataset if annotations is None else annotations, options)
@@ -103,11 +107,12 @@ def _instance(
     pairs = []
     for annotation in annotations:
         image = _pixels(annotation)
-        if model.task is None:
-            labels = segment(model, image, tile=options["tile"]).labels
-            count = int(labels.max(initial=0))
-            masks = labels == np.arange(1, count + 1)[:, None, None]
-            found = Objects(masks, np.zeros(count, np.int64), np.ones(count, np.float32))
+        if model.task is None or options["tile"]:
+            shown = segment(model, image, tile=options["tile"])
+            labels = shown.labels
+            masks = labels == np.arange(1, shown.count + 1)[:, None, None]
+            classes = np.array(shown.classes, np.int64)
+            found = Objects(masks, classes, np.array(shown.scores, np.float32))
         else:
             result = predict(model, _normalized(model, image))
             labels = _confident(result).painted().ids.cpu().numpy()
@@ -149,10 +154,23 @@ def _panoptic(
 ) -> dict[str, float]:
     from pointformer.metrics.panoptic import PanopticQuality
     from pointformer.models.inference import predict
+    from pointformer.models.postprocess import Panoptic
 
     metric = PanopticQuality(dataset.categories)
     for annotation in annotations:
-        metric.update(predict(model, _normalized(model, _pixels(annotation))), annotation)
+        image = _pixels(annotation)
+        if options["tile"]:
+            tiled = segment(model, image, tile=options["tile"], min_score=0.8)
+            areas = np.bincount(tiled.labels.ravel(), minlength=tiled.count + 1)[1:]
+            rows = zip(tiled.classes, areas.tolist(), tiled.scores, strict=True)
+            segments = [
+                Segment(number, kind, area, score=score)
+                for number, (kind, area, score) in enumerate(rows, 1)
+            ]
+            found = Panoptic(torch.from_numpy(tiled.labels), tuple(segments))
+        else:
+            found = predict(model, _normalized(model, image))  # type: ignore[assignment]
+        metric.update(found, annotation)
     result = metric.compute()
     return {
         f"{name}{kind}": getattr(group, name.lower())

@@ -138,7 +138,7 @@ def segment(
     labels, classes, scores, tokens = found[0]
     if len(windows) > 1:
         parts = [(w, ids, kinds) for w, (ids, kinds, _, _) in zip(windows, found, strict=True)]
-        labels, sources = stitch((height, width), parts)
+        labels, sources = stitch((height, width), parts, uncountable=_uncountable(model))
         classes = [parts[joined[0][0]][2][joined[0][1] - 1] for joined in sources]
         scores = [max(found[part][2][item - 1] for part, item in joined) for joined in sources]
         tokens = [sum(counts) for counts in zip(*(part[3] for part in found), strict=True)]
@@ -151,6 +151,16 @@ def segment(
 def _finds_nuclei(model: Model) -> bool:
     """Whether instances are read off a map of background, inside and border."""
     return model.head_name == "dense" and model.num_classes == 3 and model.task is None
+
+
+def _uncountable(model: Model) -> list[int]:
+    """Classes whose pixels are one region of a picture."""
+    from pointformer.models.inference import things_of
+
+    if model.task == "semantic":
+        return list(range(model.num_classes))
+    things = things_of(model) if model.task == "panoptic" else range(model.num_classes)
+    return sorted(set(range(model.num_classes)) - set(things))
 
 
 def _segment_window(

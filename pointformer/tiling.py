@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +60,7 @@ def stitch(
     shape: tuple[int, int],
     parts: Sequence[tuple[Tile, np.ndarray, Sequence[int]]],
     agreement: float = 0.5,
+    uncountable: Collection[int] = (),
 ) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
     """One map of ids from those of overlapping tiles.
 
@@ -70,6 +71,7 @@ def stitch(
         shape: (H, W) of the picture.
         parts: for each tile its map of ids (h, w), 0 for nothing and 1 to n for objects, and the
             category of each of the n objects.
+        uncountable: categories of which there is one object at the most, wherever its parts are.
 
     Returns:
         (H, W) int32 ids from 1 in the order of the tiles, and for each id the (part, id in it) that
@@ -86,12 +88,18 @@ def stitch(
             item = parent[item]
         return item
 
+    def join(x: int, y: int) -> None:
+        low, high = sorted((root(x), root(y)))
+        parent[high] = low
+
     for a, b in _overlapping([tile for tile, _, _ in parts]):
         for x, y in _agreeing(parts[a], parts[b], agreement):
             x, y = x + firsts[a], y + firsts[b]
             if category[x] == category[y]:
-                low, high = sorted((root(x), root(y)))
-                parent[high] = low
+                join(x, y)
+    for kind in uncountable:
+        for first, second in itertools.pairwise(np.flatnonzero(category == kind).tolist()):
+            join(first, second)
     roots = np.array([root(item) for item in range(firsts[-1])], np.int64)
     whole = np.zeros(shape, np.int64)  # 1 + root
     for (tile, ids, _), first in zip(parts, firsts, strict=False):

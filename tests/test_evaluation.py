@@ -1,6 +1,7 @@
 """`pointformer evaluate` and what it is made of, on small synthetic data sets."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pointformer import cli
 from pointformer.data import Category, read_folder
 from pointformer.evaluation import evaluate
 from pointformer.models import AFFConfig, Model, save_model
+from pointformer.segmentation import segment
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
 CATEGORIES = (Category(0, "background", False), Category(1, "cell", True))
@@ -69,6 +71,21 @@ def test_command_line(folder, tmp_path, capsys, task):
     for name, value in content["scores"].items():
         assert name in text
         assert np.isnan(value) or 0 <= value <= 1
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_windows(folder, task, monkeypatch):
+    """In windows as a whole, here of the whole picture, they are what `segment` finds."""
+    monkeypatch.setattr("pointformer.evaluation.segment", partial(segment, overlap=16))
+    kinds = 2 if task == "panoptic" else 1
+    dataset = read_folder(folder, "val", "instance", categories=CATEGORIES[-kinds:])
+    model = mask_model(task, kinds)
+    whole = evaluate(model, dataset, task, tile=64)
+    for name, value in evaluate(model, dataset, task, tile=32).items():
+        assert np.isnan(value) or 0 <= value <= 1, name
+        assert name in whole
+    with pytest.raises(ValueError, match="scales, flip: only for the task 'semantic'"):
+        evaluate(model, dataset, task, flip=True)
 
 
 def test_bad_data_is_one_line(folder, tmp_path, capsys):

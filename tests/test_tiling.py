@@ -49,6 +49,19 @@ def blobs(seed, shape=(70, 90), count=25):
     return label(picture, connectivity=1)
 
 
+def test_what_cannot_be_counted_is_one_region():
+    parts = [
+        (tile, np.array([[1, 1, 2, 0, 3, 3]] * 4)[:, tile.left : tile.right], [5, 6, 5])
+        for tile in tiles(4, 6, 6, 2)
+    ]
+    assert len(parts) == 1
+    _, sources = stitch((4, 6), parts)
+    assert len(sources) == 3
+    joined, sources = stitch((4, 6), parts, uncountable=[5])
+    np.testing.assert_array_equal(joined[0], [1, 1, 2, 0, 1, 1])
+    assert sources == [[(0, 1), (0, 3)], [(0, 2)]]
+
+
 @given(seed=st.integers(0, 2**16), size=st.integers(24, 60))
 def test_objects_that_tiles_cut_are_joined(seed, size):
     """Each tile sees the truth in its window: stitched, it is the truth again."""
