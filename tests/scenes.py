@@ -3,7 +3,10 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from pointformer import data
 
 SIZE = (96, 128)
 
@@ -117,3 +120,46 @@ def coco_instances(root, images=4):
     picture(root / "val2017" / "empty.jpg", size)
     content = {"images": pictures, "annotations": rows, "categories": COCO_CATEGORIES[:3]}
     return dump(root / "instances.json", content)
+
+
+def error_of(action):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def instance_folder(root, ids, segments=None, classes=None):
+    picture(root / "val/images/a.png", ids.shape)
+    save(root / "val/instances/a.png", ids.astype(np.uint16))
+    if segments is not None:
+        dump(
+            root / "segments.json",
+            {
+                "classes": classes or {"1": "cat", "7": "dog"},
+                "images": {"a": {"segments": segments}},
+            },
+        )
+    return root
+
+
+def coco_panoptic(root):
+    """Three pictures, written by us: (JSON, PNG folder, pictures, annotations)."""
+    table = data.read_categories(dump(root / "table.json", COCO_CATEGORIES))
+    pairs = []
+    for n in range(3):
+        ids = rectangles([3, 70_000, 16_777_215, 256], seed=n)
+        segments = tuple(
+            data.Segment(value, category, int((ids == value).sum()), crowd)
+            for value, category, crowd in (
+                (3, 0, False),
+                (70_000, 0, True),
+                (16_777_215, 3, False),
+                (256, 1, False),
+            )
+        )
+        image = picture(root / "images" / f"{n}.jpg")
+        annotation = data.Annotation(str(n), image, ids.shape, 10 + n, None, ids, segments)
+        pairs.append((annotation, annotation))
+    data.write_coco_panoptic(root / "p.json", root / "p", pairs, table)
+    return root / "p.json", root / "p", root / "images", [a for a, _ in pairs]
