@@ -1,10 +1,12 @@
 """Deformable attention over points: parity, gradients, the fused CPU path, odd inputs."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gradients import assert_same_for_any_threads, value_and_gradients
 from torch.autograd import gradcheck, gradgradcheck
 
 from pointformer import deformable_attention, knn
@@ -46,11 +48,7 @@ def make_case(
 
 
 def with_gradients(case, dtype=torch.float32, **kwargs):
-    leaves = {n: case[n].detach().to(dtype).clone().requires_grad_() for n in LEARNED}
-    out = deformable_attention(**{**case, **leaves, **kwargs})
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    grads = torch.autograd.grad(out, list(leaves.values()), cotangent)
-    return dict(zip(("out", *LEARNED), (out.detach(), *grads), strict=True))
+    return value_and_gradients(deformable_attention, case, LEARNED, dtype, **kwargs)
 
 
 def test_parity():
@@ -132,15 +130,7 @@ def test_cpu_is_as_exact_as_plain_float32(channels, power):
 
 def test_results_do_not_depend_on_threads():
     case = make_case(queries=200)
-    torch.set_num_threads(1)
-    one = with_gradients(case, impl="cpu")
-    torch.set_num_threads(2)
-    try:
-        two = with_gradients(case, impl="cpu")
-    finally:
-        torch.set_num_threads(1)
-    for name in one:
-        assert torch.equal(one[name], two[name])
+    assert_same_for_any_threads(partial(with_gradients, case, impl="cpu"))
 
 
 def test_a_place_on_a_token_is_that_token():

@@ -1,10 +1,12 @@
 """Inverse-distance interpolation: parity, gradients, the fused CPU path, odd inputs."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gradients import assert_as_accurate_as_eager, assert_same_for_any_threads, value_and_gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from numba import njit
@@ -37,12 +39,17 @@ def make_case(
 
 
 def with_gradients(case, dtype=torch.float32, names=("features", "power"), **kwargs):
-    """The output, and the gradients of `names` for a fixed random cotangent."""
-    leaves = {n: case[n].detach().to(dtype).clone().requires_grad_() for n in names}
-    out = interpolate(**{**case, **leaves, **kwargs})
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    grads = torch.autograd.grad(out, list(leaves.values()), cotangent)
-    return dict(zip(("out", *names), (out.detach(), *grads), strict=True))
+    return value_and_gradients(interpolate, case, names, dtype, **kwargs)
+
+
+def assert_as_accurate(case, impl="cpu", **kwargs):
+    def spare(name, exact):
+        allowed = 4e-6 * exact[name].abs().max() + 2e-6
+        if name == "power":  # a sum over all queries and channels, which may cancel
+            allowed += 5e-7 * exact["out"].numel() ** 0.5
+        return allowed
+
+    assert_as_accurate_as_eager(partial(with_gradients, case), impl, spare, **kwargs)
 
 
 def test_parity():
@@ -131,18 +138,7 @@ def test_gradients_at_distance_zero_are_finite(exponent):
     )
 )
 def test_cpu_is_as_accurate_as_eager(shape):
-    case = make_case(**shape)
-    exact = with_gradients(case, torch.float64, impl="reference")
-    eager = with_gradients(case, impl="reference")
-    fused = with_gradients(case, impl="cpu")
-    for name, value in exact.items():
-        if value.numel() == 0:
-            continue
-        allowed = 2 * (eager[name] - value).abs().max() + 4e-6 * value.abs().max() + 2e-6
-        if name == "power":  # a sum over all queries and channels, which may cancel
-            allowed += 5e-7 * exact["out"].numel() ** 0.5
-        error = (fused[name] - value).abs().max()
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+    assert_as_accurate(make_case(**shape))
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
@@ -197,16 +193,7 @@ def test_neighbors_that_are_not_listed_do_not_matter():
 
 def test_bits_do_not_depend_on_threads_or_runs():
     case = make_case(3000, 5000)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for n in (1, 2, 2, 4):
-            torch.set_num_threads(n)
-            results.append(with_gradients(case, impl="cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    for name in results[0]:
-        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
+    assert_same_for_any_threads(partial(with_gradients, case, impl="cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,7 +8,7 @@ from fake_gpu import dirty_memory, fake_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import tokens
-from test_interpolate import make_case, with_gradients
+from test_interpolate import assert_as_accurate, make_case, with_gradients
 
 from pointformer import interpolate
 from pointformer.kernels.interpolate import fused_interpolate
@@ -18,21 +18,6 @@ from pointformer.kernels.triton.runtime import INTERPRETED, Variant
 if not INTERPRETED:
     reason = "kernels run compiled here: set TRITON_INTERPRET=1"
     pytest.skip(reason, allow_module_level=True)
-
-
-def assert_as_accurate_as_eager(case):
-    exact = with_gradients(case, torch.float64, impl="reference")
-    eager = with_gradients(case, impl="reference")
-    with dirty_memory():
-        fused = with_gradients(case, impl="triton")
-    for name, value in exact.items():
-        if value.numel() == 0:
-            continue
-        allowed = 2 * (eager[name] - value).abs().max() + 4e-6 * value.abs().max() + 2e-6
-        if name == "power":  # a sum over all queries and channels, which may cancel
-            allowed += 5e-7 * exact["out"].numel() ** 0.5
-        error = (fused[name] - value).abs().max()
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 @given(
@@ -51,7 +36,7 @@ def test_is_as_accurate_as_eager(sample, queries, k, channels, exponent, drop, s
     if count:
         chosen = torch.randint(0, count, (queries // 2,))
         case["query_positions"][: queries // 2] = sample.positions[chosen]
-    assert_as_accurate_as_eager(case)
+    assert_as_accurate(case, "triton", memory=dirty_memory)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +48,7 @@ def test_is_as_accurate_as_eager(sample, queries, k, channels, exponent, drop, s
     ],
 )
 def test_shapes_that_need_several_blocks(shape):
-    assert_as_accurate_as_eager(make_case(**shape))
+    assert_as_accurate(make_case(**shape), "triton", memory=dirty_memory)
 
 
 def test_large_coordinates_keep_their_precision():

@@ -1,11 +1,13 @@
 """Neighborhood merging and PointConv: parity, gradients, the fused CPU path, odd inputs."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import assert_as_accurate_as_eager, assert_same_for_any_threads, value_and_gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from numba import njit
@@ -67,29 +69,14 @@ def make_case(
     }
 
 
-def with_gradients(op, case, names, dtype=torch.float32, **kwargs):
-    """The output, and the gradients of `names` for a fixed random cotangent."""
-    leaves = {n: case[n].detach().to(dtype).clone().requires_grad_() for n in names}
-    out = op(**{**case, **leaves, **kwargs})
-    g = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(out.shape, generator=g).to(dtype)
-    grads = torch.autograd.grad(out, list(leaves.values()), cotangent)
-    return dict(zip(("out", *names), (out.detach(), *grads), strict=True))
+def assert_as_accurate(op, case, names, impl="cpu", **kwargs):
+    def spare(name, exact):
+        # The weight net's gradients are sums of similar terms, which cancel in some of them.
+        scales = [exact[n].abs().max() for n in (NET if name in NET else [name])]
+        return 4e-6 * max(scales) + 1e-6
 
-
-def assert_as_accurate_as_eager(op, case, names):
-    exact = with_gradients(op, case, names, torch.float64, impl="reference")
-    eager = with_gradients(op, case, names, torch.float32, impl="reference")
-    fused = with_gradients(op, case, names, torch.float32, impl="cpu")
-    # The weight net's gradients are sums of similar terms, which cancel in some of them.
-    largest = max(exact[name].abs().max() for name in NET)
-    for name, value in exact.items():
-        if value.numel() == 0:
-            continue
-        scale = largest if name in NET else value.abs().max()
-        allowed = 2 * (eager[name] - value).abs().max() + 4e-6 * scale + 1e-6
-        error = (fused[name] - value).abs().max()
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+    run = partial(value_and_gradients, op, case, names)
+    assert_as_accurate_as_eager(run, impl, spare, **kwargs)
 
 
 shapes = st.fixed_dictionaries(
@@ -261,7 +248,7 @@ def test_relative_position_under_rotation_and_scale(seed, dimensions, angle):
 
 @given(shapes)
 def test_cpu_is_as_accurate_as_eager(shape):
-    assert_as_accurate_as_eager(scored_merge, make_case(**shape), ("features", "scores", *NET))
+    assert_as_accurate(scored_merge, make_case(**shape), ("features", "scores", *NET))
 
 
 @given(shapes, st.booleans())
@@ -275,7 +262,7 @@ def test_cpu_point_conv_is_as_accurate_as_eager(shape, elsewhere):
     case["neighbor_index"] = index if tokens else torch.full_like(index, -1)
     if elsewhere:
         case["center_positions"] = torch.randn(queries, dimensions, generator=g)
-    assert_as_accurate_as_eager(point_conv, case, ("features", *NET))
+    assert_as_accurate(point_conv, case, ("features", *NET))
 
 
 def test_normal_distribution_and_density():
@@ -317,16 +304,7 @@ def test_translation_changes_nothing(impl):
 def test_bits_do_not_depend_on_threads_or_runs():
     case = make_case((3000,), radius=6, channels=37)
     names = ("features", "scores", *NET)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for n in (1, 2, 2, 4):
-            torch.set_num_threads(n)
-            results.append(with_gradients(scored_merge, case, names, impl="cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    for name in results[0]:
-        assert all(torch.equal(results[0][name], other[name]) for other in results[1:]), name
+    assert_same_for_any_threads(partial(value_and_gradients, scored_merge, case, names, impl="cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -338,7 +316,7 @@ def test_low_precision_is_rounded_once(dtype):
     reference = scored_merge(**case, impl="reference")
     assert reference.dtype == dtype
     torch.testing.assert_close(reference, expected)
-    grads = with_gradients(scored_merge, case, ("features",), dtype)
+    grads = value_and_gradients(scored_merge, case, ("features",), dtype)
     assert grads["features"].dtype == dtype
 
 
@@ -353,11 +331,11 @@ def test_autocast_keeps_the_weight_net_in_float32():
 def test_empty_inputs(impl):
     names = ("features", "scores", *NET)
     for case in (make_case((0,)), make_case((0, 0)), make_case(channels=0), make_case(radius=0)):
-        result = with_gradients(scored_merge, case, names, impl=impl)
+        result = value_and_gradients(scored_merge, case, names, impl=impl)
         assert result["out"].shape == (len(case["centers"]), 4 * case["features"].shape[1])
         assert all(value.eq(0).all() for value in result.values())
     case = make_case() | {"centers": torch.empty(0, dtype=torch.int64)}
-    assert with_gradients(scored_merge, case, names, impl=impl)["features"].eq(0).all()
+    assert value_and_gradients(scored_merge, case, names, impl=impl)["features"].eq(0).all()
     case = make_case()
     net = {n: case[n] for n in NET}
     index = torch.full((5, 3), -1)
@@ -425,9 +403,9 @@ def test_memory_does_not_grow_with_the_neighborhood():
     names = ("features", "scores", *NET)
     small = make_case((tokens,), 8, 2, channels)
     large = make_case((tokens,), 8, radius, channels)
-    with_gradients(scored_merge, small, names, impl="cpu")
+    value_and_gradients(scored_merge, small, names, impl="cpu")
     lists = large["neighborhoods"].cluster_index.nbytes
-    rise = peak_memory(lambda: with_gradients(scored_merge, large, names, impl="cpu"))
+    rise = peak_memory(lambda: value_and_gradients(scored_merge, large, names, impl="cpu"))
     arrays = 6 * 4 * tokens * channels + 4 * 4 * len(large["centers"]) * channels * 4
     gathered = len(large["centers"]) * radius * 8 * channels * 4
     assert rise < arrays + 4 * lists < gathered / 4

@@ -5,10 +5,11 @@ from unittest import mock
 import pytest
 import torch
 from fake_gpu import dirty_memory, fake_gpu
+from gradients import value_and_gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import tokens
-from test_merge import NET, make_case, with_gradients
+from test_merge import NET, assert_as_accurate, make_case
 
 from pointformer import TokenSet, balanced_cluster, nearest_clusters, point_conv, scored_merge
 from pointformer.kernels.merge import fused_merge
@@ -20,22 +21,6 @@ if not INTERPRETED:
     pytest.skip(reason, allow_module_level=True)
 
 MERGED = ("features", "scores", *NET)
-
-
-def assert_as_accurate_as_eager(op, case, names):
-    exact = with_gradients(op, case, names, torch.float64, impl="reference")
-    eager = with_gradients(op, case, names, impl="reference")
-    with dirty_memory():
-        fused = with_gradients(op, case, names, impl="triton")
-    # The weight net's gradients are sums of similar terms, which cancel in some of them.
-    largest = max(exact[name].abs().max() for name in NET)
-    for name, value in exact.items():
-        if value.numel() == 0:
-            continue
-        scale = largest if name in NET else value.abs().max()
-        allowed = 2 * (eager[name] - value).abs().max() + 4e-6 * scale + 1e-6
-        error = (fused[name] - value).abs().max()
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 def random_net(generator, width):
@@ -71,7 +56,7 @@ def test_merge_is_as_accurate_as_eager(sample, cluster_size, radius, drop, optio
         "neighborhoods": neighborhoods,
         **random_net(g, 2 * dimensions + 1 if options["full"] else dimensions),
     }
-    assert_as_accurate_as_eager(scored_merge, case, MERGED)
+    assert_as_accurate(scored_merge, case, MERGED, "triton", memory=dirty_memory)
 
 
 @given(
@@ -91,7 +76,7 @@ def test_point_conv_is_as_accurate_as_eager(sample, k, elsewhere, options):
     }
     if elsewhere:
         case["center_positions"] = torch.randn(queries, dimensions, generator=g)
-    assert_as_accurate_as_eager(point_conv, case, ("features", *NET))
+    assert_as_accurate(point_conv, case, ("features", *NET), "triton", memory=dirty_memory)
 
 
 @pytest.mark.parametrize(
@@ -104,27 +89,27 @@ def test_point_conv_is_as_accurate_as_eager(sample, k, elsewhere, options):
     ],
 )
 def test_shapes_that_need_several_blocks(shape):
-    assert_as_accurate_as_eager(scored_merge, make_case(**shape), MERGED)
+    assert_as_accurate(scored_merge, make_case(**shape), MERGED, "triton", memory=dirty_memory)
 
 
 def test_gradients_computed_together_or_apart():
     """In one kernel, as for bfloat16, whose arithmetic the interpreter lacks."""
     case = make_case()
     with mock.patch.object(kernels, "_backward_parts", return_value=("both",)):
-        together = with_gradients(scored_merge, case, MERGED, impl="triton")
-    apart = with_gradients(scored_merge, case, MERGED, impl="triton")
+        together = value_and_gradients(scored_merge, case, MERGED, impl="triton")
+    apart = value_and_gradients(scored_merge, case, MERGED, impl="triton")
     for name, value in together.items():
         torch.testing.assert_close(value, apart[name], rtol=1e-5, atol=1e-5)
 
 
 def test_the_order_of_centers_changes_nothing():
     case = make_case()
-    expected = with_gradients(scored_merge, case, MERGED, impl="triton")
+    expected = value_and_gradients(scored_merge, case, MERGED, impl="triton")
     with (
         mock.patch.object(kernels, "_CACHE", 0),
         mock.patch.object(kernels, "_ENOUGH_PROGRAMS", 3),
     ):
-        result = with_gradients(scored_merge, case, MERGED, impl="triton")
+        result = value_and_gradients(scored_merge, case, MERGED, impl="triton")
     assert torch.equal(result["out"], expected["out"])
     assert torch.equal(result["features"], expected["features"])
     for name in NET:
@@ -134,7 +119,7 @@ def test_the_order_of_centers_changes_nothing():
 def test_a_cluster_listed_twice_counts_twice():
     case = make_case(radius=3)
     case["neighborhoods"].cluster_index[:, 1] = case["neighborhoods"].cluster_index[:, 0]
-    assert_as_accurate_as_eager(scored_merge, case, MERGED)
+    assert_as_accurate(scored_merge, case, MERGED, "triton", memory=dirty_memory)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -170,18 +155,18 @@ def test_half_precision_is_rounded_once():
     case["features"] = case["features"].half()
     expected = scored_merge(**case | {"features": case["features"].float()}, impl="triton").half()
     assert torch.equal(scored_merge(**case, impl="triton"), expected)
-    grads = with_gradients(scored_merge, case, ("features",), torch.float16, impl="triton")
+    grads = value_and_gradients(scored_merge, case, ("features",), torch.float16, impl="triton")
     assert grads["features"].dtype == torch.float16
 
 
 def test_empty_inputs():
     for case in (make_case((0,)), make_case((0, 0)), make_case(channels=0), make_case(radius=0)):
         with dirty_memory():
-            result = with_gradients(scored_merge, case, MERGED, impl="triton")
+            result = value_and_gradients(scored_merge, case, MERGED, impl="triton")
         assert result["out"].shape == (len(case["centers"]), 4 * case["features"].shape[1])
         assert all(value.eq(0).all() for value in result.values())
     case = make_case() | {"centers": torch.empty(0, dtype=torch.int64)}
-    assert with_gradients(scored_merge, case, MERGED, impl="triton")["features"].eq(0).all()
+    assert value_and_gradients(scored_merge, case, MERGED, impl="triton")["features"].eq(0).all()
     net = {name: case[name] for name in NET}
     index = torch.full((5, 3), -1)
     none = torch.empty(0, 7), torch.empty(0, 2)
