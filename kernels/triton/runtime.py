@@ -11,6 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pointformer.kernels.triton import tuning
+
 INTERPRETED = triton.knobs.runtime.interpret
 _POINTERS = {
     torch.float64: "*fp64",
@@ -62,9 +64,16 @@ class Variant:
         tensors = [given for given in arguments if isinstance(given, torch.Tensor)]
         device = tensors[0].device
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+        def run(options: Mapping[str, object]):
+            return self.kernel[grid](*arguments, **self.constants, **options)
+
         options = {} if INTERPRETED else self._options("hip" if torch.version.hip else "cuda")
         with guard:
-            self.kernel[grid](*arguments, **self.constants, **options)
+            if not INTERPRETED and tuning.enabled():
+                key = self._key(torch.cuda.get_device_name(device), tuning.size_class(grid))
+                options = tuning.tuner().best(key, options, run)
+            run(options)
 
     def compile(self, target: GPUTarget) -> triton.compiler.CompiledKernel:
         """Compile for a GPU that need not be there."""
@@ -82,6 +91,13 @@ class Variant:
         }
         source = ASTSource(self.kernel, signature, dict(self.constants), aligned)
         return triton.compile(source, target=target, options=self._options(target.backend))
+
+    def _key(self, device: str, size: int) -> str:
+        """What a choice of the tuner depends on; the kernel by a hash of its source."""
+        types = [str(kind).removeprefix("torch.") for kind in self.arguments]
+        parts = (device, triton.__version__, self.name, self.kernel.cache_key[:16], *types)
+        constants = (f"{name}={value}" for name, value in self.constants.items())
+        return " ".join((*parts, *constants, str(size)))
 
     @property
     def name(self) -> str:
