@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +173,7 @@ class Mask2FormerHead(nn.Module):
             decoder_layers,
             hidden=hidden,
             position_norm=position_norm,
+            stride=config.patch_stride,
         )
 
     def forward(
@@ -219,6 +221,7 @@ class HCFormerHead(nn.Module):
         self.project = nn.Linear(config.dims[-1], dim)
         self.encoder = Encoder(dim, encoder_layers, hidden=hidden) if encoder_layers else None
         self.mask_features = nn.Linear(dim if encoder_layers else config.dims[-1], dim)
+        self.stride = config.patch_stride
         self.decoder = MaskDecoder(num_classes, 1, dim, queries, decoder_layers, hidden=hidden)
 
     def forward(
@@ -242,14 +245,12 @@ class HCFormerHead(nn.Module):
             wanted = (*predictions.auxiliary, predictions) if self.training else (predictions,)
             masks = decode(torch.cat([p.mask_logits for p in wanted], 1), assignments, impl)
             outputs = [
-                MaskPredictions(p.class_logits, part, grid)
+                MaskPredictions(p.class_logits, part, grid, self.stride)
                 for p, part in zip(wanted, masks.chunk(len(wanted), 1), strict=True)
             ]
             temperatures = tuple(assign.temperature for assign in self.assignments)
-            last = outputs.pop()
-            return MaskPredictions(
-                last.class_logits, last.mask_logits, grid, tuple(outputs), temperatures
-            )
+            *earlier, last = outputs
+            return replace(last, auxiliary=tuple(earlier), temperatures=temperatures)
 
 
 def _as_float(tokens: TokenSet) -> TokenSet:

@@ -6,8 +6,9 @@ take the most uncertain of a larger uniform set and some more. All in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -22,11 +23,14 @@ class Targets:
 
     Attributes:
         classes: (G,) int64, 0 to K - 1.
-        masks: (G, H, W) bool or float, at the image's resolution or any other.
+        masks: (G, H, W) bool at the image's resolution, or the float shares of larger cells.
+        stride: pixels of the image per cell of the masks, in both directions; H and W are the
+            image's height and width divided by it, rounded up.
     """
 
     classes: Tensor
     masks: Tensor
+    stride: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,22 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     grid = (2 * points - 1)[:, None]
     sampled = nn.functional.grid_sample(maps[:, None].float(), grid, align_corners=False)
     return sampled[:, 0, 0]
+
+
+def sample_targets(
+    targets: Targets, points: Tensor, cells: Sequence[int], stride: int = 4
+) -> Tensor:
+    """`sample_points` of target masks, at points given for mask logits.
+
+    Args:
+        cells: height and width of the grid of mask logits. It reaches beyond an image whose sides
+            the stride does not divide, and no object is there.
+        stride: pixels of the image per cell of that grid.
+    """
+    height, width = targets.masks.shape[1:]
+    x = points[..., 0] * (cells[1] * stride / (width * targets.stride))
+    y = points[..., 1] * (cells[0] * stride / (height * targets.stride))
+    return sample_points(targets.masks, torch.stack([x, y], -1))
 
 
 def uncertain_points(
@@ -97,20 +117,26 @@ def matching_cost(
         mask_logits, masks: (Q, P) and (G, P), at the same points.
         classes: (G,).
     """
-    probability = class_logits.softmax(1)[:, classes]
-    points = mask_logits.shape[1]
-    inside = nn.functional.softplus(-mask_logits)  # cross-entropy if the point is in the object
-    outside = nn.functional.softplus(mask_logits)
-    entropy = (inside @ masks.T + outside @ (1 - masks).T) / points
-    share = mask_logits.sigmoid()
-    total = share.sum(1)[:, None] + masks.sum(1)
-    dice = 1 - (2 * share @ masks.T + 1) / (total + 1)
-    return weights.mask * entropy + weights.dice * dice - weights.classes * probability
+    with torch.autocast(mask_logits.device.type, enabled=False):
+        probability = class_logits.float().softmax(1)[:, classes]
+        logits, masks = mask_logits.float(), masks.float()
+        inside = nn.functional.softplus(-logits)  # cross-entropy if the point is in the object
+        outside = nn.functional.softplus(logits)
+        entropy = (inside @ masks.T + outside @ (1 - masks).T) / logits.shape[1]
+        share = logits.sigmoid()
+        total = share.sum(1)[:, None] + masks.sum(1)
+        dice = 1 - (2 * share @ masks.T + 1) / (total + 1)
+        return weights.mask * entropy + weights.dice * dice - weights.classes * probability
 
 
 @torch.no_grad()
 def match(
-    class_logits: Tensor, mask_logits: Tensor, targets: Targets, weights: LossWeights, points: int
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    targets: Targets,
+    weights: LossWeights,
+    points: int,
+    stride: int = 4,
 ) -> tuple[Tensor, Tensor]:
     """Queries and objects of one image that belong together, (min(Q, G),) each.
 
@@ -118,6 +144,7 @@ def match(
         class_logits: (Q, K + 1).
         mask_logits: (Q, h, w).
         points: how many points masks are compared at, the same for all masks.
+        stride: pixels of the image per cell of the mask logits.
     """
     device = class_logits.device
     if len(targets.classes) == 0:
@@ -128,7 +155,7 @@ def match(
         class_logits.float(),
         sample_points(mask_logits, at),
         targets.classes,
-        sample_points(targets.masks, at),
+        sample_targets(targets, at, mask_logits.shape[-2:], stride),
         weights,
     )
     finite = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6)  # diverged queries come last
@@ -157,25 +184,22 @@ def segmentation_loss(
         learned clusterings (the sum of their absolute temperatures). Their sum is the loss.
 
     Raises:
-        ValueError: the number of targets or a class does not fit; the message names the image.
+        ValueError: the number of targets, a class or a mask's size does not fit; the message names
+            the image.
     """
     weights = weights or LossWeights()
     batch, _, outputs = predictions.class_logits.shape
     if len(targets) != batch:
         raise ValueError(f"targets: expected one for each of {batch} images, got {len(targets)}")
-    for number, target in enumerate(targets):
-        if len(target.classes) and int(target.classes.max()) >= outputs - 1:
-            raise ValueError(
-                f"targets: image {number} has class {int(target.classes.max())}, the head has "
-                f"{outputs - 1} classes"
-            )
+    layers = [(layer, layer.masks()) for layer in (*predictions.auxiliary, predictions)]
+    for number, (target, maps) in enumerate(zip(targets, layers[-1][1], strict=True)):
+        _check(number, target, outputs - 1, maps.shape[-2:], predictions.stride)
     objects = max(sum(len(target.classes) for target in targets), 1)
     total: dict[str, Tensor] = {}
-    for layer in (*predictions.auxiliary, predictions):
-        masks = layer.masks()
+    for layer, masks in layers:
         terms = _layer_loss(
             layer.class_logits.float(), masks, targets, weights, objects,
-            (points, oversample, importance),
+            (points, oversample, importance), predictions.stride,
         )  # fmt: skip
         for name, value in terms.items():
             total[name] = total[name] + value if name in total else value
@@ -185,6 +209,24 @@ def segmentation_loss(
     return total
 
 
+def _check(number: int, target: Targets, classes: int, cells: Sequence[int], stride: int) -> None:
+    name = f"targets: image {number}"
+    if len(target.classes) != len(target.masks):
+        raise ValueError(f"{name} has {len(target.classes)} classes for {len(target.masks)} masks")
+    if len(target.classes) == 0:
+        return
+    least, largest = int(target.classes.min()), int(target.classes.max())
+    if least < 0 or largest >= classes:
+        wrong = least if least < 0 else largest
+        raise ValueError(f"{name} has class {wrong}, the head has {classes} classes")
+    expected = [math.ceil(side * target.stride / stride) for side in target.masks.shape[1:]]
+    if list(cells) != expected:
+        raise ValueError(
+            f"{name} has masks of {tuple(target.masks.shape[1:])} cells of {target.stride} pixels, "
+            f"which does not fit the head's {tuple(cells)} cells of {stride} pixels"
+        )
+
+
 def _layer_loss(
     class_logits: Tensor,
     masks: Tensor | Sequence[Tensor],
@@ -192,13 +234,14 @@ def _layer_loss(
     weights: LossWeights,
     objects: int,
     sampling: tuple[int, float, float],
+    stride: int,
 ) -> dict[str, Tensor]:
     nothing = class_logits.shape[2] - 1
     wanted = torch.full(class_logits.shape[:2], nothing, device=class_logits.device)
     mask_loss = dice = class_logits.new_zeros(())
     for image, target in enumerate(targets):
         maps = masks[image]
-        queries, chosen = match(class_logits[image], maps, target, weights, sampling[0])
+        queries, chosen = match(class_logits[image], maps, target, weights, sampling[0], stride)
         wanted[image, queries] = target.classes[chosen]
         if len(queries) == 0:
             mask_loss = mask_loss + 0 * maps.sum()  # keeps the masks in the graph
@@ -206,7 +249,8 @@ def _layer_loss(
         logits = maps[queries].float()
         with torch.no_grad():
             at = uncertain_points(logits, *sampling)
-            labels = sample_points(target.masks[chosen], at)
+            some = replace(target, classes=target.classes[chosen], masks=target.masks[chosen])
+            labels = sample_targets(some, at, maps.shape[-2:], stride)
         values = sample_points(logits, at)
         mask_loss = mask_loss + mask_cross_entropy(values, labels).sum()
         dice = dice + dice_loss(values, labels).sum()

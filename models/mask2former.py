@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,8 @@ class MaskPredictions:
     Attributes:
         class_logits: (B, Q, K + 1), the last one for "no object".
         mask_logits: (T, Q), packed over the tokens of the finest stage.
-        tokens: the finest stage's token set (its features are those the masks were made of).
+        tokens: the finest stage's token set.
+        stride: pixels of the image per cell of its grid, in both directions.
         auxiliary: the same, after earlier layers, for training; empty in the entries themselves.
         temperatures: of learned clusterings, for their loss term; empty for heads without.
     """
@@ -33,11 +34,13 @@ class MaskPredictions:
     class_logits: Tensor
     mask_logits: Tensor
     tokens: TokenSet
+    stride: int = 4
     auxiliary: tuple[MaskPredictions, ...] = ()
     temperatures: tuple[Tensor, ...] = ()
 
     def masks(self) -> Tensor | list[Tensor]:
-        """Mask logits on the finest grid: (B, Q, ceil(H/4), ceil(W/4)), or a list of (Q, ., .)."""
+        """Mask logits on the finest grid: (B, Q, h, w), or a list of (Q, h, w) with the images'
+        heights and widths divided by `stride`, rounded up."""
         return self.tokens.with_features(self.mask_logits).to_grid()
 
 
@@ -67,6 +70,7 @@ class MaskDecoder(nn.Module):
     Args:
         num_classes: K.
         levels: levels of the memory, coarsest first.
+        stride: of the finest tokens, see `MaskPredictions`.
     """
 
     def __init__(
@@ -79,9 +83,11 @@ class MaskDecoder(nn.Module):
         heads: int = 8,
         hidden: int = 2048,
         position_norm: str = "image",
+        stride: int = 4,
     ) -> None:
         super().__init__()
         self.dim = dim
+        self.stride = stride
         self.position_norm = position_norm
         self.query = nn.Parameter(torch.randn(queries, dim))
         self.query_position = nn.Parameter(torch.randn(queries, dim))
@@ -117,11 +123,12 @@ class MaskDecoder(nn.Module):
                 class_logits,
                 pack_samples(mask_logits.transpose(1, 2), mask_features.sizes),
                 mask_features,
+                self.stride,
             )
             for class_logits, mask_logits in predictions
         ]
-        last = outputs.pop()
-        return MaskPredictions(last.class_logits, last.mask_logits, mask_features, tuple(outputs))
+        *earlier, last = outputs
+        return replace(last, auxiliary=tuple(earlier))
 
     def _memory(
         self, finest: TokenSet, level: TokenSet, index: int

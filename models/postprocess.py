@@ -82,12 +82,13 @@ def image_masks(
     for number, (maps, (height, width)) in enumerate(
         zip(predictions.masks(), image_sizes, strict=True)
     ):
-        padded = [4 * side for side in maps.shape[-2:]]
-        if not (padded[0] - 4 < height <= padded[0] and padded[1] - 4 < width <= padded[1]):
+        stride = predictions.stride
+        if tuple(maps.shape[-2:]) != (-(-height // stride), -(-width // stride)):
             raise ValueError(
                 f"image_sizes: image {number} cannot be {height} x {width}, its masks have "
-                f"{maps.shape[-2]} x {maps.shape[-1]} cells of 4 x 4 pixels"
+                f"{maps.shape[-2]} x {maps.shape[-1]} cells of {stride} x {stride} pixels"
             )
+        padded = [stride * side for side in maps.shape[-2:]]
         maps = _resize(maps, padded)[..., :height, :width]
         if output_sizes is not None and tuple(output_sizes[number]) != (height, width):
             maps = _resize(maps, output_sizes[number])
@@ -124,13 +125,14 @@ def instances(
     image_sizes: Sizes,
     output_sizes: Sizes | None = None,
     *,
-    top: int = 100,
+    top: int | None = 100,
     min_score: float = 0.0,
     things: Collection[int] | None = None,
 ) -> list[Instances]:
     """The `top` pairs of query and class per image as objects.
 
     Args:
+        top: as published, for COCO; `None`: as many as there are queries, if that is more.
         min_score: leave out objects with a smaller score.
         things: the classes that are countable; all if `None`. Others are left out.
     """
@@ -138,7 +140,8 @@ def instances(
     for number, maps in enumerate(image_masks(predictions, image_sizes, output_sizes)):
         probability = predictions.class_logits[number].softmax(1)[:, :-1]
         classes = probability.shape[1]
-        scores, pair = probability.flatten().topk(min(top, probability.numel()))
+        most = max(100, len(probability)) if top is None else top
+        scores, pair = probability.flatten().topk(min(most, probability.numel()))
         query, category = pair // classes, pair % classes
         if things is not None:
             kept = torch.isin(category, torch.tensor(sorted(things), device=category.device))

@@ -73,7 +73,7 @@ def test_uncertain_points_are_near_the_outline():
 
 def test_matching_is_optimal():
     g = torch.Generator().manual_seed(2)
-    targets = Targets(torch.tensor([1, 0, 1]), torch.rand(3, 8, 8, generator=g) > 0.5)
+    targets = Targets(torch.tensor([1, 0, 1]), torch.rand(3, 8, 8, generator=g) > 0.5, 4)
     class_logits, maps = torch.randn(4, 3, generator=g), torch.randn(4, 8, 8, generator=g)
     torch.manual_seed(0)
     queries, objects = match(class_logits, maps, targets, WEIGHTS, 50)
@@ -99,7 +99,7 @@ def predictions_of(class_logits, maps):
 def test_perfect_predictions_cost_little_and_wrong_ones_much():
     masks = torch.zeros(1, 2, 16, 16)
     masks[0, 0, :8], masks[0, 1, 8:] = 1, 1
-    targets = [Targets(torch.tensor([0, 2]), masks[0] > 0)]
+    targets = [Targets(torch.tensor([0, 2]), masks[0] > 0, 4)]
     classes = torch.full((1, 3, 4), -10.0)
     classes[0, 0, 2], classes[0, 1, 0], classes[0, 2, 3] = 10, 10, 10
     maps = torch.stack([masks[0, 1], masks[0, 0], torch.zeros(16, 16)])[None] * 40 - 20
@@ -117,7 +117,7 @@ def test_class_loss_weighs_no_object_a_tenth():
     losses = segmentation_loss(out, none, points=10)
     expected = -class_logits[0].log_softmax(1)[:, 3].mean()  # a weighted mean of equal weights
     torch.testing.assert_close(losses["classes"], 2 * expected)
-    one = [Targets(torch.tensor([1]), torch.ones(1, 4, 4))]
+    one = [Targets(torch.tensor([1]), torch.ones(1, 4, 4), 4)]
     torch.manual_seed(0)
     losses = segmentation_loss(out, one, points=10)
     logs = class_logits[0].log_softmax(1)
@@ -136,3 +136,33 @@ def test_errors_name_the_image():
     wrong = Targets(torch.tensor([3]), torch.ones(1, 4, 4))
     with pytest.raises(ValueError, match="image 1 has class 3, the head has 3 classes"):
         segmentation_loss(out, [none, wrong])
+    for masks, message in (
+        (torch.ones(2, 4, 4), "image 0 has 1 classes for 2 masks"),
+        (torch.ones(1, 21, 16), r"image 0 has masks of \(21, 16\) cells of 1 pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            segmentation_loss(out, [Targets(torch.tensor([1]), masks), none])
+    with pytest.raises(ValueError, match="image 0 has class -1"):
+        segmentation_loss(out, [Targets(torch.tensor([-1]), torch.ones(1, 16, 16)), none])
+
+
+@pytest.mark.parametrize("side", [16, 17, 18, 41])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_targets_lie_where_post_processing_shows_them(side, stride):
+    """The best mask for the loss, resized and cropped, is the object: a half of an image whose
+    sides the cells do not divide."""
+    cells = math.ceil(side / 4)
+    image = torch.zeros(1, side, side)
+    image[0, :, side // 2 :] = 1
+    padded = torch.nn.functional.pad(image, (0, -side % stride, 0, -side % stride))
+    masks = torch.nn.functional.avg_pool2d(padded, stride)
+    x = torch.arange(cells) * 4 + 2.0  # centers of cells, in pixels
+    losses = {}
+    for shift in (-2.0, 0.0, 2.0):
+        logits = (x - side // 2 + shift).clamp(-8, 8).expand(1, 1, cells, cells)
+        classes = torch.tensor([[[9.0, -9.0]]])
+        torch.manual_seed(0)
+        out = predictions_of(classes, logits)
+        terms = segmentation_loss(out, [Targets(torch.tensor([0]), masks, stride)], points=3000)
+        losses[shift] = (terms["mask"] + terms["dice"]).item()
+    assert min(losses, key=losses.get) == 0.0

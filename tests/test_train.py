@@ -143,7 +143,7 @@ def test_instances_as_masks():
     ids[4, 5] = 3
     targets = instance_masks(ids)
     assert targets.classes.tolist() == [0, 0]
-    np.testing.assert_array_equal(targets.masks[0], [[0, 0, 0], [0, 0, 0], [0, 0, 0.5]])
+    np.testing.assert_array_equal(targets.masks[0], [[0, 0, 0], [0, 0, 0], [0, 0, 0.25]])
     np.testing.assert_array_equal(targets.masks[1], [[1, 1, 0], [0, 0, 0], [0, 0, 0]])
     assert instance_masks(np.zeros((5, 6), np.int32)).masks.shape[0] == 0
 

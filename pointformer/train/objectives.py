@@ -95,7 +95,9 @@ def instance_masks(instances: np.ndarray, stride: int = 2) -> Targets:
     numbers = np.unique(instances)
     ids = torch.from_numpy(numbers[numbers != 0].astype(np.int64))
     pixels = torch.from_numpy(np.ascontiguousarray(instances).astype(np.int64))
+    height, width = instances.shape
+    pixels = F.pad(pixels, (0, -width % stride, 0, -height % stride))  # by the background
     masks = pixels.eq(ids[:, None, None]).float()
     if len(ids):
-        masks = F.avg_pool2d(masks[:, None], stride, ceil_mode=True)[:, 0]
-    return Targets(torch.zeros(len(ids), dtype=torch.int64), masks)
+        masks = F.avg_pool2d(masks[:, None], stride)[:, 0]
+    return Targets(torch.zeros(len(ids), dtype=torch.int64), masks, stride)
