@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pointformer._files import atomic_path
 from pointformer.data.annotations import Category
-from pointformer.models.config import config_from
+from pointformer.models.config import GridConfig, config_from
 from pointformer.models.model import Model
 
 _METADATA = "pointformer"
@@ -30,7 +30,13 @@ class CheckpointError(ValueError):
 
 
 def save_model(model: Model, path: str | os.PathLike) -> None:
-    """Write weights and configuration as one safetensors file, complete or not at all."""
+    """Write weights and configuration as one safetensors file, complete or not at all.
+
+    Raises:
+        ValueError: the backbone is a `GridBackbone`, which `load_model` could not make again.
+    """
+    if isinstance(model.config, GridConfig):
+        raise ValueError(f"{model.name}: a foreign backbone is not saved; use torch.save")
     description = {
         "name": model.name,
         "head": model.head_name,
@@ -261,7 +267,9 @@ def load_released(path: str | os.PathLike, name: str, **overrides: object) -> Mo
         overrides: as for `create_model`, for example `head="mask2former", task="semantic"` for a
             segmentation checkpoint. The numbers of classes and queries are read from the file
             unless given. Segmentation models normalize positions by batch, as they were trained;
-            `position_norm="image"` makes an image's result independent of the others.
+            `position_norm="image"` makes an image's result independent of the others. Those of
+            Cityscapes, with 8 or 19 classes, get `alpha=8`. The original pads images with zeros to
+            multiples of 32 before it cuts the masks: do so to get its numbers for other sizes.
 
     Raises:
         CheckpointError: the file is unreadable, no checkpoint, or another model's.
@@ -290,6 +298,8 @@ def load_released(path: str | os.PathLike, name: str, **overrides: object) -> Mo
         if not any(key.endswith("shepard_power") for key in state):  # COCO's
             overrides.setdefault("power", 4.0)
             overrides.setdefault("learn_power", False)
+        if overrides.get("num_classes") in (8, 19):  # Cityscapes'
+            overrides.setdefault("alpha", 8.0)
         overrides.setdefault("position_norm", "batch")
     model = create_model(name, **overrides)  # type: ignore[arg-type]
     load_state(model, from_released(state, model), source=path)

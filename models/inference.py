@@ -16,18 +16,18 @@ from pointformer.models.postprocess import (
     panoptic,
     semantic_scores,
 )
-from pointformer.tiling import tiles
+from pointformer.tiling import default_overlap, windows_of
 
 
 def predict(
-    model: Model, image: Tensor, *, top: int = 100, min_score: float | None = None
+    model: Model, image: Tensor, *, top: int | None = None, min_score: float | None = None
 ) -> Instances | Panoptic | Tensor:
-    """What a mask model sees in one image, by its task.
+    """What a model sees in one image, by its task.
 
     Args:
-        model: with a mask head and a task.
+        model: with a mask head and a task, or a dense head and the task "semantic".
         image: (3, H, W), normalized.
-        top: pairs of query and class that become objects, for the task "instance".
+        top: see `instances`, for that task.
         min_score: objects and segments with less are left out; default 0 and 0.8.
 
     Returns:
@@ -38,6 +38,8 @@ def predict(
     """
     with torch.inference_mode():
         predictions = model(image[None])
+        if model.head_name == "dense" and model.task == "semantic":
+            return predictions[0].argmax(0)
         if not isinstance(predictions, MaskPredictions) or model.task is None:
             raise ValueError(
                 f"model: expected a mask head and a task, got {model.name} with head "
@@ -69,7 +71,7 @@ def predict_semantic(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     tile: int | None = None,
-    overlap: int = 64,
+    overlap: int | None = None,
 ) -> Tensor:
     """Class scores (K, H, W) of one image, averaged over scaled and mirrored copies and tiles.
 
@@ -80,16 +82,22 @@ def predict_semantic(
         flip: also look at mirrored copies.
         tile: side of the largest window in pixels of the image; `None` for the whole image at once.
             Scores of neighboring windows are blended over their overlap.
-        overlap: of the windows, in pixels.
+        overlap: of the windows, in pixels; `None`: 64, or half a window if that is less.
+
+    Raises:
+        ValueError: a scale or the tile is not positive, or the overlap not less than the tile.
     """
+    if min(scales) <= 0:
+        raise ValueError(f"scales: expected positive numbers, got {tuple(scales)}")
     _, height, width = image.shape
-    windows = tiles(height, width, tile or max(height, width), overlap if tile else 0)
+    windows = windows_of(height, width, tile, overlap)
+    blended = overlap if overlap is not None else default_overlap(tile)
     total: Tensor | None = None
     weights = image.new_zeros(height, width)
     for window in windows:
         rows, columns = window.window
         scores = _augmented(model, image[:, rows, columns], scales, flip)
-        fade = _fade(*scores.shape[1:], overlap, scores) if len(windows) > 1 else 1.0
+        fade = _fade(*scores.shape[1:], blended, scores) if len(windows) > 1 else 1.0
         if total is None:
             total = scores.new_zeros(len(scores), height, width)
         total[:, rows, columns] += scores * fade

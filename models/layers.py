@@ -117,16 +117,16 @@ def sine_encoding(
     A position is divided by the largest of its sample (`norm` "image") or of the whole batch
     ("batch", as the released AFF does, whose results depend on the batch for it), times 2 pi.
     """
+    if norm not in ("image", "batch"):
+        raise ValueError(f"norm: expected 'image' or 'batch', got {norm!r}")
     positions = tokens.positions
     axes = tokens.dimensions
     if norm == "batch" or tokens.batch_size == 1:
         peak = positions.amax(0) if len(positions) else positions.new_zeros(axes)
-    elif norm == "image":
+    else:
         sample = tokens.sample_index[:, None].expand_as(positions)
         peak = positions.new_zeros(tokens.batch_size, axes)
         peak = peak.scatter_reduce(0, sample, positions, "amax")[tokens.sample_index]
-    else:
-        raise ValueError(f"norm: expected 'image' or 'batch', got {norm!r}")
     angle = positions / (peak + 1e-6) * (2 * torch.pi)
     half = channels // (2 * axes)
     exponent = torch.arange(half, device=positions.device, dtype=positions.dtype) / half

@@ -71,6 +71,12 @@ class Model(nn.Module):
             raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
         if task is not None and task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        dense = {None, "semantic"} | ({"instance"} if num_classes == 3 else set())
+        possible = {"mask2former": {None, *TASKS}, "hcformer": {None, *TASKS}, "dense": dense}
+        if task not in possible.get(head, {None}):
+            raise ValueError(
+                f"task: head {head!r} with {num_classes} classes is not made for {task!r}"
+            )
         if categories is not None and len(categories) != num_classes:
             raise ValueError(
                 f"categories: expected one for each of {num_classes} classes, got {len(categories)}"

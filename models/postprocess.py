@@ -42,6 +42,11 @@ class Instances:
                 boxes[n] = torch.stack(ends)
         return boxes
 
+    def confident(self, min_score: float = 0.5) -> Instances:
+        """Those with at least this score."""
+        kept = self.scores >= min_score
+        return Instances(self.masks[kept], self.classes[kept], self.scores[kept])
+
     def painted(self) -> Panoptic:
         """A map without overlaps, better objects on top of worse ones; hidden ones are left out."""
         size = self.masks.shape[1:]

@@ -44,7 +44,7 @@ def create_model(
     Args:
         name: one of `list_models()`.
         pretrained: `True` or a tag, for the weights that come with the package ("nuclei"); they
-            fix `head` and `num_classes`. Released AFF weights: `load_released`.
+            fix what the head is and finds. Released AFF weights: `load_released`.
         num_classes: outputs of the head (default 1000).
         head: "classification" (default), "dense" (per-pixel scores), "features" (four
             `TokenSet`s, for decoders), "mask2former" or "hcformer" (a class and a mask per query).
@@ -80,6 +80,8 @@ def create_model(
     for given, own, what in (
         (head, model.head_name, "head"),
         (num_classes, model.num_classes, "num_classes"),
+        (task, model.task, "task"),
+        (categories and tuple(categories), model.categories, "categories"),
     ):
         if given is not None and given != own:
             raise ValueError(f"{what}: the weights {path.stem} have {own!r}, not {given!r}")

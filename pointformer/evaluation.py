@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from pointformer.data.annotations import Annotation, Dataset, Objects, Segment
+from pointformer.data.annotations import Annotation, Category, Dataset, Objects, Segment
+from pointformer.data.categories import CITYSCAPES_THINGS
 from pointformer.data.images import read_image
 from pointformer.metrics import average_precision
 from pointformer.metrics.instances import IOU_THRESHOLDS
@@ -17,6 +19,15 @@ from pointformer.segmentation import segment, to_tensor
 
 if TYPE_CHECKING:
     from pointformer.models import Model
+    from pointformer.models.postprocess import Panoptic
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by name, in [0, 1] or NaN where nothing is to be scored, and of how many pictures."""
+
+    scores: dict[str, float]
+    pictures: int
 
 
 def evaluate(
@@ -28,14 +39,17 @@ def evaluate(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     tile: int | None = None,
-) -> dict[str, float]:
-    """Run a model over a data set and score it by the field's measures, in [0, 1].
+) -> Evaluation:
+    """Run a model over a data set and score it by the field's measures.
 
     Args:
-        model: with a mask head; for the task "instance" also the three-class dense one.
-        dataset: with the classes of the model, in its order.
-        task: "semantic" (mean IoU), "instance" (AP of COCO where pycocotools is installed; AP as
-            StarDist counts it, regardless of class) or "panoptic" (PQ, for things and stuff).
+        model: with a mask head made for the task, or a dense one: of one class per class of the
+            data set for "semantic", of three for "instance" (background, inside, border).
+        dataset: with the classes of the model, in its order. With `skip_bad` pictures that cannot
+            be read are left out too, and listed in `dataset.skipped`.
+        task: "semantic" (mean IoU), "instance" (AP of COCO where pycocotools is installed, of
+            Cityscapes for its classes where cityscapesscripts is; AP as StarDist counts it,
+            regardless of class) or "panoptic" (PQ, for things and stuff).
         annotations: what to go through in the place of `dataset`, for example with a progress bar.
         scales, flip: see `predict_semantic`; only for that task, because the queries of different
             copies do not correspond.
@@ -43,19 +57,59 @@ def evaluate(
 
     Raises:
         ValueError: an option does not fit the task, the model and the data set have different
-            classes, or a picture another size than its annotation; the message names it.
+            classes, there is no picture, or one has another size than its annotation; the message
+            names it.
     """
-    if model.task not in (None, task):
-        raise ValueError(f"task: the model is made for {model.task!r}, not for {task!r}")
-    if model.task is not None and len(dataset.categories) != model.num_classes:
-        raise ValueError(
-            f"model: has {model.num_classes} classes, the data set {len(dataset.categories)}"
-        )
+    _check_model(model, len(dataset.categories), task)
     if task != "semantic" and (flip or tuple(scales) != (1.0,)):
         raise ValueError(f"scales, flip: only for the task 'semantic', not for {task!r}")
-    score = {"semantic": _semantic, "instance": _instance, "panoptic": _panoptic}[task]
+    scorers: dict[str, Callable[..., _Semantic | _Instance | _Panoptic]] = {
+        "semantic": _Semantic,
+        "instance": _Instance,
+        "panoptic": _Panoptic,
+    }
     options = {"scales": scales, "flip": flip, "tile": tile}
-    return score(model, dataset, dataset if annotations is None else annotations, options)
+    scorer = scorers[task](model, dataset.categories, options)
+    pictures = 0
+    for annotation, image in _with_pictures(
+        dataset if annotations is None else annotations, dataset
+    ):
+        scorer.update(image, annotation)
+        pictures += 1
+    if pictures == 0:
+        raise ValueError(f"no picture to score ({len(dataset.skipped)} skipped)")
+    return Evaluation(scorer.compute(), pictures)
+
+
+def _check_model(model: Model, classes: int, task: str) -> None:
+    if model.task not in (None, task):
+        raise ValueError(f"task: the model is made for {model.task!r}, not for {task!r}")
+    if model.task is None and (model.head_name != "dense" or task == "panoptic"):
+        raise ValueError(
+            f"model: {model.name} with head {model.head_name!r} is not made for {task!r}"
+        )
+    dense_objects = model.head_name == "dense" and task == "instance"
+    own = 1 if dense_objects else model.num_classes
+    if dense_objects and model.num_classes != 3:
+        raise ValueError(
+            f"model: a dense head needs 3 classes to find objects, it has {model.num_classes}"
+        )
+    if own != classes:
+        raise ValueError(f"model: has {own} classes, the data set {classes}")
+
+
+def _with_pictures(
+    annotations: Iterable[Annotation], dataset: Dataset
+) -> Iterator[tuple[Annotation, np.ndarray]]:
+    for annotation in annotations:
+        try:
+            image = _pixels(annotation)
+        except ValueError as error:
+            if not dataset.skip_bad:
+                raise
+            dataset.skipped[annotation.name] = str(error)
+        else:
+            yield annotation, image
 
 
 def _pixels(annotation: Annotation) -> np.ndarray:
@@ -76,108 +130,136 @@ def _normalized(model: Model, image: np.ndarray) -> torch.Tensor:
     return model.preprocess(to_tensor(image).to(device))
 
 
-def _semantic(
-    model: Model, dataset: Dataset, annotations: Iterable[Annotation], options: dict
-) -> dict[str, float]:
-    from pointformer.metrics.semantic import SemanticIoU
-    from pointformer.models.inference import predict_semantic
+class _Semantic:
+    def __init__(self, model: Model, categories: Sequence[Category], options: dict) -> None:
+        from pointformer.metrics.semantic import SemanticIoU
 
-    metric = SemanticIoU(len(dataset.categories))
-    for annotation in annotations:
-        scores = predict_semantic(model, _normalized(model, _pixels(annotation)), **options)
-        metric.update(scores.argmax(0).cpu().numpy(), annotation.classes())
-    result = metric.compute()
-    return {
-        "mIoU": result.mean_iou,
-        "mean accuracy": result.mean_accuracy,
-        "pixel accuracy": result.pixel_accuracy,
-    }
+        self.model, self.options = model, options
+        self.metric = SemanticIoU(len(categories))
 
+    def update(self, image: np.ndarray, annotation: Annotation) -> None:
+        from pointformer.models.inference import predict_semantic
 
-def _instance(
-    model: Model, dataset: Dataset, annotations: Iterable[Annotation], options: dict
-) -> dict[str, float]:
-    from pointformer.models.inference import predict
+        scores = predict_semantic(self.model, _normalized(self.model, image), **self.options)
+        self.metric.update(scores.argmax(0).cpu().numpy(), annotation.classes())
 
-    coco = None
-    if importlib.util.find_spec("pycocotools"):
-        from pointformer.metrics.coco import CocoAP
-
-        coco = CocoAP(dataset.categories)
-    pairs = []
-    for annotation in annotations:
-        image = _pixels(annotation)
-        if model.task is None or options["tile"]:
-            shown = segment(model, image, tile=options["tile"])
-            labels = shown.labels
-            masks = labels == np.arange(1, shown.count + 1)[:, None, None]
-            classes = np.array(shown.classes, np.int64)
-            found = Objects(masks, classes, np.array(shown.scores, np.float32))
-        else:
-            result = predict(model, _normalized(model, image))
-            labels = _confident(result).painted().ids.cpu().numpy()
-            found = Objects(
-                *(x.cpu().numpy() for x in (result.masks, result.classes, result.scores))
-            )
-        if coco is not None:
-            coco.update(found, annotation)
-        truth = annotation.ids
-        if truth is None:
-            truth = np.zeros(annotation.size, np.int32)
-            for number, mask in enumerate(annotation.objects().masks, 1):
-                truth[mask] = number
-        pairs.append((labels, truth))
-    scores = average_precision(pairs)
-    result = {"AP at IoU 0.5 (TP / (TP + FP + FN))": scores.at(IOU_THRESHOLDS[0])}
-    result["mean AP (TP / (TP + FP + FN))"] = scores.mean
-    if coco is not None:
-        summary = coco.compute()
-        result |= {
-            "COCO AP": summary.ap,
-            "COCO AP50": summary.ap50,
-            "COCO AP75": summary.ap75,
-            "COCO AP small": summary.ap_small,
-            "COCO AP medium": summary.ap_medium,
-            "COCO AP large": summary.ap_large,
+    def compute(self) -> dict[str, float]:
+        result = self.metric.compute()
+        return {
+            "mIoU": result.mean_iou,
+            "mean accuracy": result.mean_accuracy,
+            "pixel accuracy": result.pixel_accuracy,
         }
-    return result
 
 
-def _confident(found, min_score: float = 0.5):
-    """The objects that `segment` shows by default."""
-    kept = found.scores >= min_score
-    return type(found)(found.masks[kept], found.classes[kept], found.scores[kept])
+class _Instance:
+    def __init__(self, model: Model, categories: Sequence[Category], options: dict) -> None:
+        self.model, self.tile = model, options["tile"]
+        self.things = [number for number, category in enumerate(categories) if category.is_thing]
+        self.coco = self.cityscapes = None
+        if importlib.util.find_spec("pycocotools"):
+            from pointformer.metrics.coco import CocoAP
+
+            self.coco = CocoAP(categories)
+        if tuple(categories) == CITYSCAPES_THINGS and importlib.util.find_spec("cityscapesscripts"):
+            from pointformer.metrics.cityscapes import CityscapesAP
+
+            self.cityscapes = CityscapesAP(categories)
+        self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def update(self, image: np.ndarray, annotation: Annotation) -> None:
+        found, labels = self._objects(image)
+        kept = (s for s in annotation.segments if s.crowd or s.category in self.things)
+        annotation = replace(annotation, segments=tuple(kept))
+        if self.coco is not None:
+            self.coco.update(found, annotation)
+        if self.cityscapes is not None:
+            self.cityscapes.update(found, annotation)
+        self.pairs.append(self._countable(labels, annotation))
+
+    def _objects(self, image: np.ndarray) -> tuple[Objects, np.ndarray]:
+        """Objects with all their scores, and the ids that `segment` shows."""
+        from pointformer.models.inference import predict
+
+        if self.model.head_name == "dense" or self.tile:
+            shown = segment(self.model, image, tile=self.tile)
+            masks = shown.labels == np.arange(1, shown.count + 1)[:, None, None]
+            classes, scores = np.array(shown.classes, int), np.array(shown.scores, np.float32)
+            return Objects(masks, classes, scores), shown.labels
+        result = predict(self.model, _normalized(self.model, image))
+        labels = result.confident().painted().ids.cpu().numpy()
+        arrays = (x.cpu().numpy() for x in (result.masks, result.classes, result.scores))
+        return Objects(*arrays), labels
+
+    def _countable(
+        self, labels: np.ndarray, annotation: Annotation
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids found, without what lies on crowds, and the ids of annotated objects."""
+        truth = np.zeros(annotation.size, np.int32)
+        crowd = np.zeros(annotation.size, bool)
+        for number, item in enumerate(annotation.segments, 1):
+            if item.crowd:
+                crowd |= annotation.mask(item)
+            else:
+                truth[annotation.mask(item)] = number
+        return np.where(crowd, 0, labels), truth
+
+    def compute(self) -> dict[str, float]:
+        scores = average_precision(self.pairs)
+        result = {
+            "AP at IoU 0.5 (TP / (TP + FP + FN))": scores.at(IOU_THRESHOLDS[0]),
+            "mean AP (TP / (TP + FP + FN))": scores.mean,
+        }
+        if self.coco is not None:
+            summary = self.coco.compute()
+            result |= {
+                "COCO AP": summary.ap,
+                "COCO AP50": summary.ap50,
+                "COCO AP75": summary.ap75,
+                "COCO AP small": summary.ap_small,
+                "COCO AP medium": summary.ap_medium,
+                "COCO AP large": summary.ap_large,
+            }
+        if self.cityscapes is not None:
+            averages = self.cityscapes.compute()
+            result |= {"Cityscapes AP": averages.ap, "Cityscapes AP50": averages.ap50}
+        return result
 
 
-def _panoptic(
-    model: Model, dataset: Dataset, annotations: Iterable[Annotation], options: dict
-) -> dict[str, float]:
-    from pointformer.metrics.panoptic import PanopticQuality
-    from pointformer.models.inference import predict
-    from pointformer.models.postprocess import Panoptic
+class _Panoptic:
+    def __init__(self, model: Model, categories: Sequence[Category], options: dict) -> None:
+        from pointformer.metrics.panoptic import PanopticQuality
 
-    metric = PanopticQuality(dataset.categories)
-    for annotation in annotations:
-        image = _pixels(annotation)
-        if options["tile"]:
-            tiled = segment(model, image, tile=options["tile"], min_score=0.8)
-            areas = np.bincount(tiled.labels.ravel(), minlength=tiled.count + 1)[1:]
-            rows = zip(tiled.classes, areas.tolist(), tiled.scores, strict=True)
-            segments = [
-                Segment(number, kind, area, score=score)
-                for number, (kind, area, score) in enumerate(rows, 1)
-            ]
-            found = Panoptic(torch.from_numpy(tiled.labels), tuple(segments))
-        else:
-            found = predict(model, _normalized(model, image))  # type: ignore[assignment]
-        metric.update(found, annotation)
-    result = metric.compute()
-    return {
-        f"{name}{kind}": getattr(group, name.lower())
-        for kind, group in (
-            ("", result.all),
-            (" things", result.things),
-            (" stuff", result.stuff),
-        )
-        for name in ("PQ", "SQ", "RQ")
-    }
+        self.model, self.tile = model, options["tile"]
+        self.metric = PanopticQuality(categories)
+
+    def update(self, image: np.ndarray, annotation: Annotation) -> None:
+        self.metric.update(self._segments(image), annotation)
+
+    def _segments(self, image: np.ndarray) -> Panoptic:
+        from pointformer.models.inference import predict
+        from pointformer.models.postprocess import Panoptic
+
+        if not self.tile:
+            result = predict(self.model, _normalized(self.model, image))
+            return Panoptic(result.ids.cpu(), result.segments)
+        shown = segment(self.model, image, tile=self.tile)
+        areas = np.bincount(shown.labels.ravel(), minlength=shown.count + 1)[1:]
+        rows = zip(shown.classes, areas.tolist(), shown.scores, strict=True)
+        segments = [
+            Segment(number, kind, area, score=score)
+            for number, (kind, area, score) in enumerate(rows, 1)
+        ]
+        return Panoptic(torch.from_numpy(shown.labels), tuple(segments))
+
+    def compute(self) -> dict[str, float]:
+        result = self.metric.compute()
+        return {
+            f"{name}{kind}": getattr(group, name.lower())
+            for kind, group in (
+                ("", result.all),
+                (" things", result.things),
+                (" stuff", result.stuff),
+            )
+            for name in ("PQ", "SQ", "RQ")
+        }

@@ -12,7 +12,7 @@ import torch
 
 from pointformer.data.annotations import Category
 from pointformer.data.images import read_image
-from pointformer.tiling import stitch, tiles
+from pointformer.tiling import stitch, windows_of
 
 if TYPE_CHECKING:
     from pointformer.models import Model
@@ -107,19 +107,22 @@ def segment(
     image: str | os.PathLike[str] | np.ndarray | torch.Tensor,
     *,
     tile: int | None = None,
-    overlap: int = 64,
-    min_score: float = 0.5,
+    overlap: int | None = None,
+    min_score: float | None = None,
 ) -> Segmentation:
     """Find the objects, or the regions, in one picture.
 
     Args:
         model: with the head "dense" and three classes (background, inside, border), such as
-            `create_model("aff_nano", pretrained="nuclei")`, or with a mask head and a task.
+            `create_model("aff_nano", pretrained="nuclei")`, with the head "dense" and the task
+            "semantic", or with a mask head and a task.
         image: a file, a uint8 array (H, W) or (H, W, 3), or a uint8 tensor (3, H, W).
         tile: side of the largest window in pixels, for pictures larger than memory; objects are
             joined across windows. `None`: the whole picture at once.
-        overlap: of the windows, in pixels: at least the size of an object.
-        min_score: confidence that objects and segments of mask models need.
+        overlap: of the windows, in pixels: at least the size of an object. `None`: 64, or half a
+            window if that is less.
+        min_score: confidence that mask models' objects (default 0.5) and panoptic segments (default
+            0.8, as published) need.
 
     Raises:
         ValueError, TypeError: the image is unreadable or no picture, or the model has another head.
@@ -132,7 +135,7 @@ def segment(
     pixels = as_rgb(image)
     start = time.perf_counter()
     height, width = pixels.shape[:2]
-    windows = tiles(height, width, tile or max(height, width), overlap if tile else 0)
+    windows = windows_of(height, width, tile, overlap)
     batch = to_tensor(pixels)
     found = [_segment_window(model, batch[:, *window.window], min_score) for window in windows]
     labels, classes, scores, tokens = found[0]
@@ -150,7 +153,7 @@ def segment(
 
 def _finds_nuclei(model: Model) -> bool:
     """Whether instances are read off a map of background, inside and border."""
-    return model.head_name == "dense" and model.num_classes == 3 and model.task is None
+    return model.head_name == "dense" and model.num_classes == 3 and model.task != "semantic"
 
 
 def _uncountable(model: Model) -> list[int]:
@@ -164,7 +167,7 @@ def _uncountable(model: Model) -> list[int]:
 
 
 def _segment_window(
-    model: Model, image: torch.Tensor, min_score: float
+    model: Model, image: torch.Tensor, min_score: float | None
 ) -> tuple[np.ndarray, list[int], list[float], list[int]]:
     """Ids (H, W) of a uint8 image (3, H, W), class and score of each, and tokens per stage."""
     from pointformer.instances import instances_from_logits
@@ -186,6 +189,8 @@ def _segment_window(
                 labels = instances_from_logits(logits.float().cpu().numpy())
                 objects = int(labels.max(initial=0))
                 return labels, [0] * objects, [1.0] * objects, counts
+            if model.task == "instance" and min_score is None:
+                min_score = 0.5
             result = predict(model, pixels, min_score=min_score)
     finally:
         hook.remove()

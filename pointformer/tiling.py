@@ -45,6 +45,24 @@ def tiles(height: int, width: int, size: int, overlap: int) -> list[Tile]:
     ]
 
 
+def default_overlap(tile: int | None) -> int:
+    """64 pixels, or half a window if that is less."""
+    return 64 if tile is None else min(64, tile // 2)
+
+
+def windows_of(height: int, width: int, tile: int | None, overlap: int | None) -> list[Tile]:
+    """`tiles` of a picture: one for all of it if `tile` is `None`; see `default_overlap`.
+
+    Raises:
+        ValueError: the tile is not positive, or the overlap not less than the tile.
+    """
+    if tile is None:
+        return tiles(height, width, max(height, width), 0)
+    if tile < 1:
+        raise ValueError(f"tile: expected at least 1 pixel, got {tile}")
+    return tiles(height, width, tile, default_overlap(tile) if overlap is None else overlap)
+
+
 def _spans(length: int, size: int, overlap: int) -> list[tuple[int, int, int, int]]:
     """Begin and end of each window along one axis, and of the part that it decides."""
     if length <= size:

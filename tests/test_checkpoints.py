@@ -153,3 +153,23 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_model(Model("small", SMALL, "dense", 3), tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("classes", "alpha"), [(19, 8.0), (8, 8.0), (150, None)])
+def test_cityscapes_checkpoints_get_their_alpha(tmp_path, monkeypatch, classes, alpha):
+    """It decides which tokens are kept, and no weight tells it."""
+    path = tmp_path / "seg.pth"
+    torch.save(
+        {"model": {"sem_seg_head.predictor.class_embed.bias": torch.zeros(classes + 1)}}, path
+    )
+    seen = {}
+
+    def create(name, **overrides):
+        seen.update(overrides)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("pointformer.models.registry.create_model", create)
+    with pytest.raises(ValueError, match="seen"):
+        load_released(path, "aff_mini", head="mask2former")
+    assert seen["num_classes"] == classes
+    assert seen.get("alpha") == alpha

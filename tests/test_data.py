@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from skimage import measure
 
 from pointformer.data import (
     Sample,
@@ -141,9 +142,12 @@ def test_crop_keeps_colors_and_instances_aligned(height, width, size, seed, resi
     crop, ids = random_crop(Sample("", image, instances), size, rng, scales=scales)
     assert crop.shape == (size, size, 3)
     assert ids.shape == (size, size)
-    assert np.isin(ids, instances).all()
+    known = ids <= instances.max()
+    assert np.isin(ids[known], instances).all()
     if not resized:
-        np.testing.assert_array_equal(crop[..., 1], ids)
+        np.testing.assert_array_equal(crop[known, 1], ids[known])
+        for mirrored in np.unique(ids[~known]):
+            assert len(np.unique(crop[ids == mirrored])) == 1
 
 
 def test_scaled_crop_is_centered_like_its_instances():
@@ -166,3 +170,16 @@ def test_colors_are_reproducible_varied_and_keep_grey_grey():
     darker = [np.corrcoef(grey.ravel(), image.ravel())[0, 1] < 0 for image in results]
     assert any(darker)
     assert not all(darker)
+
+
+def test_mirror_images_are_objects_of_their_own():
+    """Where a picture is continued by its mirror image, no id has two pieces."""
+    rng = np.random.default_rng(0)
+    ids = np.zeros((40, 40), np.int32)
+    ids[3:9, 4:12], ids[20:30, 20:26], ids[34:40, 10:20] = 5, 9, 7
+    sample = Sample("a", np.zeros((40, 40, 3), np.uint8), ids)
+    for _ in range(20):
+        _, crop = random_crop(sample, 96, rng, scales=(1.0, 1.0))
+        assert len(np.unique(crop)) > 4
+        pieces = measure.label(crop, connectivity=2)
+        assert pieces.max() == len(np.unique(crop)) - 1

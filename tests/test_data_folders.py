@@ -171,6 +171,10 @@ def test_plain_instances_with_classes_and_crowd(tmp_path):
             [{"id": 1, "class": 4}, {"id": 2, "class": 1}],
             "segments.json: segment 1 of a is of the unknown class 4",
         ),
+        (
+            [{"id": 1, "class": 1, "score": None}, {"id": 2, "class": 1}],
+            "segments.json: segment 1 of a has the score None",
+        ),
     ],
 )
 def test_instance_ids_must_be_those_of_the_json(tmp_path, segments, message):

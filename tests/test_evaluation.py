@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 from pointformer import cli
-from pointformer.data import Category, read_folder
+from pointformer.data import Annotation, Category, Dataset, Segment, read_folder
+from pointformer.data.annotations import Entry
 from pointformer.evaluation import evaluate
 from pointformer.models import AFFConfig, Model, save_model
+from pointformer.models.postprocess import Instances
 from pointformer.segmentation import segment
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
@@ -53,8 +55,9 @@ def test_a_perfect_model_scores_100(folder, monkeypatch):
         return torch.from_numpy(np.stack([truth == k for k in range(2)])).float()
 
     monkeypatch.setattr("pointformer.models.inference.predict_semantic", perfect)
-    scores = evaluate(mask_model("semantic"), dataset, "semantic")
-    assert scores == {"mIoU": 1.0, "mean accuracy": 1.0, "pixel accuracy": 1.0}
+    result = evaluate(mask_model("semantic"), dataset, "semantic")
+    assert result.pictures == 2
+    assert result.scores == {"mIoU": 1.0, "mean accuracy": 1.0, "pixel accuracy": 1.0}
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance"])
@@ -70,7 +73,7 @@ def test_command_line(folder, tmp_path, capsys, task):
     text = capsys.readouterr().out
     for name, value in content["scores"].items():
         assert name in text
-        assert np.isnan(value) or 0 <= value <= 1
+        assert value is None or 0 <= value <= 1
 
 
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
@@ -80,8 +83,8 @@ def test_windows(folder, task, monkeypatch):
     kinds = 2 if task == "panoptic" else 1
     dataset = read_folder(folder, "val", "instance", categories=CATEGORIES[-kinds:])
     model = mask_model(task, kinds)
-    whole = evaluate(model, dataset, task, tile=64)
-    for name, value in evaluate(model, dataset, task, tile=32).items():
+    whole = evaluate(model, dataset, task, tile=64).scores
+    for name, value in evaluate(model, dataset, task, tile=32).scores.items():
         assert np.isnan(value) or 0 <= value <= 1, name
         assert name in whole
     with pytest.raises(ValueError, match="scales, flip: only for the task 'semantic'"):
@@ -108,3 +111,87 @@ def test_classes_and_tasks_must_fit(folder):
         evaluate(mask_model("panoptic"), dataset, "semantic")
     with pytest.raises(ValueError, match="has 3 classes, the data set 2"):
         evaluate(mask_model("semantic", 3), dataset, "semantic")
+
+
+def test_only_objects_that_can_be_told_apart_count(tmp_path, monkeypatch):
+    """The truth as prediction is perfect, with stuff, a crowd and what is found on it."""
+    ids = np.zeros((30, 40), np.int32)
+    ids[2:10, 2:10], ids[12:20, 5:15], ids[:, 20:30], ids[:, 32:] = 1, 2, 3, 4
+    segments = (
+        Segment(1, 1, 64),
+        Segment(2, 1, 80),
+        Segment(3, 0, 300),
+        Segment(4, 1, 240, crowd=True),
+    )
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "a.png")
+    annotation = Annotation("a", tmp_path / "a.png", (30, 40), 1, None, ids, segments)
+    entry = Entry("a", annotation.image, None, lambda: annotation)
+    dataset = Dataset(tmp_path, CATEGORIES, [entry])
+    masks = torch.stack([torch.from_numpy(ids == n) for n in (1, 2, 4)])
+    found = Instances(masks, torch.tensor([1, 1, 1]), torch.ones(3))
+    monkeypatch.setattr("pointformer.models.inference.predict", lambda *args: found)
+    scores = evaluate(mask_model("instance"), dataset, "instance").scores
+    assert scores["AP at IoU 0.5 (TP / (TP + FP + FN))"] == 1
+    assert scores["COCO AP"] == 1
+
+
+def test_unreadable_pictures_are_skipped_and_not_counted(folder, tmp_path, capsys):
+    path, out = tmp_path / "model.safetensors", tmp_path / "scores.json"
+    save_model(mask_model("semantic"), path)
+    noise = np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)
+    picture = folder / "val/images/a.jpg"
+    Image.fromarray(noise).save(picture)
+    picture.write_bytes(picture.read_bytes()[:-800])
+    (folder / "val/images/a.png").unlink()
+    arguments = ["evaluate", str(folder), "--model", str(path), "--threads", "1"]
+    assert cli.main(arguments) == 1
+    assert "a.jpg: expected a picture" in capsys.readouterr().err
+    assert cli.main([*arguments, "--skip-bad", "--json", str(out)]) == 0
+    content = json.loads(out.read_text(), parse_constant=pytest.fail)  # no NaN
+    assert content["images"] == 1
+    assert list(content["skipped"]) == ["a"]
+    capsys.readouterr()
+    assert cli.main([*arguments, "--limit", "0"]) == 1
+    assert "no picture to score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scales", "-1"], "scales: expected positive numbers"),
+        (["--tile", "0"], "tile: expected at least 1 pixel, got 0"),
+        (["--device", "nowhere"], "--device: nowhere cannot be used"),
+    ],
+)
+def test_bad_options_are_one_line(folder, tmp_path, capsys, options, message):
+    save_model(mask_model("semantic"), tmp_path / "model.safetensors")
+    arguments = ["evaluate", str(folder), "--model", str(tmp_path / "model.safetensors")]
+    assert cli.main([*arguments, "--threads", "1", *options]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1 or "image" in error  # beside the progress bar
+
+
+def test_models_that_cannot_do_a_task_are_told(folder):
+    dataset = read_folder(folder, "val", "semantic", categories=CATEGORIES)
+    options = {"task": None, "impl": None}
+    for head, classes, task in (
+        ("classification", 2, "semantic"),
+        ("features", 2, "semantic"),
+        ("dense", 3, "semantic"),
+        ("dense", 2, "instance"),
+        ("dense", 3, "panoptic"),
+        ("mask2former", 2, "instance"),
+    ):
+        model = Model("small", SMALL, head, classes, **options)
+        with pytest.raises(ValueError, match="model: "):
+            evaluate(model, dataset, task)
+    model = Model("small", SMALL, "dense", 2, task="semantic").eval()
+    assert 0 <= evaluate(model, dataset, "semantic").scores["mIoU"] <= 1
+    for head, task in (
+        ("dense", "panoptic"),
+        ("dense", "instance"),
+        ("classification", "instance"),
+    ):
+        with pytest.raises(ValueError, match=f"task: head '{head}' with 2 classes"):
+            Model("small", SMALL, head, 2, task=task)

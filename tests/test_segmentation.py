@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pointformer import segment
+from pointformer import TokenSet, segment
 from pointformer.data import Category, read_image, read_instances
 from pointformer.metrics import average_precision
 from pointformer.models import create_model, list_models
+from pointformer.models.mask2former import MaskPredictions
 from pointformer.pictures import focus_picture, heat, outline, overlay
 from pointformer.segmentation import as_rgb, to_tensor
 
@@ -71,6 +72,8 @@ def test_pretrained_weights_are_listed():
     assert "aff_nano.nuclei" in list_models(pretrained=True)
     with pytest.raises(ValueError, match=r"num_classes: the weights aff_nano.nuclei have 3, not"):
         create_model("aff_nano", pretrained="nuclei", num_classes=5)
+    with pytest.raises(ValueError, match=r"task: the weights aff_nano.nuclei have None, not"):
+        create_model("aff_nano", pretrained="nuclei", task="semantic")
 
 
 @pytest.mark.parametrize(
@@ -137,6 +140,29 @@ def test_mask_models_give_ids_with_classes(mask_model, tile):
     picture = overlay(result)
     assert picture.width == result.image.shape[1]
     assert picture.height > result.image.shape[0] or result.count == 0
+
+
+def test_every_query_can_be_an_object_and_scores_are_the_published_ones(mask_model, monkeypatch):
+    """150 queries, each sure of a pixel column of its own, with a probability of 0.6."""
+    queries, width = 150, 600
+    masks = torch.full((1, queries, 2, queries), -9.0)
+    masks[0, range(queries), :, range(queries)] = 9.0
+    grid = TokenSet.from_grid(masks)
+    classes = torch.tensor([0.6, 0.0, 0.4]).clamp(min=1e-6).log().expand(1, queries, 3)
+    predictions = MaskPredictions(classes, grid.features, grid)
+    monkeypatch.setattr(mask_model.__class__, "forward", lambda self, images: predictions)
+    picture = np.zeros((8, width, 3), np.uint8)
+    found = segment(mask_model, picture).count
+    assert found == {"semantic": 1, "instance": queries, "panoptic": 0}[mask_model.task]
+    assert mask_model.task != "panoptic" or segment(mask_model, picture, min_score=0.5).count == 150
+
+
+def test_a_dense_head_can_have_a_task():
+    torch.manual_seed(0)
+    model = create_model("aff_nano", head="dense", num_classes=5, task="semantic").eval()
+    result = segment(model, EXAMPLE)
+    assert (result.labels > 0).all()
+    assert set(result.classes) <= set(range(5))
 
 
 def test_tiles_of_a_dense_model_find_the_same_nuclei(nuclei_model, result):

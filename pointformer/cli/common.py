@@ -22,6 +22,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rate", type=float, help="share of tokens kept by each merge, in (0, 1]")
     parser.add_argument("--alpha", type=float, help="weight of the learned score, 0 = uniform grid")
+    parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
     parser.add_argument(
         "--threads", type=int, help="CPU threads (default: all cores, but one for one picture)"
     )
@@ -48,9 +49,15 @@ def model_from(options: argparse.Namespace, pictures: int) -> Model:
         if getattr(options, name) is not None
     }
     if os.path.sep in options.model or options.model.endswith(".safetensors"):
-        return load_model(options.model, **overrides)
-    name, _, tag = options.model.partition(".")
-    return create_model(name, pretrained=tag or True, **overrides).eval()
+        model = load_model(options.model, **overrides)
+    else:
+        name, _, tag = options.model.partition(".")
+        model = create_model(name, pretrained=tag or True, **overrides).eval()
+    try:
+        return model.to(options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: {options.device} cannot be used: {reason}") from None
 
 
 def image_paths(arguments: list[str]) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,8 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip-bad", action="store_true", help="leave out unreadable annotations and list them"
     )
     parser.add_argument("--limit", type=int, help="score only the first so many pictures")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="of mirrored copies")
-    parser.add_argument("--flip", action="store_true", help="also look at mirrored pictures")
+    parser.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="semantic: average copies of these sizes, relative to the picture",
+    )
+    parser.add_argument("--flip", action="store_true", help="semantic: and mirrored copies")
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="work in windows of this side")
     parser.add_argument("--json", type=Path, help="write the scores to this file too")
     add_model_arguments(parser)
@@ -57,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     dataset = _dataset(options, task, model)
     total = min(len(dataset), options.limit or len(dataset))
     bar = tqdm(islice(dataset, options.limit), total=total, unit="image")
-    scores = evaluate(
+    result = evaluate(
         model,
         dataset,
         task,
@@ -66,15 +73,20 @@ def run(options: argparse.Namespace) -> int:
         flip=options.flip,
         tile=options.tile,
     )
-    for name, value in scores.items():
+    for name, value in result.scores.items():
         print(f"{name:40} {100 * value:6.2f}")
     if dataset.skipped:
         print(f"{len(dataset.skipped)} skipped:", file=sys.stderr)
         for problem in dataset.skipped.values():
             print(f"  {problem}", file=sys.stderr)
     if options.json is not None:
-        content = {"model": options.model, "task": task, "images": total, "scores": scores}
-        content["skipped"] = dataset.skipped
+        content = {
+            "model": options.model,
+            "task": task,
+            "images": result.pictures,
+            "scores": {k: None if math.isnan(v) else v for k, v in result.scores.items()},
+            "skipped": dataset.skipped,
+        }
         with atomic_path(options.json) as path:
             path.write_text(json.dumps(content, indent=2) + "\n")
     return 0

@@ -30,10 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tile", type=int, metavar="PIXELS", help="work in windows of this side (large pictures)"
     )
     parser.add_argument(
-        "--overlap", type=int, default=64, metavar="PIXELS", help="of the windows (default: 64)"
+        "--overlap", type=int, metavar="PIXELS", help="of the windows (default: 64, at most half)"
     )
     parser.add_argument(
-        "--min-score", type=float, default=0.5, help="of objects of mask models (default: 0.5)"
+        "--min-score",
+        type=float,
+        help="of mask models' objects (default: 0.5) and panoptic segments (default: 0.8)",
     )
     add_model_arguments(parser)
 

@@ -316,15 +316,17 @@ def listed_segments(
         areas: of the ids, see `check_ids`.
 
     Raises:
-        ValueError: naming both, if a class is not among `classes`.
+        ValueError: naming both, if a class is not among `classes` or a score is no number.
     """
     segments = []
     for info in infos:
         number, kind = info["id"], info["class"]
         if kind not in classes:
             raise ValueError(f"{source}: segment {number} of {name} is of the unknown class {kind}")
-        crowd, score = bool(info.get("crowd", 0)), float(info.get("score", 1))
-        segments.append(Segment(number, classes[kind], areas[number], crowd, score))
+        crowd, score = bool(info.get("crowd", 0)), info.get("score", 1)
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise ValueError(f"{source}: segment {number} of {name} has the score {score!r}")
+        segments.append(Segment(number, classes[kind], areas[number], crowd, float(score)))
     return segments
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
+from skimage.measure import label
 
 from pointformer.data.folders import Sample
 
@@ -23,7 +24,8 @@ def random_crop(
             is too small, its mirror images continue it.
 
     Returns:
-        (size, size, 3) uint8 colors and (size, size) int32 instances.
+        (size, size, 3) uint8 colors and (size, size) integer instances. Mirror images that do not
+        touch what they mirror have new ids.
     """
     scale = np.exp(rng.uniform(*np.log(scales)))
     side = max(1, round(size / scale))
@@ -38,7 +40,12 @@ def random_crop(
     image, instances = image[rows, columns], instances[rows, columns]
     if any(row_pad + column_pad):
         image = np.pad(image, (row_pad, column_pad, (0, 0)), "symmetric")
+        inside = np.pad(np.ones(instances.shape, bool), (row_pad, column_pad))
         instances = np.pad(instances, (row_pad, column_pad), "symmetric")
+        # Mirror images are objects of their own, if they do not touch what they mirror.
+        pieces = label(instances, connectivity=2)
+        apart = (pieces > 0) & ~np.isin(pieces, pieces[inside])
+        instances = np.where(apart, sample.instances.max() + pieces, instances)
     if side != size:
         image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
         nearest = (np.arange(size) * 2 + 1) * side // (2 * size)

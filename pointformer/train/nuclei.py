@@ -99,6 +99,11 @@ class Recipe:
             options = {"num_classes": 1, "task": "instance", "categories": [nucleus]}
         options |= HEAD_OPTIONS[self.head]
         model = create_model(self.model, head=self.head, **options, **overrides)
+        stages = len(model.config.dims)
+        if not 0 <= self.pretrained_stages <= stages:
+            raise ValueError(
+                f"pretrained_stages: expected 0 to {stages}, got {self.pretrained_stages}"
+            )
         if self.pretrained:
             trained = create_model(self.model, pretrained=self.pretrained)
             model.backbone.patch_embed.load_state_dict(trained.backbone.patch_embed.state_dict())
@@ -180,6 +185,7 @@ class Trainer:
             betas=(0.9, 0.98),
         )
         self.objective = recipe.objective()
+        self.device = next(model.parameters()).device
         self.steps = 0
         self.seconds = 0.0
 
@@ -195,7 +201,7 @@ class Trainer:
             images.append(random_colors(image, rng))
             truth.append(instances)
         pixels = torch.from_numpy(np.stack(images)).movedim(-1, 1).contiguous()
-        return self.model.preprocess(pixels), truth
+        return self.model.preprocess(pixels.to(self.device)), truth
 
     def step(self) -> float:
         """One update; returns the loss."""
@@ -256,6 +262,8 @@ class Trainer:
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path}: expected a checkpoint, but {reason}") from None
+        if not isinstance(state, dict) or not {"recipe", "optimizer", "steps"} <= state.keys():
+            raise ValueError(f"{path}: expected a checkpoint of this script")
         recipe = asdict(self.recipe)
         differing = [
             f"{name} {state['recipe'].get(name)!r}, now {value!r}"
@@ -352,6 +360,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="budget of steps")
     parser.add_argument("--resume", action="store_true", help="continue from OUT/checkpoint.pt")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
     parser.add_argument("--checkpoint-minutes", type=float, default=5.0)
     parser.add_argument("--evaluation-minutes", type=float, default=10.0)
     types = {"model": str, "alpha": float, "rate": float}
@@ -375,7 +384,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{checkpoint} exists: pass --resume, or another --out")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    model = recipe.create()
+    model = recipe.create().to(arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     budget = Budget(arguments.steps, arguments.minutes)
     trainer = Trainer(model, load_split(arguments.data, "train"), recipe, budget)
@@ -396,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         _run(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

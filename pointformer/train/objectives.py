@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -39,11 +40,13 @@ class DenseObjective:
 
     def loss(self, output: Tensor, instances: Sequence[np.ndarray]) -> Tensor:
         target = torch.from_numpy(np.stack([instance_target(ids) for ids in instances])).long()
-        return dense_loss(output, target, self.class_weights)
+        device = output.device
+        return dense_loss(output, target.to(device), self.class_weights.to(device))
 
     def labels(self, model: Model, image: np.ndarray) -> np.ndarray:
         pixels = torch.from_numpy(image).movedim(-1, 0)[None].contiguous()
-        return instances_from_logits(model(model.preprocess(pixels))[0].numpy())
+        logits = model(model.preprocess(pixels.to(next(model.parameters()).device)))[0]
+        return instances_from_logits(logits.cpu().numpy())
 
 
 class MaskObjective:
@@ -60,7 +63,11 @@ class MaskObjective:
         self.window = window
 
     def loss(self, output: MaskPredictions, instances: Sequence[np.ndarray]) -> Tensor:
-        targets = [instance_masks(ids) for ids in instances]
+        device = output.mask_logits.device
+        targets = [
+            replace(t, classes=t.classes.to(device), masks=t.masks.to(device))
+            for t in map(instance_masks, instances)
+        ]
         terms = segmentation_loss(output, targets, points=self.points)
         return torch.stack(list(terms.values())).sum()
 
