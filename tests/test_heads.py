@@ -6,6 +6,7 @@ import torch
 from pointformer import TokenSet, knn
 from pointformer.models import create_model, load_model, save_model
 from pointformer.models.hcformer import SoftAssignment, decode
+from pointformer.models.inference import predict
 from pointformer.models.losses import Targets, segmentation_loss
 
 SMALL = {
@@ -156,3 +157,16 @@ def test_candidates_of_tokens_that_stayed_are_the_windows():
     stayed = (x % 2 == 0) & (y % 2 == 0) & (x > 1) & (x < 10) & (y > 1) & (y < 10)
     assert stayed.sum() == 16
     assert torch.equal(index[:144][stayed].long().sort(1)[0], windows[stayed].sort(1)[0])
+
+
+@pytest.mark.parametrize("head", ["mask2former", "hcformer"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_other_strides(head, stride):
+    """Masks, losses and post-processing follow the stride of the first stage."""
+    model = small_model(head, patch_stride=stride, task="instance").train()
+    image = torch.randn(1, 3, 18, 23)
+    out = model(image)
+    assert out.stride == out.auxiliary[0].stride == stride
+    assert out.masks().shape[2:] == (18 // stride, -(-23 // stride))
+    assert sum(segmentation_loss(out, small_targets((2, 18, 23)), points=50).values()).isfinite()
+    assert predict(model.eval(), image[0]).masks.shape[1:] == (18, 23)
