@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 from aot import SHARED_MEMORY, modules
 
 SCRIPT = Path(__file__).parent / "aot.py"
@@ -40,8 +41,12 @@ def compile_all(*options):
 
 def check(rows):
     assert {row["target"] for row in rows} == set(SHARED_MEMORY)
+    # Before 3.9 a few specializations of attention spill one pair of registers, see
+    # bench/results/README.md: to spare it would cost a quarter of the warps.
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    most = 0 if version >= (3, 9) else 8
     bad = [
-        row for row in rows if row["spilled"] > 0 or row["shared"] > SHARED_MEMORY[row["target"]]
+        row for row in rows if row["spilled"] > most or row["shared"] > SHARED_MEMORY[row["target"]]
     ]
     assert not bad, "\n".join(json.dumps(row) for row in bad)
 
