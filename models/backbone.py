@@ -158,7 +158,7 @@ class PatchMerge(nn.Module):
             tokens.sizes,
             [tuple(math.ceil(side / stride) for side in extent) for extent in tokens.extent],
         )
-        maps = grid.to_grid()
+        maps = grid.to_grid(check_values=False)
         merged = [self._merge(m) for m in maps] if isinstance(maps, list) else self._merge(maps)
         coarse = TokenSet.from_grid(merged)
         return TokenSet(

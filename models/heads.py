@@ -113,7 +113,7 @@ class DenseHead(nn.Module):
                 check_values=False,
                 impl=impl,
             )
-        maps = grid.with_features(total).to_grid()
+        maps = grid.with_features(total).to_grid(check_values=False)
         if isinstance(images, Tensor) and isinstance(maps, Tensor):
             return self._pixels(maps, images)
         return [

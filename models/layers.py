@@ -58,7 +58,12 @@ class PointConv(nn.Module):
     def forward(self, tokens: TokenSet, impl: str | None = None) -> TokenSet:
         index = knn(tokens.positions, self.k, sizes=tokens.sizes, check_values=False, impl=impl)
         summed = point_conv(
-            tokens.features, tokens.positions, index, **self.weight_net.arguments(), impl=impl
+            tokens.features,
+            tokens.positions,
+            index,
+            **self.weight_net.arguments(),
+            check_values=False,
+            impl=impl,
         )
         return tokens.with_features(self.linear(self.norm(summed)))
 

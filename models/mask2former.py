@@ -41,7 +41,7 @@ class MaskPredictions:
     def masks(self) -> Tensor | list[Tensor]:
         """Mask logits on the finest grid: (B, Q, h, w), or a list of (Q, h, w) with the images'
         heights and widths divided by `stride`, rounded up."""
-        return self.tokens.with_features(self.mask_logits).to_grid()
+        return self.tokens.with_features(self.mask_logits).to_grid(check_values=False)
 
 
 class DecoderLayer(nn.Module):

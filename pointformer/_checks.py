@@ -57,11 +57,26 @@ def check_sizes(name: str, sizes: Sequence[int] | None, total: int) -> tuple[int
     if isinstance(sizes, Tensor):
         sizes = sizes.tolist()
     sizes = tuple(sizes)
+    if any(isinstance(s, float) for s in sizes):
+        raise TypeError(f"{name}: expected integers, got {sizes!r:.80}")
     if any(s < 0 for s in sizes):
         raise ValueError(f"{name}: sizes must not be negative, got {sizes}")
     if sum(sizes) != total:
         raise ValueError(f"{name}: sizes {sizes} add up to {sum(sizes)}, expected {total} tokens")
     return sizes
+
+
+def as_int32(index: Tensor) -> Tensor:
+    """Rows as int32; those that it does not hold, which no tensor has, stay out of range."""
+    limits = torch.iinfo(torch.int32)
+    return index.clamp(limits.min, limits.max).int() if index.dtype == torch.int64 else index
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise if `value` is no integer of at least `least`."""
+    if isinstance(value, float) or not value >= least:  # type: ignore[operator]
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
 
 
 def can_read(values: Tensor) -> bool:
@@ -100,7 +115,9 @@ def check_per_sample(
     """B rows of D host numbers, from one row for all samples, B rows, or a tensor."""
     if isinstance(value, Tensor):
         value = value.tolist()
-    rows = list(value)  # type: ignore[call-overload]
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected {dimensions} numbers per sample, got {describe(value)}")
+    rows = list(value)
     if rows and not isinstance(rows[0], list | tuple):
         rows = [rows] * samples
     if len(rows) != samples or any(len(row) != dimensions for row in rows):

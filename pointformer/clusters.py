@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 import pointformer.kernels.attention  # noqa: F401  (registers the plan)
+from pointformer._checks import check_tensor, describe
 from pointformer._dispatch import choose, everything
+from pointformer.kernels.tables import from_host, starts_of
 
 _MOST_ROWS = 2**31 - 64  # int32, with room for the last tile
 
@@ -17,10 +19,16 @@ def offsets_of(sizes: tuple[int, ...] | list[int], device: torch.device | None =
     """Start of each sample in a packed batch, and the end: (B+1,) int64 from B host integers."""
     if all(size == sizes[0] for size in sizes[1:]):  # no copy from the host
         return torch.arange(len(sizes) + 1, device=device) * (sizes[0] if sizes else 0)
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return torch.tensor(starts, dtype=torch.int64, device=device)
+    return from_host(starts_of(sizes), torch.int64, device)
+
+
+def check_neighborhoods(neighborhoods: object, tokens: int, device: torch.device) -> None:
+    """Raise if these are not the neighborhoods of so many tokens, on this device."""
+    if not isinstance(neighborhoods, Neighborhoods):
+        raise TypeError(f"neighborhoods: expected Neighborhoods, got {describe(neighborhoods)}")
+    if neighborhoods.num_queries != tokens or neighborhoods.clusters.num_tokens != tokens:
+        raise ValueError(f"neighborhoods: expected those of {tokens} tokens, got {neighborhoods!r}")
+    check_tensor("neighborhoods", neighborhoods.cluster_index, ("T", "R"), (torch.int32,), device)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pointformer._checks import (
+    can_read,
     check_per_sample,
     check_positions,
     check_sizes,
@@ -73,8 +74,8 @@ class TokenSet:
             extent = check_per_sample("extent", extent, len(sizes), dimensions)
         if origin is not None:
             check_tensor("origin", origin, (len(sizes), dimensions), (torch.float64,))
-        if clusters is not None and clusters.num_tokens != count:
-            raise ValueError(f"clusters: expected {count} tokens, got {clusters}")
+        if clusters is not None and clusters.sizes != sizes:
+            raise ValueError(f"clusters: expected samples of {sizes!r:.80} tokens, got {clusters}")
         for name, value in (
             ("positions", positions),
             ("features", features),
@@ -210,9 +211,16 @@ class TokenSet:
             [shape[::-1] for shape in shapes],
         )
 
-    def to_grid(self, fill: float = 0.0) -> Tensor | list[Tensor]:
+    def to_grid(self, fill: float = 0.0, *, check_values: bool = True) -> Tensor | list[Tensor]:
         """Feature maps (B, C, H, W) or (B, C, Z, H, W) with each token in the cell of its (integer)
         position and `fill` in cells without one; a list of maps if the extents differ.
+
+        Args:
+            check_values: whether to look for tokens outside of the canvas, which waits for the
+                device. Never done under `torch.compile` and while a CUDA graph is captured.
+
+        Raises:
+            ValueError: there is no extent, or a token lies outside of it.
         """
         if self.extent is None:
             raise ValueError("to_grid: this token set has no extent, so the map's size is unknown")
@@ -224,7 +232,10 @@ class TokenSet:
         cell = torch.zeros_like(sample)
         for axis in range(self.dimensions):  # of the map: the last position first
             side = shapes[0][axis] if sides is None else sides[:, axis]
-            cell = cell * side + self.positions[:, -1 - axis].long()
+            place = self.positions[:, -1 - axis].long()
+            if check_values and can_read(place) and bool(((place < 0) | (place >= side)).any()):
+                raise ValueError(f"to_grid: a token lies outside of its canvas {self.extent!r:.80}")
+            cell = cell * side + place
         cell += offsets_of(volumes, self.device)[sample]
         flat = self.features.new_full((sum(volumes), self.channels), fill)
         flat = flat.index_copy(0, cell, self.features)

@@ -247,7 +247,8 @@ def check_against_float64(
     rounded = {n: t.to(dtype) if n in cast else t.float() for n, t in tensors.items()}
     exact = {name: tensor.double() for name, tensor in rounded.items()}
     generator = torch.Generator().manual_seed(seed)
-    cotangent = torch.randn(tensors["query"].shape, generator=generator).to(dtype)
+    cotangent = torch.randn(tensors["query"].shape, generator=generator)
+    cotangent = cotangent.to(positions.device, dtype)
     want, want_grads = gradients(exact, positions, neighborhoods, cotangent.double())
     options = {"impl": "reference"} if eager is None else {"function": eager}
     plain = gradients(rounded, positions, neighborhoods, cotangent, **options)

@@ -205,7 +205,7 @@ def test_graphs_replay():
     centers = torch.arange(0, len(features), 4, device="cuda")
     net = {name: x.requires_grad_() for name, x in random_net(2).items()}
     power = torch.tensor(6.0, device="cuda", requires_grad=True)
-    index = knn(tokens.positions[centers], 4, query=tokens.positions, sizes=(1536, 1536),
+    index = knn(tokens.positions[centers], 4, query=tokens.positions, sizes=(768, 768),
                 query_sizes=(3072, 3072))  # fmt: skip
     leaves = (features, scores, power, *net.values())
 

@@ -73,19 +73,38 @@ def test_choices_last_without_a_place_for_them(tmp_path):
     (tmp_path / "file").write_text("")
     kernel = Kernel({(2, 2): 1.0})
     tuner = Tuner(tmp_path / "file" / "autotune.json", kernel.time)
-    for _ in range(2):
-        assert tuner.best("a", DEFAULT, kernel.run)["num_warps"] == 2
-    assert kernel.launches == 12
+    for key in "abab":
+        assert tuner.best(key, DEFAULT, kernel.run)["num_warps"] == 2
+    assert kernel.launches == 24
 
 
-def test_off_by_default_and_during_capture(monkeypatch):
+def test_a_choice_stays_when_another_process_chooses_otherwise(tmp_path):
+    path = tmp_path / "autotune.json"
+    ours, theirs = Kernel({(2, 2): 1.0}), Kernel({(8, 2): 1.0})
+    tuner = Tuner(path, ours.time)
+    tuner.best("a", DEFAULT, ours.run)
+    path.unlink()
+    Tuner(path, theirs.time).best("a", DEFAULT, theirs.run)
+    tuner.best("b", DEFAULT, ours.run)
+    assert tuner.best("a", DEFAULT, ours.run)["num_warps"] == 2
+
+
+def test_off_by_default(monkeypatch):
     monkeypatch.delenv("POINTFORMER_AUTOTUNE", raising=False)
     assert not tuning.enabled()
     monkeypatch.setenv("POINTFORMER_AUTOTUNE", "1")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert tuning.enabled()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not tuning.enabled()
+
+
+def test_graphs_get_what_is_known(tmp_path, monkeypatch):
+    kernel = Kernel({(2, 2): 1.0})
+    tuner = Tuner(tmp_path / "a.json", kernel.time)
+    tuner.best("known", DEFAULT, kernel.run)
+    launches = kernel.launches
+    monkeypatch.setattr(tuning, "_capturing", lambda: True)
+    assert tuner.best("known", DEFAULT, kernel.run)["num_warps"] == 2
+    assert tuner.best("new", DEFAULT, kernel.run) == DEFAULT
+    assert kernel.launches == launches
 
 
 def test_keys_tell_specializations_and_sizes_apart(monkeypatch):

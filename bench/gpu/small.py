@@ -12,6 +12,7 @@ import torch
 
 from pointformer import (
     TokenSet,
+    deformable_attention,
     interpolate,
     knn,
     nearest_clusters,
@@ -19,6 +20,7 @@ from pointformer import (
     point_conv,
     scored_merge,
     select_centers,
+    weighted_gather,
 )
 from pointformer.geometry.clustering import CURVES
 
@@ -66,6 +68,18 @@ def run_all(device: torch.device, dtype: torch.dtype, dimensions: int) -> list[t
         stride=2,
         lattice=False,
     )
+    cells = TokenSet.from_grid([torch.zeros(1, *[6] * dimensions, device=device)] * 2)
+    for prior in ("adaptive", "grid", None):
+        chosen, _ = select_centers(
+            torch.rand(cells.num_tokens, device=device),
+            cells.positions,
+            sizes=cells.sizes,
+            extent=cells.extent,
+            rate=0.25,
+            stride=2,
+            prior=prior,
+        )
+        results.append(chosen)
     rows = leaf(total, heads * channels, device=device, dtype=dtype)
     net = {
         "weight": leaf(4, phi, device=device),
@@ -84,6 +98,27 @@ def run_all(device: torch.device, dtype: torch.dtype, dimensions: int) -> list[t
     sizes = {"sizes": SIZES, "query_sizes": SIZES}
     out = interpolate(rows, tokens.positions, positions, k=4, power=power, **sizes)
     differentiate(out, rows, power)
+
+    shares = leaf(total, 5, device=device)
+    differentiate(weighted_gather(rows, nearest, shares), rows, shares)
+    if dimensions == 2:
+        offsets, weights = (
+            leaf(72, heads, 2, 3, 2, device=device),
+            leaf(72, heads, 2, 3, device=device),
+        )
+        lookup = torch.randint(-1, total, (72, 2, 4), device=device)
+        out = deformable_attention(
+            key,
+            tokens.positions,
+            offsets,
+            weights,
+            cells.positions,
+            cells.sample_index,
+            lookup,
+            extent=cells.extent,
+            power=power,
+        )
+        differentiate(out, key, offsets, weights, power)
     return results
 
 

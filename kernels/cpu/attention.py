@@ -152,6 +152,11 @@ def forward(
     position_weight, position_bias, blank_key, blank_value, scale,
 ):  # fmt: skip
     """Output (T, H, d) and the softmax's normalization (T, H, 2)."""
+    clusters = cluster_offsets.shape[0] - 1
+    if cluster_index.numel() and int(cluster_index.max()) >= clusters:
+        raise IndexError(
+            f"neighborhoods: cluster {int(cluster_index.max())} of {clusters} clusters"
+        )
     shape = shape_of(
         query, positions, cluster_index, cluster_offsets, cluster_size, position_weight
     )

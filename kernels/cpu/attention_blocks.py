@@ -151,7 +151,7 @@ def list_blocks(cluster_index, token, offsets, shape, blocks, at):
     found = at
     for slot in range(token * shape.radius, (token + 1) * shape.radius):
         cluster = cluster_index[slot]
-        if cluster >= 0:
+        if 0 <= cluster < shape.clusters:  # others would be read from foreign memory
             tokens = offsets[cluster + 1] - offsets[cluster]
             for part in range(shape.cluster_blocks):
                 if 8 * part < tokens:

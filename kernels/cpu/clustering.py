@@ -161,6 +161,6 @@ def keys(positions, *tables):
 
 
 def centers(positions, order, offsets):
-    out = torch.empty(offsets.shape[0] - 1, positions.shape[1])
+    out = torch.empty(offsets.shape[0] - 1, positions.shape[1], dtype=torch.float32)
     _centers(positions.contiguous().numpy(), order.numpy(), offsets.numpy(), out.numpy())
     return out

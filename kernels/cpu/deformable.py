@@ -174,7 +174,7 @@ def _sizes(value, offsets, lookup):
 def forward(value, positions, offsets, weights, query_positions, canvas, lookup, power, eps):
     """(Q, H, d) in the dtype of `value`, see `deformable_attention`."""
     tensors = (value, positions, offsets, weights, query_positions, canvas, lookup, power)
-    out = torch.empty(offsets.shape[0], *value.shape[1:])
+    out = torch.empty(offsets.shape[0], *value.shape[1:], dtype=torch.float32)
     sizes = _sizes(value, offsets, lookup)
     _forward(*_arrays(*tensors), f32(eps), sizes, out.view(-1).numpy())
     return out.to(value.dtype)
@@ -183,8 +183,11 @@ def forward(value, positions, offsets, weights, query_positions, canvas, lookup,
 def backward(grad, value, positions, offsets, weights, query_positions, canvas, lookup, power, eps):
     """Gradients of value, offsets, weights and power."""
     tensors = (value, positions, offsets, weights, query_positions, canvas, lookup, power)
-    d_value = torch.zeros(value.shape)
-    d_offsets, d_weights = torch.empty(offsets.shape), torch.empty(weights.shape)
+    d_value = torch.zeros(value.shape, dtype=torch.float32)
+    d_offsets, d_weights = (
+        torch.empty(offsets.shape, dtype=torch.float32),
+        torch.empty(weights.shape, dtype=torch.float32),
+    )
     d_exponent = np.zeros(value.shape[1])
     _backward(
         _flat(grad.float()), *_arrays(*tensors), f32(eps), _sizes(value, offsets, lookup),

@@ -141,7 +141,7 @@ def _arrays(features, index, weights):
 
 def forward(features, index, weights):
     """(Q, C) in the dtype of `features`, see `weighted_gather`."""
-    out = torch.empty(index.shape[0], features.shape[1])
+    out = torch.empty(index.shape[0], features.shape[1], dtype=torch.float32)
     sizes = (*index.shape, features.shape[1])
     _forward(*_arrays(features, index, weights), sizes, out.view(-1).numpy())
     return out.to(features.dtype)
@@ -150,7 +150,10 @@ def forward(features, index, weights):
 def backward(grad, features, index, weights):
     """Gradients of features and weights."""
     rows, lists, factors = _arrays(features, index, weights)
-    d_features, d_weights = torch.empty(features.shape), torch.empty(weights.shape)
+    d_features, d_weights = (
+        torch.empty(features.shape, dtype=torch.float32),
+        torch.empty(weights.shape, dtype=torch.float32),
+    )
     grad = flat(grad.float())
     k, channels = index.shape[1], features.shape[1]
     _weight_gradients(grad, rows, lists, (*index.shape, channels), d_weights.view(-1).numpy())

@@ -159,7 +159,7 @@ def backward(grad, features, positions, query_positions, neighbor_index, power, 
     partial = np.zeros(-(-queries // _CHUNK))
     sizes = (queries, k, channels, positions.shape[1])
     _query_gradients(grad, *arrays, f32(eps), sizes, weights, learn_power, partial)
-    d_features = torch.empty(features.shape)
+    d_features = torch.empty(features.shape, dtype=torch.float32)
     lists, entries = inverse_lists(flat(neighbor_index), features.shape[0])
     sizes = (features.shape[0], k, channels)
     token_gradients(grad, weights, lists, entries, sizes, d_features.view(-1).numpy())

@@ -441,8 +441,9 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve)
     """See `pointformer.kernels.neighbors`."""
     points = points.detach().contiguous().numpy()
     query = points if query is None else query.detach().contiguous().numpy()
-    index = np.empty((len(query), width), np.int32)
-    distance = np.empty((len(query), width), np.float32)
+    # Filled: a search around NaN, which traced graphs do not check for, finds nothing.
+    index = np.full((len(query), width), -1, np.int32)
+    distance = np.full((len(query), width), np.inf, np.float32)
     if along_curve:
         ids = np.arange(len(points), dtype=np.int32)
         rows = np.arange(len(query))

@@ -344,11 +344,11 @@ def backward(
     width = width_of(channels)
 
     d_rows = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value)]
-    means = torch.empty(tokens, heads, device=device)
+    means = torch.empty(tokens, heads, device=device, dtype=torch.float32)
     columns = heads * (features + has_blank * (1 + 2 * channels))
     variant = _query_variant(query.dtype, axes, width)
     programs = triton.cdiv(tokens, variant.constants["QUERIES"])
-    shares = torch.empty(programs, columns, device=device)
+    shares = torch.empty(programs, columns, device=device, dtype=torch.float32)
     variant.launch(
         (programs * heads,),
         *(grad, output.contiguous(), normal, *inputs, positions, *tiles, *learned),
@@ -379,7 +379,9 @@ def learned_gradients(shares, given, heads, channels):
         gradients[1].zero_()
     blocks = triton.cdiv(columns, _BLOCK["BLOCK"])
     if len(shares) > _SPAN:
-        sums = torch.empty(triton.cdiv(len(shares), _SPAN), columns, device=device)
+        sums = torch.empty(
+            triton.cdiv(len(shares), _SPAN), columns, device=device, dtype=torch.float32
+        )
         _SUM.launch((blocks, len(sums)), shares, sums, len(shares), columns)
         shares = sums
     flags = (0 if weight is None else weight.shape[1], int(bias is not None))

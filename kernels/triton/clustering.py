@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pointformer.kernels.tables import from_host, starts_of
 from pointformer.kernels.triton.runtime import Variant
 
 HILBERT, MORTON, SNAKE = (tl.constexpr(curve) for curve in range(3))
@@ -362,14 +363,6 @@ def variants():
         yield _centers_variant(dimensions)
 
 
-def starts_of(sizes):
-    """Where each sample starts in a packed batch, and the end."""
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return starts
-
-
 def _split(values, dimensions):
     """One row per sample."""
     return [tuple(values[i : i + dimensions]) for i in range(0, len(values), dimensions)]
@@ -395,13 +388,13 @@ def curve_keys(positions, sizes, origin, cell_size, shape, longest, curve, ancho
     samples = list(zip(sizes, cells, longest, *grids, strict=True))
     ragged = len(set(samples)) > 1
     if ragged:
-        table = partial(torch.tensor, device=positions.device)
+        table = partial(from_host, device=positions.device)
         tables = [
-            *table([starts_of(sizes), starts_of(cells)]),
-            table(longest, dtype=torch.int32),
-            *_columns(table(grids[0], dtype=torch.int32)),
-            *_columns(table(grids[1], dtype=torch.float32)),
-            *_columns(table(grids[2], dtype=torch.float32)),
+            *table([starts_of(sizes), starts_of(cells)], torch.int64),
+            table(longest, torch.int32),
+            *_columns(table(grids[0], torch.int32)),
+            *_columns(table(grids[1], torch.float32)),
+            *_columns(table(grids[2], torch.float32)),
         ]
     else:
         tables = [sizes[0], cells[0], longest[0]]
@@ -415,7 +408,7 @@ def curve_keys(positions, sizes, origin, cell_size, shape, longest, curve, ancho
 
 def centers(positions, order, offsets):
     clusters, dimensions = offsets.shape[0] - 1, positions.shape[1]
-    out = torch.empty(clusters, dimensions, device=positions.device)
+    out = torch.empty(clusters, dimensions, device=positions.device, dtype=torch.float32)
     variant = _centers_variant(dimensions)
     grid = (triton.cdiv(clusters, variant.constants["BLOCK"]),)
     variant.launch(grid, positions.contiguous(), order, offsets, out, clusters)

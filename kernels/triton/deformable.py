@@ -46,10 +46,11 @@ def _locate(offsets, query_positions, canvas, number, heads, levels, points, k, 
 
 
 @triton.jit
-def _neighbor(positions, lookup, at, x, y, half_power, eps, here):
+def _neighbor(positions, lookup, at, x, y, half_power, eps, tokens, here):
     """Row of a listed token, place - token, squared distance, its logarithm and power, weight."""
     row = tl.load(lookup + at, mask=here, other=-1)
-    there = row >= 0
+    there = (row >= 0) & (row < tokens)
+    row = tl.where(there, row, -1)
     token = tl.where(there, row, 0).to(tl.int64)
     dx = x - tl.load(positions + 2 * token, mask=there, other=0.0)
     dy = y - tl.load(positions + 2 * token + 1, mask=there, other=0.0)
@@ -64,7 +65,7 @@ def _neighbor(positions, lookup, at, x, y, half_power, eps, here):
 @triton.jit
 def deformable_places_kernel(
     positions, offsets, weights, query_positions, canvas, lookup, power, rows, factors,
-    places, heads, levels, points, k, eps, BLOCK: tl.constexpr,
+    places, tokens, heads, levels, points, k, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = number.to(tl.int64)
@@ -76,13 +77,13 @@ def deformable_places_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for j in range(k):
         _row, _dx, _dy, _squared, _log, _distance, weight = _neighbor(
-            positions, lookup, start + j, x, y, half_power, eps, here
+            positions, lookup, start + j, x, y, half_power, eps, tokens, here
         )
         total += weight
     scale = tl.load(weights + place, mask=here, other=0.0) / tl.where(total > 0, total, 1.0)
     for j in range(k):
         row, _dx, _dy, _squared, _log, _distance, weight = _neighbor(
-            positions, lookup, start + j, x, y, half_power, eps, here
+            positions, lookup, start + j, x, y, half_power, eps, tokens, here
         )
         row = tl.where(row >= 0, row * heads + head, -1)
         tl.store(rows + place * k + j, row, mask=here)
@@ -93,7 +94,7 @@ def deformable_places_kernel(
 def deformable_bwd_kernel(
     d_factors, positions, offsets, weights, query_positions, canvas, lookup, power,
     d_offsets, d_weights, d_power,
-    places, heads, levels, points, k, eps, BLOCK: tl.constexpr,
+    places, tokens, heads, levels, points, k, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """From the gradients of the factors to those of offsets, weights and (partial) power.
 
@@ -112,7 +113,7 @@ def deformable_bwd_kernel(
     mean = tl.zeros((BLOCK,), tl.float32)
     for j in range(k):
         _row, _dx, _dy, _squared, _log, _distance, weight = _neighbor(
-            positions, lookup, start + j, x, y, half_power, eps, here
+            positions, lookup, start + j, x, y, half_power, eps, tokens, here
         )
         total += weight
         mean += weight * tl.load(d_factors + place * k + j, mask=here, other=0.0)
@@ -124,7 +125,7 @@ def deformable_bwd_kernel(
     learned = tl.zeros((BLOCK,), tl.float32)
     for j in range(k):
         _row, dx, dy, squared, log, distance, weight = _neighbor(
-            positions, lookup, start + j, x, y, half_power, eps, here
+            positions, lookup, start + j, x, y, half_power, eps, tokens, here
         )
         slope = tl.load(d_factors + place * k + j, mask=here, other=0.0)
         down = -factor * (slope - mean) * (weight * scale) * weight
@@ -139,7 +140,7 @@ def deformable_bwd_kernel(
 
 
 _INPUTS = (torch.float32,) * 4 + (torch.int32,) * 2 + (torch.float32,)
-_SIZES = ("i32", "i32", "i32", "i32", "i32", "fp32")
+_SIZES = (*("i32",) * 6, "fp32")
 _PLACES_VARIANT = Variant(
     deformable_places_kernel,
     (*_INPUTS, torch.int32, torch.float32, *_SIZES),
@@ -154,13 +155,13 @@ _BACKWARD_VARIANT = Variant(
 
 def _places(heads, tensors, eps):
     """Rows of heads and factors of all places, (Q * H, L * P * k), and what describes them."""
-    _, offsets, _, _, _, lookup, _ = tensors
+    positions, offsets, _, _, _, lookup, _ = tensors
     queries, _, levels, points, _ = offsets.shape
     k = lookup.shape[2]
     places = queries * heads * levels * points
     rows = lookup.new_empty(queries * heads, levels * points * k)
     factors = offsets.new_empty(rows.shape)
-    sizes = (places, heads, levels, points, k, eps)
+    sizes = (places, len(positions), heads, levels, points, k, eps)
     _PLACES_VARIANT.launch((-(-places // _PLACES),), *tensors, rows, factors, *sizes)
     return rows, factors, sizes
 

@@ -13,7 +13,7 @@ _WIDTHS = (16, 32, 64, 128)  # channels at a time
 
 @triton.jit
 def gather_fwd_kernel(
-    features, index, weights, output, queries, k, channels,
+    features, index, weights, output, queries, tokens, k, channels,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -22,7 +22,7 @@ def gather_fwd_kernel(
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for j in range(k):
         row = tl.load(index + query * k + j, mask=here, other=-1)
-        known = row >= 0
+        known = (row >= 0) & (row < tokens)
         weight = tl.load(weights + query * k + j, mask=known, other=0.0)
         source = features + row.to(tl.int64)[:, None] * channels + channel[None, :]
         inside = known[:, None] & (channel < channels)[None, :]
@@ -33,14 +33,14 @@ def gather_fwd_kernel(
 
 @triton.jit
 def gather_bwd_weights_kernel(
-    grad, features, index, d_weights, queries, k, channels,
+    grad, features, index, d_weights, queries, tokens, k, channels,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     query = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = query < queries
     for j in range(k):
         row = tl.load(index + query * k + j, mask=here, other=-1)
-        known = row >= 0
+        known = (row >= 0) & (row < tokens)
         total = tl.zeros((ROWS,), tl.float32)
         for start in range(0, channels, WIDTH):
             channel = start + tl.arange(0, WIDTH)
@@ -79,8 +79,8 @@ _FLOAT, _INT = torch.float32, torch.int32
 
 def _variant(kernel, dtype, width):
     types = {
-        gather_fwd_kernel: (dtype, _INT, _FLOAT, dtype, "i32", "i32", "i32"),
-        gather_bwd_weights_kernel: (dtype, dtype, _INT, _FLOAT, "i32", "i32", "i32"),
+        gather_fwd_kernel: (dtype, _INT, _FLOAT, dtype, *("i32",) * 4),
+        gather_bwd_weights_kernel: (dtype, dtype, _INT, _FLOAT, *("i32",) * 4),
         gather_bwd_features_kernel: (dtype, _FLOAT, _INT, torch.int64, dtype, "i32", "i32"),
     }
     constants = {"ROWS": _ROWS, "WIDTH": width}
@@ -99,7 +99,7 @@ def forward(features, index, weights):
     _variant(gather_fwd_kernel, features.dtype, width).launch(
         (-(-queries // _ROWS), -(-channels // width)),
         *(features.contiguous(), index.contiguous(), weights.contiguous(), output),
-        *(queries, k, channels),
+        *(queries, len(features), k, channels),
     )
     return output
 
@@ -112,7 +112,7 @@ def backward(grad, features, index, weights):
     d_features, d_weights = features.new_empty(features.shape), weights.new_empty(weights.shape)
     _variant(gather_bwd_weights_kernel, features.dtype, width).launch(
         (-(-queries // _ROWS),),
-        *(grad, features.contiguous(), index, d_weights, queries, k, channels),
+        *(grad, features.contiguous(), index, d_weights, queries, tokens, k, channels),
     )
     begins, entries = inverse_lists(index, tokens)
     _variant(gather_bwd_features_kernel, features.dtype, width).launch(

@@ -252,8 +252,8 @@ def backward(grad, features, positions, query_positions, neighbor_index, power, 
     constants = variant.constants
     blocks = triton.cdiv(channels, constants["BLOCK_C"]) if learn_power else 1
     grid = triton.cdiv(queries, constants["QUERIES"]), blocks
-    normals = torch.empty(queries, device=features.device)
-    partial = torch.empty(grid, device=features.device)
+    normals = torch.empty(queries, device=features.device, dtype=torch.float32)
+    partial = torch.empty(grid, device=features.device, dtype=torch.float32)
     variant.launch(
         grid,
         *(grad, features, positions, query_positions, neighbor_index, power, normals, partial),

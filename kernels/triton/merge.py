@@ -453,7 +453,7 @@ def backward(
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (features, scores, *net)
     )
     width = 2 * dimensions + 1
-    partial = torch.empty(4 * width + 12, programs, device=weight.device)
+    partial = torch.empty(4 * width + 12, programs, device=weight.device, dtype=torch.float32)
     arrays = (grad, features, scores, positions, center_positions, offsets, *lists, *net)
     outputs = (d_features, d_scores, partial)
     size = triton.cdiv(tokens, clusters)

@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
+from pointformer.kernels.tables import from_host, starts_of
 from pointformer.kernels.triton.clustering import (
     HILBERT,
     curve_code,
     of_sample,
     sample_of,
-    starts_of,
 )
 from pointformer.kernels.triton.runtime import Variant
 
@@ -367,7 +367,7 @@ def _curve_order(positions, sizes):
     ragged = len(set(sizes)) > 1
     starts = sizes[0]
     if ragged:
-        starts = torch.tensor(starts_of(sizes), dtype=torch.int32, device=positions.device)
+        starts = from_host(starts_of(sizes), torch.int32, positions.device)
     variant = _order_variant(dimensions, ragged)
     grid = (triton.cdiv(tokens, _BLOCK),)
     variant.launch(grid, positions, low, high, keys, starts, tokens, len(sizes))
@@ -383,7 +383,7 @@ def _plant(positions, order):
     while 8 ** (top + 1) < points:
         top += 1
     room = (points - (points >> (3 * top))) // 7 + 2 * top  # `_level_start`
-    boxes = torch.empty(2 * dimensions, room, device=positions.device)
+    boxes = torch.empty(2 * dimensions, room, device=positions.device, dtype=torch.float32)
     least = torch.empty(room, dtype=torch.int32, device=positions.device)
     by_order = order is not None
     for level in range(0, top, 3):
@@ -401,7 +401,7 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve)
     queries, dimensions = asking.shape
     device = points.device
     index = torch.empty(queries, width, dtype=torch.int32, device=device)
-    distance = torch.empty(queries, width, device=device)
+    distance = torch.empty(queries, width, device=device, dtype=torch.float32)
     if queries == 0 or width == 0 or len(points) == 0:
         return index.fill_(-1), distance.fill_(torch.inf)
     order = query_order = None
@@ -415,7 +415,7 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve)
     tables = (query_sizes[0], point_sizes[0], limits[0])
     if ragged:
         columns = [starts_of(query_sizes), starts_of(point_sizes), [*limits, 0]]
-        tables = torch.tensor(columns, dtype=torch.int32, device=device)
+        tables = from_host(columns, torch.int32, device)
     names = (least, least) if along_curve else (query_order, order)
     aligned = along_curve or query is None
     longest = min(width, _IN_LIST)

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pointformer.kernels.triton.clustering import sample_of, starts_of
+from pointformer.kernels.tables import from_host, starts_of
+from pointformer.kernels.triton.clustering import sample_of
 from pointformer.kernels.triton.runtime import Variant
 
 NONE, GRID, ADAPTIVE = (tl.constexpr(prior) for prior in range(3))
@@ -140,7 +141,7 @@ def select_from_nearest(scores, positions, nearest, sizes, kept, alpha, stride, 
     tables = (sizes[0], kept[0])
     if ragged:
         columns = [starts_of(sizes), starts_of(kept)]
-        tables = torch.tensor(columns, dtype=torch.int32, device=positions.device)
+        tables = from_host(columns, torch.int32, positions.device)
     prior = GRID if grid else NONE
     if nearest is None:
         nearest = positions

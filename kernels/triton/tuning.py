@@ -27,10 +27,8 @@ Options = dict[str, object]
 
 
 def enabled() -> bool:
-    """Whether tuning is asked for, and possible now."""
-    if os.environ.get("POINTFORMER_AUTOTUNE", "0") != "1":
-        return False
-    return not torch.cuda.is_current_stream_capturing()
+    """Whether tuning is asked for."""
+    return os.environ.get("POINTFORMER_AUTOTUNE", "0") == "1"
 
 
 @functools.cache
@@ -38,6 +36,10 @@ def tuner() -> Tuner:
     """The process's tuner."""
     folder = os.environ.get("POINTFORMER_CACHE") or Path.home() / ".cache" / "pointformer"
     return Tuner(Path(folder) / "autotune.json", _median_time)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def size_class(grid: tuple[int, ...]) -> int:
@@ -62,16 +64,23 @@ class Tuner:
         self.time = time
         self.choices = self._read()
 
-    def best(self, key: str, default: Mapping[str, object], run: Callable[[Options], object]):
+    def best(
+        self, key: str, default: Mapping[str, object], run: Callable[[Options], object]
+    ) -> Options:
         """Options for what `key` names, timed by `run(options)` if they are not known yet.
+
+        While a graph is captured nothing is timed, and what is not known gets the default.
 
         `run` launches the kernel and returns what was compiled. It runs many times: a kernel may
         only write what it does not read.
         """
         chosen = self.choices.get(key)
+        if chosen is None and _capturing():
+            return dict(default)
         if chosen is None:
             chosen = self._search(default, run)
-            self.choices = {**self._read(), key: chosen}  # other processes write too
+            # Other processes write too; what was chosen here stays.
+            self.choices = {**self._read(), **self.choices, key: chosen}
             self._write()
         return {**default, **chosen}
 

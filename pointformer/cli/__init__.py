@@ -37,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"pointformer: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print("pointformer: error: out of memory: use smaller pictures or --tile", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("pointformer: interrupted", file=sys.stderr)
         return 130

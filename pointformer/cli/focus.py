@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.out.parent}: there is no such folder")
     model = model_from(options, 1)
     with torch.inference_mode():
-        stages = model.backbone(model.preprocess(to_tensor(image))[None])
+        stages = model.backbone(model.preprocess(to_tensor(image).to(options.device))[None])
     picture = focus_picture(image, stages, model.config.patch_stride)
     with atomic_path(options.out) as temporary:
         picture.save(temporary)

@@ -37,6 +37,10 @@ def run(options: argparse.Namespace) -> int:
     from pointformer.models.complexity import PUBLISHED
 
     classifies = options.head == "classification"
+    for name in ("size", "classes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {value}")
     classes = options.classes or (1000 if classifies else 150)
     print(
         f"{'model':18}{'pixels':>8}{'parameters':>14}"

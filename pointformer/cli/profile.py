@@ -25,9 +25,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="MODEL_OR_OP", help="a model's name, or an op's")
-    parser.add_argument(
-        "--model", default="aff_tiny", help="the model that calls the op (default: %(default)s)"
-    )
+    parser.add_argument("--model", help="the model that calls the op (default: aff_tiny)")
     parser.add_argument("--head", help="of the model, for example dense (default: classification)")
     parser.add_argument("--size", help="pixels: 512, or HEIGHTxWIDTH (default: the model's)")
     parser.add_argument("--batch", type=int, default=8, help="pictures (default: %(default)s)")
@@ -35,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backward", action="store_true", help="also the backward pass")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--impl", help="of the ops: reference, cpu, triton (default: the device's)")
-    parser.add_argument("--repeats", type=int, default=20, help="timings of each (default: 20)")
+    parser.add_argument("--repeats", type=int, help="timings of each (default: 20)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument(
         "--warm", action="store_true", help="GPU: leave the L2 cache warm (default: cold)"
@@ -80,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
             torch.randn(shape, device=device).to(dtype),
             limits,
             backward=options.backward,
-            repeats=0 if options.predict else options.repeats,
+            repeats=0 if options.predict else options.repeats or 20,
             only=only,
             warm=options.warm,
             graph=options.graph,
@@ -128,6 +126,10 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name}: expected a positive number, got {value}")
+    if options.predict:
+        for name in ("repeats", "warm", "graph"):
+            if getattr(options, name):
+                raise ValueError(f"--{name}: --predict times nothing")
     gpu = torch.cuda.is_available()
     if options.device == "cuda" and not gpu:
         raise ValueError("--device: torch sees no GPU here")
@@ -144,7 +146,11 @@ def _model(options: argparse.Namespace) -> tuple[Model, str | None]:
 
     name, only = options.target, None
     if name in OPS or name in LAYERS:
-        name, only = options.model, name
+        if options.graph:
+            raise ValueError("--graph: times a whole model, not an op")
+        name, only = options.model or "aff_tiny", name
+    elif options.model is not None:
+        raise ValueError(f"--model: is for an op as the target, not for {name!r}")
     base, _, tag = name.partition(".")
     if base not in list_models():
         raise ValueError(

@@ -9,7 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pointformer._checks import check_finite, check_per_sample, check_positions, check_sizes
+from pointformer._checks import (
+    check_count,
+    check_finite,
+    check_per_sample,
+    check_positions,
+    check_sizes,
+)
 from pointformer._dispatch import choose, everything
 from pointformer.clusters import Clusters, offsets_of
 from pointformer.geometry.curves import CURVES, curve_code
@@ -88,8 +94,7 @@ def balanced_cluster(
     positions = check_positions("positions", positions).detach()
     sizes = check_sizes("sizes", sizes, positions.shape[0])
     dimensions = positions.shape[1]
-    if cluster_size < 1:
-        raise ValueError(f"cluster_size: expected a positive integer, got {cluster_size!r}")
+    check_count("cluster_size", cluster_size)
     for name, value, known in (("curve", curve, CURVES), ("remainder", remainder, _REMAINDERS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -237,7 +242,7 @@ def _anchor_walk(
     first_cell, total = offsets_of(volumes, device), sum(volumes)
     bits = max(max(cells) for cells, _ in grids).bit_length()
     shape = torch.tensor([cells for cells, _ in grids], device=device)
-    cell_size = torch.tensor([lengths for _, lengths in grids], device=device)
+    cell_size = torch.tensor([lengths for _, lengths in grids], dtype=torch.float32, device=device)
     origin = torch.tensor(corners, dtype=torch.float32, device=device)
     unit = cell_size
     if curve == "snake":
@@ -303,7 +308,7 @@ def _plain_keys(
     dimensions, device = positions.shape[1], positions.device
     bits = _LEVELS[dimensions]
     levels = 1 << bits
-    unit = torch.tensor([lengths[0] for _, lengths in grids], device=device)
+    unit = torch.tensor([lengths[0] for _, lengths in grids], dtype=torch.float32, device=device)
     samples = torch.arange(len(sizes), device=device)
     lengths = offsets_of(sizes, device).diff()
     sample = torch.repeat_interleave(samples, lengths, output_size=len(positions))

@@ -8,7 +8,13 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from pointformer._checks import check_finite, check_positions, check_sizes, check_tensor
+from pointformer._checks import (
+    check_count,
+    check_finite,
+    check_positions,
+    check_sizes,
+    check_tensor,
+)
 from pointformer._dispatch import choose, everything
 from pointformer.clusters import Clusters, Neighborhoods, offsets_of
 from pointformer.kernels.neighbors import fused_nearest
@@ -188,8 +194,7 @@ def knn(
     sizes = check_sizes("sizes", sizes, positions.shape[0])
     if check_values:
         check_finite("positions", positions, sizes)
-    if k < 1:
-        raise ValueError(f"k: expected a positive integer, got {k!r}")
+    check_count("k", k)
     if query is None:
         if query_sizes is not None:
             raise ValueError("query_sizes: expected None where query is None")

@@ -8,7 +8,7 @@ from torch import Tensor
 import pointformer.kernels.attention  # noqa: F401  (registers the fused op)
 from pointformer._checks import check_positions, check_tensor, describe
 from pointformer._dispatch import choose
-from pointformer.clusters import Neighborhoods
+from pointformer.clusters import Neighborhoods, check_neighborhoods
 from pointformer.reference import attention as reference
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -67,7 +67,7 @@ def neighborhood_attention(
     positions = check_positions("positions", positions)
     dimensions = positions.shape[1]
     check_tensor("positions", positions, (tokens, dimensions), None, device)
-    _check_neighborhoods(neighborhoods, tokens, device)
+    check_neighborhoods(neighborhoods, tokens, device)
     if position_weight is not None:
         features = (dimensions, 5 if dimensions == 2 else 7)
         check_tensor("position_weight", position_weight, (heads, "F"), _FLOATS, device)
@@ -124,17 +124,6 @@ def neighborhood_attention(
         blank_value=blank_value,
         scale=scale,
     )
-
-
-def _check_neighborhoods(neighborhoods: object, tokens: int, device: torch.device) -> None:
-    if not isinstance(neighborhoods, Neighborhoods):
-        raise TypeError(f"neighborhoods: expected Neighborhoods, got {describe(neighborhoods)}")
-    clusters = neighborhoods.clusters
-    if neighborhoods.num_queries != tokens or clusters.num_tokens != tokens:
-        raise ValueError(
-            f"neighborhoods: expected those of the {tokens} tokens of query, got {neighborhoods!r}"
-        )
-    check_tensor("neighborhoods", neighborhoods.cluster_index, ("T", "R"), (torch.int32,), device)
 
 
 def _fused_lacks(query: Tensor) -> str | None:

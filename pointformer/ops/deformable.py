@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pointformer._checks import check_per_sample, check_positions, check_tensor, describe
+from pointformer._checks import as_int32, check_per_sample, check_positions, check_tensor, describe
 from pointformer._dispatch import choose
 from pointformer.clusters import offsets_of
 from pointformer.kernels.deformable import fused_deformable
@@ -59,7 +59,7 @@ def deformable_attention(
 
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype, device or value does not fit.
-        IndexError: a row of `lookup` does not exist.
+        IndexError: a row of `lookup` does not exist; on GPUs it is left out.
     """
     tokens, heads, _ = check_tensor("value", value, ("T", "H", "d"), _FLOATS).shape
     device = value.device
@@ -80,7 +80,7 @@ def deformable_attention(
     elif not power > 0:
         raise ValueError(f"power: expected a positive number, got {power}")
     else:
-        power = torch.full((), power, device=device)
+        power = torch.full((), power, dtype=torch.float32, device=device)
     if not eps > 0:
         raise ValueError(f"eps: expected a positive number, got {eps}")
 
@@ -102,13 +102,16 @@ def deformable_attention(
             value, positions, offsets, weights, query_positions, canvas, lookup, power, eps
         )
     inputs = (value, positions, offsets.float(), weights.float(), query_positions)
-    lists = (canvas.int(), lookup.int())
+    lists = (canvas.int(), as_int32(lookup))
     return fused_deformable(*inputs, *lists, power.float(), eps, chosen)
 
 
 def _canvas(extent: Sequence, lookup: Tensor, device: torch.device) -> Tensor:
     """(B, 3) int64: first cell, width and height of each sample's canvas."""
-    shapes = [(int(w), int(h)) for w, h in check_per_sample("extent", extent, len(extent), 2)]
+    samples = len(extent)
+    if samples == 2 and not isinstance(extent[0], Sequence | Tensor):  # one pair for all samples
+        samples = lookup.shape[0] // max(int(extent[0]) * int(extent[1]), 1)
+    shapes = [(int(w), int(h)) for w, h in check_per_sample("extent", extent, samples, 2)]
     cells = [width * height for width, height in shapes]
     if sum(cells) != lookup.shape[0]:
         raise ValueError(

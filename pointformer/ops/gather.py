@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pointformer._checks import check_tensor
+from pointformer._checks import as_int32, check_tensor
 from pointformer._dispatch import choose
 from pointformer.kernels.gather import fused_gather
 from pointformer.reference.gather import weighted_gather as reference
 
+_MOST = 2**31 - 64  # rows and entries have int32 numbers
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -33,7 +34,7 @@ def weighted_gather(
 
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype or device does not fit.
-        IndexError: a row of `index` does not exist.
+        IndexError: a row of `index` does not exist; on GPUs it is left out.
     """
     check_tensor("features", features, ("T", "C"), _FLOATS)
     device = features.device
@@ -41,9 +42,11 @@ def weighted_gather(
     check_tensor("weights", weights, tuple(index.shape), _FLOATS, device)
 
     def lacks() -> str | None:
+        if max(index.numel(), len(features)) > _MOST:
+            return f"there are {len(features)} tokens and {index.numel()} entries of lists"
         return "features are float64" if features.dtype == torch.float64 else None
 
     chosen = choose("weighted_gather", impl, {"cpu": lacks, "triton": lacks}, device)
     if chosen == "reference":
         return reference(features, index, weights)
-    return fused_gather(features, index.int(), weights.float(), chosen)
+    return fused_gather(features, as_int32(index), weights.float(), chosen)

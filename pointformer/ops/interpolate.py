@@ -7,12 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pointformer._checks import check_finite, check_positions, check_sizes, check_tensor, describe
+from pointformer._checks import (
+    as_int32,
+    check_finite,
+    check_positions,
+    check_sizes,
+    check_tensor,
+    describe,
+)
 from pointformer._dispatch import choose
 from pointformer.geometry.neighbors import knn
 from pointformer.kernels.interpolate import fused_interpolate
 from pointformer.reference.interpolate import interpolate as reference_interpolate
 
+_MOST = 2**31 - 64  # rows and entries have int32 numbers
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -88,6 +96,7 @@ def interpolate(
             sizes=sizes,
             query_sizes=query_sizes,
             check_values=False,
+            impl=impl,
         )
     else:
         check_tensor(
@@ -97,6 +106,8 @@ def interpolate(
     def lacks() -> str | None:
         if features.dtype == torch.float64:
             return "features are float64"
+        if max(neighbor_index.numel(), tokens) > _MOST:
+            return f"there are {tokens} tokens and {neighbor_index.numel()} entries of lists"
         if positions.requires_grad or query_positions.requires_grad:
             return "positions or query_positions require a gradient"
         return None
@@ -106,12 +117,16 @@ def interpolate(
         return reference_interpolate(
             features, positions, query_positions, neighbor_index, power, eps
         )
-    power = power.float() if isinstance(power, Tensor) else torch.full((), power, device=device)
+    power = (
+        power.float()
+        if isinstance(power, Tensor)
+        else torch.full((), power, dtype=torch.float32, device=device)
+    )
     inputs = (
         features if chosen == "triton" else features.float(),
         positions,
         query_positions,
-        neighbor_index.int(),
+        as_int32(neighbor_index),
         power,
         eps,
         chosen,

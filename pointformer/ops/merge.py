@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pointformer._checks import check_finite, check_positions, check_tensor, describe
+from pointformer._checks import as_int32, check_finite, check_positions, check_tensor, describe
 from pointformer._dispatch import choose
-from pointformer.clusters import Neighborhoods
+from pointformer.clusters import Neighborhoods, check_neighborhoods
 from pointformer.kernels.merge import fused_merge
 from pointformer.reference.merge import merge as reference_merge
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
+_MOST = 2**31 - 64  # rows and entries have int32 numbers
 
 
 def scored_merge(
@@ -67,14 +68,14 @@ def scored_merge(
     check_tensor("scores", scores, (tokens,), _FLOATS, device)
     positions = _check_positions("positions", positions, tokens, None, device)
     check_tensor("centers", centers, ("T'",), _INTEGERS, device)
-    if neighborhoods.num_queries != tokens or neighborhoods.clusters.num_tokens != tokens:
-        raise ValueError(f"neighborhoods: expected those of {tokens} tokens, got {neighborhoods}")
+    check_neighborhoods(neighborhoods, tokens, device)
     _check_weight_net(weight, bias, norm_weight, norm_bias, positions.shape[1], device)
 
-    def lacks() -> str | None:
-        return _fused_lacks(features, weight)
-
     centered = neighborhoods.select(centers)
+
+    def lacks() -> str | None:
+        return _fused_lacks(features, weight, centered.cluster_index)
+
     net = (weight, bias, norm_weight, norm_bias)
     chosen = choose("scored_merge", impl, {"cpu": lacks, "triton": lacks}, device)
     if chosen == "reference":
@@ -96,6 +97,7 @@ def point_conv(
     norm_weight: Tensor,
     norm_bias: Tensor,
     eps: float = 1e-5,
+    check_values: bool = True,
     impl: str | None = None,
 ) -> Tensor:
     """Sum listed neighbors under weights learned from their relative positions (PointConv).
@@ -136,12 +138,14 @@ def point_conv(
         center_positions = _check_positions(
             "center_positions", center_positions, queries, dimensions, device
         )
-        check_finite("center_positions", center_positions, (queries,))
-    check_finite("positions", positions, (tokens,))
+        if check_values:
+            check_finite("center_positions", center_positions, (queries,))
+    if check_values:
+        check_finite("positions", positions, (tokens,))
     _check_weight_net(weight, bias, norm_weight, norm_bias, dimensions, device)
 
     def lacks() -> str | None:
-        return _fused_lacks(features, weight)
+        return _fused_lacks(features, weight, neighbor_index)
 
     net = (weight, bias, norm_weight, norm_bias)
     chosen = choose("point_conv", impl, {"cpu": lacks, "triton": lacks}, device)
@@ -152,8 +156,8 @@ def point_conv(
         return reference_merge(*inputs, *net, eps)
     # Every token is a cluster of its own.
     offsets = torch.arange(tokens + 1, dtype=torch.int32, device=device)
-    lists = (offsets, neighbor_index.int())
-    scores = torch.ones(tokens, device=device)
+    lists = (offsets, as_int32(neighbor_index))
+    scores = torch.ones(tokens, dtype=torch.float32, device=device)
     return _fused(features, scores, positions, center_positions, *lists, net, eps, chosen)
 
 
@@ -200,7 +204,9 @@ def _check_weight_net(
         check_tensor(name, value, (weight.shape[0],), _FLOATS, device)
 
 
-def _fused_lacks(features: Tensor, weight: Tensor) -> str | None:
+def _fused_lacks(features: Tensor, weight: Tensor, lists: Tensor) -> str | None:
+    if max(lists.numel(), features.shape[0]) > _MOST:
+        return f"there are {features.shape[0]} tokens and {lists.numel()} entries of lists"
     if features.dtype == torch.float64:
         return "features are float64"
     if weight.shape[0] != 4:

@@ -41,7 +41,7 @@ def nearest(
         distances (Q, width) float32, infinite there.
     """
     index = torch.full((len(query), width), -1, dtype=torch.int32, device=query.device)
-    distance = torch.full((len(query), width), torch.inf, device=query.device)
+    distance = torch.full((len(query), width), torch.inf, device=query.device, dtype=torch.float32)
     first_query, first_point = 0, 0
     for queries, count, limit in zip(query_sizes, point_sizes, limits, strict=True):
         listed = min(count, limit)
