@@ -41,10 +41,10 @@ def compile_all(*options):
 
 def check(rows):
     assert {row["target"] for row in rows} == set(SHARED_MEMORY)
-    # Before 3.9 a few specializations of attention spill one pair of registers, see
-    # bench/results/README.md: to spare it would cost a quarter of the warps.
+    # Before 3.9 a few specializations of attention spill up to four registers, see
+    # bench/results/README.md: to spare them would cost a quarter of the warps.
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    most = 0 if version >= (3, 9) else 8
+    most = 0 if version >= (3, 9) else 16
     bad = [
         row for row in rows if row["spilled"] > most or row["shared"] > SHARED_MEMORY[row["target"]]
     ]
