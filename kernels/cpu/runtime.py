@@ -1,5 +1,6 @@
 """How CPU kernels are compiled and started: threads, forked workers, the disk cache."""
 
+import contextlib
 import functools
 import os
 import threading
@@ -40,10 +41,22 @@ class Kernel:
     def __call__(self, *args):
         threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
         if threads == 1 or os.getpid() != _import_pid:
-            return self.serial(*args)
-        with _lock:  # Numba's fallback threading layer is not safe to enter twice
+            with _compiled_fast():
+                return self.serial(*args)
+        with _lock, _compiled_fast():  # the fallback threading layer is not safe to enter twice
             numba.set_num_threads(threads)
             return self.parallel(*args)
+
+
+@contextlib.contextmanager
+def _compiled_fast():
+    """LLVM's level 2: Numba's default of 3 compiles an eighth longer for kernels no faster."""
+    before = numba.config.OPT
+    numba.config.OPT = min(before, type(before)(2))
+    try:
+        yield
+    finally:
+        numba.config.OPT = before
 
 
 def kernel(function):
