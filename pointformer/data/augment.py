@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
-from skimage.measure import label
 
 from pointformer.data.folders import Sample
 
@@ -40,6 +39,8 @@ def random_crop(
     image, instances = image[rows, columns], instances[rows, columns]
     if any(row_pad + column_pad):
         image = np.pad(image, (row_pad, column_pad, (0, 0)), "symmetric")
+        from skimage.measure import label  # slow to import
+
         inside = np.pad(np.ones(instances.shape, bool), (row_pad, column_pad))
         instances = np.pad(instances, (row_pad, column_pad), "symmetric")
         # Mirror images are objects of their own, if they do not touch what they mirror.
