@@ -12,6 +12,8 @@ from strategies import tokens
 from test_attention import (
     attend,
     check_against_float64,
+    check_large_logits,
+    check_nan,
     clusters_of,
     cut,
     gradients,
@@ -219,21 +221,11 @@ def test_few_tokens(sizes, blank):
 
 @pytest.mark.parametrize("name", ["query", "key"])
 def test_nan_is_not_hidden(name):
-    tensors, positions, neighborhoods = make_inputs(dtype=torch.float32)
-    tensors[name][0, 1, 3] = float("nan")
-    expected = attend(tensors, positions, neighborhoods, impl="reference").isnan()
-    assert expected.any()
-    assert torch.equal(attend(tensors, positions, neighborhoods, impl="triton").isnan(), expected)
+    check_nan(name, "triton")
 
 
 def test_large_logits():
-    """Logits of several thousand: no overflow, the winner takes all."""
-    tensors, positions, neighborhoods = make_inputs(sizes=(40,))
-    tensors["query"] *= 1000
-    want = attend(tensors, positions, neighborhoods)
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    got = attend(tensors, positions, neighborhoods, impl="triton")
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-3)
+    check_large_logits("triton")
 
 
 @pytest.mark.parametrize("options", [{}, {"blank": False, "bias": False, "features": 0}])
