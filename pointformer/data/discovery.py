@@ -1,0 +1,80 @@
+"""What is a picture in a folder, and what it is called: one rule for all that lists folders.
+
+A picture is a file with a suffix of `PICTURE_SUFFIXES`, upper or lower case. Nobody's pictures are:
+hidden files (macOS's ._x.png is one) and Office's ~$x.png, folders, links that lead nowhere, and
+whatever has another suffix (Thumbs.db, desktop.ini, x.png.part).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+
+MAP_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm"})
+"""Of pictures that keep their values: those that can hold ids or labels."""
+
+PICTURE_SUFFIXES = MAP_SUFFIXES | {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".ppm", ".pbm", ".pnm")
+}
+
+_THUMBNAILS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
+"""Folders that operating systems and file servers put beside pictures."""
+
+
+def is_picture(path: str | os.PathLike[str], suffixes: frozenset[str] = PICTURE_SUFFIXES) -> bool:
+    """Whether a path that was found, not named by the user, is to be taken for a picture."""
+    path = Path(path)
+    foreign = path.name.startswith((".", "~$"))
+    return not foreign and path.suffix.lower() in suffixes and path.is_file()
+
+
+def pictures_in(
+    folder: str | os.PathLike[str],
+    *,
+    deep: bool = False,
+    suffixes: frozenset[str] = PICTURE_SUFFIXES,
+) -> list[Path]:
+    """Pictures in a folder, none if there is no such folder.
+
+    Args:
+        deep: those in its folders too; links to folders are followed, hidden folders and those of
+            thumbnails (`@eaDir`) are not entered.
+
+    Returns:
+        Paths that begin with `folder`, sorted by the names of folders and file, which compare by
+        code points: "B" before "a", "10" before "9".
+
+    Raises:
+        ValueError: naming the folder, if it cannot be listed.
+    """
+    found = _files(Path(folder), deep, (), suffixes)
+    return sorted(found, key=lambda path: path.relative_to(folder).parts)
+
+
+def picture_name(file_name: str | os.PathLike[str]) -> str:
+    """What a picture is called: its path in its data set without the suffix, as "site1/a".
+
+    Only the suffixes of pictures are taken off: "scan.1" and "scan.2" are two names.
+    """
+    path = PurePosixPath(file_name)
+    return str(path.with_suffix("") if path.suffix.lower() in PICTURE_SUFFIXES else path)
+
+
+def _files(
+    folder: Path, deep: bool, above: tuple[tuple[int, int], ...], suffixes: frozenset[str]
+) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    try:
+        status, paths = folder.stat(), list(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"{folder}: this folder cannot be listed: {error.strerror}") from None
+    here = status.st_dev, status.st_ino
+    if here in above:  # a link to a folder that it lies in
+        return []
+    found = [path for path in paths if is_picture(path, suffixes)]
+    if deep:
+        for path in paths:
+            if not path.name.startswith(".") and path.name not in _THUMBNAILS and path.is_dir():
+                found += _files(path, deep, (*above, here), suffixes)
+    return found
