@@ -1,30 +1,95 @@
-"""Files that are complete under their final name or not there at all."""
+"""Files that are complete under their final name or not there at all, inside the folder given."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+TEMPORARY_PREFIX = ".pointformer-"
+"""Starts the names of files that are being written: those of a killed run may be deleted."""
+
+
+def path_inside(folder: str | os.PathLike[str], name: str, *, follow_links: bool = False) -> Path:
+    """`folder / name` for a name that came out of a file: it cannot lead out of the folder.
+
+    Names are judged by the rules of POSIX and of Windows both, so that a data set is good or bad
+    on every machine alike.
+
+    Args:
+        folder: what the user named; may itself be a link.
+        name: relative, with or without subfolders ("a.png", "train/a.png").
+        follow_links: whether subfolders may be links that leave the folder, which is right for
+            reading only: the links are the user's own, but what is written belongs in `folder`.
+            A link in the last place is never followed: it is what `atomic_path` replaces.
+
+    Raises:
+        ValueError: the name is no text, empty or absolute, has a drive, "..", or a null character,
+            or its folder is a link that leaves `folder`.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"{str(name)[:80]!r}: expected a file name, got {type(name).__name__}")
+    parts = PureWindowsPath(name).parts  # takes / and \ both as separators
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
+    # Windows drops dots and spaces at the end of a name: ".. " is ".." there.
+    dots = any(not part.rstrip(" .") for part in parts)
+    if absolute or not parts or dots or "\0" in name:
+        raise ValueError(f"{name[:200]!r}: expected the name of a file inside of its folder")
+    path = Path(folder) / name
+    if not follow_links:
+        inside = Path(os.path.realpath(path.parent))
+        if not inside.is_relative_to(os.path.realpath(folder)):
+            raise ValueError(f"{name[:200]!r}: leaves {folder} through a link")
+    return path
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[Path]:
     """A temporary path in the folder of `path`, with its suffix, moved to `path` on success.
 
-    On an error the temporary file is removed and `path` stays as it was.
+    On an error the temporary file is removed and `path` stays as it was. What is at `path` is
+    never half of the old and half of the new, not even after a power failure.
+
+    Args:
+        path: the final name. A link there is replaced, not followed.
+        replace: whether a file that is there already is replaced.
+
+    Raises:
+        FileExistsError: `replace` is false and something is there, or came there meanwhile.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    # Of a fixed length: the final name may be as long as names can be.
+    suffix = path.suffix if len(os.fsencode(path.suffix)) <= 16 else ""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{suffix}")
     try:
+        # The file gets the permissions that the process's umask leaves.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        if replace:
+            temporary.replace(path)
+        else:
+            _move_to_free_name(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _move_to_free_name(source: Path, target: Path) -> None:
+    """Rename, but fail if `target` exists: in one step, where the file system has hard links."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise FileExistsError(f"{target}: is there already") from None
+    except OSError:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            source.replace(target)
+        except BaseException:
+            target.unlink()
+            raise
+    else:
+        source.unlink()
