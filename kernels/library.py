@@ -4,6 +4,8 @@ from importlib import import_module
 
 import torch
 
+import pointformer.kernels.forks  # noqa: F401  (takes effect in processes forked from now on)
+
 LIBRARY = torch.library.Library("pointformer", "DEF")
 
 

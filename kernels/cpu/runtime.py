@@ -2,23 +2,23 @@
 
 import contextlib
 import functools
-import os
 import threading
 import types
 
 import numba
 import torch
 
-_import_pid = os.getpid()
+from pointformer.kernels.forks import in_forked_process
+
 _lock = threading.Lock()
 
 
 class Kernel:
     """A Numba function with a parallel and a serial build, chosen at every call.
 
-    The parallel build uses as many threads as `torch.get_num_threads()`. OpenMP cannot be used in a
-    process forked after its first parallel region (a `DataLoader` worker): there, and where torch
-    runs one thread, the serial build runs instead. Both give the same bits.
+    The parallel build uses as many threads as `torch.get_num_threads()`. In a forked process (a
+    `DataLoader` worker), and where torch runs one thread, the serial build runs instead. Both give
+    the same bits.
     """
 
     def __init__(self, function):
@@ -40,7 +40,7 @@ class Kernel:
 
     def __call__(self, *args):
         threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-        if threads == 1 or os.getpid() != _import_pid:
+        if threads == 1 or in_forked_process():
             with _compiled_fast():
                 return self.serial(*args)
         with _lock, _compiled_fast():  # the fallback threading layer is not safe to enter twice
