@@ -1,4 +1,4 @@
-"""Which changes to a module does no test notice? Mutations by cosmic-ray, in a copy of the checkout.
+"""Which changes to a module does no test notice? Mutations by cosmic-ray, in a copy of the tree.
 
     python tests/mutate.py pointformer/tokens.py tests/test_tokens.py --number 40
 

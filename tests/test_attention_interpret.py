@@ -90,6 +90,25 @@ def test_half_precision(blank):
     check_against_float64(inputs, torch.float16, impl="triton", eager=low_precision)
 
 
+@pytest.mark.parametrize("blank", [False, True])
+def test_gradients_of_a_row_add_up_to_zero(blank):
+    """In half precision too, where the output is rounded: learned gradients are as exact as if it
+    were not, and those of equal queries' keys cancel."""
+    inputs = make_inputs(sizes=(48,), cluster_size=8, channels=16, features=2, blank=blank)
+    tensors, positions, neighborhoods = inputs
+    cast = ("query", "key", "value")
+    half = {n: t.half() if n in cast else t.float() for n, t in tensors.items()}
+    half["value"] = half["value"] + 8  # the output has three bits less for what differs
+    cotangent = torch.ones_like(half["value"])
+    exact = {name: tensor.double() for name, tensor in half.items()}
+    _, want = gradients(exact, positions, neighborhoods, cotangent.double())
+    _, ours = gradients(half, positions, neighborhoods, cotangent, impl="triton")
+    for name in set(tensors) - set(cast):
+        largest = want[name].abs().max().item()
+        limit = 1e-5 * max(largest, positions.abs().max().item())
+        assert (ours[name].double() - want[name]).abs().max() <= limit, name
+
+
 @given(
     radius=st.integers(0, 5),
     clusters=st.integers(1, 9),
@@ -178,18 +197,27 @@ def test_bits_repeat_and_plans_change_nothing():
         assert all(map(torch.equal, results[0], other))
 
 
-@pytest.mark.parametrize("readable", [True, False])
-def test_strides(readable):
-    """Views of one projection; read in place if their strides are multiples of eight elements."""
+@pytest.mark.parametrize("layout", ["one projection", "channels first", "heads", "tokens"])
+def test_strides(layout):
+    """Views of one tensor; read in place if their strides are multiples of eight elements."""
     tensors, positions, neighborhoods = make_inputs(channels=16, dtype=torch.float32)
-    parts = torch.stack([tensors[name] for name in ("query", "key", "value")], 2)
-    if readable:
-        parts = parts.requires_grad_()
-        query, key, value = parts.unbind(2)
-    else:
-        parts = parts.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0).requires_grad_()
-        query, key, value = parts.unbind(2)
-        assert key.stride(2) != 1
+    parts = torch.stack([tensors[name] for name in ("query", "key", "value")], 2)  # (T, H, 3, d)
+    tokens, heads, _, channels = parts.shape
+    if layout == "channels first":
+        parts = parts.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+    elif layout == "heads":  # 52 elements from head to head, 104 from token to token
+        wide = parts.new_zeros(tokens, heads, 3 * channels + 4)
+        wide[..., :-4] = parts.flatten(2)
+        parts = wide[..., :-4].unflatten(2, (3, channels))
+    elif layout == "tokens":  # 48 elements from head to head, 100 from token to token
+        wide = parts.new_zeros(tokens, 3 * heads * channels + 4)
+        wide[:, :-4] = parts.flatten(1)
+        parts = wide[:, :-4].unflatten(1, (heads, 3, channels))
+    parts.requires_grad_()
+    query, key, value = parts.unbind(2)
+    aligned = [stride % 8 == 0 for stride in key.stride()[:2]]
+    assert aligned == [layout != "tokens", layout != "heads"] or layout == "channels first"
+    assert (key.stride(2) == 1) == (layout != "channels first")
     strided = tensors | {"query": query, "key": key, "value": value}
     output = attend(strided, positions, neighborhoods, impl="triton")
     assert torch.equal(output, attend(tensors, positions, neighborhoods, impl="triton"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import KINDS, Tokens, full_lattice, tokens
 
 from pointformer import balanced_cluster
-from pointformer.geometry import hilbert_code, morton_code, snake_code
+from pointformer.geometry import clustering, hilbert_code, morton_code, snake_code
 from pointformer.kernels.clustering import fused_cluster_centers, fused_cluster_keys
 from pointformer.reference import clustering as reference
 
@@ -109,6 +109,24 @@ def test_order_is_the_stated_one(impl, sample, curve):
             expected += [start + row for row in order]
         start += part.sizes[0]
     assert result.order.tolist() == expected
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_sample_of_the_global_size_keeps_its_order(impl):
+    positions = torch.rand(41, 2, generator=torch.Generator().manual_seed(0))
+    result = balanced_cluster(positions, 4, sizes=[20, 21], global_size=20, impl=impl)
+    alone = balanced_cluster(positions[20:], 4, impl=impl)
+    assert result.order[:20].tolist() == list(range(20))
+    assert result.order[20:].tolist() == (alone.order + 20).tolist() != list(range(20, 41))
+
+
+@pytest.mark.parametrize("sides", [(3e6, 0.0), (0.0, 7.0, 0.0)])
+def test_no_axis_has_more_cells_than_curves_can_number(sides):
+    """3 M clusters on a line: 2**20 cells that cover it."""
+    shape, cell = clustering._anchor_grid(sides, 3_000_000)
+    for side, cells, length in zip(sides, shape, cell, strict=True):
+        assert cells == (2**20 if side else 1)
+        assert cells * length == pytest.approx(side or length)
 
 
 @given(sample=tokens(), options=options)

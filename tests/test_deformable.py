@@ -133,6 +133,21 @@ def test_results_do_not_depend_on_threads():
     assert_same_for_any_threads(partial(with_gradients, case, impl="cpu"))
 
 
+def check_half_way(impl):
+    """And far outside of the canvas to its border, as the reference."""
+    case = make_case()
+    case["query_positions"] = case["query_positions"].round()
+    steps = torch.tensor([-3e3, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3e3])
+    picks = torch.randint(0, 8, case["offsets"].shape, generator=torch.Generator().manual_seed(5))
+    case["offsets"] = steps[picks]
+    ours = deformable_attention(**case, impl=impl)
+    torch.testing.assert_close(ours, deformable_attention(**case, impl="reference"))
+
+
+def test_places_half_way_between_cells_round_to_even():
+    check_half_way("cpu")
+
+
 def test_a_place_on_a_token_is_that_token():
     case = make_case(points=1)
     target = case["lookup"][0, 0, 0].long()

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from fake_gpu import dirty_memory, fake_gpu
-from test_deformable import LEARNED, make_case, with_gradients
+from test_deformable import LEARNED, check_half_way, make_case, with_gradients
 from test_gather import make_case as make_gather_case
 from test_gather import with_gradients as with_gather_gradients
 
@@ -42,14 +42,7 @@ def test_deformable_is_as_exact_as_plain_float32(channels, power):
 
 
 def test_places_half_way_between_cells_round_to_even():
-    """And far outside of the canvas to its border, as the reference."""
-    case = make_case()
-    case["query_positions"] = case["query_positions"].round()
-    steps = torch.tensor([-3e9, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3e9])
-    picks = torch.randint(0, 8, case["offsets"].shape, generator=torch.Generator().manual_seed(5))
-    case["offsets"] = steps[picks]
-    ours = deformable_attention(**case, impl="triton")
-    torch.testing.assert_close(ours, deformable_attention(**case, impl="reference"))
+    check_half_way("triton")
 
 
 @pytest.mark.parametrize("shape", [(20, 31, 9, 11), (5, 40, 4, 130), (0, 3, 2, 4), (4, 0, 2, 4)])

@@ -12,6 +12,7 @@ from strategies import full_lattice, tokens
 
 from pointformer import select_centers
 from pointformer.kernels.selection import fused_select_on_lattice
+from pointformer.reference import selection as reference
 
 PARITY = Path(__file__).parent / "parity"
 IMPLEMENTATIONS = ("reference", "cpu")
@@ -247,6 +248,42 @@ def test_more_reserved_tokens_than_room():
         )
         assert keep == (1,)
         assert index.tolist() == [1]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("together", [1, 2, 127, 128, 129, 255, 256, 257, 512])
+def test_any_number_of_tokens_in_one_cell(impl, together):
+    """The prior goes to multiples of twice the spacing, which is 1 where tokens share a cell."""
+    positions = torch.tensor([[1.0, 0.0], *[[2.0, 2.0]] * together, [6.0, 6.0]])
+    scores = torch.zeros(len(positions))
+    scores[0] = 0.2
+    index, _ = select_centers(
+        scores, positions, extent=(8, 8), rate=2 / len(positions), alpha=4.0, stride=8,
+        reserve=False, impl=impl,
+    )  # fmt: skip
+    # (2, 2) is a multiple of 2 times 1 if tokens share it, but not of 2 times 2 if one is alone.
+    assert index.tolist() == ([1, 2] if together > 1 else [0, 1])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("lattice", "kept"), [(True, 4), (False, 1)])
+def test_a_measured_canvas_ends_after_the_last_cell(impl, lattice, kept):
+    """Cells 0 to 4 have nodes of spacing 4 at 0 and 4; points in [0, 4] only at 0."""
+    positions = full_lattice((5, 5))
+    index, keep = select_centers(
+        torch.zeros(25), positions, rate=0.01, stride=2, lattice=lattice, impl=impl
+    )
+    assert keep == (kept,)
+    assert index.tolist() == [0, 4, 20, 24][:kept]
+
+
+def test_spacing_by_hand():
+    """Powers of two not below the distance, within 2**-20 and twice the canvas' side."""
+    positions = torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.0], [7.0, 4.0], [0.0, 1e-9]])
+    nearest = torch.tensor([1, 2, 1, 1, -1])
+    side = torch.tensor([100.0, 100.0, 1.0, 1.5, 3.0])
+    expected = [8.0, 2.0**-13, 2.0**-20, 4.0, 8.0]  # the fourth is cut to 3, the last is alone
+    assert reference.spacing(positions, nearest, side).tolist() == expected
 
 
 def test_scores_of_any_sign_and_dtype():

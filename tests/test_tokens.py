@@ -51,6 +51,13 @@ def test_cells_without_a_token_are_filled():
     assert tokens.to_grid(fill=-1)[0, 0].tolist() == [[-1, -1, -1], [-1, -1, 1]]
 
 
+@pytest.mark.parametrize("place", [[-1.0, 0.0], [0.0, -1.0], [3.0, 0.0], [0.0, 2.0], [-0.0, -7.0]])
+def test_a_token_outside_of_its_canvas_has_no_cell(place):
+    tokens = TokenSet(torch.tensor([[1.0, 1.0], place]), torch.ones(2, 1), extent=(3, 2))
+    with pytest.raises(ValueError, match="a token lies outside of its canvas"):
+        tokens.to_grid()
+
+
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.sampled_from([2, 3]))
 def test_clustering_and_back(sizes, dimensions):
     tokens = ragged(*sizes, dimensions=dimensions)
