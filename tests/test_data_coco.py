@@ -57,7 +57,7 @@ def test_any_string_is_a_mask_or_an_error(text):
     try:
         mask = decode_mask({"size": [5, 4], "counts": text}, (5, 4), "file")
     except ValueError as error:
-        assert str(error) == "file: expected polygons or run lengths as a mask"  # noqa: PT017
+        assert str(error).startswith("file: expected ")  # noqa: PT017
     else:
         assert encode_mask(mask)["counts"] or not text
 
@@ -89,20 +89,20 @@ def test_coco_errors(tmp_path):
         scenes.dump(path, {**content, "annotations": rows})
         return data.read_coco_instances(path, folder, skip_bad=False)
 
-    assert error_of(lambda: changed(image_id=77)) == (
-        f"{path}: annotation 1 is of image 77, which is not listed"
+    assert error_of(lambda: changed(image_id=77)).startswith(
+        f"{path}: annotation 1: is of image 77, which is not listed; skip_bad (--skip-bad)"
     )
-    assert error_of(lambda: changed(category_id=2)) == (
-        f"{path}: annotation 1 is of the unknown category 2"
+    assert error_of(lambda: changed(category_id=2)).startswith(
+        f"{path}: annotation 1: is of the unknown category 2; skip_bad (--skip-bad)"
     )
     far, nan = [[1e30, 2, 3, 4, 5, 6]], [[math.nan, 2, 3, 4, 5, 6]]
     odd, short = [[1, 2, 3, 4, 5, 6, 7]], {"counts": [5, 7], "size": [200, 240]}
     for bad in ([], [[1, 2, 3]], {"counts": [5]}, "x", None, [["a"] * 6], far, nan, odd, short):
         dataset = changed(segmentation=bad)
         message = error_of(lambda dataset=dataset: dataset[0])
-        assert message == f"{path}: annotation 1: expected polygons or run lengths as a mask"
+        assert message.startswith(f"{path}: annotation 1: ")
     dataset = changed(segmentation=scenes.run_lengths(np.ones((3, 4), bool)))
-    assert error_of(lambda: dataset[0]).endswith("expected a mask of (200, 240), got (3, 4)")
+    assert "expected a mask of (200, 240), got (3, 4)" in error_of(lambda: dataset[0])
     error_of(lambda: changed(image_id=77))
     skipping = data.read_coco_instances(path, folder, skip_bad=True)
     assert (len(skipping), list(skipping.skipped)) == (5, ["annotation 1"])
@@ -113,16 +113,17 @@ def test_coco_errors(tmp_path):
     assert message.startswith(f"{path}: expected the height and width of {folder / name}, (20, 24)")
     (folder / name).unlink()
     message = error_of(changed)
-    assert message == f"{path}: annotates {folder / name}, but there is no such file"
+    assert message.startswith(f"{path}: annotates {folder / name}, but there is no such file;")
     skipping = data.read_coco_instances(path, folder, skip_bad=True)
     assert (len(list(skipping)), list(skipping.skipped)) == (4, [name.removesuffix(".jpg")])
     del content["annotations"][0]["image_id"]
     scenes.dump(path, content)
-    assert "entry 0 of the annotations has no valid 'image_id'" in error_of(
-        lambda: data.read_coco_instances(path, folder)
+    assert (
+        "annotation 1: expected a whole number or a text as 'image_id', there is none"
+        in error_of(lambda: data.read_coco_instances(path, folder))
     )
     scenes.dump(path, {"images": []})
-    assert "expected a list 'categories'" in error_of(
+    assert "expected categories as a list of {id, name}" in error_of(
         lambda: data.read_coco_instances(path, folder)
     )
     scenes.dump(path, [])
@@ -140,14 +141,14 @@ def test_bad_coco_results(tmp_path):
     file = scenes.dump(tmp_path / "results.json", [row])
     results = data.CocoResults(file, dataset.categories)
     assert error_of(lambda: results.objects(dataset[0])) == (
-        f"{file}: a result for image {dataset[0].id}: expected a mask of (200, 240), got (3, 4)"
+        f"{file}: entry 0 of the results: expected a mask of (200, 240), got (3, 4)"
     )
     scenes.dump(file, [{**row, "category_id": 4}])
-    assert "4 is an unknown category" in error_of(
+    assert "entry 0 of the results: is of the unknown category 4" in error_of(
         lambda: data.CocoResults(file, dataset.categories)
     )
     scenes.dump(file, [row, {}])
-    assert "entry 1 of the results has no valid 'image_id'" in error_of(
+    assert "entry 1 of the results: expected a whole number or a text as 'image_id'" in error_of(
         lambda: data.CocoResults(file, dataset.categories)
     )
 
@@ -201,18 +202,20 @@ def test_panoptic_errors(tmp_path):
         f"{folder / '0.png'}: ids 9 of p.json are not in the picture"
     )
     dataset = read(lambda row: row["segments_info"][0].update(category_id=5))
-    assert error_of(lambda: dataset[0]) == f"{path}: segment 3 of 0 is of the unknown class 5"
-    dataset = read(lambda row: row.update(segments_info=[{"id": 3}]))
-    assert "entry 0 of the segments of 0 has no valid 'category_id'" in error_of(lambda: dataset[0])
-    assert error_of(lambda: read(lambda row: row.update(image_id=4))) == (
-        f"{path}: 0 is of image 4, which is not listed"
+    assert f"{path}: segment 3 of 0: is of the unknown class 5;" in error_of(lambda: dataset[0])
+    dataset = read(lambda row: row["segments_info"][0].pop("category_id"))
+    assert "segment 3 of 0: expected a whole number as 'category_id', there is none" in error_of(
+        lambda: dataset[0]
     )
-    assert error_of(lambda: read(lambda row: row.update(file_name="q.png"))) == (
+    assert f"{path}: annotation of image 4: this image is not listed" in error_of(
+        lambda: read(lambda row: row.update(image_id=4))
+    )
+    assert error_of(lambda: read(lambda row: row.update(file_name="q.png"))).startswith(
         f"{folder / 'q.png'}: expected the annotation of {images / '0.jpg'}, there is no such file"
     )
     (images / "1.jpg").unlink()
     message = error_of(read)
-    assert message == (
+    assert message.startswith(
         f"{folder / '1.png'}: annotates {images / '1.jpg'}, but there is no such file"
     )
     skipping = read(lambda row: row["segments_info"].pop(0), skip_bad=True)

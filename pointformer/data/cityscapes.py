@@ -7,27 +7,33 @@ group of objects that are not told apart.
 
 from __future__ import annotations
 
+import glob
+import math
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from pointformer._files import atomic_path
+from pointformer._files import path_inside
 from pointformer.data.annotations import (
     Annotation,
     Category,
+    CategoryTable,
     Dataset,
     Entry,
     Objects,
     Segment,
+    category_ids,
     check_size,
 )
 from pointformer.data.categories import CITYSCAPES, CITYSCAPES_THINGS
+from pointformer.data.discovery import pictures_in
 from pointformer.data.images import read_labels
-from pointformer.data.labels import label_table, read_label_file, write_png
+from pointformer.data.labels import label_table, read_label_file
+from pointformer.data.writing import write_png, write_text
 
 LABEL_IDS = range(34)
 OBJECT_LABEL_IDS = range(24, 34)
@@ -56,11 +62,12 @@ def read_cityscapes(
     kind = "labelIds" if task == "semantic" else "instanceIds"
     categories = CITYSCAPES_THINGS if task == "instance" else CITYSCAPES
     table = label_table({category.id: n for n, category in enumerate(categories)}, LABEL_IDS)
-    places = _names(images, "_leftImg8bit.png") | _names(labels, f"_gtFine_{kind}.png")
+    ending = f"_gtFine_{kind}.png"
+    pictures, maps = _by_name(images, "_leftImg8bit.png"), _by_name(labels, ending)
     entries = []
-    for city, name in sorted(places):
-        image = images / city / f"{name}_leftImg8bit.png"
-        path = labels / city / f"{name}_gtFine_{kind}.png"
+    for folder, name in sorted(pictures.keys() | maps.keys()):
+        image = pictures.get((folder, name), images / folder / f"{name}_leftImg8bit.png")
+        path = maps.get((folder, name), labels / folder / f"{name}{ending}")
         if task == "semantic":
             read = partial(read_label_file, name, image, path, table)
         else:
@@ -69,9 +76,13 @@ def read_cityscapes(
     return Dataset(labels, categories, entries, skip_bad=skip_bad)
 
 
-def _names(folder: Path, ending: str) -> set[tuple[str, str]]:
-    paths = folder.glob(f"*/[!.]*{ending}")
-    return {(path.parent.name, path.name.removesuffix(ending)) for path in paths}
+def _by_name(folder: Path, ending: str) -> dict[tuple[Path, str], Path]:
+    """Files by their folder, a city or none, and their name without the ending."""
+    return {
+        (path.parent.relative_to(folder), path.name[: -len(ending)]): path
+        for path in pictures_in(folder, deep=True)
+        if path.name.lower().endswith(ending.lower())
+    }
 
 
 def _read_segments(
@@ -99,23 +110,34 @@ def write_cityscapes_objects(
 ) -> None:
     """Write predicted objects as the benchmark takes them: NAME_pred.txt and a PNG for each.
 
+    Files that these writers wrote before are replaced, others never.
+
     Args:
         name: CITY_SEQUENCE_FRAME, the annotation's.
         predicted: with `masks` (N, H, W), `classes` (N,) and `scores` (N,).
         categories: the classes, with label ids.
+
+    Raises:
+        ValueError: if a class is not in `categories`, a score is not finite, the name leads out of
+            the folder, or another file is in the way.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    text = path_inside(folder, f"{name}_pred.txt")
     found = Objects.of(predicted, np.shape(predicted.masks)[1:])
+    if not np.isfinite(found.scores).all():
+        raise ValueError(f"{name}: expected finite scores")
+    labels = category_ids(found.classes, categories)
     lines = []
-    for n, (mask, category, score) in enumerate(
-        zip(found.masks, found.classes.tolist(), found.scores.tolist(), strict=True)
+    for n, (mask, label, score) in enumerate(
+        zip(found.masks, labels, found.scores.tolist(), strict=True)
     ):
-        picture = f"{name}_pred_{n}.png"
-        write_png(folder / picture, mask.astype(np.uint8) * 255)
-        lines.append(f"{picture} {categories[category].id} {score:.9g}\n")
-    with atomic_path(folder / f"{name}_pred.txt") as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+        picture = text.with_name(f"{text.stem}_{n}.png")
+        write_png(picture, mask.astype(np.uint8) * 255)
+        lines.append(f"{picture.name} {label} {score:.9g}\n")
+
+    def ours(old: str) -> bool:
+        return all(line.startswith(f"{text.stem}_") for line in old.splitlines())
+
+    write_text(text, "".join(lines), ours)
 
 
 def read_cityscapes_objects(
@@ -128,33 +150,55 @@ def read_cityscapes_objects(
     Raises:
         ValueError: naming the file, if there is none or several, or one is not as it should be.
     """
-    paths = sorted(Path(folder).rglob(f"{annotation.name}*.txt"))
+    pattern = f"{glob.escape(annotation.name)}*.txt"
+    paths = sorted(
+        path
+        for path in Path(folder).rglob(pattern)
+        # frame_10.txt is not of frame_1
+        if not path.name[len(PurePosixPath(annotation.name).name)].isalnum()
+    )
     if len(paths) != 1:
         found = " and ".join(path.name for path in paths[:2]) or "none"
         raise ValueError(f"{folder}: expected one file {annotation.name}*.txt, found {found}")
-    classes = {category.id: n for n, category in enumerate(categories)}
+    classes = CategoryTable(tuple(categories)).numbers()
     masks, labels, scores = [], [], []
-    for number, line in enumerate(paths[0].read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(paths[0]), 1):
+        if not line.strip():
+            continue
         try:
-            picture, label, score = line.split(" ")
-            label_id, confidence = int(float(label)), float(score)
+            picture, label, score = line.rsplit(maxsplit=2)
+            label_id, confidence = float(label), float(score)
+            if not (label_id.is_integer() and math.isfinite(confidence)):
+                raise ValueError
         except ValueError:
             raise ValueError(
                 f"{paths[0]}: expected PICTURE LABEL CONFIDENCE in line {number}, got {line!r:.80}"
             ) from None
         if label_id not in classes:
             continue
-        mask = read_labels(paths[0].parent / picture) != 0
+        # Pictures may lie elsewhere in the folder: "../masks/a.png".
+        place = os.path.normpath(paths[0].parent.relative_to(folder) / picture)
+        try:
+            mask_path = path_inside(folder, place, follow_links=True)
+        except ValueError as error:
+            raise ValueError(f"{paths[0]}: line {number}: {error}") from None
+        mask = read_labels(mask_path) != 0
         if mask.shape != tuple(annotation.size):
             raise ValueError(
-                f"{paths[0].parent / picture}: expected height and width "
-                f"{tuple(annotation.size)}, got {mask.shape}"
+                f"{mask_path}: expected height and width {tuple(annotation.size)}, got {mask.shape}"
             )
         masks.append(mask)
-        labels.append(classes[label_id])
+        labels.append(classes[int(label_id)])
         scores.append(confidence)
     return Objects(
         np.stack(masks) if masks else np.zeros((0, *annotation.size), bool),
         np.array(labels, np.int64),
         np.array(scores, np.float32),
     )
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected text in UTF-8, but {error}") from None

@@ -5,45 +5,47 @@ Reading polygons and writing run lengths needs the package pycocotools.
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import reprlib
+import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from pointformer._files import atomic_path
+from pointformer._files import path_inside
 from pointformer.data.annotations import (
     Annotation,
     Category,
+    CategoryTable,
     Dataset,
     Entry,
     Objects,
     Segment,
-    check_ids,
+    category_ids,
     check_size,
     listed_segments,
     parse_categories,
-    read_json,
 )
-from pointformer.data.images import read_image
-from pointformer.data.labels import write_png
-
-_TYPES: dict[str, Any] = {
-    "id": int | str,
-    "image_id": int | str,
-    "category_id": int,
-    "file_name": str,
-    "height": int,
-    "width": int,
-    "iscrowd": int,
-    "area": int | float,
-    "score": int | float,
-    "segments_info": list,
-}
+from pointformer.data.discovery import picture_name
+from pointformer.data.images import image_size, read_image
+from pointformer.data.json_files import (
+    FLAG,
+    IDENTIFIER,
+    NUMBER,
+    TEXT,
+    WHOLE,
+    read_json,
+    repeated,
+    shown,
+    value_of,
+)
+from pointformer.data.writing import to_json, write_json, write_png, write_text
 
 
 def mask_tools() -> Any:
@@ -75,25 +77,42 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 def decode_mask(segmentation: Any, size: tuple[int, int], source: str) -> np.ndarray:
     """(H, W) bool from polygons or from run lengths, compressed or not.
 
+    Polygons are cut off at the border of the picture.
+
     Raises:
-        ValueError: beginning with `source`, if it is none of these or for another size.
+        ValueError: beginning with `source`, if it is none of these, for another size, or has
+            corners farther out than the picture is long, or all of them outside.
     """
+    if isinstance(segmentation, list) and segmentation:
+        return _filled_polygons(segmentation, size, source)
     try:
-        if isinstance(segmentation, list) and segmentation:
-            return _filled_polygons(segmentation, size)
         given, counts = tuple(segmentation["size"]), segmentation["counts"]
-        if isinstance(counts, str | bytes):
-            counts = _run_lengths(counts)
-        counts = np.array(counts, np.int64)
-        valid = counts.ndim == 1 and (counts >= 0).all() and counts.sum() == math.prod(given)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        valid = False
-    if not valid:
-        raise ValueError(f"{source}: expected polygons or run lengths as a mask")
+        runs = _run_lengths(counts) if isinstance(counts, str | bytes) else _numbers(counts)
+    except (KeyError, TypeError, ValueError):
+        runs = None
+    if runs is None:
+        raise ValueError(
+            f"{source}: expected polygons or run lengths as a mask, "
+            f"got {reprlib.repr(segmentation)}"
+        )
     if given != tuple(size):
-        raise ValueError(f"{source}: expected a mask of {tuple(size)}, got {given}")
-    runs = np.arange(len(counts)) % 2 == 1
-    return np.repeat(runs, counts).reshape(size[1], size[0]).T
+        raise ValueError(f"{source}: expected a mask of {tuple(size)}, got {reprlib.repr(given)}")
+    total = math.prod(size)
+    if not ((runs >= 0) & (runs <= total) & (runs % 1 == 0)).all() or runs.sum() != total:
+        raise ValueError(f"{source}: expected run lengths of {total} pixels together as a mask")
+    inside = np.arange(len(runs)) % 2 == 1
+    return np.repeat(inside, runs.astype(np.int64)).reshape(size[1], size[0]).T
+
+
+def _numbers(values: Any) -> np.ndarray | None:
+    """A flat list of finite numbers as float64; `None` if it is something else."""
+    if not isinstance(values, list) or not {*map(type, values)} <= {int, float}:
+        return None
+    try:
+        numbers = np.array(values, np.float64)
+    except OverflowError:
+        return None
+    return numbers if np.isfinite(numbers).all() else None
 
 
 def _run_lengths(text: str | bytes) -> np.ndarray:
@@ -118,78 +137,211 @@ def _run_lengths(text: str | bytes) -> np.ndarray:
     return counts
 
 
-def _filled_polygons(polygons: list, size: tuple[int, int]) -> np.ndarray:
-    tools, reach = mask_tools(), max(size)
+def _filled_polygons(polygons: list, size: tuple[int, int], source: str) -> np.ndarray:
+    tools, (height, width) = mask_tools(), size
+    touched = False
     for polygon in polygons:
-        corners = np.array(polygon, float)
-        # pycocotools neither checks this nor comes back from coordinates that are far out.
-        inside = (corners >= -reach) & (corners <= 2 * reach)
-        if corners.ndim != 1 or len(corners) < 6 or len(corners) % 2 or not inside.all():
-            raise ValueError("no polygon")
-    return decode_mask(tools.merge(tools.frPyObjects(polygons, *size)), size, "polygons")
+        corners = _numbers(polygon)
+        # pycocotools takes four numbers for a box, and reads past the end of an odd number.
+        if corners is None or len(corners) < 6 or len(corners) % 2:
+            raise ValueError(
+                f"{source}: expected polygons of three corners x, y or more, "
+                f"got {reprlib.repr(polygon)}"
+            )
+        x, y = corners[::2], corners[1::2]
+        # Nor does it come back from coordinates that are far out.
+        reach = max(size)
+        if corners.min() < -reach or corners.max() > 2 * reach:
+            raise ValueError(
+                f"{source}: has corners far outside of its picture of {height} x {width} pixels: "
+                f"x {x.min():g} to {x.max():g}, y {y.min():g} to {y.max():g}"
+            )
+        touched |= bool(x.max() > 0 and y.max() > 0 and x.min() < width and y.min() < height)
+    if not touched:
+        raise ValueError(f"{source}: lies outside of its picture of {height} x {width} pixels")
+    filled = tools.merge(tools.frPyObjects(polygons, height, width))
+    return decode_mask(filled, size, source)
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A row of "images" that is as it should be; `size` where it says one."""
+
+    id: int | str
+    name: str
+    path: Path
+    size: tuple[int, int] | None
+
+
+class _Pictures:
+    """The rows of "images", by id.
+
+    Attributes:
+        good: by id as text.
+        bad: ids, as text, of rows that are malformed or ambiguous.
+        problems: what is wrong with these, by the picture's name where it is known.
+    """
+
+    def __init__(self, content: dict, source: Path, folder: str | os.PathLike[str]) -> None:
+        self.problems: dict[str, str] = {}
+        by_id: dict[str, list[_Picture | None]] = defaultdict(list)
+        by_path: dict[Path, list[_Picture]] = defaultdict(list)
+        for n, row in enumerate(_rows(content, "images", source)):
+            what, key = f"entry {n} of the images", None
+            try:
+                key = value_of(row, "id", IDENTIFIER)
+                what = f"image {shown(key)}"
+                path = _path_in(folder, value_of(row, "file_name", TEXT))
+                name = what = picture_name(path.relative_to(folder))
+                # 0 or none: the picture's own.
+                height, width = value_of(row, "height", WHOLE, 0), value_of(row, "width", WHOLE, 0)
+            except ValueError as error:
+                self.problems[what] = f"{source}: {what}: {error}"
+                if key is not None:
+                    by_id[str(key)].append(None)
+            else:
+                picture = _Picture(key, name, path, (height, width) if height or width else None)
+                by_id[str(key)].append(picture)
+                by_path[path].append(picture)
+        ambiguous: dict[str, Sequence[_Picture | None]] = {
+            f"have the id {shown(key)}": rows for key, rows in by_id.items() if len(rows) > 1
+        }
+        for same in by_path.values():
+            if len({picture.id for picture in same}) > 1:
+                ambiguous[f"are images {shown(same[0].id)} and {shown(same[1].id)}"] = same
+        for why, rows in ambiguous.items():
+            pictures = [picture for picture in rows if picture is not None]
+            both = " and ".join(picture.path.name for picture in pictures[:2])
+            for picture in pictures:
+                self.problems[picture.name] = f"{source}: the pictures {both} {why}"
+        self.good = {
+            key: picture
+            for key, (picture, *_) in by_id.items()
+            if picture is not None and picture.name not in self.problems
+        }
+        self.bad = by_id.keys() - self.good.keys()
+
+
+def _path_in(folder: str | os.PathLike[str], file_name: str) -> Path:
+    """Where a file is that the JSON names; Windows's exports separate folders by backslashes."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in file_name):
+        raise ValueError(f"expected a file name, got {reprlib.repr(file_name)}")
+    return path_inside(folder, file_name.replace("\\", "/"), follow_links=True)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of "annotations" or of results that is as it should be but for its mask."""
+
+    what: str
+    id: int | str
+    category: int
+    area: float | None
+    crowd: bool
+    score: float
+    segmentation: Any
 
 
 def read_coco_instances(
-    path: str | os.PathLike[str], images: str | os.PathLike[str], *, skip_bad: bool = False
+    path: str | os.PathLike[str],
+    images: str | os.PathLike[str],
+    *,
+    categories: Sequence[Category] | None = None,
+    skip_bad: bool = False,
 ) -> Dataset:
     """Objects of COCO's instances_*.json.
 
+    Numbers may be written as 3.0 or "3"; an area that is missing or null is that of the mask.
+    With `skip_bad` only what is bad itself is left out: an object, with a malformed mask or an
+    unknown category, not the picture; of several pictures or objects with one id, all of them.
+
     Args:
-        images: folder of the pictures.
+        images: folder of the pictures, in which the file's names are looked up.
+        categories: the classes, if not those that the file lists: see `parse_categories`.
 
     Raises:
-        ValueError: naming the file, if an annotation is malformed, of an unknown category or of a
-            picture that is not there.
+        ValueError: naming the file and the row, if something is malformed, of an unknown category
+            or of a picture that is not there, an id or a picture is there twice, or a name leads
+            out of the folder.
     """
-    path, images = Path(path), Path(images)
+    path = Path(path)
     content = read_json(path)
-    categories = parse_categories(_rows(content, "categories", path), path)
-    classes = {category.id: n for n, category in enumerate(categories)}
-    pictures = _pictures(content, path)
-    problems: dict[str, str] = {}
-    annotations: dict[Any, list[dict]] = {key: [] for key in pictures}
-    keys = ("id", "image_id", "category_id", "segmentation")
-    for row in _checked(_rows(content, "annotations", path), keys, path, "annotations"):
-        what = f"annotation {row['id']}"
-        if row["image_id"] not in pictures:
-            problems[what] = f"{path}: {what} is of image {row['image_id']}, which is not listed"
-        elif row["category_id"] not in classes:
-            name = _stem(pictures[row["image_id"]]["file_name"])
-            problems[name] = f"{path}: {what} is of the unknown category {row['category_id']}"
-        else:
-            annotations[row["image_id"]].append(row)
+    table = _categories(content, path, categories)
+    classes = table.numbers()
+    pictures = _Pictures(content, path, images)
+    problems = dict(pictures.problems)
+    rows = _rows(content, "annotations", path)
+    objects: dict[str, list[_Row]] = defaultdict(list)
+    ids = (row.get("id") if isinstance(row, dict) else None for row in rows)
+    twice = repeated(str(key) for key in map(IDENTIFIER.read, ids) if key is not None)
+    for n, row in enumerate(rows):
+        what = f"entry {n} of the annotations"
+        try:
+            number = value_of(row, "id", IDENTIFIER)
+            what = f"annotation {shown(number)}"
+            if str(number) in twice:
+                raise ValueError("there are several with this id")
+            image = value_of(row, "image_id", IDENTIFIER)
+            if str(image) not in pictures.bad:
+                if str(image) not in pictures.good:
+                    raise ValueError(f"is of image {shown(image)}, which is not listed")
+                area = value_of(row, "area", NUMBER, None)
+                if area is not None and area < 0:
+                    raise ValueError(f"expected an area of at least 0, got {area:g}")
+                objects[str(image)].append(_row(row, what, number, classes, area, 1.0))
+        except ValueError as error:
+            problems[what] = f"{path}: {what}: {error}"
     entries = []
-    for key, picture in pictures.items():
-        name, image = _stem(picture["file_name"]), images / picture["file_name"]
-        read = partial(_read_objects, path, name, image, picture, annotations[key], classes)
-        entries.append(Entry(name, image, None, read))
-    return Dataset(path, categories, entries, problems, skip_bad)
+    for key, picture in pictures.good.items():
+        read = partial(_read_objects, path, picture, objects[key])
+        entries.append(Entry(picture.name, picture.path, None, read))
+    return Dataset(path, table.classes, entries, problems, skip_bad, table.headings)
 
 
-def _read_objects(
-    path: Path,
-    name: str,
-    image: Path,
-    picture: dict,
-    rows: list[dict],
+def _categories(content: dict, path: Path, categories: Sequence[Category] | None) -> CategoryTable:
+    return (
+        parse_categories(content, path) if categories is None else CategoryTable(tuple(categories))
+    )
+
+
+def _row(
+    row: dict,
+    what: str,
+    number: int | str,
     classes: dict[int, int],
-) -> Annotation:
-    size = picture["height"], picture["width"]
-    check_size(path, size, image)
-    segments = []
+    area: float | None,
+    *score: float,
+) -> _Row:
+    """The values that objects and results share; `score` is the default, if there is one."""
+    category = value_of(row, "category_id", WHOLE)
+    if category not in classes:
+        raise ValueError(f"is of the unknown category {category}")
+    return _Row(
+        what,
+        number,
+        classes[category],
+        area,
+        value_of(row, "iscrowd", FLAG, False),
+        value_of(row, "score", NUMBER, *score),
+        row.get("segmentation"),
+    )
+
+
+def _read_objects(path: Path, picture: _Picture, rows: list[_Row]) -> Annotation:
+    size = picture.size or image_size(picture.path)
+    check_size(path, size, picture.path)
+    segments, problems = [], {}
     for row in rows:
-        mask = decode_mask(row["segmentation"], size, f"{path}: annotation {row['id']}")
-        segments.append(
-            Segment(
-                row["id"],
-                classes[row["category_id"]],
-                float(row.get("area", mask.sum())),
-                bool(row.get("iscrowd", 0)),
-                float(row.get("score", 1)),
-                mask,
-            )
-        )
-    return Annotation(name, image, size, picture["id"], segments=tuple(segments))
+        try:
+            mask = decode_mask(row.segmentation, size, f"{path}: {row.what}")
+        except ValueError as error:
+            problems[row.what] = str(error)
+        else:
+            area = float(mask.sum()) if row.area is None else row.area
+            segments.append(Segment(row.id, row.category, area, row.crowd, row.score, mask))
+    return Annotation(
+        picture.name, picture.path, size, picture.id, segments=tuple(segments), problems=problems
+    )
 
 
 def write_coco_results(
@@ -200,46 +352,54 @@ def write_coco_results(
     """Write predicted objects as COCO's results JSON, with run lengths.
 
     Args:
+        path: the file; one that is there already is replaced if it is a file of results.
         predictions: image id (the annotation's `id`) and objects with `masks` (N, H, W),
             `classes` (N,) and `scores` (N,).
+
+    Raises:
+        ValueError: if a class is not in `categories`, an image is there twice, a score is not
+            finite or another file is at `path`.
     """
-    rows = []
+    rows, seen = [], set()
     for image_id, predicted in predictions:
+        if str(image_id) in seen:
+            raise ValueError(f"{path}: expected each image once, got {shown(image_id)} twice")
+        seen.add(str(image_id))
         found = Objects.of(predicted, np.shape(predicted.masks)[1:])
-        for mask, category, score in zip(
-            found.masks, found.classes.tolist(), found.scores.tolist(), strict=True
-        ):
-            row = {"image_id": image_id, "category_id": categories[category].id, "score": score}
+        ids = category_ids(found.classes, categories)
+        for mask, number, score in zip(found.masks, ids, found.scores.tolist(), strict=True):
+            row = {"image_id": image_id, "category_id": number, "score": score}
             rows.append({**row, "segmentation": encode_mask(mask)})
-    _write_json(path, rows)
+    write_text(path, to_json(rows, path), lambda old: old.startswith(("[]", '[{"image_id": ')))
 
 
 class CocoResults:
     """Predicted objects in COCO's results JSON; masks are decoded when asked for.
 
     Raises:
-        ValueError: naming the file, if a row is malformed or of an unknown category.
+        ValueError: naming the file and the row, if one is malformed or of an unknown category.
     """
 
     def __init__(self, path: str | os.PathLike[str], categories: Sequence[Category]) -> None:
         self.path = Path(path)
-        self.classes = {category.id: n for n, category in enumerate(categories)}
-        self.rows: dict[Any, list[dict]] = {}
-        keys = ("image_id", "category_id", "segmentation", "score")
-        for row in _checked(read_json(path, list), keys, self.path, "results"):
-            if row["category_id"] not in self.classes:
-                raise ValueError(f"{path}: {row['category_id']} is an unknown category")
-            self.rows.setdefault(row["image_id"], []).append(row)
+        self.rows: dict[str, list[_Row]] = defaultdict(list)
+        classes = CategoryTable(tuple(categories)).numbers()
+        for n, row in enumerate(read_json(path, list)):
+            what = f"entry {n} of the results"
+            try:
+                image = value_of(row, "image_id", IDENTIFIER)
+                self.rows[str(image)].append(_row(row, what, n, classes, None))
+            except ValueError as error:
+                raise ValueError(f"{path}: {what}: {error}") from None
 
     def objects(self, annotation: Annotation) -> Objects:
         """What was predicted for the picture of an annotation; may be nothing."""
-        rows, size = self.rows.get(annotation.id, []), annotation.size
-        source = f"{self.path}: a result for image {annotation.id}"
-        masks = [decode_mask(row["segmentation"], size, source) for row in rows]
+        rows, size = self.rows.get(str(annotation.id), []), annotation.size
+        masks = [decode_mask(row.segmentation, size, f"{self.path}: {row.what}") for row in rows]
         return Objects(
             np.stack(masks) if masks else np.zeros((0, *size), bool),
-            np.array([self.classes[row["category_id"]] for row in rows], np.int64),
-            np.array([row["score"] for row in rows], np.float32),
+            np.array([row.category for row in rows], np.int64),
+            np.array([row.score for row in rows], np.float32),
         )
 
 
@@ -255,50 +415,81 @@ def read_coco_panoptic(
 
     Args:
         images: folder of the pictures; `None` to read predictions, which need none.
-        categories: the classes, if the file does not list them.
+        categories: the classes, if not those that the file lists: see `parse_categories`.
 
     Raises:
         ValueError: naming the file, if a PNG's ids are not those in the JSON, a category is
-            unknown, or an annotation's picture is not there.
+            unknown, an annotation's picture is not there or has none, an id, a picture or a PNG is
+            there twice, or a name leads out of its folder.
     """
-    path, folder = Path(path), Path(folder)
+    path = Path(path)
     content = read_json(path)
-    if categories is None:
-        categories = parse_categories(_rows(content, "categories", path), path)
-    classes = {category.id: n for n, category in enumerate(categories)}
-    pictures = _pictures(content, path) if images is not None else {}
-    problems: dict[str, str] = {}
-    entries = []
-    keys = ("image_id", "file_name", "segments_info")
-    for row in _checked(_rows(content, "annotations", path), keys, path, "annotations"):
-        key, image = row["image_id"], None
-        name = _stem(row["file_name"])
-        if images is not None:
-            if key not in pictures:
-                problems[name] = f"{path}: {name} is of image {key}, which is not listed"
+    table = _categories(content, path, categories)
+    pictures = None if images is None else _Pictures(content, path, images)
+    problems = {} if pictures is None else dict(pictures.problems)
+    rows: list[tuple[_Picture, Path, Any]] = []
+    for n, row in enumerate(_rows(content, "annotations", path)):
+        what = f"entry {n} of the annotations"
+        try:
+            image = value_of(row, "image_id", IDENTIFIER)
+            what = f"annotation of image {shown(image)}"
+            if pictures is not None and str(image) in pictures.bad:
                 continue
-            image = Path(images) / pictures[key]["file_name"]
-            name = _stem(pictures[key]["file_name"])
-        png = folder / row["file_name"]
-        read = partial(_read_panoptic, path, name, image, png, row, classes)
-        entries.append(Entry(name, image, png, read))
-    return Dataset(path, categories, entries, problems, skip_bad)
+            if pictures is not None and str(image) not in pictures.good:
+                raise ValueError("this image is not listed")
+            png = _path_in(folder, value_of(row, "file_name", TEXT))
+        except ValueError as error:
+            problems[what] = f"{path}: {what}: {error}"
+        else:
+            if pictures is None:
+                picture = _Picture(image, picture_name(png.relative_to(folder)), png, None)
+            else:
+                picture = pictures.good[str(image)]
+            rows.append((picture, png, row.get("segments_info")))
+    entries = []
+    ids = repeated(str(picture.id) for picture, _, _ in rows)
+    pngs = repeated(str(png) for _, png, _ in rows)
+    for picture, png, segments in rows:
+        if str(picture.id) in ids or str(png) in pngs:
+            what = f"image {shown(picture.id)}" if str(picture.id) in ids else str(png)
+            problems[picture.name] = f"{path}: {picture.name}: several annotations are of {what}"
+        image = None if pictures is None else picture.path
+        read = partial(_read_panoptic, path, picture, image, png, segments, table.numbers())
+        entries.append(Entry(picture.name, image, png, read))
+    if pictures is not None:
+        annotated = {str(picture.id) for picture, _, _ in rows}
+        for key, picture in pictures.good.items():
+            if key not in annotated:
+                problems.setdefault(
+                    picture.name, f"{path}: there is no annotation of {picture.path}"
+                )
+    return Dataset(path, table.classes, entries, problems, skip_bad, table.headings)
 
 
 def _read_panoptic(
-    path: Path, name: str, image: Path | None, png: Path, row: dict, classes: dict[int, int]
+    path: Path,
+    picture: _Picture,
+    image: Path | None,
+    png: Path,
+    segments: Any,
+    classes: dict[int, int],
 ) -> Annotation:
     ids = read_image(png) @ np.array([1, 256, 65536], np.int32)
     check_size(png, ids.shape, image)
-    infos = _checked(row["segments_info"], ("id", "category_id"), path, f"segments of {name}")
-    if not all(isinstance(info["id"], int) for info in infos):
-        raise ValueError(f"{path}: expected numbers as ids in the segments of {name}")
-    areas = check_ids(png, ids, [info["id"] for info in infos], path.name)
-    infos = [
-        {**info, "class": info["category_id"], "crowd": info.get("iscrowd", 0)} for info in infos
-    ]
-    segments = listed_segments(path, name, infos, classes, areas)
-    return Annotation(name, image, ids.shape, row["image_id"], ids=ids, segments=tuple(segments))
+    if picture.size not in (None, ids.shape):
+        raise ValueError(f"{path}: {picture.name}: expected the size {ids.shape}, as {png} has it")
+    found, problems = listed_segments(
+        path, picture.name, segments, png, ids, classes, keys=("category_id", "iscrowd")
+    )
+    return Annotation(
+        picture.name,
+        image,
+        ids.shape,
+        picture.id,
+        ids=ids,
+        segments=tuple(found),
+        problems=problems,
+    )
 
 
 def write_coco_panoptic(
@@ -309,86 +500,74 @@ def write_coco_panoptic(
 ) -> None:
     """Write segments as COCO's panoptic JSON and PNGs.
 
+    Files that these writers wrote before are replaced, others never.
+
     Args:
+        folder: for the PNGs, `folder`/NAME.png; a NAME with folders ("site1/a") keeps them.
         predictions: the annotation, for its name and id, and what was predicted, with `ids`
             (H, W), 0 where there is no segment, and `segments` with `id`, `category` and `score`
-            (and `crowd`, if need be).
+            (and `crowd`, if need be). A segment without a pixel is not written.
 
     Raises:
-        ValueError: if an id is not from 1 to 2 ** 24 - 1.
+        ValueError: if an id is not from 1 to 2 ** 24 - 1 or is there twice, a category is not in
+            `categories`, a picture is there twice, its name leads out of `folder`, or another file
+            is in the way.
     """
-    images, rows = [], []
+    images: list[dict[str, Any]] = []
+    rows = []
+    seen: set[str] = set()
     for annotation, predicted in predictions:
+        name, keys = annotation.name, {f"name {annotation.name}", f"id {annotation.id}"}
+        if keys & seen:
+            raise ValueError(f"{path}: expected each picture once, got {min(keys & seen)} twice")
+        seen |= keys
         ids = np.asarray(predicted.ids)
         listed = [int(segment.id) for segment in predicted.segments]
         if listed and not (min(listed) > 0 and max(listed) < 1 << 24):
-            raise ValueError(f"{annotation.name}: expected ids of 1 to {(1 << 24) - 1}")
+            raise ValueError(f"{name}: expected ids of 1 to {(1 << 24) - 1}")
+        if len({*listed}) < len(listed):
+            raise ValueError(f"{name}: expected different ids of segments")
         ids = np.where(np.isin(ids, listed), ids, 0)
-        png = f"{annotation.name}.png"
-        channels = [(ids >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)]
-        write_png(Path(folder) / png, np.stack(channels, 2))
         infos = []
-        for segment in predicted.segments:
+        classes = np.array([int(segment.category) for segment in predicted.segments], np.int64)
+        numbers = category_ids(classes, categories)
+        for segment, number in zip(predicted.segments, numbers, strict=True):
             mask = ids == int(segment.id)
-            infos.append(
-                {
-                    "id": int(segment.id),
-                    "category_id": categories[int(segment.category)].id,
-                    "area": int(mask.sum()),
-                    "bbox": _box(mask),
-                    "iscrowd": int(getattr(segment, "crowd", False)),
-                    "score": float(segment.score),
-                }
-            )
+            if mask.any():
+                infos.append(
+                    {
+                        "id": int(segment.id),
+                        "category_id": number,
+                        "area": int(mask.sum()),
+                        "bbox": _box(mask),
+                        "iscrowd": int(getattr(segment, "crowd", False)),
+                        "score": float(segment.score),
+                    }
+                )
+        png = f"{name}.png"
+        channels = [(ids >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)]
+        write_png(path_inside(folder, png), np.stack(channels, 2))
         rows.append({"image_id": annotation.id, "file_name": png, "segments_info": infos})
+        file_name = f"{name}.jpg"
+        if annotation.image is not None:
+            file_name = str(PurePosixPath(name).with_name(annotation.image.name))
         size = {"height": ids.shape[0], "width": ids.shape[1]}
-        file_name = annotation.image.name if annotation.image else f"{annotation.name}.jpg"
         images.append({"id": annotation.id, "file_name": file_name, **size})
     table = [
         {"id": c.id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)}
         for c in categories
     ]
-    _write_json(path, {"images": images, "annotations": rows, "categories": table})
+    write_json(path, {"images": images, "annotations": rows, "categories": table})
 
 
 def _box(mask: np.ndarray) -> list[int]:
     """x, y, width, height."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return [0, 0, 0, 0]
     x, y = int(columns[0]), int(rows[0])
     return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
-
-
-def _stem(file_name: str) -> str:
-    return os.path.splitext(file_name)[0]
 
 
 def _rows(content: dict, key: str, path: Path) -> list:
     if not isinstance(content.get(key), list):
         raise ValueError(f"{path}: expected a list {key!r}")
     return content[key]
-
-
-def _checked(rows: Any, keys: Sequence[str], path: Path, what: str) -> list[dict]:
-    """`rows` if they are dicts with all the keys, and values are of the types they should be."""
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: expected {what} as objects with keys, got {row!r:.40}")
-        lacks = [key for key in keys if key not in row]
-        lacks += [k for k, types in _TYPES.items() if k in row and not isinstance(row[k], types)]
-        if lacks:
-            raise ValueError(f"{path}: entry {number} of the {what} has no valid {lacks[0]!r}")
-    return rows
-
-
-def _pictures(content: dict, path: Path) -> dict[Any, dict]:
-    keys = ("id", "file_name", "height", "width")
-    rows = _checked(_rows(content, "images", path), keys, path, "images")
-    return {row["id"]: row for row in rows}
-
-
-def _write_json(path: str | os.PathLike[str], content: Any) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content), encoding="utf-8")

@@ -25,7 +25,7 @@ def is_picture(path: str | os.PathLike[str], suffixes: frozenset[str] = PICTURE_
     """Whether a path that was found, not named by the user, is to be taken for a picture."""
     path = Path(path)
     foreign = path.name.startswith((".", "~$"))
-    return not foreign and path.suffix.lower() in suffixes and path.is_file()
+    return not foreign and path.suffix.lower() in suffixes and os.path.isfile(path)
 
 
 def pictures_in(
@@ -63,7 +63,7 @@ def picture_name(file_name: str | os.PathLike[str]) -> str:
 def _files(
     folder: Path, deep: bool, above: tuple[tuple[int, int], ...], suffixes: frozenset[str]
 ) -> list[Path]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return []
     try:
         status, paths = folder.stat(), list(folder.iterdir())
@@ -75,6 +75,10 @@ def _files(
     found = [path for path in paths if is_picture(path, suffixes)]
     if deep:
         for path in paths:
-            if not path.name.startswith(".") and path.name not in _THUMBNAILS and path.is_dir():
+            if (
+                not path.name.startswith(".")
+                and path.name not in _THUMBNAILS
+                and os.path.isdir(path)
+            ):
                 found += _files(path, deep, (*above, here), suffixes)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,24 +11,26 @@ from typing import Any
 
 import numpy as np
 
-from pointformer._files import atomic_path
+from pointformer._files import path_inside
 from pointformer.data.annotations import (
     VOID,
     Annotation,
     Category,
+    CategoryTable,
     Dataset,
     Entry,
     Objects,
     Segment,
-    check_ids,
+    category_ids,
     check_size,
-    distinct_color,
     listed_segments,
     named_categories,
-    read_json,
+    parse_categories,
 )
 from pointformer.data.images import read_image, read_instances
+from pointformer.data.json_files import read_json
 from pointformer.data.labels import label_entries, paired_files, write_map
+from pointformer.data.writing import write_json
 
 _SEGMENTS = "segments.json"
 
@@ -46,29 +47,19 @@ class Sample:
 def load_split(root: str | os.PathLike[str], split: str) -> list[Sample]:
     """Read `root`/`split` into memory, sorted by name.
 
-    Every file in its folder `images` needs an instance map of the same size and stem, as PNG, in
-    its folder `instances`.
+    Every picture in its folder `images` needs an instance map of the same size and name in its
+    folder `instances`, and the other way around.
 
     Raises:
-        ValueError: naming the folder or file, if there are no pictures, a map is missing or
-            unreadable, or its size differs from the picture's.
+        ValueError: naming the folder or file, if there are no pictures, a picture or a map is
+            missing, unreadable or there twice, or its size differs from the other's.
     """
     folder = Path(root) / split
-    paths = sorted(path for path in (folder / "images").glob("[!.]*") if path.is_file())
-    if not paths:
-        raise ValueError(f"{folder}: expected pictures in its folder 'images', found none")
-    samples = []
-    for path in paths:
-        image = read_image(path)
-        map_path = folder / "instances" / f"{path.stem}.png"
-        instances = read_instances(map_path)
-        if instances.shape != image.shape[:2]:
-            raise ValueError(
-                f"{map_path}: expected the picture's height and width {image.shape[:2]}, "
-                f"got {instances.shape}"
-            )
-        samples.append(Sample(path.stem, image, instances))
-    return samples
+    entries = _instance_entries(folder / "images", folder / "instances", None, {0: 0}, ())
+    return [
+        Sample(annotation.name, read_image(annotation.image), annotation.ids)  # type: ignore[arg-type]
+        for annotation in Dataset(folder, (), entries)
+    ]
 
 
 def read_folder(
@@ -83,19 +74,22 @@ def read_folder(
 ) -> Dataset:
     """A plain folder: `root`/SPLIT/images/NAME.EXT beside `root`/SPLIT/`folder`/NAME.png.
 
+    NAME may have folders ("site1/a"). Maps may be TIFF, BMP, GIF and PGM files too.
+
     Args:
-        task: "semantic": the PNGs hold class ids. "instance": they hold ids of objects, 0 is
+        task: "semantic": the maps hold class ids. "instance": they hold ids of objects, 0 is
             background. If there is a file segments.json in `root` or the split's folder, it tells
             the objects' classes as {"classes": {ID: NAME}, "images": {NAME: {"segments": [{"id":
             ID, "class": ID, "crowd": 0}, ...]}}}; else all are of the first category.
         categories: classes or their names, numbered from 0; not needed for instances.
-        folder: name of the PNGs' folder; "labels" or "instances", by the task.
+        folder: name of the maps' folder; "labels" or "instances", by the task.
         void: labels that mean void (default: 255), or ids of regions with objects of any class
             that are not told apart (default: none).
 
     Raises:
-        ValueError: naming the file, if a label is out of range, a PNG's ids are not those of the
-            JSON, an annotation has no picture or a picture no annotation.
+        ValueError: naming the file, if a label is out of range, a map's ids are not those of the
+            JSON, an annotation has no picture or a picture no annotation, or there are two of one
+            name (a.png and a.jpg).
     """
     if task not in ("semantic", "instance"):
         raise ValueError(f"task: expected semantic or instance, got {task!r}")
@@ -107,19 +101,16 @@ def read_folder(
             raise ValueError(f"{labels}: which labels there are is needed: pass categories")
         entries = label_entries(base / "images", labels, table, (255,) if void is None else void)
         return Dataset(labels, table, entries, skip_bad=skip_bad)
-    classes, listed, source = None, None, Path(root) / _SEGMENTS
-    if base != Path(root) and (base / _SEGMENTS).is_file():
+    source = Path(root) / _SEGMENTS
+    if (base / _SEGMENTS).is_file():
         source = base / _SEGMENTS
+    listed = None
     if source.is_file():
-        classes, listed = _read_segments(source)
-    table = table or classes or named_categories(("object",))
-    entries = []
-    for name, image, path in paired_files(base / "images", labels):
-        infos = None if listed is None else listed.get(name, [])
-        read = partial(
-            _read_objects, name, image, path, source, infos, _class_numbers(table), void or ()
-        )
-        entries.append(Entry(name, image, path, read))
+        classes, segments = _read_segments(source)
+        table, listed = table or classes, (source, segments)
+    table = table or named_categories(("object",))
+    numbers = CategoryTable(table).numbers()
+    entries = _instance_entries(base / "images", labels, listed, numbers, void or ())
     return Dataset(labels, table, entries, skip_bad=skip_bad)
 
 
@@ -134,53 +125,61 @@ def _category_table(
     return named_categories(categories) if isinstance(first, str) else tuple(categories)  # type: ignore[arg-type]
 
 
-def _class_numbers(categories: Sequence[Category]) -> dict[int, int]:
-    return {category.id: n for n, category in enumerate(categories)}
-
-
-def _read_segments(path: Path) -> tuple[tuple[Category, ...], dict[str, list[dict]]]:
+def _read_segments(path: Path) -> tuple[tuple[Category, ...], dict[str, Any]]:
+    """Classes, and for each picture's name what should be a list of its segments."""
     content = read_json(path)
-    try:
-        names = {int(number): str(name) for number, name in content["classes"].items()}
-        segments = {name: list(image["segments"]) for name, image in content["images"].items()}
-        infos = [info for infos in segments.values() for info in infos]
-        complete = all(isinstance(info[key], int) for info in infos for key in ("id", "class"))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        complete = False
-    if not complete:
+    names, images = content.get("classes"), content.get("images")
+    if not isinstance(names, dict) or not isinstance(images, dict):
         raise ValueError(
             f"{path}: expected {{'classes': {{id: name}}, 'images': {{name: {{'segments': "
             "[{'id', 'class'}]}}}"
         )
-    table = tuple(
-        Category(number, names[number], True, distinct_color(n))
-        for n, number in enumerate(sorted(names))
-    )
-    return table, segments
+    rows = [{"id": number, "name": name} for number, name in names.items()]
+    segments = {
+        name: image.get("segments") if isinstance(image, dict) else None
+        for name, image in images.items()
+    }
+    return parse_categories(rows, path).classes, segments
+
+
+def _instance_entries(
+    images: Path,
+    labels: Path,
+    listed: tuple[Path, dict[str, Any]] | None,
+    classes: dict[int, int],
+    void: Sequence[int],
+) -> list[Entry]:
+    """Entries of two folders; `listed` is the JSON file and its rows for each name."""
+    entries = []
+    for name, image, path in paired_files(images, labels):
+        rows = None if listed is None else (listed[0], listed[1].get(name, []))
+        read = partial(_read_objects, name, image, path, rows, classes, void)
+        entries.append(Entry(name, image, path, read))
+    return entries
 
 
 def _read_objects(
     name: str,
     image: Path,
     path: Path,
-    source: Path,
-    infos: list[dict] | None,
+    listed: tuple[Path, Any] | None,
     classes: dict[int, int],
     void: Sequence[int],
 ) -> Annotation:
     ids = read_instances(path)
     check_size(path, ids.shape, image)
-    if infos is None:
-        infos = [
-            {"id": int(n), "class": min(classes)} for n in np.unique(ids) if n not in (0, *void)
-        ]
-    areas = check_ids(path, ids, [info["id"] for info in infos], source.name, (0, *void))
-    segments = listed_segments(source, name, infos, classes, areas)
+    if listed is None:
+        values = np.unique(ids).tolist()
+        listed = path, [{"id": n, "class": min(classes)} for n in values if n not in (0, *void)]
+    source, rows = listed
+    segments, problems = listed_segments(source, name, rows, path, ids, classes, (0, *void))
     for value in void:
         area = int((ids == value).sum())
         if area:
             segments.append(Segment(value, VOID, area, crowd=True))
-    return Annotation(name, image, ids.shape, name, ids=ids, segments=tuple(segments))
+    return Annotation(
+        name, image, ids.shape, name, ids=ids, segments=tuple(segments), problems=problems
+    )
 
 
 def write_folder_objects(
@@ -190,23 +189,30 @@ def write_folder_objects(
 ) -> None:
     """Write predicted objects as instances/NAME.png and segments.json, for `read_folder`.
 
+    Files that these writers wrote before are replaced, others never.
+
     Args:
-        predictions: names of pictures, and objects with `masks` (N, H, W), `classes` (N,) and
-            `scores` (N,). Where masks overlap, the pixel goes to the higher score; an object that
-            has no pixel left is not written.
+        predictions: names of pictures, which keep their folders ("site1/a"), and objects with
+            `masks` (N, H, W), `classes` (N,) and `scores` (N,). Where masks overlap, the pixel
+            goes to the higher score; an object that has no pixel left is not written.
+
+    Raises:
+        ValueError: if a class is not in `categories`, a name is there twice or leads out of the
+            folder, a score is not finite, or another file is in the way.
     """
     root = Path(root)
-    images = {}
+    images: dict[str, Any] = {}
     for name, predicted in predictions:
+        if name in images:
+            raise ValueError(f"{root}: expected each picture once, got {name} twice")
         found = Objects.of(predicted, np.shape(predicted.masks)[1:])
+        classes, scores = category_ids(found.classes, categories), found.scores.tolist()
         ids = np.zeros(found.masks.shape[1:], np.int32)
         for n in np.argsort(found.scores, kind="stable"):
             ids[found.masks[n]] = n + 1
-        write_map(root / "instances" / f"{name}.png", ids)
+        write_map(path_inside(root / "instances", f"{name}.png"), ids)
         kept = (np.unique(ids[ids > 0]) - 1).tolist()
-        classes, scores = found.classes.tolist(), found.scores.tolist()
-        rows = [{"id": n + 1, "class": categories[classes[n]].id, "score": scores[n]} for n in kept]
+        rows = [{"id": n + 1, "class": classes[n], "score": scores[n]} for n in kept]
         images[name] = {"segments": rows}
-    content = {"classes": {c.id: c.name for c in categories}, "images": images}
-    with atomic_path(root / _SEGMENTS) as temporary:
-        temporary.write_text(json.dumps(content), encoding="utf-8")
+    table = {str(category.id): category.name for category in categories}
+    write_json(root / _SEGMENTS, {"classes": table, "images": images})

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from pointformer._files import atomic_path
 from pointformer.data.annotations import VOID, Annotation, Category, Dataset, Entry, check_size
 from pointformer.data.categories import ADE20K
+from pointformer.data.discovery import MAP_SUFFIXES, PICTURE_SUFFIXES, picture_name, pictures_in
 from pointformer.data.images import read_labels
+from pointformer.data.writing import write_png
 
 _UNKNOWN = VOID - 1
 
@@ -49,26 +49,31 @@ def label_entries(
 
 
 def paired_files(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
-    """Names, pictures and PNGs with the same stem in two folders, whether or not both exist.
+    """Names, pictures and maps of two folders, in their folders too: "site1/a" has one in each.
+
+    A picture without a map, or a map without a picture, is there with the path that is missing;
+    of pictures or maps with one name (a.png and a.jpg) there is every pair.
 
     Raises:
-        ValueError: if there are no pictures, or two with one name.
+        ValueError: if there are no pictures.
     """
-    pictures: dict[str, Path] = {}
-    for path in sorted(images.glob("[!.]*")):
-        if not path.is_file():
-            continue
-        if path.stem in pictures:
-            raise ValueError(f"{path}: there is another picture {pictures[path.stem].name}")
-        pictures[path.stem] = path
+    pictures, maps = _by_name(images, PICTURE_SUFFIXES), _by_name(labels, MAP_SUFFIXES)
     if not pictures:
         raise ValueError(f"{images}: expected pictures, found none")
-    suffix = next(iter(pictures.values())).suffix
-    names = sorted(pictures.keys() | {path.stem for path in labels.glob("[!.]*.png")})
+    suffix = next(iter(pictures.values()))[0].suffix
     return [
-        (name, pictures.get(name, images / f"{name}{suffix}"), labels / f"{name}.png")
-        for name in names
+        (name, image, path)
+        for name in sorted(pictures.keys() | maps.keys())
+        for image in pictures.get(name, [images / f"{name}{suffix}"])
+        for path in maps.get(name, [labels / f"{name}.png"])
     ]
+
+
+def _by_name(folder: Path, suffixes: frozenset[str]) -> dict[str, list[Path]]:
+    named: dict[str, list[Path]] = {}
+    for path in pictures_in(folder, deep=True, suffixes=suffixes):
+        named.setdefault(picture_name(path.relative_to(folder)), []).append(path)
+    return named
 
 
 def label_table(classes: dict[int, int], void: Iterable[int]) -> np.ndarray:
@@ -143,10 +148,3 @@ def write_map(path: str | os.PathLike[str], values: np.ndarray) -> None:
             f"{os.fspath(path)}: a PNG holds 0 to 65535, got {values.min()} to {largest}"
         )
     write_png(path, values.astype(np.uint8 if largest < 256 else np.uint16))
-
-
-def write_png(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
-    """Write an array that Pillow knows as a PNG, in a folder that is made if need be."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
