@@ -230,3 +230,69 @@ def test_panoptic_writer_rejects_ids_that_three_bytes_do_not_hold(tmp_path):
     with pytest.raises(ValueError, match=r"a: expected ids of 1 to 16777215"):
         data.write_coco_panoptic(tmp_path / "a.json", tmp_path, [(annotation, annotation)], table)
     assert not list(tmp_path.iterdir())
+
+
+def test_panoptic_rows_that_are_ambiguous(tmp_path):
+    path, folder, images, annotations = scenes.coco_panoptic(tmp_path)
+    content = json.loads(path.read_text())
+
+    def skipped(change, pictures=images):
+        fresh = json.loads(json.dumps(content))
+        change(fresh)
+        scenes.dump(path, fresh)
+        assert error_of(lambda: list(data.read_coco_panoptic(path, folder, pictures)))
+        dataset = data.read_coco_panoptic(path, folder, pictures, skip_bad=True)
+        for found in dataset:
+            truth = annotations[int(found.name)]
+            np.testing.assert_array_equal(found.ids, truth.ids)
+            assert {*found.segments} <= {*truth.segments}
+        return len(dataset), list(dataset.skipped)
+
+    rows = "annotations"
+    assert skipped(lambda c: c[rows][0].update(image_id=11)) == (1, ["1", "0"])
+    assert skipped(lambda c: c[rows].append(c[rows][0])) == (2, ["0"])
+    assert skipped(lambda c: c[rows].append(c[rows][0]), None) == (2, ["0"])
+    assert skipped(lambda c: c[rows][0].update(image_id=11), None) == (1, ["0", "1"])
+    assert skipped(lambda c: c[rows][0].update(file_name="1.png")) == (1, ["0", "1"])
+    assert skipped(lambda c: c[rows].pop(0)) == (2, ["0"])
+    assert skipped(lambda c: c["images"][0].update(id=11)) == (
+        1,
+        ["0", "1", "annotation of image 10"],
+    )
+    assert skipped(lambda c: c["images"][0].update(file_name="1.jpg")) == (1, ["1"])
+    for name in ("../p/0.png", "/0.png", None):
+        assert skipped(lambda c, name=name: c[rows][0].update(file_name=name)) == (
+            2,
+            ["annotation of image 10", "0"],
+        )
+    assert skipped(lambda c: c[rows][0].update(image_id=None))[0] == 2
+
+    for change in (
+        lambda c: c[rows][0]["segments_info"].append(c[rows][0]["segments_info"][0]),
+        lambda c: c[rows][0]["segments_info"][0].update(category_id=4),
+        lambda c: c[rows][0]["segments_info"][0].update(iscrowd="no"),
+    ):
+        assert skipped(change) == (3, ["segment 3 of 0"])
+    for change in (
+        lambda c: c[rows][0]["segments_info"].append(None),
+        lambda c: c[rows][0]["segments_info"].append({}),
+    ):
+        assert skipped(change) == (3, ["entry 4 of the segments of 0"])
+
+
+def test_panoptic_numbers_written_otherwise(tmp_path):
+    path, folder, images, annotations = scenes.coco_panoptic(tmp_path)
+    content = json.loads(path.read_text())
+    for picture, row in zip(content["images"], content["annotations"], strict=True):
+        picture["id"], row["image_id"] = float(picture["id"]), str(row["image_id"])
+        for segment in row["segments_info"]:
+            segment["id"], segment["category_id"] = (
+                str(segment["id"]),
+                float(segment["category_id"]),
+            )
+            segment.update(area=None, bbox=None)
+    path.write_text(json.dumps(content), encoding="utf-8-sig")
+    for found, truth in zip(
+        data.read_coco_panoptic(path, folder, images), annotations, strict=True
+    ):
+        assert (found.id, found.segments) == (truth.id, truth.segments)

@@ -230,3 +230,143 @@ def test_written_folder_of_objects_is_read_again(tmp_path):
     np.testing.assert_array_equal(read.masks[1:], masks[[1, 3]])
     np.testing.assert_array_equal(read.classes, [0, 1, 0])
     np.testing.assert_allclose(read.scores, [0.5, 0.9, 0.8])
+
+
+def junk(folder):
+    for name in ("._a.png", "Thumbs.db", ".DS_Store", "desktop.ini", "~$a.png", "a.png.part"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no picture")
+
+
+def readers(root):
+    """Every reader of folders with one picture "a", and files that are nobody's."""
+    ids = np.array([[0, 1, 2]])
+    for images, maps in (
+        ("val/images", "val/labels"),
+        ("images/validation", "annotations/validation"),
+    ):
+        scenes.picture(root / images / "a.png", ids.shape)
+        scenes.save(root / maps / "a.png", ids.astype(np.uint8))
+        junk(root / images)
+        junk(root / maps)
+    scenes.instance_folder(root, ids)
+    junk(root / "val/instances")
+    scenes.cityscapes(root / "streets", frames=1)
+    ending = "_gtFine_labelIds.png"
+    for folder in ("leftImg8bit/val/town", "gtFine/val/town"):
+        junk(root / "streets" / folder)
+        (root / "streets" / folder / f"._a{ending}").write_bytes(b"")
+    return {
+        "semantic": lambda **options: data.read_folder(
+            root, "val", categories=list("abc"), **options
+        ),
+        "instance": lambda **options: data.read_folder(root, "val", "instance", **options),
+        "ade20k": lambda **options: data.read_ade20k(root, **options),
+        "cityscapes": lambda **options: data.read_cityscapes(root / "streets", **options),
+        "split": lambda **options: data.load_split(root, "val"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["semantic", "instance", "ade20k", "cityscapes", "split"])
+def test_hidden_files_are_nobodys_pictures(tmp_path, kind):
+    (only,) = readers(tmp_path)[kind]()
+    assert only.name == ("town_000000_000019" if kind == "cityscapes" else "a")
+
+
+@pytest.mark.parametrize("kind", ["semantic", "instance", "ade20k", "split"])
+def test_names_keep_their_folders(tmp_path, kind):
+    read = readers(tmp_path)[kind]
+    images, maps = {
+        "semantic": ("val/images", "val/labels"),
+        "ade20k": ("images/validation", "annotations/validation"),
+    }.get(kind, ("val/images", "val/instances"))
+    for site, value in (("site1", 1), ("site2", 2)):
+        scenes.picture(tmp_path / images / site / "a.png", (4, 5))
+        scenes.save(tmp_path / maps / site / "a.png", np.full((4, 5), value, np.uint8))
+    found = list(read())
+    assert [item.name for item in found] == ["a", "site1/a", "site2/a"]
+    for item, value in zip(found[1:], (1, 2), strict=True):
+        if kind in ("instance", "split"):
+            ids = item.ids if kind == "instance" else item.instances
+            assert (ids == value).all()
+        else:
+            assert (item.semantic == (value if kind == "semantic" else value - 1)).all()
+
+
+@pytest.mark.parametrize("suffix", [".PNG", ".tif", ".TIF", ".tiff", ".bmp"])
+@pytest.mark.parametrize("kind", ["semantic", "instance", "ade20k", "split"])
+def test_suffixes_of_maps(tmp_path, kind, suffix):
+    read = readers(tmp_path)[kind]
+    for folder in ("val/labels", "val/instances", "annotations/validation"):
+        old = tmp_path / folder / "a.png"
+        Image.open(old).convert("L").save(tmp_path / folder / f"a{suffix}")
+        old.unlink()
+    (only,) = read()
+    assert only.name == "a"
+
+
+@pytest.mark.parametrize("where", ["images", "labels"])
+def test_two_files_of_one_name_are_ambiguous(tmp_path, where):
+    read = readers(tmp_path)["semantic"]
+    scenes.picture(tmp_path / "val/images/b.png", (1, 3))
+    scenes.save(tmp_path / "val/labels/b.png", np.array([[0, 1, 2]], np.uint8))
+    first = tmp_path / f"val/{where}/a.png"
+    first.with_suffix(".tif").write_bytes(first.read_bytes())
+    kind = "picture" if where == "images" else "annotation"
+    problem = f"{first.with_suffix('.tif')}: there is another {kind} {first}, both are 'a'"
+    assert error_of(read).startswith(problem)
+    dataset = read(skip_bad=True)
+    assert [annotation.name for annotation in dataset] == ["b"]
+    assert dataset.skipped == {"a": problem}
+
+
+def test_names_that_differ_in_case_are_two(tmp_path):
+    read = readers(tmp_path)["semantic"]
+    if (tmp_path / "val/images/A.png").exists():
+        pytest.skip("this file system does not tell a.png from A.png")
+    scenes.picture(tmp_path / "val/images/A.png", (1, 3))
+    assert "labels/A.png: expected the annotation of" in error_of(read)
+    scenes.save(tmp_path / "val/labels/A.png", np.array([[2, 1, 2]], np.uint8))
+    assert [annotation.semantic[0, 0] for annotation in read()] == [2, 0]
+
+
+def test_cityscapes_without_folders_of_cities(tmp_path):
+    root = scenes.cityscapes(tmp_path, frames=2)
+    for folder in ("leftImg8bit/val", "gtFine/val"):
+        for path in (root / folder / "town").iterdir():
+            path.rename(root / folder / path.name.replace("_000000_", "_000007_"))
+    dataset = data.read_cityscapes(root, task="instance")
+    assert [item.name for item in dataset] == ["town_000001_000019", "town_000007_000019"]
+    (root / "leftImg8bit/val/other").mkdir()
+    (root / "gtFine/val/other").mkdir()
+    for folder, ending in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_instanceIds")):
+        path = root / folder / f"val/town_000001_000019_{ending}.png"
+        (root / folder / "val/other" / path.name).write_bytes(path.read_bytes())
+    assert "there is another picture" in error_of(
+        lambda: data.read_cityscapes(root, task="instance")
+    )
+    dataset = data.read_cityscapes(root, task="instance", skip_bad=True)
+    assert list(dataset.skipped) == ["town_000001_000019"]
+
+
+def test_segments_json_as_others_write_it(tmp_path):
+    """Texts for numbers are taken; a bad row is left out alone, a bad list with its picture."""
+    segments = [{"id": "1", "class": "7"}, {"id": 2.0, "class": 1.0, "crowd": None, "score": None}]
+    root = scenes.instance_folder(tmp_path, np.array([[0, 1, 2]]), segments)
+    found = data.read_folder(root, "val", "instance")[0].segments
+    assert [(s.id, s.category, s.crowd, s.score) for s in found] == [
+        (1, 1, False, 1.0),
+        (2, 0, False, 1.0),
+    ]
+    scenes.instance_folder(root, np.array([[0, 1, 2]]), [{"id": 1, "class": 7}, {"id": 2}])
+    dataset = data.read_folder(root, "val", "instance", skip_bad=True)
+    assert [[s.id for s in annotation.segments] for annotation in dataset] == [[1]]
+    assert list(dataset.skipped) == ["segment 2 of a"]
+    content = {"classes": {"1": "cat"}, "images": {"a": {"segments": None}}}
+    scenes.dump(root / "segments.json", content)
+    dataset = data.read_folder(root, "val", "instance", skip_bad=True)
+    assert (list(dataset), list(dataset.skipped)) == ([], ["a"])
+    (root / "segments.json").write_text('{"classes": {}, "images": {"a": {}, "a": {}}}')
+    assert "an object has the key 'a' twice" in error_of(
+        lambda: data.read_folder(root, "val", "instance")
+    )

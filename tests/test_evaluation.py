@@ -195,3 +195,66 @@ def test_models_that_cannot_do_a_task_are_told(folder):
     ):
         with pytest.raises(ValueError, match=f"task: head '{head}' with 2 classes"):
             Model("small", SMALL, head, 2, task=task)
+
+
+def test_skip_bad_lists_single_objects_too(tmp_path, capsys):
+    """A COCO file with two bad objects, a picture that is ambiguous and a heading of categories."""
+    square = [[4, 4, 20, 4, 20, 20, 4, 20]]
+    row = {"image_id": 1, "category_id": 1, "segmentation": square}
+    content = {
+        "categories": [
+            {"id": 0, "name": "cells", "supercategory": "none"},
+            {"id": 1, "name": "cell", "supercategory": "cells"},
+        ],
+        "images": [
+            {"id": n, "file_name": name} for n, name in ((1, "a.png"), (2, "b.png"), (2, "c.png"))
+        ],
+        "annotations": [
+            {**row, "id": 1},
+            {**row, "id": 2, "segmentation": []},
+            {**row, "id": 3, "category_id": 9},
+            {**row, "id": 4, "image_id": 2},
+        ],
+    }
+    path, out = tmp_path / "instances.json", tmp_path / "scores.json"
+    path.write_text(json.dumps(content))
+    for name in "abc":
+        noise = np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{name}.png")
+    model = tmp_path / "model.safetensors"
+    save_model(mask_model("instance", 1), model)
+    arguments = [
+        "evaluate", tmp_path, "--format", "coco", "--annotations", path, "--model", model,
+        "--threads", 1, "--json", out,
+    ]  # fmt: skip
+    arguments = [str(a) for a in arguments]
+    assert cli.main(arguments) == 1
+    assert "skip_bad (--skip-bad) leaves out what is bad" in capsys.readouterr().err
+    assert cli.main([*arguments, "--skip-bad"]) == 0
+    error = capsys.readouterr().err
+    assert "5 skipped" in error
+    report = json.loads(out.read_text())
+    assert report["images"] == 1
+    assert sorted(report["skipped"]) == ["annotation 2", "annotation 3", "b", "c", "category 0"]
+    for problem in report["skipped"].values():
+        assert problem in error
+
+
+def test_the_default_split_of_ade20k_is_validation(folder, tmp_path, capsys):
+    for kind, old in (("images", "images"), ("annotations", "labels")):
+        (tmp_path / "ade" / kind).mkdir(parents=True)
+        (folder / "val" / old).rename(tmp_path / "ade" / kind / "validation")
+    path = tmp_path / "model.safetensors"
+    save_model(mask_model("semantic", 150), path)
+    arguments = [
+        "evaluate",
+        tmp_path / "ade",
+        "--format",
+        "ade20k",
+        "--model",
+        path,
+        "--threads",
+        1,
+    ]
+    assert cli.main([str(a) for a in arguments]) == 0
+    assert "mIoU" in capsys.readouterr().out

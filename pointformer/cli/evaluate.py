@@ -25,7 +25,7 @@ _FORMATS = ("folder", "ade20k", "cityscapes", "coco", "coco-panoptic")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
     parser.add_argument("--format", choices=_FORMATS, default="folder", help="default: folder")
-    parser.add_argument("--split", default="val", help="default: val")
+    parser.add_argument("--split", help="default: val, of ade20k validation")
     parser.add_argument(
         "--task",
         choices=("semantic", "instance", "panoptic"),
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--segments", type=Path, help="folder of the PNGs of coco-panoptic (default: beside JSON)"
     )
     parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out unreadable annotations and list them"
+        "--skip-bad",
+        action="store_true",
+        help="leave out pictures and objects that are bad, and list them",
     )
     parser.add_argument("--limit", type=int, help="score only the first so many pictures")
     parser.add_argument(
@@ -96,6 +98,7 @@ def _dataset(options: argparse.Namespace, task: str, model) -> Dataset:
     from pointformer import data
 
     bad = {"skip_bad": options.skip_bad}
+    split = options.split or ("validation" if options.format == "ade20k" else "val")
     if options.format.startswith("coco"):
         if options.annotations is None:
             raise ValueError(f"--annotations: --format {options.format} needs its JSON file")
@@ -104,7 +107,7 @@ def _dataset(options: argparse.Namespace, task: str, model) -> Dataset:
         folder = options.segments or options.annotations.with_suffix("")
         return data.read_coco_panoptic(options.annotations, folder, options.data, **bad)
     if options.format == "ade20k":
-        return data.read_ade20k(options.data, options.split, **bad)
+        return data.read_ade20k(options.data, split, **bad)
     if options.format == "cityscapes":
-        return data.read_cityscapes(options.data, options.split, task, **bad)
-    return data.read_folder(options.data, options.split, task, categories=model.categories, **bad)
+        return data.read_cityscapes(options.data, split, task, **bad)
+    return data.read_folder(options.data, split, task, categories=model.categories, **bad)

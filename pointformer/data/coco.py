@@ -363,7 +363,7 @@ def write_coco_results(
     rows, seen = [], set()
     for image_id, predicted in predictions:
         if str(image_id) in seen:
-            raise ValueError(f"{path}: expected each image once, got {shown(image_id)} twice")
+            raise ValueError(f"{path}: expected each picture once, got {shown(image_id)} twice")
         seen.add(str(image_id))
         found = Objects.of(predicted, np.shape(predicted.masks)[1:])
         ids = category_ids(found.classes, categories)
