@@ -46,19 +46,8 @@ def path_inside(folder: str | os.PathLike[str], name: str, *, follow_links: bool
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[Path]:
-    """A temporary path in the folder of `path`, with its suffix, moved to `path` on success.
-
-    On an error the temporary file is removed and `path` stays as it was. What is at `path` is
-    never half of the old and half of the new, not even after a power failure.
-
-    Args:
-        path: the final name. A link there is replaced, not followed.
-        replace: whether a file that is there already is replaced.
-
-    Raises:
-        FileExistsError: `replace` is false and something is there, or came there meanwhile.
-    """
+def temporary_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty file in the folder of `path`, with its suffix, removed at the end if still there."""
     path = Path(path)
     # Of a fixed length: the final name may be as long as names can be.
     suffix = path.suffix if len(os.fsencode(path.suffix)) <= 16 else ""
@@ -67,29 +56,46 @@ def atomic_path(path: str | os.PathLike[str], *, replace: bool = True) -> Iterat
         # The file gets the permissions that the process's umask leaves.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
-        if replace:
-            temporary.replace(path)
-        else:
-            _move_to_free_name(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
-def _move_to_free_name(source: Path, target: Path) -> None:
-    """Rename, but fail if `target` exists: in one step, where the file system has hard links."""
-    try:
-        os.link(source, target)
+def publish(temporary: Path, path: str | os.PathLike[str], *, replace: bool = True) -> None:
+    """Give a whole file its final name, in the same folder.
+
+    What is at `path` is never half of the old and half of the new, not even after a power failure.
+
+    Args:
+        path: the final name. A link there is replaced, not followed.
+        replace: whether a file that is there already is replaced.
+
+    Raises:
+        FileExistsError: `replace` is false and something is there.
+    """
+    with temporary.open("r+b") as file:
+        os.fsync(file.fileno())
+    if replace:
+        temporary.replace(path)
+        return
+    try:  # one step that fails if there is something
+        os.link(temporary, path)
     except FileExistsError:
-        raise FileExistsError(f"{target}: is there already") from None
-    except OSError:
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        raise FileExistsError(f"{os.fspath(path)}: is there already") from None
+    except OSError:  # a file system without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
-            source.replace(target)
+            temporary.replace(path)
         except BaseException:
-            target.unlink()
+            os.unlink(path)
             raise
-    else:
-        source.unlink()
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[Path]:
+    """A temporary path in the folder of `path`, with its suffix, moved to `path` on success.
+
+    On an error the temporary file is removed and `path` stays as it was. See `publish`.
+    """
+    with temporary_path(path) as temporary:
+        yield temporary
+        publish(temporary, path, replace=replace)

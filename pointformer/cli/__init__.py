@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from pointformer.cli import evaluate, focus, models, profile, segment
+from pointformer.cli.common import abandon, complain, say
 
 _COMMANDS = {
     "segment": segment,
@@ -26,24 +31,58 @@ def _parser() -> argparse.ArgumentParser:
         text = (module.__doc__ or "").strip()
         sub = commands.add_parser(name, help=text.splitlines()[0], description=text)
         module.add_arguments(sub)
+        sub.add_argument("--debug", action="store_true", help="show where errors come from")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code, 0 if all went well."""
-    options = _parser().parse_args(arguments)
-    try:
-        return _COMMANDS[options.command].run(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"pointformer: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        import torch
+    """Run a command; returns the exit code: 0 if all was done, 1 if not, 2 for a wrong usage."""
+    with _any_characters(), _orderly_end():
+        options = _parser().parse_args(arguments)
+        try:
+            code = _COMMANDS[options.command].run(options)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            say("pointformer: interrupted", error=True)
+            return 130
+        except BrokenPipeError:  # `| head` has read enough
+            abandon(sys.stdout)
+            return 0
+        except Exception as error:
+            complain(error, debug=options.debug)
+            return 1
 
-        if not isinstance(error, torch.OutOfMemoryError):
-            raise
-        print("pointformer: error: out of memory: use smaller pictures or --tile", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("pointformer: interrupted", file=sys.stderr)
-        return 130
+
+@contextlib.contextmanager
+def _any_characters() -> Iterator[None]:
+    """Print names of files whatever their characters, if need be as escapes."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    handlers = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, handlers, strict=True):
+            stream.reconfigure(errors=errors)
+
+
+@contextlib.contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Leave no temporary files when the process is told to end (SIGTERM) or loses its terminal."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                old[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

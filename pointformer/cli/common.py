@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import os
+import sys
+import traceback
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
+
+from pointformer.cli.results import is_result
+from pointformer.data.discovery import has_picture_name, is_picture, picture_name
 
 if TYPE_CHECKING:
     from pointformer.models import Model
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm"}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +32,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
     parser.add_argument(
         "--threads", type=int, help="CPU threads (default: all cores, but one for one picture)"
+    )
+
+
+def add_result_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files that this program did not write, or that were changed since; its own "
+        "earlier results are replaced anyway, and what it reads never is",
     )
 
 
@@ -60,22 +76,152 @@ def model_from(options: argparse.Namespace, pictures: int) -> Model:
         raise ValueError(f"--device: {options.device} cannot be used: {reason}") from None
 
 
-def image_paths(arguments: list[str]) -> list[Path]:
-    """Files named by paths, folders (their pictures, not deeper) and glob patterns, in order.
+def find_pictures(arguments: Sequence[str]) -> tuple[list[Path], list[str], int]:
+    """Pictures named by files, folders (what is in them, not deeper) and glob patterns.
+
+    Returns:
+        Paths in the order of the arguments, each picture once; what is wrong with arguments that
+        give none; and how many files were left out because they are results of earlier runs.
+    """
+    found: dict[tuple[str, str], Path] = {}
+    own: set[tuple[str, str]] = set()
+    problems: list[str] = []
+    for argument in arguments:
+        try:
+            paths = _pictures_of(argument)
+        except (OSError, ValueError) as error:
+            problems.append(reason(error, argument))
+            continue
+        for path in paths:
+            key = os.path.realpath(path.parent), path.name
+            if is_result(path):
+                own.add(key)
+            else:
+                found.setdefault(key, path)
+    if own and not found and not problems:
+        problems = [f"{printable(arguments[0])}: no picture found but results of earlier runs"]
+    return list(found.values()), problems, len(own)
+
+
+def _pictures_of(argument: str) -> list[Path]:
+    path = Path(argument)
+    if argument and path.is_dir():
+        # Links that lead nowhere too: they are not passed over in silence.
+        found = sorted(p for p in path.iterdir() if has_picture_name(p) and not p.is_dir())
+    elif argument and os.path.lexists(path):
+        found = [path]
+    else:
+        found = [p for p in map(Path, sorted(glob.glob(argument, recursive=True))) if is_picture(p)]
+    if not found:
+        raise ValueError(
+            f"{argument or repr('')}: no picture found (a file, a folder or a pattern)"
+        )
+    return found
+
+
+def check_file(path: Path) -> None:
+    """Raise an error that names a path which is no file: to read a pipe could take forever.
 
     Raises:
-        ValueError: an argument matches nothing.
+        ValueError: it is missing, a folder, a pipe, a device or a link that leads nowhere.
     """
-    paths: list[Path] = []
-    for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        elif path.exists():
-            found = [path]
-        else:
-            found = sorted(Path(p) for p in glob.glob(argument, recursive=True))
-        if not found:
-            raise ValueError(f"{argument}: no picture found (a file, a folder or a pattern)")
-        paths += [p for p in found if p not in paths]
-    return paths
+    if path.is_file():
+        return
+    kind = "this is a pipe or a device"
+    if path.is_dir():
+        kind = "this is a folder"
+    elif not path.exists():
+        kind = "this link leads nowhere" if path.is_symlink() else "there is no such file"
+    raise ValueError(f"{path}: expected a picture, but {kind}")
+
+
+def result_names(pictures: Sequence[Path]) -> list[str]:
+    """What the results of each picture are called in the output folder, all different.
+
+    "c" for a/c.png. Beside an a/c.jpg both keep their suffix: "c.png". If pictures in several
+    folders have one name, all keep their folders, from the deepest one on that has them all:
+    "a/c". Names that differ only in case count as one, since some file systems take them so.
+    """
+    folders = [os.path.abspath(path.parent) for path in pictures]
+    names = [picture_name(path.name) for path in pictures]
+    while True:
+        counts = Counter(zip(folders, map(_caseless, names), strict=True))
+        unique = [
+            path.name if counts[folder, _caseless(name)] > 1 else name
+            for path, folder, name in zip(pictures, folders, names, strict=True)
+        ]
+        if unique == names:
+            break
+        names = unique
+    places = set(zip(folders, map(_caseless, names), strict=True))
+    if len({name for _, name in places}) < len(places):  # one name in several folders
+        common = os.path.commonpath(folders)
+        names = [
+            Path(os.path.relpath(folder, common), name).as_posix()
+            for folder, name in zip(folders, names, strict=True)
+        ]
+    return names
+
+
+def _caseless(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def reason(error: BaseException, about: object = "") -> str:
+    """One line that says what went wrong and names the file that it is `about`.
+
+    Of errors that nobody foresaw, it names the type and how to see more.
+    """
+    text = str(error) or type(error).__name__
+    if is_out_of_memory(error):
+        text = "out of memory: use smaller pictures or --tile"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    elif not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+        first = next(iter(str(error).splitlines()), "")
+        text = f"unexpected {type(error).__name__}: {first} (see --debug)"
+    name = printable(str(about))
+    text = text.replace(str(about), name) if name else text
+    text = printable(" ".join(line.strip() for line in text.splitlines()))
+    return text if name in text else f"{name}: {text}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, NumPy or torch says that there is no memory left, on any device.
+
+    On a CPU torch raises a plain RuntimeError.
+    """
+    signs = ("out of memory", "allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    )
+
+
+def printable(text: str) -> str:
+    """The text in one line: control characters, which names of files may have, are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def complain(error: BaseException, about: object = "", *, debug: bool = False) -> None:
+    """Print an error as one line, and with `debug` where it comes from."""
+    if debug:
+        traceback.print_exception(error)
+    say(f"pointformer: error: {reason(error, about)}", error=True)
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line beside progress bars, whether or not anybody still reads it."""
+    from tqdm import tqdm
+
+    stream = sys.stderr if error else sys.stdout
+    try:
+        tqdm.write(text, file=stream)
+        stream.flush()
+    except BrokenPipeError:
+        abandon(stream)
+
+
+def abandon(stream: TextIO) -> None:
+    """Let what is still written to a stream vanish: its reader is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

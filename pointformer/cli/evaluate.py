@@ -7,14 +7,18 @@ Formats: "folder" (SPLIT/images beside SPLIT/labels or SPLIT/instances), "ade20k
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pointformer._files import atomic_path
-from pointformer.cli.common import add_model_arguments, model_from
+from pointformer.cli.common import (
+    add_model_arguments,
+    add_result_arguments,
+    model_from,
+    printable,
+    say,
+)
+from pointformer.cli.results import Results, write_sealed
 
 if TYPE_CHECKING:
     from pointformer.data.annotations import Dataset
@@ -51,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flip", action="store_true", help="semantic: and mirrored copies")
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="work in windows of this side")
     parser.add_argument("--json", type=Path, help="write the scores to this file too")
+    add_result_arguments(parser)
     add_model_arguments(parser)
 
 
@@ -64,6 +69,11 @@ def run(options: argparse.Namespace) -> int:
     model = model_from(options, 2)
     task = options.task or model.task or "instance"
     dataset = _dataset(options, task, model)
+    results = Results(overwrite=options.overwrite)
+    if options.json is not None:
+        read = [path for entry in dataset.entries for path in (entry.image, entry.labels)]
+        results.protect(path for path in (*read, options.annotations, options.model) if path)
+        results.check(options.json)
     total = min(len(dataset), options.limit or len(dataset))
     bar = tqdm(islice(dataset, options.limit), total=total, unit="image")
     result = evaluate(
@@ -76,11 +86,11 @@ def run(options: argparse.Namespace) -> int:
         tile=options.tile,
     )
     for name, value in result.scores.items():
-        print(f"{name:40} {100 * value:6.2f}")
+        say(f"{printable(name):40} {100 * value:6.2f}")
     if dataset.skipped:
-        print(f"{len(dataset.skipped)} skipped:", file=sys.stderr)
+        say(f"{len(dataset.skipped)} skipped:", error=True)
         for problem in dataset.skipped.values():
-            print(f"  {problem}", file=sys.stderr)
+            say(f"  {printable(problem)}", error=True)
     if options.json is not None:
         content = {
             "model": options.model,
@@ -89,8 +99,8 @@ def run(options: argparse.Namespace) -> int:
             "scores": {k: None if math.isnan(v) else v for k, v in result.scores.items()},
             "skipped": dataset.skipped,
         }
-        with atomic_path(options.json) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n")
+        with results.write(options.json) as path:
+            write_sealed(path, content)
     return 0
 
 

@@ -8,13 +8,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pointformer._files import atomic_path
-from pointformer.cli.common import add_model_arguments, model_from
+from pointformer.cli.common import (
+    add_model_arguments,
+    add_result_arguments,
+    check_file,
+    model_from,
+    printable,
+    say,
+)
+from pointformer.cli.results import Results, save_sealed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("--out", required=True, type=Path, help="the picture to write, as PNG")
+    add_result_arguments(parser)
     add_model_arguments(parser)
 
 
@@ -24,17 +32,21 @@ def run(options: argparse.Namespace) -> int:
     from pointformer.pictures import focus_picture
     from pointformer.segmentation import as_rgb, to_tensor
 
-    image = as_rgb(options.image)
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"{options.out}: expected a file name that ends in .png")
     if not options.out.parent.is_dir():
         raise ValueError(f"{options.out.parent}: there is no such folder")
+    results = Results(overwrite=options.overwrite)
+    results.protect([options.image, options.model])
+    results.check(options.out)
+    check_file(Path(options.image))
+    image = as_rgb(options.image)
     model = model_from(options, 1)
     with torch.inference_mode():
         stages = model.backbone(model.preprocess(to_tensor(image).to(options.device))[None])
     picture = focus_picture(image, stages, model.config.patch_stride)
-    with atomic_path(options.out) as temporary:
-        picture.save(temporary)
+    with results.write(options.out) as temporary:
+        save_sealed(temporary, picture)
     tokens = " -> ".join(str(stage.tokens.num_tokens) for stage in stages)
-    print(f"{options.image}: tokens {tokens}; picture in {options.out}")
+    say(printable(f"{options.image}: tokens {tokens}; picture in {options.out}"))
     return 0

@@ -14,6 +14,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from pointformer.cli.common import is_out_of_memory
+
 if TYPE_CHECKING:
     import torch
 
@@ -83,8 +85,8 @@ def run(options: argparse.Namespace) -> int:
             warm=options.warm,
             graph=options.graph,
         )
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
             message = f"out of memory on {device}: use a smaller --size or --batch"
             raise ValueError(message) from None
         raise

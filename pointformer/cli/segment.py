@@ -1,8 +1,12 @@
 """Find the objects in pictures.
 
-Writes, for each picture STEM: STEM_overlay.png (objects outlined, or classes in colors with a
-legend), STEM_labels.png (16-bit ids), STEM_objects.csv (id, class, score, area, centroid, box) and
-STEM_summary.json (count, time, tokens per stage).
+Writes, for each picture NAME.EXT: NAME_overlay.png (objects outlined, or classes in colors with a
+legend), NAME_labels.png (16-bit ids; with more than 65,535 objects NAME_labels.tif, 32 bits),
+NAME_objects.csv (id, class, score, area, centroid, box) and NAME_summary.json (count, time, tokens
+per stage). Pictures of one name keep their suffixes (a.png and a.jpg: a.png_labels.png) or, in
+different folders, their folders (x/a_labels.png). Results of earlier runs that nobody
+changed are no pictures, and are replaced. A picture whose results would replace another file is
+left out, as is one that cannot be read: each is named, the rest is done, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -10,22 +14,38 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import json
-import sys
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pointformer._files import atomic_path
-from pointformer.cli.common import add_model_arguments, image_paths, model_from
+from pointformer._files import path_inside, temporary_path
+from pointformer.cli.common import (
+    add_model_arguments,
+    add_result_arguments,
+    check_file,
+    complain,
+    find_pictures,
+    model_from,
+    printable,
+    reason,
+    result_names,
+    say,
+)
+from pointformer.cli.results import Results, content_of, is_result, write_sealed
 
 if TYPE_CHECKING:
+    from pointformer.models import Model
     from pointformer.segmentation import Segmentation
+
+_FEW, _MANY = "labels.png", "labels.tif"  # which ids of 16 bits are enough for, or not
+_SUMMARY = "summary.json"
+_KINDS = (_FEW, _MANY, "objects.csv", "overlay.png", _SUMMARY)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob pattern")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    add_result_arguments(parser)
     parser.add_argument(
         "--tile", type=int, metavar="PIXELS", help="work in windows of this side (large pictures)"
     )
@@ -43,77 +63,155 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from pointformer.segmentation import segment
-
-    paths = image_paths(options.images)
-    twice = [stem for stem, n in Counter(path.stem for path in paths).items() if n > 1]
-    if twice:
-        raise ValueError(
-            f"{twice[0]}: several pictures have this name; their results would collide"
-        )
+    results = Results(overwrite=options.overwrite)
+    paths, problems, left_out = find_pictures(options.images)
+    for problem in problems:
+        say(f"pointformer: error: {problem}", error=True)
+    if not paths:
+        return 1
+    results.protect([*paths, options.model])
     model = model_from(options, len(paths))
     options.out.mkdir(parents=True, exist_ok=True)
-    failures = 0
-    for path in tqdm(paths, disable=len(paths) == 1, unit="image"):
+    failures = len(problems)
+    names = result_names(paths)
+    total = len(paths) + failures
+    # No bar where nobody sees it move: in a log, or for one picture.
+    bar = tqdm(paths, disable=True if len(paths) == 1 else None, unit="image")
+    for path, name in zip(bar, names, strict=True):
         try:
-            result = segment(
-                model,
-                path,
-                tile=options.tile,
-                overlap=options.overlap,
-                min_score=options.min_score,
-            )
-            write(result, path.stem, options.out, options.model)
-        except ValueError as error:
+            summary = _segment_file(model, path, name, options, results)
+        except Exception as error:
             failures += 1
-            tqdm.write(f"pointformer: error: {error}", file=sys.stderr)
-            continue
-        if len(paths) == 1:
-            tokens = " -> ".join(str(n) for n in result.tokens)
-            print(
-                f"{path.name}: {result.count} objects in {result.seconds:.2f} s, tokens {tokens}; "
-                f"results in {options.out}"
-            )
-    if len(paths) > 1:
-        print(f"{len(paths) - failures} of {len(paths)} pictures done; results in {options.out}")
+            complain(error, path, debug=options.debug)
+        else:
+            if total == 1 and not left_out:
+                say(f"{printable(path.name)}: {summary}; results in {printable(str(options.out))}")
+    if total > 1 or left_out:
+        more = f", {left_out} results of earlier runs left out" if left_out else ""
+        say(
+            f"{total - failures} of {total} pictures done{more}; "
+            f"results in {printable(str(options.out))}"
+        )
     return 1 if failures else 0
 
 
-def write(result: Segmentation, stem: str, folder: Path, model: str) -> None:
-    """The four files of one picture: all of them, or none under its final name."""
-    import numpy as np
+def _segment_file(
+    model: Model, path: Path, name: str, options: argparse.Namespace, results: Results
+) -> str:
+    """Write the results of one picture; what it found, in words."""
+    from pointformer.segmentation import segment
+
+    check_file(path)
+    files = {kind: path_inside(options.out, f"{name}_{kind}") for kind in _KINDS}
+    for kind in _KINDS:
+        if kind != _MANY:
+            results.check(files[kind])
+    result = segment(
+        model,
+        path,
+        tile=options.tile,
+        overlap=options.overlap,
+        min_score=options.min_score,
+    )
+    write(result, name, files, options.model, results)
+    tokens = " -> ".join(str(n) for n in result.tokens)
+    return f"{result.count} objects in {result.seconds:.2f} s, tokens {tokens}"
+
+
+def write(
+    result: Segmentation, name: str, files: Mapping[str, Path], model: str, results: Results
+) -> None:
+    """The four files of one picture; one that cannot be made does not keep back the others.
+
+    Args:
+        name: of the picture, for the summary.
+        files: where each of `_KINDS` goes. Of the two kinds of label maps the one that holds the
+            ids is written, and the other, if an earlier run left it, removed.
+
+    Raises:
+        ValueError: naming each file that could not be written, and why.
+    """
+    labels, other = (_FEW, _MANY) if result.count <= 65535 else (_MANY, _FEW)
+    old = is_result(files[other])
+    files[labels].parent.mkdir(parents=True, exist_ok=True)
+    failures = []
+    with contextlib.ExitStack() as stack:
+        made: dict[str, Path] = {}
+        for kind in (labels, "objects.csv", "overlay.png", _SUMMARY):
+            try:
+                temporary = stack.enter_context(temporary_path(files[kind]))
+                if kind == _SUMMARY:
+                    contents = {files[k].name: content_of(path) for k, path in made.items()}
+                    _write_summary(temporary, result, name, model, contents)
+                else:
+                    _WRITERS[kind](temporary, result)
+                made[kind] = temporary
+            except Exception as error:
+                failures.append(f"not written: {reason(error, files[kind])}")
+        # The summary, which lists the others, comes first, and all at the end: a run that is ended
+        # leaves no results that would look foreign to the next one.
+        for kind in reversed(made):
+            try:
+                results.publish(made[kind], files[kind])
+            except OSError as error:
+                failures.append(f"not written: {reason(error, files[kind])}")
+    if failures:
+        raise ValueError("; ".join(failures))
+    if old:
+        files[other].unlink(missing_ok=True)
+
+
+def _write_labels(path: Path, result: Segmentation) -> None:
     from PIL import Image
 
+    Image.fromarray(result.labels.astype("uint16")).save(path)
+
+
+def _write_many_labels(path: Path, result: Segmentation) -> None:
+    import tifffile
+
+    # A PNG has no 32 bits. Fiji, napari and scikit-image read this.
+    tifffile.imwrite(path, result.labels.astype("uint32"), compression="zlib")
+
+
+def _write_objects(path: Path, result: Segmentation) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "class", "score", "area", "x", "y", "left", "top", "right", "bottom"])
+        for item in result.objects():
+            x, y = item.centroid
+            kind, score = result.class_name(item.id), result.scores[item.id - 1]
+            rows.writerow(
+                [item.id, kind, f"{score:.3f}", item.area, f"{x:.2f}", f"{y:.2f}", *item.box]
+            )
+
+
+def _write_overlay(path: Path, result: Segmentation) -> None:
     from pointformer.pictures import overlay
 
-    if result.count > np.iinfo(np.uint16).max:
-        raise ValueError(f"{stem}: {result.count} objects do not fit 16-bit ids")
-    with contextlib.ExitStack() as files:
-        picture, labels, objects, summary = (
-            files.enter_context(atomic_path(folder / f"{stem}_{name}"))
-            for name in ("overlay.png", "labels.png", "objects.csv", "summary.json")
-        )
-        overlay(result).save(picture)
-        Image.fromarray(result.labels.astype(np.uint16)).save(labels)
-        with objects.open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(
-                ["id", "class", "score", "area", "x", "y", "left", "top", "right", "bottom"]
-            )
-            for item in result.objects():
-                x, y = item.centroid
-                kind, score = result.class_name(item.id), result.scores[item.id - 1]
-                rows.writerow(
-                    [item.id, kind, f"{score:.3f}", item.area, f"{x:.2f}", f"{y:.2f}", *item.box]
-                )
-        height, width = result.labels.shape
-        description = {
-            "image": stem,
-            "width": width,
-            "height": height,
-            "model": model,
-            "count": result.count,
-            "seconds": round(result.seconds, 4),
-            "tokens": list(result.tokens),
-        }
-        summary.write_text(json.dumps(description, indent=2) + "\n")
+    overlay(result).save(path)
+
+
+def _write_summary(
+    path: Path, result: Segmentation, name: str, model: str, files: Mapping[str, str]
+) -> None:
+    height, width = result.labels.shape
+    description = {
+        "image": name,
+        "width": width,
+        "height": height,
+        "model": model,
+        "count": result.count,
+        "seconds": round(result.seconds, 4),
+        "tokens": list(result.tokens),
+        "files": files,
+    }
+    write_sealed(path, description)
+
+
+_WRITERS = {
+    _FEW: _write_labels,
+    _MANY: _write_many_labels,
+    "objects.csv": _write_objects,
+    "overlay.png": _write_overlay,
+}

@@ -23,9 +23,15 @@ _THUMBNAILS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
 
 def is_picture(path: str | os.PathLike[str], suffixes: frozenset[str] = PICTURE_SUFFIXES) -> bool:
     """Whether a path that was found, not named by the user, is to be taken for a picture."""
+    return has_picture_name(path, suffixes) and os.path.isfile(path)
+
+
+def has_picture_name(
+    path: str | os.PathLike[str], suffixes: frozenset[str] = PICTURE_SUFFIXES
+) -> bool:
+    """Whether something of this name would be a picture if it is a file that can be read."""
     path = Path(path)
-    foreign = path.name.startswith((".", "~$"))
-    return not foreign and path.suffix.lower() in suffixes and os.path.isfile(path)
+    return not path.name.startswith((".", "~$")) and path.suffix.lower() in suffixes
 
 
 def pictures_in(
