@@ -262,3 +262,29 @@ def test_maps_say_who_wrote_them(tmp_path):
     data.write_map(path, np.zeros((2, 2), int))
     data.write_labels(path, np.ones((2, 2), int), TABLE, void=0)
     np.testing.assert_array_equal(np.asarray(Image.open(path)), 4)
+
+
+def test_more_objects_than_a_png_can_number(tmp_path, monkeypatch):
+    """Such a map is a TIFF file; a map with the other suffix from an earlier run goes."""
+    scenes.picture(tmp_path / "images/a.png", SIZE)
+    for limit, suffix in ((65535, ".png"), (1, ".tif"), (65535, ".png")):
+        monkeypatch.setattr("pointformer.data.folders.MOST_PNG_IDS", limit)
+        data.write_folder_objects(tmp_path, [("a", objects())], TABLE)
+        assert [path.name for path in (tmp_path / "instances").iterdir()] == [f"a{suffix}"]
+        found = data.read_folder(tmp_path, task="instance")[0].objects()
+        np.testing.assert_array_equal(found.masks, objects().masks)
+    many = np.array([[0, 65536, (1 << 31) - 1]])
+    for _ in range(2):
+        data.write_map(tmp_path / "many.tif", many)
+    np.testing.assert_array_equal(data.read_instances(tmp_path / "many.tif"), many)
+    for path, value in (("a.tif", 1 << 31), ("b.png", 65536), ("c.tif", -1)):
+        assert "holds 0 to" in error_of(
+            lambda path=path, value=value: data.write_map(tmp_path / path, np.array([[value]]))
+        )
+    theirs = scenes.picture(tmp_path / "instances/a.tif", SIZE)
+    before = theirs.read_bytes()
+    monkeypatch.setattr("pointformer.data.folders.MOST_PNG_IDS", 1)
+    assert "a.tif: is there already" in error_of(
+        lambda: data.write_folder_objects(tmp_path, [("a", objects())], TABLE)
+    )
+    assert theirs.read_bytes() == before

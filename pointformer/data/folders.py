@@ -29,8 +29,8 @@ from pointformer.data.annotations import (
 )
 from pointformer.data.images import read_image, read_instances
 from pointformer.data.json_files import read_json
-from pointformer.data.labels import label_entries, paired_files, write_map
-from pointformer.data.writing import write_json
+from pointformer.data.labels import MOST_PNG_IDS, label_entries, paired_files, write_map
+from pointformer.data.writing import remove_ours, write_json
 
 _SEGMENTS = "segments.json"
 
@@ -189,6 +189,7 @@ def write_folder_objects(
 ) -> None:
     """Write predicted objects as instances/NAME.png and segments.json, for `read_folder`.
 
+    With more than 65,535 objects in a picture it is NAME.tif, of 32 bits.
     Files that these writers wrote before are replaced, others never.
 
     Args:
@@ -210,7 +211,11 @@ def write_folder_objects(
         ids = np.zeros(found.masks.shape[1:], np.int32)
         for n in np.argsort(found.scores, kind="stable"):
             ids[found.masks[n]] = n + 1
-        write_map(path_inside(root / "instances", f"{name}.png"), ids)
+        path, other = (path_inside(root / "instances", f"{name}{end}") for end in (".png", ".tif"))
+        if ids.max(initial=0) > MOST_PNG_IDS:
+            path, other = other, path
+        write_map(path, ids)
+        remove_ours(other)
         kept = (np.unique(ids[ids > 0]) - 1).tolist()
         rows = [{"id": n + 1, "class": classes[n], "score": scores[n]} for n in kept]
         images[name] = {"segments": rows}

@@ -13,8 +13,9 @@ from pointformer.data.annotations import VOID, Annotation, Category, Dataset, En
 from pointformer.data.categories import ADE20K
 from pointformer.data.discovery import MAP_SUFFIXES, PICTURE_SUFFIXES, picture_name, pictures_in
 from pointformer.data.images import read_labels
-from pointformer.data.writing import write_png
+from pointformer.data.writing import write_png, write_tiff
 
+MOST_PNG_IDS = 65535
 _UNKNOWN = VOID - 1
 
 
@@ -138,13 +139,20 @@ def write_labels(
 def write_map(path: str | os.PathLike[str], values: np.ndarray) -> None:
     """Write (H, W) integers as a grey PNG of 8 bits, or 16 if a value needs them.
 
+    A path that ends in .tif gets a TIFF file of 32 bits, for more ids than that.
+
     Raises:
-        ValueError: if a value is negative or above 65535.
+        ValueError: if a value is negative or above 65535 (of a .tif, 2 ** 31 - 1), or the file of
+            somebody else is there.
     """
-    values = np.asarray(values)
-    largest = values.max(initial=0)
-    if values.min(initial=0) < 0 or largest > 65535:
+    values, tiff = np.asarray(values), Path(path).suffix.lower() == ".tif"
+    largest, limit = values.max(initial=0), (1 << 31) - 1 if tiff else MOST_PNG_IDS
+    if values.min(initial=0) < 0 or largest > limit:
+        kind = "32-bit map" if tiff else "PNG"
         raise ValueError(
-            f"{os.fspath(path)}: a PNG holds 0 to 65535, got {values.min()} to {largest}"
+            f"{os.fspath(path)}: a {kind} holds 0 to {limit}, got {values.min()} to {largest}"
         )
-    write_png(path, values.astype(np.uint8 if largest < 256 else np.uint16))
+    if tiff:
+        write_tiff(path, values.astype(np.int32))
+    else:
+        write_png(path, values.astype(np.uint8 if largest < 256 else np.uint16))

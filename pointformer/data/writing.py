@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from pointformer._files import atomic_path
 
@@ -32,6 +32,14 @@ def write_png(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
     note.add_text("Software", _SOFTWARE)
     with _new_file(path, _is_our_png) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=note)
+
+
+def write_tiff(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
+    """Write an array as a compressed TIFF; like `write_png`."""
+    import tifffile
+
+    with _new_file(path, _is_our_tiff) as temporary:
+        tifffile.imwrite(temporary, pixels, compression="zlib", software=_SOFTWARE)
 
 
 def write_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
@@ -70,20 +78,39 @@ def _is_our_png(path: Path) -> bool:
         return picture.info.get("Software") == _SOFTWARE
 
 
+def _is_our_tiff(path: Path) -> bool:
+    with Image.open(path, formats=["TIFF"]) as picture:
+        return picture.tag_v2.get(TiffImagePlugin.SOFTWARE) == _SOFTWARE  # type: ignore[attr-defined]
+
+
+def remove_ours(path: str | os.PathLike[str]) -> None:
+    """Remove a map that `write_png` or `write_tiff` wrote; what others wrote stays.
+
+    For one that is written anew with the other suffix: beside it, the name would be ambiguous.
+    """
+    path = Path(path)
+    if os.path.lexists(path) and _tells(
+        path, _is_our_tiff if path.suffix == ".tif" else _is_our_png
+    ):
+        path.unlink()
+
+
+def _tells(path: Path, is_ours: Callable[[Path], bool]) -> bool:
+    try:
+        return is_ours(path)
+    except (OSError, ValueError, SyntaxError):
+        return False  # whatever it is, it is nothing that a writer of ours wrote
+
+
 @contextlib.contextmanager
 def _new_file(path: str | os.PathLike[str], is_ours: Callable[[Path], bool]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     there = os.path.lexists(path)
-    if there:
-        try:
-            ours = is_ours(path)
-        except (OSError, ValueError, SyntaxError):
-            ours = False  # whatever it is, it is nothing that a writer of ours wrote
-        if not ours:
-            raise ValueError(
-                f"{path}: is there already and was not written by {_SOFTWARE}: "
-                "remove it, or write to another folder"
-            )
+    if there and not _tells(path, is_ours):
+        raise ValueError(
+            f"{path}: is there already and was not written by {_SOFTWARE}: "
+            "remove it, or write to another folder"
+        )
     with atomic_path(path, replace=there) as temporary:
         yield temporary
