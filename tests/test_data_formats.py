@@ -178,3 +178,43 @@ def test_writing_fails_without_leaving_half_a_file(tmp_path, monkeypatch):
         data.write_map(path, np.zeros((2, 2), int))
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_classes_that_cannot_be_told_apart(tmp_path):
+    root = scenes.instance_folder(tmp_path, np.array([[0, 1, 2]]))
+    table = (data.Category(1, "cat"), data.Category(1, "dog"))
+    assert "expected categories with different ids, got 1 twice" in error_of(
+        lambda: data.read_folder(root, "val", "instance", categories=table)
+    )
+
+
+@pytest.mark.parametrize("kind", ["coco", "panoptic", "folder"])
+def test_files_with_broken_bytes_are_read_or_refused_in_one_line(tmp_path, kind):
+    """Bytes are deleted, doubled or replaced."""
+    if kind == "coco":
+        path = scenes.coco_instances(tmp_path, images=1)
+        read = lambda: data.read_coco_instances(path, tmp_path / "val2017", skip_bad=True)  # noqa: E731
+    elif kind == "panoptic":
+        path, folder, images, _ = scenes.coco_panoptic(tmp_path)
+        read = lambda: data.read_coco_panoptic(path, folder, images, skip_bad=True)  # noqa: E731
+    else:
+        segments = [{"id": 1, "class": 1}, {"id": 2, "class": 7}]
+        root = scenes.instance_folder(tmp_path, np.array([[0, 1, 2]]), segments)
+        path = root / "segments.json"
+        read = lambda: data.read_folder(root, "val", "instance", skip_bad=True)  # noqa: E731
+    whole, random = path.read_bytes(), scenes.rng(4)
+    refused = []
+    for trial in range(150):
+        start = int(random.integers(len(whole)))
+        end = start + int(random.integers(1, 30 if trial % 5 == 0 else 3))
+        middle = (b"", whole[start:end] * 2, random.bytes(1), b'"', b"0", b"null")[trial % 6]
+        path.write_bytes(whole[:start] + middle + whole[end:])
+        try:
+            list(read())
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    for message in refused:
+        assert "\n" not in message
+        assert len(message) < 1000
+        assert message.startswith(str(tmp_path))

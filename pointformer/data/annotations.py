@@ -173,6 +173,11 @@ class Dataset(Sequence[Annotation]):
             skipped: what is left out in any case.
         """
         self.categories = tuple(categories)
+        twice = repeated(str(category.id) for category in self.categories)
+        if twice:
+            raise ValueError(
+                f"{source}: expected categories with different ids, got {min(twice)} twice"
+            )
         self.skip_bad = skip_bad
         self.entries: list[Entry] = []
         problems = dict(problems or {})
