@@ -138,6 +138,9 @@ OBJECT_FAULTS = {
     "infinity": {"segmentation": [[math.inf, 5, 15, 5, 15, 15]]},
     "huge": {"segmentation": [[10**400, 5, 15, 5, 15, 15]]},
     "far": {"segmentation": FAR},
+    "two points, closed": {"segmentation": [[1, 1, 9, 9, 1, 1]]},
+    "one point": {"segmentation": [[3, 3] * 4]},
+    "line": {"segmentation": [[1, 1, 9, 9, 5, 5, 3, 3]]},
     "outside": {"segmentation": [[50, 5, 60, 5, 60, 15]]},
     "one bad of two": {"segmentation": [*GOOD["segmentation"], [1, 1, 9, 9]]},
     "other size": {"segmentation": {"size": [40, 30], "counts": [0, 1200]}},
@@ -189,6 +192,21 @@ def test_a_missing_value_is_that_objects_problem(tmp_path, key):
     assert sorted(dataset.skipped) == sorted(
         [*(entries if key == "id" else ["annotation 2", *entries[1:]])]
     )
+
+
+def test_polygons_that_are_unusual_but_have_an_area(tmp_path):
+    """A bow tie, whose signed areas cancel, and a part that is a line beside one that is not."""
+    bow_tie = [[5, 5, 15, 15, 15, 5, 5, 15]]
+    tiny = [[5.2, 5.2, 5.4, 5.2, 5.4, 5.4]]
+    with_line = [*GOOD["segmentation"], [1, 1, 3, 3, 2, 2]]
+    rows = [
+        {**GOOD, "id": n, "segmentation": parts}
+        for n, parts in enumerate((bow_tie, tiny, with_line))
+    ]
+    segments = read(scenes.dump(tmp_path / "a.json", content(rows)))[0].segments
+    assert segments[0].mask.sum() > 40
+    assert segments[1].mask.sum() <= 1
+    assert (segments[2].mask >= SQUARE).all()
 
 
 def test_objects_with_one_id(tmp_path):

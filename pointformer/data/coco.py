@@ -80,8 +80,8 @@ def decode_mask(segmentation: Any, size: tuple[int, int], source: str) -> np.nda
     Polygons are cut off at the border of the picture.
 
     Raises:
-        ValueError: beginning with `source`, if it is none of these, for another size, or has
-            corners farther out than the picture is long, or all of them outside.
+        ValueError: beginning with `source`, if it is none of these, for another size, or polygons
+            are lines, lie outside of the picture or have corners farther out than it is long.
     """
     if isinstance(segmentation, list) and segmentation:
         return _filled_polygons(segmentation, size, source)
@@ -139,7 +139,7 @@ def _run_lengths(text: str | bytes) -> np.ndarray:
 
 def _filled_polygons(polygons: list, size: tuple[int, int], source: str) -> np.ndarray:
     tools, (height, width) = mask_tools(), size
-    touched = False
+    touched = has_area = False
     for polygon in polygons:
         corners = _numbers(polygon)
         # pycocotools takes four numbers for a box, and reads past the end of an odd number.
@@ -157,6 +157,11 @@ def _filled_polygons(polygons: list, size: tuple[int, int], source: str) -> np.n
                 f"x {x.min():g} to {x.max():g}, y {y.min():g} to {y.max():g}"
             )
         touched |= bool(x.max() > 0 and y.max() > 0 and x.min() < width and y.min() < height)
+        offset = np.stack([x - x[0], y - y[0]])
+        along = offset[:, np.abs(offset).sum(0).argmax()]
+        has_area |= bool((offset[0] * along[1] != offset[1] * along[0]).any())
+    if not has_area:
+        raise ValueError(f"{source}: expected polygons with an area, got {reprlib.repr(polygons)}")
     if not touched:
         raise ValueError(f"{source}: lies outside of its picture of {height} x {width} pixels")
     filled = tools.merge(tools.frPyObjects(polygons, height, width))
