@@ -370,3 +370,17 @@ def test_segments_json_as_others_write_it(tmp_path):
     assert "an object has the key 'a' twice" in error_of(
         lambda: data.read_folder(root, "val", "instance")
     )
+
+
+def test_one_name_in_two_splits(tmp_path):
+    """A JSON file for all splits does not tell whose segments it lists; each split's own does."""
+    segments = [{"id": 1, "class": 1}, {"id": 2, "class": 7}]
+    root = scenes.instance_folder(tmp_path, np.array([[0, 1, 2]]), segments)
+    assert len(data.read_folder(root, "val", "instance")[0].segments) == 2
+    scenes.picture(root / "train/images/b.png")
+    assert len(data.read_folder(root, "val", "instance")[0].segments) == 2
+    other = scenes.picture(root / "train/images/a.png")
+    message = error_of(lambda: data.read_folder(root, "val", "instance"))
+    assert f"a may be {root / 'val/images/a.png'} or {other}: expected a segments.json" in message
+    (root / "segments.json").rename(root / "val/segments.json")
+    assert len(data.read_folder(root, "val", "instance")[0].segments) == 2

@@ -66,6 +66,16 @@ def picture_name(file_name: str | os.PathLike[str]) -> str:
     return str(path.with_suffix("") if path.suffix.lower() in PICTURE_SUFFIXES else path)
 
 
+def pictures_by_name(
+    folder: Path, suffixes: frozenset[str] = PICTURE_SUFFIXES
+) -> dict[str, list[Path]]:
+    """Pictures in a folder and in its folders by what they are called; several if ambiguous."""
+    named: dict[str, list[Path]] = {}
+    for path in pictures_in(folder, deep=True, suffixes=suffixes):
+        named.setdefault(picture_name(path.relative_to(folder)), []).append(path)
+    return named
+
+
 def _files(
     folder: Path, deep: bool, above: tuple[tuple[int, int], ...], suffixes: frozenset[str]
 ) -> list[Path]:

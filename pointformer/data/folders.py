@@ -27,6 +27,7 @@ from pointformer.data.annotations import (
     named_categories,
     parse_categories,
 )
+from pointformer.data.discovery import pictures_by_name
 from pointformer.data.images import read_image, read_instances
 from pointformer.data.json_files import read_json
 from pointformer.data.labels import MOST_PNG_IDS, label_entries, paired_files, write_map
@@ -111,7 +112,25 @@ def read_folder(
     table = table or named_categories(("object",))
     numbers = CategoryTable(table).numbers()
     entries = _instance_entries(base / "images", labels, listed, numbers, void or ())
-    return Dataset(labels, table, entries, skip_bad=skip_bad)
+    problems = {}
+    if listed is not None and source.parent != base:
+        others = _pictures_of_other_splits(Path(root), base)
+        problems = {
+            entry.name: f"{source}: {entry.name} may be {entry.image} or {others[entry.name]}: "
+            f"expected a {_SEGMENTS} in the folder of each split"
+            for entry in entries
+            if entry.name in others
+        }
+    return Dataset(labels, table, entries, problems, skip_bad)
+
+
+def _pictures_of_other_splits(root: Path, base: Path) -> dict[str, Path]:
+    return {
+        name: path
+        for images in sorted(root.glob("*/images"))
+        if images.parent != base
+        for name, (path, *_) in pictures_by_name(images).items()
+    }
 
 
 def _category_table(

@@ -11,7 +11,7 @@ import numpy as np
 
 from pointformer.data.annotations import VOID, Annotation, Category, Dataset, Entry, check_size
 from pointformer.data.categories import ADE20K
-from pointformer.data.discovery import MAP_SUFFIXES, PICTURE_SUFFIXES, picture_name, pictures_in
+from pointformer.data.discovery import MAP_SUFFIXES, pictures_by_name
 from pointformer.data.images import read_labels
 from pointformer.data.writing import write_png, write_tiff
 
@@ -58,7 +58,7 @@ def paired_files(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
     Raises:
         ValueError: if there are no pictures.
     """
-    pictures, maps = _by_name(images, PICTURE_SUFFIXES), _by_name(labels, MAP_SUFFIXES)
+    pictures, maps = pictures_by_name(images), pictures_by_name(labels, MAP_SUFFIXES)
     if not pictures:
         raise ValueError(f"{images}: expected pictures, found none")
     suffix = next(iter(pictures.values()))[0].suffix
@@ -68,13 +68,6 @@ def paired_files(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
         for image in pictures.get(name, [images / f"{name}{suffix}"])
         for path in maps.get(name, [labels / f"{name}.png"])
     ]
-
-
-def _by_name(folder: Path, suffixes: frozenset[str]) -> dict[str, list[Path]]:
-    named: dict[str, list[Path]] = {}
-    for path in pictures_in(folder, deep=True, suffixes=suffixes):
-        named.setdefault(picture_name(path.relative_to(folder)), []).append(path)
-    return named
 
 
 def label_table(classes: dict[int, int], void: Iterable[int]) -> np.ndarray:
