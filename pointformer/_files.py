@@ -60,10 +60,14 @@ def temporary_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def publish(temporary: Path, path: str | os.PathLike[str], *, replace: bool = True) -> None:
-    """Give a whole file its final name, in the same folder.
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk: else a power failure could leave its name without it."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
-    What is at `path` is never half of the old and half of the new, not even after a power failure.
+
+def publish(temporary: Path, path: str | os.PathLike[str], *, replace: bool = True) -> None:
+    """Give a whole file, see `sync`, its final name in the same folder.
 
     Args:
         path: the final name. A link there is replaced, not followed.
@@ -72,8 +76,6 @@ def publish(temporary: Path, path: str | os.PathLike[str], *, replace: bool = Tr
     Raises:
         FileExistsError: `replace` is false and something is there.
     """
-    with temporary.open("r+b") as file:
-        os.fsync(file.fileno())
     if replace:
         temporary.replace(path)
         return
@@ -94,8 +96,10 @@ def publish(temporary: Path, path: str | os.PathLike[str], *, replace: bool = Tr
 def atomic_path(path: str | os.PathLike[str], *, replace: bool = True) -> Iterator[Path]:
     """A temporary path in the folder of `path`, with its suffix, moved to `path` on success.
 
-    On an error the temporary file is removed and `path` stays as it was. See `publish`.
+    On an error the temporary file is removed and `path` stays as it was. What is at `path` is never
+    half of the old and half of the new, not even after a power failure. See `publish`.
     """
     with temporary_path(path) as temporary:
         yield temporary
+        sync(temporary)
         publish(temporary, path, replace=replace)

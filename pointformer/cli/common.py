@@ -81,7 +81,8 @@ def find_pictures(arguments: Sequence[str]) -> tuple[list[Path], list[str], int]
 
     Returns:
         Paths in the order of the arguments, each picture once; what is wrong with arguments that
-        give none; and how many files were left out because they are results of earlier runs.
+        give none and with what is no file; and how many files were left out because they are
+        results of earlier runs.
     """
     found: dict[tuple[str, str], Path] = {}
     own: set[tuple[str, str]] = set()
@@ -94,6 +95,11 @@ def find_pictures(arguments: Sequence[str]) -> tuple[list[Path], list[str], int]
             continue
         for path in paths:
             key = os.path.realpath(path.parent), path.name
+            try:
+                check_file(path)
+            except (OSError, ValueError) as error:
+                problems.append(reason(error, path))
+                continue
             if is_result(path):
                 own.add(key)
             else:
@@ -143,24 +149,29 @@ def result_names(pictures: Sequence[Path]) -> list[str]:
     "a/c". Names that differ only in case count as one, since some file systems take them so.
     """
     folders = [os.path.abspath(path.parent) for path in pictures]
-    names = [picture_name(path.name) for path in pictures]
+    names = stems = [picture_name(path.name) for path in pictures]
     while True:
         counts = Counter(zip(folders, map(_caseless, names), strict=True))
-        unique = [
+        longer = [
             path.name if counts[folder, _caseless(name)] > 1 else name
             for path, folder, name in zip(pictures, folders, names, strict=True)
         ]
-        if unique == names:
+        if longer == names:
             break
-        names = unique
-    places = set(zip(folders, map(_caseless, names), strict=True))
-    if len({name for _, name in places}) < len(places):  # one name in several folders
+        names = longer
+    if _in_several(folders, stems) or _in_several(folders, names):
         common = os.path.commonpath(folders)
         names = [
             Path(os.path.relpath(folder, common), name).as_posix()
             for folder, name in zip(folders, names, strict=True)
         ]
     return names
+
+
+def _in_several(folders: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a name is in more than one folder."""
+    places = set(zip(folders, map(_caseless, names), strict=True))
+    return len({name for _, name in places}) < len(places)
 
 
 def _caseless(name: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pointformer._files import publish, temporary_path
+from pointformer._files import publish, sync, temporary_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,19 +73,40 @@ class Results:
 
     @contextlib.contextmanager
     def write(self, path: Path) -> Iterator[Path]:
-        """A temporary path that becomes `path`, whole or not at all; see `publish`."""
+        """A temporary path that becomes `path`, whole or not at all; errors as of `check`."""
         with temporary_path(path) as temporary:
             yield temporary
-            self.publish(temporary, path)
+            sync(temporary)
+            for error in self.publish({path: temporary}).values():
+                raise error
 
-    def publish(self, temporary: Path, path: Path) -> None:
-        """Give a whole file its final name.
+    def publish(self, files: Mapping[Path, Path]) -> dict[Path, OSError]:
+        """Give whole files their final names, in this order.
 
-        Raises:
-            OSError: as `check`, or something came there meanwhile.
+        All are checked before the first is moved, which may be the list that knows the others.
+
+        Args:
+            files: temporary paths by final ones.
+
+        Returns:
+            What is wrong with those that stay as they were: see `check`, or something came there
+            meanwhile.
         """
-        publish(temporary, path, replace=self.check(path))
-        self._protect(path, "is a result of this run already, for another picture")
+        failures: dict[Path, OSError] = {}
+        replace: dict[Path, bool] = {}
+        for path in files:
+            try:
+                replace[path] = self.check(path)
+            except OSError as error:
+                failures[path] = error
+        for path, there in replace.items():
+            try:
+                publish(files[path], path, replace=there)
+            except OSError as error:
+                failures[path] = error
+            else:
+                self._protect(path, "is a result of this run already, for another picture")
+        return failures
 
     def _protect(self, path: Path, why: str) -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -18,11 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pointformer._files import path_inside, temporary_path
+from pointformer._files import path_inside, sync, temporary_path
 from pointformer.cli.common import (
     add_model_arguments,
     add_result_arguments,
-    check_file,
     complain,
     find_pictures,
     model_from,
@@ -101,7 +100,6 @@ def _segment_file(
     """Write the results of one picture; what it found, in words."""
     from pointformer.segmentation import segment
 
-    check_file(path)
     files = {kind: path_inside(options.out, f"{name}_{kind}") for kind in _KINDS}
     for kind in _KINDS:
         if kind != _MANY:
@@ -126,39 +124,37 @@ def write(
     Args:
         name: of the picture, for the summary.
         files: where each of `_KINDS` goes. Of the two kinds of label maps the one that holds the
-            ids is written, and the other, if an earlier run left it, removed.
+            ids is written. Those of an earlier run that get no new content are removed.
 
     Raises:
         ValueError: naming each file that could not be written, and why.
     """
-    labels, other = (_FEW, _MANY) if result.count <= 65535 else (_MANY, _FEW)
-    old = is_result(files[other])
+    labels = _FEW if result.count <= 65535 else _MANY
     files[labels].parent.mkdir(parents=True, exist_ok=True)
-    failures = []
+    failures: dict[Path, Exception] = {}
+    made: dict[Path, Path] = {}
     with contextlib.ExitStack() as stack:
-        made: dict[str, Path] = {}
         for kind in (labels, "objects.csv", "overlay.png", _SUMMARY):
+            file = files[kind]
             try:
-                temporary = stack.enter_context(temporary_path(files[kind]))
+                temporary = stack.enter_context(temporary_path(file))
                 if kind == _SUMMARY:
-                    contents = {files[k].name: content_of(path) for k, path in made.items()}
+                    contents = {other.name: content_of(path) for other, path in made.items()}
                     _write_summary(temporary, result, name, model, contents)
                 else:
                     _WRITERS[kind](temporary, result)
-                made[kind] = temporary
+                sync(temporary)
+                made[file] = temporary
             except Exception as error:
-                failures.append(f"not written: {reason(error, files[kind])}")
-        # The summary, which lists the others, comes first, and all at the end: a run that is ended
-        # leaves no results that would look foreign to the next one.
-        for kind in reversed(made):
-            try:
-                results.publish(made[kind], files[kind])
-            except OSError as error:
-                failures.append(f"not written: {reason(error, files[kind])}")
+                failures[file] = error
+        stale = [file for file in files.values() if file not in made and is_result(file)]
+        # All at the end, and the summary, which lists the others, first: a run that is ended leaves
+        # no results that would look foreign to the next one.
+        failures |= results.publish({file: made[file] for file in reversed(made)})
+    for file in stale:
+        file.unlink(missing_ok=True)
     if failures:
-        raise ValueError("; ".join(failures))
-    if old:
-        files[other].unlink(missing_ok=True)
+        raise ValueError("; ".join(f"not written: {reason(failures[f], f)}" for f in failures))
 
 
 def _write_labels(path: Path, result: Segmentation) -> None:
