@@ -45,6 +45,7 @@ def save_model(model: Model, path: str | os.PathLike) -> None:
         "categories": model.categories and [dataclasses.asdict(c) for c in model.categories],
         "num_classes": model.num_classes,
         "config": dataclasses.asdict(model.config),
+        "object_diameter": model.object_diameter,
     }
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_path(path) as temporary:
@@ -73,6 +74,7 @@ def load_model(path: str | os.PathLike, **overrides: object) -> Model:
         raise CheckpointError(f"{path}: its description lacks {error}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    model.object_diameter = description.get("object_diameter")
     load_state(model, state, source=path)
     return model.eval()
 

@@ -53,6 +53,7 @@ class Model(nn.Module):
         categories: names, colors and countability of the K classes, or `None`.
         head_options: the options that the head was made with.
         preprocess: normalization of raw images; not applied by `forward`.
+        object_diameter: typical diameter in pixels of the objects in the training data, or `None`.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Model(nn.Module):
         self.task = task
         self.categories = None if categories is None else tuple(categories)
         self.preprocess = Preprocess()
+        self.object_diameter: float | None = None
 
     @property
     def config(self) -> AFFConfig | SwinConfig | GridConfig:

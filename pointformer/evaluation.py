@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
 
 from pointformer.data.annotations import Annotation, Category, Dataset, Objects, Segment
 from pointformer.data.categories import CITYSCAPES_THINGS
-from pointformer.data.images import read_image
+from pointformer.data.images import Reading, read_image
 from pointformer.metrics import average_precision
 from pointformer.metrics.instances import IOU_THRESHOLDS
 from pointformer.segmentation import segment, to_tensor
@@ -39,6 +39,7 @@ def evaluate(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     tile: int | None = None,
+    **reading: Unpack[Reading],
 ) -> Evaluation:
     """Run a model over a data set and score it by the field's measures.
 
@@ -54,6 +55,7 @@ def evaluate(
         scales, flip: see `predict_semantic`; only for that task, because the queries of different
             copies do not correspond.
         tile: side of the windows in pixels; see `predict_semantic`, and `segment` for other tasks.
+        reading: how the pictures are read, see `pointformer.data.images.Reading`.
 
     Raises:
         ValueError: an option does not fit the task, the model and the data set have different
@@ -72,7 +74,7 @@ def evaluate(
     scorer = scorers[task](model, dataset.categories, options)
     pictures = 0
     for annotation, image in _with_pictures(
-        dataset if annotations is None else annotations, dataset
+        dataset if annotations is None else annotations, dataset, reading
     ):
         scorer.update(image, annotation)
         pictures += 1
@@ -99,11 +101,11 @@ def _check_model(model: Model, classes: int, task: str) -> None:
 
 
 def _with_pictures(
-    annotations: Iterable[Annotation], dataset: Dataset
+    annotations: Iterable[Annotation], dataset: Dataset, reading: Reading
 ) -> Iterator[tuple[Annotation, np.ndarray]]:
     for annotation in annotations:
         try:
-            image = _pixels(annotation)
+            image = _pixels(annotation, reading)
         except ValueError as error:
             if not dataset.skip_bad:
                 raise
@@ -112,10 +114,10 @@ def _with_pictures(
             yield annotation, image
 
 
-def _pixels(annotation: Annotation) -> np.ndarray:
+def _pixels(annotation: Annotation, reading: Reading) -> np.ndarray:
     if annotation.image is None:
         raise ValueError(f"{annotation.name}: an annotation without its picture")
-    image = read_image(annotation.image)
+    image = read_image(annotation.image, **reading)
     if image.shape[:2] != annotation.size:
         height, width = annotation.size
         raise ValueError(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import torch
 
 from pointformer.data.annotations import Category
-from pointformer.data.images import read_image
+from pointformer.data.images import Picture, Reading, open_picture
 from pointformer.tiling import stitch, windows_of
 
 if TYPE_CHECKING:
+    from pointformer.data.images import PictureSource
     from pointformer.models import Model
 
 
@@ -34,13 +35,13 @@ class Segmentation:
     """Result of `segment`.
 
     Attributes:
-        image: (H, W, 3) uint8, what was segmented.
+        picture: what was segmented; with tiles, a large TIFF file is read window by window.
         labels: (H, W) int32, 0 is background, 1..N the objects (or regions of one class).
         tokens: number of tokens in each stage of the backbone, summed over tiles.
         seconds: time for the network and for reading the objects off its map.
     """
 
-    image: np.ndarray
+    picture: Picture
     labels: np.ndarray
     tokens: tuple[int, ...]
     seconds: float
@@ -50,6 +51,11 @@ class Segmentation:
     """The confidence of each object, by id - 1; 1 where the model has none."""
     categories: tuple[Category, ...] | None = None
     """Names and colors of the classes, if the model has them."""
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """(H, W, 3) uint8, all of the picture."""
+        return self.picture.read()
 
     @property
     def count(self) -> int:
@@ -80,28 +86,6 @@ class Segmentation:
         ]
 
 
-def as_rgb(image: str | os.PathLike[str] | np.ndarray | torch.Tensor) -> np.ndarray:
-    """(H, W, 3) uint8 from a file, a uint8 array (H, W[, 3]) or a uint8 tensor (3, H, W).
-
-    Raises:
-        ValueError, TypeError: the file is unreadable, or the array is no such picture.
-    """
-    if isinstance(image, str | os.PathLike):
-        return read_image(image)
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
-        image = np.moveaxis(image, 0, -1) if image.ndim == 3 else image
-    if not isinstance(image, np.ndarray):
-        raise TypeError(f"image: expected a file, an array or a tensor, got {type(image).__name__}")
-    if image.dtype != np.uint8:
-        raise TypeError(f"image: expected uint8 values, got {image.dtype}")
-    if image.ndim == 2:
-        image = np.repeat(image[..., None], 3, axis=2)
-    if image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"image: expected shape (H, W) or (H, W, 3), got {image.shape}")
-    return np.ascontiguousarray(image)
-
-
 def to_tensor(image: np.ndarray) -> torch.Tensor:
     """(H, W, 3) uint8 array to a (3, H, W) uint8 tensor."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, 2, 0)))
@@ -109,11 +93,14 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
 
 def segment(
     model: Model,
-    image: str | os.PathLike[str] | np.ndarray | torch.Tensor,
+    image: PictureSource,
     *,
     tile: int | None = None,
     overlap: int | None = None,
     min_score: float | None = None,
+    scale: float | None = None,
+    diameter: float | None = None,
+    **reading: Unpack[Reading],
 ) -> Segmentation:
     """Find the objects, or the regions, in one picture.
 
@@ -121,13 +108,19 @@ def segment(
         model: with the head "dense" and three classes (background, inside, border), such as
             `create_model("aff_nano", pretrained="nuclei")`, with the head "dense" and the task
             "semantic", or with a mask head and a task.
-        image: a file, a uint8 array (H, W) or (H, W, 3), or a uint8 tensor (3, H, W).
-        tile: side of the largest window in pixels, for pictures larger than memory; objects are
-            joined across windows. `None`: the whole picture at once.
+        image: a file, an array, a tensor or a picture of Pillow, see `open_picture`.
+        tile: side of the largest window, in pixels of what the network sees, for pictures larger
+            than memory; objects are joined across windows. `None`: the whole picture at once.
         overlap: of the windows, in pixels: at least the size of an object. `None`: 64, or half a
             window if that is less.
         min_score: confidence that mask models' objects (default 0.5) and panoptic segments (default
             0.8, as published) need.
+        scale: the network sees the picture with sides `scale` times as long; ids are those of the
+            picture's own pixels again. Objects that are much larger or smaller than those of the
+            training are missed without it. `None`: 1.
+        diameter: typical diameter of the objects in pixels, in the place of `scale`, for models
+            that know what they were trained on (`model.object_diameter`).
+        reading: how the picture is read: channel, plane, projection, intensities; see `Reading`.
 
     Raises:
         ValueError, TypeError: the image is unreadable or no picture, or the model has another head.
@@ -137,23 +130,58 @@ def segment(
             f"model: expected a dense head with 3 classes, or a mask head and a task, got "
             f"{model.name} with head {model.head_name!r} and {model.num_classes} classes"
         )
-    pixels = as_rgb(image)
+    factor = _scale(model, scale, diameter)
+    picture = open_picture(image, **reading)
+    if tile is None:
+        picture = open_picture(picture.read())
     start = time.perf_counter()
-    height, width = pixels.shape[:2]
-    windows = windows_of(height, width, tile, overlap)
-    batch = to_tensor(pixels)
-    found = [_segment_window(model, batch[:, *window.window], min_score) for window in windows]
+    seen = picture.scaled(factor)
+    windows = windows_of(*seen.shape, tile, overlap)
+    found = [_segment_window(model, to_tensor(seen[w.window]), min_score) for w in windows]
     labels, classes, scores, tokens = found[0]
     if len(windows) > 1:
         parts = [(w, ids, kinds) for w, (ids, kinds, _, _) in zip(windows, found, strict=True)]
-        labels, sources = stitch((height, width), parts, uncountable=_uncountable(model))
+        labels, sources = stitch(seen.shape, parts, uncountable=_uncountable(model))
         classes = [parts[joined[0][0]][2][joined[0][1] - 1] for joined in sources]
         scores = [max(found[part][2][item - 1] for part, item in joined) for joined in sources]
         tokens = [sum(counts) for counts in zip(*(part[3] for part in found), strict=True)]
+    if seen.shape != picture.shape:
+        labels, kept = _resized(labels, picture.shape)
+        classes, scores = [classes[n - 1] for n in kept], [scores[n - 1] for n in kept]
     seconds = time.perf_counter() - start
     return Segmentation(
-        pixels, labels, tuple(tokens), seconds, tuple(classes), tuple(scores), model.categories
+        picture, labels, tuple(tokens), seconds, tuple(classes), tuple(scores), model.categories
     )
+
+
+def _scale(model: Model, scale: float | None, diameter: float | None) -> float:
+    """Side of what the network sees over that of the picture."""
+    for name, value in (("scale", scale), ("diameter", diameter)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+    if diameter is None:
+        return 1.0 if scale is None else scale
+    if scale is not None:
+        raise ValueError("scale, diameter: only one of them can be given")
+    if model.object_diameter is None:
+        raise ValueError(
+            f"diameter: {model.name} does not know the size of the objects that it was trained on; "
+            "use scale"
+        )
+    return model.object_diameter / diameter
+
+
+def _resized(labels: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
+    """Ids (H, W) of the nearest pixels, numbered anew, and which ids have a pixel left."""
+    rows, columns = (
+        np.minimum(((np.arange(n) + 0.5) * (own / n)).astype(np.int64), own - 1)
+        for n, own in zip(shape, labels.shape, strict=True)
+    )
+    labels = labels[rows[:, None], columns]
+    kept = np.unique(labels[labels > 0])
+    number = np.zeros(kept.max(initial=0) + 1, np.int32)
+    number[kept] = np.arange(1, len(kept) + 1)
+    return number[labels], kept.tolist()
 
 
 def _finds_nuclei(model: Model) -> bool:

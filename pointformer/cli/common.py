@@ -18,6 +18,7 @@ from pointformer.cli.results import is_result
 from pointformer.data.discovery import has_picture_name, is_picture, picture_name
 
 if TYPE_CHECKING:
+    from pointformer.data.images import Reading
     from pointformer.models import Model
 
 
@@ -42,6 +43,47 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace files that this program did not write, or that were changed since; its own "
         "earlier results are replaced anyway, and what it reads never is",
     )
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """How pictures are read: see `reading_from`."""
+    group = parser.add_argument_group("what of a picture is read")
+    group.add_argument(
+        "--channel",
+        help="number from 0 or name; three, as 0,2,1, are red, green and blue (default: the colors "
+        "of a color picture or the only channel; of several channels one must be chosen)",
+    )
+    group.add_argument(
+        "--plane",
+        help="number from 0 over all planes, pages or frames, or by axes, as z=3,t=0 (default: the "
+        "only one; of several, --plane or --project must choose)",
+    )
+    group.add_argument(
+        "--project", choices=("max", "mean"), help="of all planes, or of those that --plane leaves"
+    )
+    group.add_argument(
+        "--intensities",
+        choices=("percentiles", "full"),
+        default="percentiles",
+        help="of more than 8 bits: fitted to robust percentiles of the picture, or the full range "
+        "of integers and 0 to 1 of floats (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-pixels",
+        type=int,
+        default=2**30,
+        help="height times width of the largest picture to read (default: %(default)s)",
+    )
+
+
+def reading_from(options: argparse.Namespace) -> Reading:
+    return {
+        "channel": options.channel,
+        "plane": options.plane,
+        "project": options.project,
+        "intensities": options.intensities,
+        "max_pixels": options.max_pixels,
+    }
 
 
 def model_from(options: argparse.Namespace, pictures: int) -> Model:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from pointformer.cli.common import (
     add_model_arguments,
+    add_picture_arguments,
     add_result_arguments,
     model_from,
     printable,
+    reading_from,
     say,
 )
 from pointformer.cli.results import Results, write_sealed
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="work in windows of this side")
     parser.add_argument("--json", type=Path, help="write the scores to this file too")
     add_result_arguments(parser)
+    add_picture_arguments(parser)
     add_model_arguments(parser)
 
 
@@ -84,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
         scales=options.scales,
         flip=options.flip,
         tile=options.tile,
+        **reading_from(options),
     )
     for name, value in result.scores.items():
         say(f"{printable(name):40} {100 * value:6.2f}")

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from pointformer.cli.common import (
     add_model_arguments,
+    add_picture_arguments,
     add_result_arguments,
     check_file,
     model_from,
     printable,
+    reading_from,
     say,
 )
 from pointformer.cli.results import Results, save_sealed
@@ -23,14 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("--out", required=True, type=Path, help="the picture to write, as PNG")
     add_result_arguments(parser)
+    add_picture_arguments(parser)
     add_model_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     import torch
 
+    from pointformer.data import read_image
     from pointformer.pictures import focus_picture
-    from pointformer.segmentation import as_rgb, to_tensor
+    from pointformer.segmentation import to_tensor
 
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"{options.out}: expected a file name that ends in .png")
@@ -40,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     results.protect([options.image, options.model])
     results.check(options.out)
     check_file(Path(options.image))
-    image = as_rgb(options.image)
+    image = read_image(options.image, **reading_from(options))
     model = model_from(options, 1)
     with torch.inference_mode():
         stages = model.backbone(model.preprocess(to_tensor(image).to(options.device))[None])

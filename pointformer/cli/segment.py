@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING
 from pointformer._files import path_inside, sync, temporary_path
 from pointformer.cli.common import (
     add_model_arguments,
+    add_picture_arguments,
     add_result_arguments,
     complain,
     find_pictures,
     model_from,
     printable,
+    reading_from,
     reason,
     result_names,
     say,
@@ -56,6 +58,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="of mask models' objects (default: 0.5) and panoptic segments (default: 0.8)",
     )
+    parser.add_argument(
+        "--diameter",
+        type=float,
+        metavar="PIXELS",
+        help="typical diameter of the objects: pictures are resized to the size that the model "
+        "knows them in (default: as they are)",
+    )
+    parser.add_argument(
+        "--scale", type=float, metavar="FACTOR", help="resize pictures for the network by this"
+    )
+    add_picture_arguments(parser)
     add_model_arguments(parser)
 
 
@@ -110,6 +123,9 @@ def _segment_file(
         tile=options.tile,
         overlap=options.overlap,
         min_score=options.min_score,
+        scale=options.scale,
+        diameter=options.diameter,
+        **reading_from(options),
     )
     write(result, name, files, options.model, results)
     tokens = " -> ".join(str(n) for n in result.tokens)

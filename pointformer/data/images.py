@@ -1,63 +1,236 @@
-"""Pictures and instance maps from files."""
+"""Pictures and instance maps from files and arrays."""
 
 from __future__ import annotations
 
+import math
 import os
-import struct
-import warnings
-import zlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-_ORIENTATION = 0x0112  # the EXIF tag
+from pointformer.data import intensities as levels
+from pointformer.data.pillow import StoredPillow
+from pointformer.data.stored import Layout, PictureError, Stored, decoding, stored_array
+from pointformer.data.tiff import is_tiff, stored_tiffs
 
-# What Pillow's decoders raise on broken files.
-_DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    NotImplementedError,
-    EOFError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+if TYPE_CHECKING:
+    import torch
+
+    PictureSource = str | os.PathLike[str] | np.ndarray | torch.Tensor | Image.Image
+
+MAX_PIXELS = 2**30
+_PROJECTIONS = ("max", "mean")
+_INTENSITIES = ("percentiles", "full")
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read a picture as RGB, uint8 of shape (H, W, 3).
+class Reading(TypedDict, total=False):
+    """How a picture is read: the keywords of `open_picture` and of all that open pictures.
 
-    Grey, palette, CMYK, 1-bit and 16-bit pictures are converted, EXIF orientation is applied, an
-    alpha channel is dropped, and of an animation the first frame is read. Grey pictures of more
-    than 8 bits are divided by the smallest full scale of 8 to 32 bits that holds their largest
-    value, so that 12-bit camera data in a 16-bit file are not nearly black; floats up to 1 count
-    as having full scale 1.
+    Attributes:
+        channel: number from 0, or name where the file has names, of the channel to be shown in
+            grey; three of them, as a sequence or as "0,2,1", are shown as red, green and blue.
+            `None`: the colors of a color picture, or the only channel.
+        plane: which of several planes (z, time, pages, frames), counted from 0 over all of them,
+            the last axis fastest; or by axes, as "z=3,t=0". `None`: the only one.
+        project: "max" or "mean" over the planes that `plane` leaves open. `None`: a picture that
+            has several planes is an error.
+        intensities: of samples of more than 8 bits, and of signed and real ones. "percentiles"
+            (default): by robust percentiles of the whole picture, see `data.intensities`. "full":
+            the range of integers, and 0 to 1 of floats, become 0 to 255; other floats are an error.
+            NaN is shown as 0.
+        max_pixels: height times width of the largest picture to read, default 2**30: a file of a
+            few bytes can claim any size.
+    """
+
+    channel: int | str | Sequence[int | str] | None
+    plane: int | str | None
+    project: Literal["max", "mean"] | None
+    intensities: Literal["percentiles", "full"]
+    max_pixels: int
+
+
+class Picture:
+    """A picture read by windows: `picture[rows, columns]` is (h, w, 3) uint8, RGB.
+
+    Windows of TIFF files are read from the file (of compressed ones, the strips or tiles that they
+    touch); other files are decoded once and kept. Intensities are those of the whole picture, so
+    that windows agree.
+
+    Attributes:
+        name: the file, or "image".
+        shape: (H, W).
+    """
+
+    def __init__(
+        self,
+        stored: Stored,
+        channels: Sequence[int],
+        planes: Sequence[int],
+        project: str | None,
+        intensities: str,
+    ) -> None:
+        self.name, self.shape = stored.name, stored.layout.shown_size
+        self._stored, self._channels, self._planes = stored, channels, planes
+        self._project, self._intensities = project, intensities
+
+    def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = self._inside(window)
+        layout = self._stored.layout
+        values = _shown(self._read(*_stored_window(layout, rows, columns)), layout.orientation)
+        if values.dtype != np.uint8:
+            low, high, top = self._levels
+            self._check_range(values, low, high)
+            values = levels.to_8_bits(values, (low, high), top, layout.inverted)
+        elif layout.inverted:
+            values = 255 - values
+        if values.shape[2] == 1:
+            values = np.repeat(values, 3, axis=2)
+        return np.ascontiguousarray(values)
+
+    def read(self) -> np.ndarray:
+        """All of it, (H, W, 3) uint8."""
+        return self[:, :]
+
+    def scaled(self, factor: float) -> Picture:
+        """The same with sides `factor` times as long, resampled window by window."""
+        shape = (max(1, round(self.shape[0] * factor)), max(1, round(self.shape[1] * factor)))
+        return self if shape == self.shape else _Resampled(self, shape)
+
+    def _inside(self, window: tuple[slice, slice]) -> tuple[slice, slice]:
+        rows, columns = (
+            slice(*span.indices(length)[:2])
+            for span, length in zip(window, self.shape, strict=True)
+        )
+        return rows, columns
+
+    def _read(self, rows: slice, columns: slice) -> np.ndarray:
+        """Samples (h, w, 1 or 3) of the chosen planes, as stored."""
+        with decoding(self.name):
+            parts = (self._stored.read(n, self._channels, rows, columns) for n in self._planes)
+            result = next(parts)
+            if len(self._planes) == 1:
+                return result
+            if self._project == "max":
+                darkest = self._stored.layout.inverted
+                for part in parts:
+                    result = (np.fmin if darkest else np.fmax)(result, part)
+                return result
+            total = result.astype(np.float64)
+            for part in parts:
+                total += part
+            return total / len(self._planes)
+
+    @cached_property
+    def _levels(self) -> tuple[float, float, float]:
+        layout = self._stored.layout
+        if self._intensities == "full":
+            return *levels.full_levels(layout.dtype, layout.bits, layout.inverted), 255.0
+        fitted = levels.percentile_levels(self._read, layout.size, layout.inverted)
+        if fitted is None:
+            raise PictureError(f"{self.name}: no sample of the picture is a finite number")
+        return *fitted, levels.TOP
+
+    def _check_range(self, values: np.ndarray, low: float, high: float) -> None:
+        if self._intensities != "full" or values.dtype.kind != "f" or not values.size:
+            return
+        smallest, largest = (float(f.reduce(values, axis=None)) for f in (np.fmin, np.fmax))
+        if smallest < 0 or largest > 1:
+            raise PictureError(
+                f"{self.name}: intensities 'full' need real numbers from 0 to 1, got {smallest:g} "
+                f"to {largest:g}"
+            )
+
+
+class _Resampled(Picture):
+    def __init__(self, whole: Picture, shape: tuple[int, int]) -> None:
+        self.name, self.shape, self._whole = whole.name, shape, whole
+
+    def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
+        spans, box = [], []
+        for span, length, own in zip(
+            self._inside(window), self._whole.shape, self.shape, strict=True
+        ):
+            ratio = length / own
+            margin = math.ceil(2 * max(1.0, ratio)) + 1  # what a bicubic filter sees
+            begin = max(0, math.floor(span.start * ratio) - margin)
+            end = min(length, math.ceil(span.stop * ratio) + margin)
+            spans.append(slice(begin, end))
+            box.append((span.start * ratio - begin, span.stop * ratio - begin, span))
+        (top, bottom, rows), (left, right, columns) = box
+        part = Image.fromarray(self._whole[spans[0], spans[1]])
+        size = columns.stop - columns.start, rows.stop - rows.start
+        return np.array(part.resize(size, Image.Resampling.BICUBIC, (left, top, right, bottom)))
+
+
+def open_picture(
+    source: PictureSource,
+    *,
+    channel: int | str | Sequence[int | str] | None = None,
+    plane: int | str | None = None,
+    project: Literal["max", "mean"] | None = None,
+    intensities: Literal["percentiles", "full"] = "percentiles",
+    max_pixels: int = MAX_PIXELS,
+) -> Picture:
+    """A picture to be read as RGB, from whatever holds it.
+
+    Samples of 8 bits are taken as they are, deeper ones by `intensities`. The orientation that a
+    file tells is applied, palettes, CMYK and pictures whose 0 is white are converted, channels
+    declared to be alpha are left out. Whatever else there is more of than can be shown is an error
+    that says how to choose.
+
+    Args:
+        source: a file (TIFF, or what Pillow reads), an array (H, W), (H, W, 1), (H, W, 3) or, with
+            alpha, (H, W, 4), a tensor (H, W) or (1, 3 or 4, H, W), or a picture of Pillow; of truth
+            values, integers or real numbers of any size.
+        channel, plane, project, intensities, max_pixels: see `Reading`.
 
     Raises:
-        ValueError: in one line that names the file, if it does not exist, is no picture, is
-            truncated or holds negative, NaN or infinite values.
+        ValueError: in one line that names the file: it is none, no picture, or broken; it needs a
+            choice, or the choice is not in it; it is larger than `max_pixels`.
+        TypeError: `source` is nothing of the above.
     """
-    picture = _decode(path)
-    if picture.mode.startswith(("I", "F")):
-        return _rgb_from_deep_grey(np.asarray(picture), path)
-    if picture.mode in ("P", "PA"):
-        picture = picture.convert("RGBA")
-    return np.array(picture.convert("RGB"))
+    for name, value, known in (
+        ("project", project, (None, *_PROJECTIONS)),
+        ("intensities", intensities, _INTENSITIES),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {known}, got {value!r}")
+    stored, planes = _choose_planes(_stored(source, max_pixels), plane, project)
+    channels = _choose_channels(stored.name, stored.layout, channel)
+    return Picture(stored, channels, planes, project, intensities)
+
+
+def read_image(source: PictureSource, **reading: Unpack[Reading]) -> np.ndarray:
+    """All of a picture as RGB, (H, W, 3) uint8; see `open_picture`."""
+    return open_picture(source, **reading).read()
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Height and width of the picture that `open_picture` opens, from the file's header.
+
+    Raises:
+        ValueError: in one line that names the file, if it does not exist, is no picture, or holds
+            pictures of several sizes.
+    """
+    pictures = _stored(path, MAX_PIXELS)
+    sizes = {picture.layout.shown_size for picture in pictures}
+    if len(sizes) > 1:
+        raise _several_pictures(pictures)
+    return sizes.pop()
 
 
 def read_instances(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read an instance map, a grey picture of 8 to 32 bits, as int32 of shape (H, W).
+    """Read an instance map as int32 of shape (H, W).
 
-    0 is background; every other value is the id of an instance. Of a palette picture, the
-    palette's indices are read.
+    0 is background; every other value is the id of an instance. One channel of whole numbers, of
+    any type; the numbers are taken as stored, of a palette picture its indices.
 
     Raises:
-        ValueError: in one line that names the file, if it cannot be read or has colors.
+        ValueError: in one line that names the file, if it cannot be read, has colors, several
+            planes or channels, or values that are no whole numbers from 0 to 2^31 - 1.
     """
     return _read_map(path, "an instance map")
 
@@ -67,62 +240,196 @@ def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
     return _read_map(path, "a map of labels")
 
 
-def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Height and width of the picture that `read_image` reads, from the file's header.
-
-    Raises:
-        ValueError: in one line that names the file, if it does not exist or is no picture.
-    """
-    try:
-        with Image.open(path) as picture:
-            turned = picture.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-            width, height = reversed(picture.size) if turned else picture.size
-            return height, width
-    except _DECODER_ERRORS as error:
-        raise _no_picture(path, error) from None
-
-
 def _read_map(path: str | os.PathLike[str], what: str) -> np.ndarray:
-    picture = _decode(path)
-    if not picture.mode.startswith(("1", "L", "I", "P")) or len(picture.getbands()) > 1:
-        raise ValueError(
-            f"{path}: expected {what} (one channel of integers), "
-            f"got a picture of mode {picture.mode}"
+    pictures = _stored(path, MAX_PIXELS, numbers=True)
+    layout = pictures[0].layout
+    count = sum(picture.layout.num_planes for picture in pictures)
+    if count > 1 or len(layout.channels) > 1:
+        raise PictureError(
+            f"{os.fspath(path)}: expected {what}, one channel of whole numbers, got "
+            + (f"{count} planes" if count > 1 else f"the channels {', '.join(layout.channels)}")
         )
-    values = np.asarray(picture).astype(np.int32)
-    if values.size and values.min() < 0:
-        raise ValueError(f"{path}: expected {what} of values of at least 0, got {values.min()}")
+    height, width = layout.size
+    with decoding(path):
+        values = pictures[0].read(0, [0], slice(0, height), slice(0, width))
+    values = _shown(values, layout.orientation)[..., 0]
+    smallest, largest = values.min(), values.max()
+    if not (smallest >= 0 and largest <= np.iinfo(np.int32).max):
+        raise PictureError(
+            f"{os.fspath(path)}: expected {what} of values from 0 to {np.iinfo(np.int32).max}, "
+            f"got {smallest} to {largest}"
+        )
+    whole = values.astype(np.int32)
+    if values.dtype.kind == "f" and (whole != values).any():
+        raise PictureError(f"{os.fspath(path)}: expected {what} of whole numbers, got fractions")
+    return whole
+
+
+def _stored(source: PictureSource, max_pixels: int, numbers: bool = False) -> Sequence[Stored]:
+    """The pictures that a source holds."""
+    if isinstance(source, str | os.PathLike):
+        with decoding(source):
+            with open(source, "rb") as file:
+                tiff = is_tiff(file.read(4))
+            if tiff:
+                return stored_tiffs(source, max_pixels, numbers)
+            return [StoredPillow(source, max_pixels, numbers)]
+    if isinstance(source, Image.Image):
+        with decoding("image"):
+            return [StoredPillow(source, max_pixels, numbers)]
+    if type(source).__module__.partition(".")[0] == "torch":
+        source = _array_of(source)
+    if not isinstance(source, np.ndarray):
+        raise TypeError(
+            "image: expected a file, an array, a tensor or a picture of Pillow, "
+            f"got {type(source).__name__}"
+        )
+    return [stored_array(source)]
+
+
+def _array_of(tensor) -> np.ndarray:
+    """(C, H, W) to (H, W, C)."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    array = tensor.detach().cpu().numpy()
+    return np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+
+
+# Choices ----------------------------------------------------------------------------------------
+
+
+def _several_pictures(pictures: Sequence[Stored]) -> PictureError:
+    sizes = [" x ".join(map(str, picture.layout.shown_size)) for picture in pictures[:4]]
+    more = ", ..." if len(pictures) > 4 else ""
+    return PictureError(
+        f"{pictures[0].name}: holds {len(pictures)} pictures ({', '.join(sizes)}{more}); choose "
+        f'one with plane, "image=0" to "image={len(pictures) - 1}"'
+    )
+
+
+def _choose_planes(
+    pictures: Sequence[Stored], plane: int | str | None, project: str | None
+) -> tuple[Stored, list[int]]:
+    """The picture, and its planes."""
+    wanted = _plane_numbers(pictures[0].name, plane)
+    if isinstance(wanted, int):
+        number = wanted
+        for picture in pictures:
+            if number < picture.layout.num_planes:
+                return picture, [number]
+            number -= picture.layout.num_planes
+        count = sum(picture.layout.num_planes for picture in pictures)
+        raise PictureError(
+            f"{pictures[0].name}: has {count} planes, 0 to {count - 1}; there is no plane {wanted}"
+        )
+    image = wanted.pop("image", None if len(pictures) > 1 else 0)
+    if image is None:
+        raise _several_pictures(pictures)
+    axes = {} if image >= len(pictures) else dict(pictures[image].layout.planes)
+    for axis, number in {"image": image, **wanted}.items():
+        length = len(pictures) if axis == "image" else axes.get(axis, 1)
+        if number >= length:
+            raise PictureError(
+                f"{pictures[0].name}: there is no plane {axis}={number}; "
+                f"{_described(pictures[0].layout)}"
+            )
+    picture = pictures[image]
+    left = [axis for axis in axes if axis not in wanted]
+    if left and project is None:
+        raise PictureError(
+            f"{picture.name}: {_described(picture.layout)}; choose one with plane, 0 to "
+            f"{picture.layout.num_planes - 1} or by axes (for example "
+            f'"{",".join(f"{axis}=0" for axis in left)}"), or all with project, "max" or "mean"'
+        )
+    lengths = tuple(axes.values()) or (1,)
+    grid = np.arange(math.prod(lengths)).reshape(lengths)
+    return picture, grid[tuple(wanted.get(axis, slice(None)) for axis in axes)].ravel().tolist()
+
+
+def _plane_numbers(name: str, plane: int | str | None) -> int | dict[str, int]:
+    if plane is None:
+        return {}
+    if isinstance(plane, str):
+        try:
+            if "=" not in plane:
+                plane = int(plane)
+            else:
+                pairs = (part.split("=") for part in plane.split(","))
+                numbers = {axis.strip().lower(): int(number) for axis, number in pairs}
+                if min(numbers.values()) >= 0:
+                    return numbers
+        except ValueError:
+            pass
+    if isinstance(plane, int) and not isinstance(plane, bool) and plane >= 0:
+        return plane
+    raise ValueError(f'plane: expected a number from 0, or as "z=3,t=0", got {plane!r}')
+
+
+def _described(layout: Layout) -> str:
+    if not layout.planes:
+        return "it has one plane"
+    axes = ", ".join(f"{name} {length}" for name, length in layout.planes)
+    return f"it has {layout.num_planes} planes ({axes})"
+
+
+def _choose_channels(
+    name: str, layout: Layout, channel: int | str | Sequence[int | str] | None
+) -> list[int]:
+    names = layout.channels
+    count = len(names)
+    if channel is None:
+        if layout.rgb or count == 1:
+            return list(range(count))
+        listed = "" if names == tuple(map(str, range(count))) else f" ({', '.join(names)})"
+        raise PictureError(
+            f"{name}: it has {count} channels{listed}; choose one with channel, 0 to {count - 1}, "
+            'or three to be red, green and blue, as "0,1,2"'
+        )
+    items = [channel] if isinstance(channel, int | str) else list(channel)
+    if isinstance(channel, str) and channel.strip().lower() not in map(str.lower, names):
+        items = list(channel.split(","))
+    if len(items) not in (1, 3):
+        raise ValueError(f"channel: expected one, or three as red, green and blue, got {channel!r}")
+    return [_channel_number(name, names, item) for item in items]
+
+
+def _channel_number(name: str, names: Sequence[str], item: int | str) -> int:
+    text = str(item).strip().lower()
+    lower = [known.lower() for known in names]
+    if text in lower and not (text.isdecimal() and isinstance(item, int)):
+        return lower.index(text)
+    if text.isdecimal() and int(text) < len(names):
+        return int(text)
+    listed = "" if names == tuple(map(str, range(len(names)))) else f" ({', '.join(names)})"
+    raise PictureError(
+        f"{name}: it has {len(names)} channel{'s' if len(names) > 1 else ''}{listed}, "
+        f"there is no channel {item!r}"
+    )
+
+
+# Orientation: rows and columns change places first (5 to 8), then either is turned over ---------
+
+_ROWS_TURNED, _COLUMNS_TURNED = (3, 4, 7, 8), (2, 3, 6, 7)
+
+
+def _stored_window(layout: Layout, rows: slice, columns: slice) -> tuple[slice, slice]:
+    """Where a window of the picture as shown is stored."""
+    height, width = layout.shown_size
+    if layout.orientation in _ROWS_TURNED:
+        rows = slice(height - rows.stop, height - rows.start)
+    if layout.orientation in _COLUMNS_TURNED:
+        columns = slice(width - columns.stop, width - columns.start)
+    return (rows, columns) if layout.orientation < 5 else (columns, rows)
+
+
+def _shown(values: np.ndarray, orientation: int) -> np.ndarray:
+    """A stored window (h, w, channels) as it is shown."""
+    if orientation >= 5:
+        values = values.swapaxes(0, 1)
+    if orientation in _ROWS_TURNED:
+        values = values[::-1]
+    if orientation in _COLUMNS_TURNED:
+        values = values[:, ::-1]
     return values
-
-
-def _decode(path: str | os.PathLike[str]) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is decoded in spite of a flaw is good enough
-            with Image.open(path) as picture:
-                return ImageOps.exif_transpose(picture)
-    except _DECODER_ERRORS as error:
-        raise _no_picture(path, error) from None
-
-
-def _no_picture(path: str | os.PathLike[str], error: BaseException) -> ValueError:
-    if not os.path.exists(path):
-        reason = "there is no such file"
-    elif os.path.isdir(path):
-        reason = "this is a folder"
-    else:
-        reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{os.fspath(path)}: expected a picture, but {reason}")
-
-
-def _rgb_from_deep_grey(values: np.ndarray, path: str | os.PathLike[str]) -> np.ndarray:
-    values = values.astype(np.float64)
-    if not np.isfinite(values).all() or (values < 0).any():
-        raise ValueError(f"{os.fspath(path)}: expected finite values of at least 0 in a picture")
-    largest = values.max()
-    if largest <= 1:
-        full_scale = 1.0
-    else:
-        full_scale = 2.0 ** max(8, np.ceil(np.log2(largest + 1))) - 1
-    grey = np.rint(values * (255 / full_scale)).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, axis=2)
