@@ -14,7 +14,8 @@ MAP_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm"})
 """Of pictures that keep their values: those that can hold ids or labels."""
 
 PICTURE_SUFFIXES = MAP_SUFFIXES | {
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".ppm", ".pbm", ".pnm")
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".ppm", ".pbm", ".pnm"),
+    *(".btf", ".tf8", ".lsm", ".stk", ".svs", ".ndpi", ".scn", ".qptiff"),  # kinds of TIFF
 }
 
 _THUMBNAILS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
