@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import struct
 import tracemalloc
 import warnings
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pointformer import segment
+from pointformer import cli, segment
 from pointformer.data import read_image, read_instances, read_labels
 from pointformer.data.images import image_size, open_picture
 from pointformer.data.tiff import StoredTiff
@@ -682,6 +683,40 @@ def test_a_large_file_is_segmented_by_windows(model, tmp_path, example):
     assert result.labels.shape == deep.shape
     assert "image" not in vars(result)  # not read until it is asked for
     np.testing.assert_array_equal(result.image, read_image(deep))
+
+
+def test_what_the_memory_cannot_hold_is_refused_before_it_is_tried(model, tmp_path, monkeypatch):
+    path = tmp_path / "large.tif"
+    tifffile.memmap(path, shape=(30_000, 30_000), dtype=np.uint8)  # a hole in the file
+    pages = 2**30 // os.sysconf("SC_PAGE_SIZE")
+    sysconf = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda n: pages if n == "SC_PHYS_PAGES" else sysconf(n))
+    for options in ({}, {"tile": 8192}, {"scale": 0.2}):
+        with pytest.raises(
+            ValueError, match=r"large\.tif: .* at once need more than .* use a tile"
+        ):
+            segment(model, path, **options)
+
+
+def test_a_folder_of_cases_through_the_command_line(tmp_path, capsys):
+    """Those that need a choice are named with it; the rest is done."""
+    assert cli.main(["segment", str(CASES), "--out", str(tmp_path)]) == 1
+    out, problems = capsys.readouterr()
+    assert "7 of 10 pictures done" in out
+    assert problems.count("\n") == len(CHOICES)
+    for name in CHOICES:
+        assert name in problems
+    for stem in (Path(name).stem for name in set(EXPECTED) - set(CHOICES)):
+        count = json.loads((tmp_path / f"{stem}_summary.json").read_text())["count"]
+        assert abs(count - COUNT) <= 5
+    for name, option in (("cyx_2_channels", "--channel=1"), ("zyx_5_planes", "--plane=z=3")):
+        arguments = [str(CASES / f"{name}.tif"), "--out", str(tmp_path), option, "--diameter=9.8"]
+        assert cli.main(["segment", *arguments]) == 0
+        assert f"{name}.tif: 72 objects" in capsys.readouterr().out
+    picture = str(tmp_path / "focus.png")
+    assert cli.main(["focus", str(CASES / "zyx_5_planes.tif"), "--out", picture]) == 1
+    arguments = [str(CASES / "zyx_5_planes.tif"), "--out", picture, "--project=max"]
+    assert cli.main(["focus", *arguments]) == 0
 
 
 # Sizes of objects ---------------------------------------------------------------------------------

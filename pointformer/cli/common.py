@@ -59,7 +59,9 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
         "only one; of several, --plane or --project must choose)",
     )
     group.add_argument(
-        "--project", choices=("max", "mean"), help="of all planes, or of those that --plane leaves"
+        "--project",
+        choices=("max", "mean"),
+        help="of all planes, or of those that --plane leaves (default: none)",
     )
     group.add_argument(
         "--intensities",

@@ -479,7 +479,8 @@ def _read_panoptic(
     segments: Any,
     classes: dict[int, int],
 ) -> Annotation:
-    ids = read_image(png) @ np.array([1, 256, 65536], np.int32)
+    # Colors of 16 bits are those of 8, as programs widen them.
+    ids = read_image(png, intensities="full") @ np.array([1, 256, 65536], np.int32)
     check_size(png, ids.shape, image)
     if picture.size not in (None, ids.shape):
         raise ValueError(f"{path}: {picture.name}: expected the size {ids.shape}, as {png} has it")

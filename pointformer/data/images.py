@@ -305,7 +305,7 @@ def _several_pictures(pictures: Sequence[Stored]) -> PictureError:
     more = ", ..." if len(pictures) > 4 else ""
     return PictureError(
         f"{pictures[0].name}: holds {len(pictures)} pictures ({', '.join(sizes)}{more}); choose "
-        f'one with plane, "image=0" to "image={len(pictures) - 1}"'
+        f'one with plane (--plane), "image=0" to "image={len(pictures) - 1}"'
     )
 
 
@@ -339,9 +339,9 @@ def _choose_planes(
     left = [axis for axis in axes if axis not in wanted]
     if left and project is None:
         raise PictureError(
-            f"{picture.name}: {_described(picture.layout)}; choose one with plane, 0 to "
+            f"{picture.name}: {_described(picture.layout)}; choose one with plane (--plane), 0 to "
             f"{picture.layout.num_planes - 1} or by axes (for example "
-            f'"{",".join(f"{axis}=0" for axis in left)}"), or all with project, "max" or "mean"'
+            f'"{",".join(f"{axis}=0" for axis in left)}"), or project (--project) "max" or "mean"'
         )
     lengths = tuple(axes.values()) or (1,)
     grid = np.arange(math.prod(lengths)).reshape(lengths)
@@ -382,10 +382,10 @@ def _choose_channels(
     if channel is None:
         if layout.rgb or count == 1:
             return list(range(count))
-        listed = "" if names == tuple(map(str, range(count))) else f" ({', '.join(names)})"
+        three = ', or three to be red, green and blue, as "0,1,2"' if count > 2 else ""
         raise PictureError(
-            f"{name}: it has {count} channels{listed}; choose one with channel, 0 to {count - 1}, "
-            'or three to be red, green and blue, as "0,1,2"'
+            f"{name}: it has {_named(names)}; choose one with channel (--channel), 0 to "
+            f"{count - 1}{three}"
         )
     items = [channel] if isinstance(channel, int | str) else list(channel)
     if isinstance(channel, str) and channel.strip().lower() not in map(str.lower, names):
@@ -402,11 +402,13 @@ def _channel_number(name: str, names: Sequence[str], item: int | str) -> int:
         return lower.index(text)
     if text.isdecimal() and int(text) < len(names):
         return int(text)
-    listed = "" if names == tuple(map(str, range(len(names)))) else f" ({', '.join(names)})"
-    raise PictureError(
-        f"{name}: it has {len(names)} channel{'s' if len(names) > 1 else ''}{listed}, "
-        f"there is no channel {item!r}"
-    )
+    raise PictureError(f"{name}: it has {_named(names)}, there is no channel {item!r}")
+
+
+def _named(channels: Sequence[str]) -> str:
+    count = len(channels)
+    listed = "" if list(channels) == [*map(str, range(count))] else f" ({', '.join(channels)})"
+    return f"{count} channel{'s' if count > 1 else ''}{listed}"
 
 
 # Orientation: rows and columns change places first (5 to 8), then either is turned over ---------

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -20,14 +19,21 @@ _ONE_PICTURE = {"PSD", "ICO", "ICNS", "CUR", "FPX"}
 _LIMIT = threading.Lock()
 
 
-@contextlib.contextmanager
-def _by_our_limit() -> Iterator[None]:
+def _renew_lock() -> None:
+    global _LIMIT
+    _LIMIT = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it
+
+
+def _opened(path: str) -> Image.Image:
     """Pillow's limit of pixels is one for the whole program; `max_pixels` is checked instead."""
-    with _LIMIT, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is decoded in spite of a flaw is good enough
+    with _LIMIT:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            yield
+            return Image.open(path)
         finally:
             Image.MAX_IMAGE_PIXELS = before
 
@@ -46,17 +52,18 @@ class StoredPillow:
     ) -> None:
         self._numbers = numbers
         self._decoded: tuple[int, np.ndarray] | None = None
-        with _by_our_limit():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is decoded in spite of a flaw is good enough
             if isinstance(source, Image.Image):
                 self.name, self._picture, frames, deep = "image", source, 1, ""
             else:
                 self.name = os.fspath(source)
-                self._picture = Image.open(source)
+                self._picture = _opened(self.name)
                 weakref.finalize(self, self._picture.close)
+                check_pixels(self.name, self._picture.height, self._picture.width, max_pixels)
                 frames = _frames(self._picture)
                 deep = _deep_colors(self.name, self._picture)
             picture = self._picture
-            check_pixels(self.name, picture.height, picture.width, max_pixels)
             self._first, self._single = picture.tell(), frames == 1
             self._deep = deep
             self._scale = _scale(picture) if numbers else 1
@@ -86,7 +93,8 @@ class StoredPillow:
 
     def read(self, plane: int, channels: Sequence[int], rows: slice, columns: slice) -> np.ndarray:
         if self._decoded is None or self._decoded[0] != plane:
-            with _by_our_limit():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 self._decoded = plane, self._decode(plane)
         values = self._decoded[1][rows, columns]
         return values if len(channels) == values.shape[2] else values[..., list(channels)]

@@ -72,6 +72,7 @@ class _Handle:
     def __init__(self, path: str) -> None:
         from tifffile import TiffFile
 
+        self.path = os.path.abspath(path)
         # The other files that OME metadata name are not opened: a file decides about itself only.
         self.file: TiffFile = TiffFile(path, _multifile=False)
         self.lock = threading.Lock()
@@ -257,7 +258,7 @@ class StoredTiff:
     def _map(self) -> np.ndarray:
         """For one window: pages of the file that were looked at count as used memory until then."""
         dtype = np.dtype(self._series.dtype).newbyteorder(self._handle.file.byteorder)
-        return np.memmap(self.name, dtype, "r", self._series.dataoffset, self._shape)
+        return np.memmap(self._handle.path, dtype, "r", self._series.dataoffset, self._shape)
 
     def _in_pages(self) -> bool:
         """Whether an index of the series tells the page and the place in it."""
@@ -283,7 +284,8 @@ class StoredTiff:
             depth, height, width = page.tiledepth, page.tilelength, page.tilewidth
         else:
             depth, height, width = 1, page.rowsperstrip, page.imagewidth
-        check_pixels(self.name, height * depth, width, self._max_pixels)
+        samples = page.shaped[4]
+        check_pixels(self.name, height * depth * samples, width, 4 * self._max_pixels)
         across = -(-page.imagewidth // width)
         down = -(-page.imagelength // height)
         deep = -(-page.imagedepth // depth)
