@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import torch
 from PIL import Image
 
 from pointformer import cli
+from pointformer._files import TEMPORARY_PREFIX
 from pointformer.cli import results as results_of_runs
 from pointformer.cli import segment as command
 from pointformer.cli.common import printable, reason, result_names
 from pointformer.cli.results import Results, is_result, save_sealed, write_sealed
+from pointformer.data.images import open_picture
 from pointformer.models import AFFConfig, Model, save_model
 from pointformer.segmentation import Segmentation
 
@@ -70,7 +73,7 @@ def found(labels):
     """What `segment` gives for a map of ids."""
     count = int(labels.max(initial=0))
     image = np.zeros((*labels.shape, 3), np.uint8)
-    return Segmentation(image, labels, (1,), 0.1, (0,) * count, (1.0,) * count)
+    return Segmentation(open_picture(image), labels, (1,), 0.1, (0,) * count, (1.0,) * count)
 
 
 @pytest.fixture
@@ -650,3 +653,58 @@ def test_errors_name_the_file_once_and_in_one_line():
     assert reason(OSError(errno.EIO, "broken", "a.png"), "a.png") == "a.png: broken"
     assert reason(ValueError(), "a.png") == "a.png: ValueError"
     assert reason(ValueError("bad")) == "bad"
+
+
+def test_a_folder_of_everything(capsys, model):
+    """The whole command over good, odd and bad files; the second time as another process."""
+    cases = Path(__file__).parent / "cases" / "pictures"
+    shutil.copytree(cases, "in", ignore=shutil.ignore_patterns("*.json"))
+    # Those that hold more than one picture need a choice.
+    choice = ["cyx_2_channels.tif", "three_contiguous_channels_u16.tif", "zyx_5_planes.tif"]
+    good = sorted({path.name for path in Path("in").iterdir()} - set(choice))
+    odd = [b"new\nline.png", b"\xff\xfe.png", "漢.png".encode(), b"n" * 238 + b".png", b"B.JPG"]
+    for number, name in enumerate(map(os.fsdecode, odd)):
+        picture(f"in/{name}", number)
+        good.append(name)
+    for name in ("._a.png", "Thumbs.db", "notes.txt"):
+        Path("in", name).write_bytes(b"\0\5\x16\7")
+    Path("in/folder.png").mkdir()
+    Path("in/empty.png").write_bytes(b"")
+    Path("in/cut.png").write_bytes(Path("in/漢.png").read_bytes()[:200])
+    Path("in/text.tif").write_text("no picture")
+    Path("in/cut.tif").write_bytes(next(cases.glob("*.tif")).read_bytes()[:100])
+    Path("in/broken.png").symlink_to("nowhere")
+    os.mkfifo("in/pipe.png")
+    long = "n" * 250 + ".png"
+    picture(f"in/{long}")
+    bad = ["empty.png", "cut.png", "text.tif", "cut.tif", "broken.png", "pipe.png", long, *choice]
+    arguments = ["segment", "in", "nosuch.png", "--out", "o", "--model", model]
+
+    def check(code, text, error):
+        assert code == 1, error
+        lines = error.splitlines()
+        for name in [*bad, "nosuch.png"]:
+            assert any(name in line for line in lines), name
+        assert len(lines) == len(bad) + 1, error
+        assert all(line.startswith("pointformer: error: ") for line in lines), error
+        assert f"{len(good)} of {len(good) + len(bad) + 1} pictures done" in text
+        names = [name.rpartition(".")[0] for name in good]
+        assert sorted(os.listdir("o")) == sorted(f"{n}_{kind}" for n in names for kind in KINDS)
+        assert not [p for p in Path().rglob("*") if p.name.startswith(TEMPORARY_PREFIX)]
+
+    before = content("in")
+    check(*run(capsys, *arguments))
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    again = subprocess.run(
+        [sys.executable, "-m", "pointformer.cli", *arguments],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    check(again.returncode, again.stdout, again.stderr)
+    assert content("in") == before
+    for name, *options in zip(
+        choice, ("--channel", "--channel", "--plane"), ("1", "0,1,2", "3"), strict=True
+    ):
+        code, _, error = run(
+            capsys, "segment", f"in/{name}", "--out", "chosen", "--model", model, *options
+        )
+        assert (code, error) == (0, "")

@@ -1,0 +1,271 @@
+"""Every option of the command line reaches the function that it is for."""
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pointformer.data
+import pointformer.evaluation
+import pointformer.models
+import pointformer.models.complexity
+import pointformer.profiling
+import pointformer.segmentation
+from pointformer import cli
+from pointformer.profiling import Limits
+
+
+class Reached(Exception):
+    """Ends a run where what the test is about has been seen."""
+
+
+class FakeModel:
+    """Tells a record of calls what is done with it."""
+
+    name, task, categories, num_classes, backbone = "fake", None, None, 3, None
+    config = SimpleNamespace(image_size=64, in_channels=3, patch_stride=4)
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def eval(self):
+        return self
+
+    def train(self, mode):
+        self.seen["train"] = mode
+        return self
+
+    def to(self, *where):
+        self.seen["to"] = [str(w) for w in where]
+        return self
+
+    def preprocess(self, image):
+        self.seen["height"] = image.shape[-2]
+        raise Reached
+
+
+@pytest.fixture
+def seen(tmp_path, monkeypatch):
+    """What the functions behind the commands were called with, by the function's name."""
+    monkeypatch.chdir(tmp_path)
+    for name, height in (("a.png", 8), ("b.png", 16)):
+        Image.fromarray(np.zeros((height, 8, 3), np.uint8)).save(name)
+    seen = {}
+
+    def spy(owner, name, result=None):
+        def called(*arguments, **options):
+            seen[name] = (arguments, options)
+            return result(*arguments, **options) if callable(result) else result
+
+        monkeypatch.setattr(owner, name, called)
+
+    def stop(*arguments, **options):
+        raise Reached
+
+    def draw(model, dataset, task, *, annotations, **options):
+        seen["drawn"] = len(list(annotations))
+        return SimpleNamespace(scores={"AP": 0.5}, pictures=1)
+
+    spy(pointformer.models, "create_model", lambda *a, **k: FakeModel(seen))
+    spy(pointformer.models, "load_model", lambda *a, **k: FakeModel(seen))
+    spy(torch, "set_num_threads")
+    spy(pointformer.segmentation, "segment", stop)
+    spy(pointformer.evaluation, "evaluate", draw)
+    for name in ("folder", "ade20k", "cityscapes", "coco_instances", "coco_panoptic"):
+        data = argparse.Namespace(entries=[], skipped={})
+        dataset = type("Data", (list,), vars(data))(["first", "second"])
+        spy(pointformer.data, f"read_{name}", dataset)
+    spy(pointformer.profiling, "measure_limits", Limits(1e9, 1e12))
+    spy(pointformer.profiling, "profile", [SimpleNamespace(as_dict=dict)])
+    spy(pointformer.profiling, "table", "")
+    spy(pointformer.data, "read_image", pointformer.data.read_image)
+    spy(pointformer.models, "count", stop)
+    spy(cli.common.traceback, "print_exception")
+    results = cli.segment.Results
+
+    def results_of(**options):
+        seen["Results"] = ((), options)
+        return results(**options)
+
+    for module in (cli.segment, cli.focus, cli.evaluate):
+        monkeypatch.setattr(module, "Results", results_of)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    real = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda shape, device: real(shape))
+    return seen
+
+
+def option(function, name):
+    """What `function` got for its keyword argument `name`."""
+    return lambda seen: seen[function][1].get(name)
+
+
+def argument(function, position):
+    """What `function` got in a position, paths as text."""
+    return lambda seen: (lambda a: a if a is None else str(a))(seen[function][0][position])
+
+
+def printed(key):
+    return lambda seen: json.loads(seen["output"]).get(key)
+
+
+BASE = {
+    "segment": ["--out", "o", "a.png"],
+    "focus": ["a.png", "--out", "o.png"],
+    "evaluate": ["data"],
+    "profile": ["aff_nano", "--device", "cpu"],
+    "models": ["aff_nano"],
+}
+MODEL = [
+    (["--model", "aff_tiny.tag"], argument("create_model", 0), "aff_tiny"),
+    (["--model", "aff_tiny.tag"], option("create_model", "pretrained"), "tag"),
+    (["--model", "m.safetensors"], lambda seen: seen.get("load_model"), (("m.safetensors",), {})),
+    (["--rate", "0.5"], option("create_model", "rate"), 0.5),
+    (["--alpha", "0"], option("create_model", "alpha"), 0.0),
+    (["--device", "cuda:1"], lambda seen: seen["to"], ["cuda:1"]),
+    (["--threads", "3"], lambda seen: seen.get("set_num_threads"), ((3,), {})),
+    (["--debug"], lambda seen: "print_exception" in seen, True),
+    (["--overwrite"], option("Results", "overwrite"), True),
+]
+
+
+def reading(function):
+    """What is read of a picture."""
+    return [
+        (["--channel", "0,1,2"], option(function, "channel"), "0,1,2"),
+        (["--plane", "z=3"], option(function, "plane"), "z=3"),
+        (["--project", "max"], option(function, "project"), "max"),
+        (["--intensities", "full"], option(function, "intensities"), "full"),
+        (["--max-pixels", "9"], option(function, "max_pixels"), 9),
+    ]
+
+
+TABLE = {
+    "segment": [
+        *MODEL,
+        *reading("segment"),
+        (["--diameter", "9"], option("segment", "diameter"), 9.0),
+        (["--scale", "0.5"], option("segment", "scale"), 0.5),
+        (["b.png"], lambda seen: seen["output"].count(" of 2 pictures"), 1),
+        (["--out", "p"], lambda seen: seen["exists"]("p"), True),
+        (["--tile", "256"], option("segment", "tile"), 256),
+        (["--overlap", "32"], option("segment", "overlap"), 32),
+        (["--min-score", "0"], option("segment", "min_score"), 0.0),
+    ],
+    "focus": [
+        *MODEL,
+        *reading("read_image"),
+        (["b.png"], lambda seen: seen["height"], 16),
+        (["--out", "no/p.png"], lambda seen: "no: there is no such folder" in seen["errors"], True),
+    ],
+    "evaluate": [
+        *[row for row in MODEL if row[0] != ["--debug"]],
+        (["--debug", "--format", "coco"], lambda seen: "print_exception" in seen, True),
+        *reading("evaluate"),
+        (["other"], argument("read_folder", 0), "other"),
+        (["--split", "test"], argument("read_folder", 1), "test"),
+        (["--task", "semantic"], argument("read_folder", 2), "semantic"),
+        (["--task", "semantic"], argument("evaluate", 2), "semantic"),
+        (["--skip-bad"], option("read_folder", "skip_bad"), True),
+        (["--limit", "1"], lambda seen: seen["drawn"], 1),
+        (["--scales", "0.5", "1"], option("evaluate", "scales"), [0.5, 1.0]),
+        (["--flip"], option("evaluate", "flip"), True),
+        (["--tile", "256"], option("evaluate", "tile"), 256),
+        (["--json", "s.json"], lambda seen: seen["exists"]("s.json"), True),
+        *[
+            (["--format", kind, "--annotations", "x.json"], lambda seen, f=f: f in seen, True)
+            for kind, f in (
+                ("ade20k", "read_ade20k"),
+                ("cityscapes", "read_cityscapes"),
+                ("coco", "read_coco_instances"),
+                ("coco-panoptic", "read_coco_panoptic"),
+            )
+        ],
+        (
+            ["--format", "coco", "--annotations", "x.json", "--skip-bad"],
+            lambda seen: [str(a) for a in seen.get("read_coco_instances", [[]])[0]],
+            ["x.json", "data"],
+        ),
+        (
+            ["--format", "coco-panoptic", "--annotations", "x.json", "--segments", "maps"],
+            lambda seen: [str(a) for a in seen.get("read_coco_panoptic", [[]])[0]],
+            ["x.json", "maps", "data"],
+        ),
+    ],
+    "profile": [
+        (["aff_tiny"], argument("create_model", 0), "aff_tiny"),
+        (["neighborhood_attention"], option("profile", "only"), "neighborhood_attention"),
+        (
+            ["scored_merge", "--model", "aff_mini"],
+            argument("create_model", 0),
+            "aff_mini",
+        ),
+        (["--head", "dense"], option("create_model", "head"), "dense"),
+        (["--impl", "reference"], option("create_model", "impl"), "reference"),
+        (["--size", "32x40"], lambda seen: seen["profile"][0][1].shape[2:], (32, 40)),
+        (["--batch", "2"], lambda seen: seen["profile"][0][1].shape[0], 2),
+        (["--dtype", "bf16"], lambda seen: seen["profile"][0][1].dtype, torch.bfloat16),
+        (["--dtype", "bf16"], lambda seen: seen["to"], ["cpu", "torch.bfloat16"]),
+        (["--dtype", "bf16"], argument("measure_limits", 1), "torch.bfloat16"),
+        (["--device", "cuda"], lambda seen: seen["to"], ["cuda", "torch.float32"]),
+        (["--backward"], option("profile", "backward"), True),
+        (["--backward"], lambda seen: seen["train"], True),
+        (["--repeats", "7"], option("profile", "repeats"), 7),
+        (["--predict"], option("profile", "repeats"), 0),
+        (["--threads", "3"], lambda seen: seen.get("set_num_threads"), ((3,), {})),
+        (["--device", "cuda", "--warm"], option("profile", "warm"), True),
+        (["--device", "cuda", "--graph"], option("profile", "graph"), True),
+        (["--bandwidth", "5"], lambda seen: seen["profile"][0][2].bandwidth, 5e9),
+        (["--rate", "7"], lambda seen: seen["profile"][0][2].rate, 7e12),
+        (["--json"], lambda seen: seen["output"].startswith("{"), True),
+        (["--debug", "--size", "0"], lambda seen: "print_exception" in seen, True),
+    ],
+    "models": [
+        (["aff_mini"], argument("create_model", 0), "aff_mini"),
+        (["--head", "mask2former"], option("create_model", "head"), "mask2former"),
+        (["--classes", "5"], option("create_model", "num_classes"), 5),
+        (["--size", "96"], lambda seen: seen["count"][0][1:], (96, 96)),
+        (["--debug"], lambda seen: "print_exception" in seen, True),
+    ],
+}
+
+
+def parser_of(command):
+    parser = cli._parser()
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return commands.choices[command]
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "reached", "expected"),
+    [(command, *row) for command, rows in TABLE.items() for row in rows],
+    ids=[f"{command} {' '.join(row[0])}" for command, rows in TABLE.items() for row in rows],
+)
+def test_every_option_reaches_its_function(
+    seen, tmp_path, capsys, command, given, reached, expected
+):
+    def outcome(arguments):
+        seen.clear()
+        cli.main([command, *arguments])
+        seen["output"], seen["errors"] = capsys.readouterr()
+        seen["exists"] = lambda name: (tmp_path / name).exists()
+        return reached(seen)
+
+    base = BASE[command]
+    if not given[0].startswith("-") and command != "segment":
+        base = base[1:]  # another in the place of the positional argument
+    before = None if base is not BASE[command] else outcome(base)
+    assert outcome([*base, *given]) == expected
+    assert before != expected
+
+
+@pytest.mark.parametrize("command", cli._COMMANDS)
+def test_the_table_has_every_option(command):
+    known = {name for given, *_ in TABLE[command] for name in given}
+    for action in parser_of(command)._actions:
+        if action.option_strings and "--help" not in action.option_strings:
+            assert known & set(action.option_strings), action.option_strings
