@@ -421,6 +421,16 @@ def test_jpeg_in_tiff_is_rgb(tmp_path, example):
     assert np.abs(read_image(path).astype(int) - example).mean() < 3
 
 
+@pytest.mark.parametrize("compression", ["tiff_lzw", "packbits", "zstd", "jpeg", "group4"])
+def test_tiffs_that_pillow_writes_are_what_it_reads(tmp_path, example, compression):
+    path = tmp_path / "a.tif"
+    picture = Image.fromarray(example)
+    picture = picture.convert("1") if compression == "group4" else picture
+    picture.save(path, compression=compression)
+    with Image.open(path) as stored:
+        np.testing.assert_array_equal(read_image(path), np.asarray(stored.convert("RGB")))
+
+
 def test_kinds_of_colors_that_are_refused(tmp_path):
     path = tmp_path / "a.tif"
     colors = np.zeros((8, 8, 3), np.uint8)
@@ -799,6 +809,31 @@ def test_a_truncated_file_is_not_filled_with_zeros(tmp_path):
         tifffile.imwrite(path, colors, photometric="rgb", **options)
         path.write_bytes(path.read_bytes()[:-300])
         refusal(path)
+
+
+def test_a_truncated_stack_is_not_taken_for_its_first_plane(tmp_path):
+    """ImageJ tells the number of planes in words; without them the pages that are left would do."""
+    path = tmp_path / "a.tif"
+    samples = np.zeros((3, 64, 64), np.uint8)
+    tifffile.imwrite(path, samples, imagej=True, photometric="minisblack")
+    whole = path.read_bytes()
+    first = whole.index(b"\0" * 64 * 64 * 3)
+    path.write_bytes(whole[: first + 64 * 64 + 100])
+    refusal(path)
+    refusal(path, plane=0)
+
+
+def test_planes_that_are_named_but_lie_elsewhere(tmp_path):
+    """OME's other files are not opened: what is in this one can be chosen."""
+    path, planes = tmp_path / "a.ome.tif", np.arange(2, dtype=np.uint8)[:, None, None]
+    tifffile.imwrite(path, planes + np.zeros((8, 9), np.uint8), metadata={"axes": "ZYX"})
+    text = tifffile.tiffcomment(path).replace('SizeZ="2"', 'SizeZ="3"')
+    other = '<TiffData FirstZ="2"><UUID FileName="../b.ome.tif">urn:uuid:2</UUID></TiffData>'
+    tifffile.tiffcomment(path, text.replace("</Pixels>", f"{other}</Pixels>").encode())
+    tifffile.imwrite(tmp_path.parent / "b.ome.tif", np.full((8, 9), 7, np.uint8))
+    assert (read_image(path, plane=1) == 1).all()
+    assert "planes" in refusal(path)
+    assert "no plane 2" in refusal(path, plane=2)
 
 
 def test_nothing_is_printed_about_files(tmp_path, capfd):

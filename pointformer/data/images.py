@@ -322,7 +322,7 @@ def _choose_planes(
             number -= picture.layout.num_planes
         count = sum(picture.layout.num_planes for picture in pictures)
         raise PictureError(
-            f"{pictures[0].name}: has {count} planes, 0 to {count - 1}; there is no plane {wanted}"
+            f"{pictures[0].name}: there is no plane {wanted}; the last of its planes is {count - 1}"
         )
     image = wanted.pop("image", None if len(pictures) > 1 else 0)
     if image is None:

@@ -136,7 +136,8 @@ def decoding(name: str | os.PathLike[str]) -> Iterator[None]:
         elif isinstance(error, MemoryError):
             reason = "there is not enough memory for the size that it claims"
         else:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            text = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = f"it cannot be decoded: {text}"
         raise PictureError(f"{os.fspath(name)}: expected a picture, but {reason}") from None
 
 

@@ -62,6 +62,12 @@ def stored_tiffs(
     """
     handle = _Handle(os.fspath(path))
     first, *others = handle.file.series
+    described = handle.file.imagej_metadata or {}
+    if first.kind != "imagej" and described.get("images", 1) > len(handle.file.pages):
+        raise PictureError(
+            f"{os.fspath(path)}: expected {described['images']} images, as its description says, "
+            f"got {len(handle.file.pages)}: the file is truncated"
+        )
     series = [first, *(item for item in others if not _is_beside(item))]
     return [StoredTiff(path, handle, item, max_pixels, numbers) for item in series]
 
@@ -184,7 +190,8 @@ class StoredTiff:
         names = _ome_names(self._handle.file) if self._series.kind == "ome" else ()
         if len(names) == count and len(set(names)) == count:
             return names
-        first = RGB if photometric == _RGB and count > 3 else ()
+        one = len(self._page.extrasamples) + 3 == self._page.samplesperpixel >= count
+        first = RGB if photometric == _RGB and one else ()
         return (*first, *(str(n) for n in range(len(first), count)))
 
     def _conversion(self, photometric: int, count: int, dtype: np.dtype, bits: int):
