@@ -6,6 +6,7 @@ options that `create_model` takes too. It is called with the stages, the images 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pointformer import TokenSet, interpolate
 from pointformer.models.backbone import StageOutput
 from pointformer.models.config import AFFConfig
 from pointformer.models.hcformer import Encoder, SoftAssignment, decode
+from pointformer.models.layers import at_least_float32
 from pointformer.models.mask2former import MaskDecoder, MaskPredictions
 from pointformer.models.pixel_decoder import PixelDecoder
 
@@ -27,9 +29,11 @@ def mean_tokens(tokens: TokenSet) -> Tensor:
     """(B, C) mean of each sample's features."""
     if tokens.is_uniform:
         return tokens.features.view(tokens.batch_size, -1, tokens.channels).mean(1)
-    sums = tokens.features.new_zeros(tokens.batch_size, tokens.channels)
-    sums = sums.index_add(0, tokens.sample_index, tokens.features)
-    return sums / torch.tensor(tokens.sizes, device=sums.device)[:, None]
+    features = at_least_float32(tokens.features)
+    sums = features.new_zeros(tokens.batch_size, tokens.channels)
+    sums = sums.index_add(0, tokens.sample_index, features)
+    means = sums / torch.tensor(tokens.sizes, device=sums.device)[:, None]
+    return means.to(tokens.features.dtype)
 
 
 class ClassificationHead(nn.Module):
@@ -129,7 +133,8 @@ class DenseHead(nn.Module):
 class Mask2FormerHead(nn.Module):
     """Pixel decoder and masked-attention decoder on tokens (section 4.1): `MaskPredictions`.
 
-    Runs in float32, also under autocast: the published recipe does, and its masks need it.
+    Runs in the dtype of its weights, also under autocast: the published recipe is float32 there,
+    and its masks need it.
 
     Args:
         queries: objects that an image can have at most.
@@ -180,15 +185,15 @@ class Mask2FormerHead(nn.Module):
         self, stages: list[StageOutput], images: Images, impl: str | None
     ) -> MaskPredictions:
         with torch.autocast(stages[0].tokens.device.type, enabled=False):
-            tokens = [_as_float(t) for t in self.features(stages, images, impl)]
-            return self.decoder(*self.pixel_decoder(tokens, impl))
+            tokens = self.features([_as_weights(self, stage) for stage in stages], images, impl)
+            return self.decoder(*self.pixel_decoder(tokens, impl), impl)
 
 
 class HCFormerHead(nn.Module):
     """Masks on the last stage's tokens, decoded to the first stage's by learned clusterings.
 
     No pixel decoder: queries look at the coarsest tokens only, and each stage's tokens learned in
-    which tokens of the next one they have a share. Runs in float32, as `Mask2FormerHead`.
+    which tokens of the next one they have a share. Autocast: see `Mask2FormerHead`.
     "HCFormer+" is `encoder_layers=6`.
 
     Args:
@@ -228,19 +233,19 @@ class HCFormerHead(nn.Module):
         self, stages: list[StageOutput], images: Images, impl: str | None
     ) -> MaskPredictions:
         with torch.autocast(stages[0].tokens.device.type, enabled=False):
+            stages = [_as_weights(self, stage) for stage in stages]
             assignments = []
             for assign, (fine, coarse) in zip(
                 self.assignments, itertools.pairwise(stages), strict=True
             ):
-                pair = (_as_float(fine.tokens), _as_float(coarse.inputs))
-                assignments.append(assign(*pair, impl=impl))
-            coarsest = _as_float(stages[-1].tokens)
+                assignments.append(assign(fine.tokens, coarse.inputs, impl=impl))
+            coarsest = stages[-1].tokens
             coarsest = coarsest.with_features(self.norm(coarsest.features))
             memory = coarsest.with_features(self.project(coarsest.features))
             if self.encoder is not None:
                 coarsest = memory = self.encoder(memory)
             mask_features = coarsest.with_features(self.mask_features(coarsest.features))
-            predictions = self.decoder(mask_features, [memory])
+            predictions = self.decoder(mask_features, [memory], impl)
             grid = stages[0].tokens
             wanted = (*predictions.auxiliary, predictions) if self.training else (predictions,)
             masks = decode(torch.cat([p.mask_logits for p in wanted], 1), assignments, impl)
@@ -253,8 +258,17 @@ class HCFormerHead(nn.Module):
             return replace(last, auxiliary=tuple(earlier), temperatures=temperatures)
 
 
-def _as_float(tokens: TokenSet) -> TokenSet:
-    return tokens.with_features(tokens.features.float())
+def options_of(head: str) -> list[str]:
+    """Names of the keyword options of a head."""
+    parameters = inspect.signature(HEADS[head]).parameters
+    return [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+
+
+def _as_weights(head: nn.Module, stage: StageOutput) -> StageOutput:
+    """The stage's tokens in the dtype of the head's weights."""
+    dtype = next(head.parameters()).dtype
+    tokens, inputs = (t.with_features(t.features.to(dtype)) for t in (stage.tokens, stage.inputs))
+    return replace(stage, tokens=tokens, inputs=inputs)
 
 
 HEADS: dict[str, type[nn.Module]] = {

@@ -17,6 +17,11 @@ class GELU(nn.GELU):
         return super().forward(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """For sums, scores and losses, which half precision would spoil."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class FeedForward(nn.Sequential):
     """Linear, activation, Linear."""
 
@@ -119,6 +124,8 @@ def sine_encoding(
 ) -> Tensor:
     """Sine code of the positions: (T, channels), per axis all sines, then all cosines.
 
+    Computed in the dtype of the positions, given in that of the features.
+
     A position is divided by the largest of its sample (`norm` "image") or of the whole batch
     ("batch", as the released AFF does, whose results depend on the batch for it), times 2 pi.
     """
@@ -136,7 +143,7 @@ def sine_encoding(
     half = channels // (2 * axes)
     exponent = torch.arange(half, device=positions.device, dtype=positions.dtype) / half
     angle = angle[:, :, None] / temperature**exponent  # (T, D, half)
-    return torch.cat([angle.sin(), angle.cos()], 2).flatten(1)
+    return torch.cat([angle.sin(), angle.cos()], 2).flatten(1).to(tokens.features.dtype)
 
 
 def pad_samples(rows: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from pointformer import TokenSet, knn
 from pointformer.models.layers import (
     FeedForward,
     MultiheadAttention,
+    at_least_float32,
     pack_samples,
     pad_samples,
     sine_encoding,
@@ -23,8 +24,9 @@ class MaskPredictions:
     """What a segmentation head says of a batch: Q queries, each with a class and a mask.
 
     Attributes:
-        class_logits: (B, Q, K + 1), the last one for "no object".
-        mask_logits: (T, Q), packed over the tokens of the finest stage.
+        class_logits: (B, Q, K + 1), the last one for "no object"; float32 (or float64) whatever
+            the model's dtype, because scores and losses are made of them.
+        mask_logits: (T, Q), packed over the tokens of the finest stage; likewise.
         tokens: the finest stage's token set.
         stride: pixels of the image per cell of its grid, in both directions.
         auxiliary: the same, after earlier layers, for training; empty in the entries themselves.
@@ -102,7 +104,9 @@ class MaskDecoder(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, mask_features: TokenSet, levels: Sequence[TokenSet]) -> MaskPredictions:
+    def forward(
+        self, mask_features: TokenSet, levels: Sequence[TokenSet], impl: str | None = None
+    ) -> MaskPredictions:
         """Predictions of all layers, the last one with the earlier ones as `auxiliary`.
 
         Args:
@@ -110,7 +114,7 @@ class MaskDecoder(nn.Module):
             levels: token sets (., dim), coarsest first, whose tokens are among the finest ones.
         """
         masks_of, _ = pad_samples(mask_features.features, mask_features.sizes)
-        memory = [self._memory(mask_features, level, i) for i, level in enumerate(levels)]
+        memory = [self._memory(mask_features, level, i, impl) for i, level in enumerate(levels)]
         x = self.query.expand(mask_features.batch_size, -1, -1)
         predictions = [self._predict(x, masks_of)]
         for i, layer in enumerate(self.layers):
@@ -120,8 +124,8 @@ class MaskDecoder(nn.Module):
             predictions.append(self._predict(x, masks_of))
         outputs = [
             MaskPredictions(
-                class_logits,
-                pack_samples(mask_logits.transpose(1, 2), mask_features.sizes),
+                at_least_float32(class_logits),
+                at_least_float32(pack_samples(mask_logits.transpose(1, 2), mask_features.sizes)),
                 mask_features,
                 self.stride,
             )
@@ -131,7 +135,7 @@ class MaskDecoder(nn.Module):
         return replace(last, auxiliary=tuple(earlier))
 
     def _memory(
-        self, finest: TokenSet, level: TokenSet, index: int
+        self, finest: TokenSet, level: TokenSet, index: int, impl: str | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Features (B, N, dim), their code, the finest rows they sit on (B, N), which are there."""
         code = sine_encoding(level, self.dim, self.position_norm)
@@ -142,6 +146,7 @@ class MaskDecoder(nn.Module):
             sizes=finest.sizes,
             query_sizes=level.sizes,
             check_values=False,
+            impl=impl,
         )[:, 0].long()
         rows = rows - finest.batch_offsets[level.sample_index]
         features, present = pad_samples(level.features + self.level_embed[index], level.sizes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -11,31 +13,100 @@ from pointformer.data.annotations import Category
 from pointformer.models.aff import AFF
 from pointformer.models.config import AFFConfig, GridConfig, SwinConfig
 from pointformer.models.grid import GridBackbone
-from pointformer.models.heads import HEADS
+from pointformer.models.heads import HEADS, options_of
 from pointformer.models.swin import Swin
 
 TASKS = ("semantic", "instance", "panoptic")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey
 
 
 class Preprocess(nn.Module):
-    """Normalization that a model expects: uint8 or [0, 1] float RGB (..., 3, H, W) to float32."""
+    """Normalization that a model expects, which `save_model` keeps with its weights.
 
-    mean: Tensor
-    std: Tensor
+    Maps uint8 or [0, 1] float images (..., C, H, W) to float32, `(image - mean) / std` per channel.
+    Grey pictures become RGB and RGB ones grey (by ITU-R 601) where the model takes the other.
+
+    Args:
+        mean, std: one number for each of the C channels, of values from 0 to 1.
+    """
 
     def __init__(
         self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
     ) -> None:
         super().__init__()
-        for name, values in (("mean", mean), ("std", std)):
-            values = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
-            self.register_buffer(name, values, persistent=False)
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(
+                f"std: expected one number for each of mean's {len(self.mean)}, got {self.std}"
+            )
+        if not all(math.isfinite(x) for x in self.mean):
+            raise ValueError(f"mean: expected finite numbers, got {self.mean}")
+        if not all(0 < x < math.inf for x in self.std):
+            raise ValueError(f"std: expected positive numbers, got {self.std}")
+
+    @classmethod
+    def of_channels(cls, channels: int) -> Preprocess:
+        """ImageNet's for three channels; for others the means over its three, for every channel."""
+        if channels == len(IMAGENET_MEAN):
+            return cls()
+        grey = (sum(values) / len(values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return cls(*((value,) * channels for value in grey))
 
     def forward(self, image: Tensor) -> Tensor:
-        if image.dtype == torch.uint8:
-            image = image.float() / 255
-        return (image.float() - self.mean) / self.std
+        values = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+        given, channels = values.shape[-3], len(self.mean)
+        if (given, channels) == (3, 1):
+            values = (values * values.new_tensor(_LUMA).view(3, 1, 1)).sum(-3, keepdim=True)
+        elif given != channels and (given, channels) != (1, 3):
+            raise ValueError(
+                f"image: the model takes {channels} channels, got {tuple(image.shape)} "
+                "(channels, height, width last)"
+            )
+        mean, std = (values.new_tensor(x).view(-1, 1, 1) for x in (self.mean, self.std))
+        return (values - mean) / std
+
+
+def configured(
+    name: str,
+    config: AFFConfig | SwinConfig,
+    head: str,
+    options: Mapping[str, object],
+    made_for: str = "classification",
+) -> tuple[AFFConfig | SwinConfig, dict[str, object]]:
+    """The configuration with changes, and the options of the head, out of a model's options.
+
+    Args:
+        name: of the model, for messages.
+        made_for: the head that `config` was made for.
+
+    Raises:
+        ValueError, TypeError: an unknown head or option; the message lists the known ones.
+    """
+    _check_head(head)
+    known = {name: [field.name for field in fields(config)], f"head {head!r}": options_of(head)}
+    _check_options(options, known)
+    own = {key: value for key, value in options.items() if key in options_of(head)}
+    changes = {key: value for key, value in options.items() if key not in own}
+    if made_for == "classification" != head and isinstance(config, AFFConfig):
+        # As the released backbones: the last stage is local too.
+        changes.setdefault("neighborhood_size", min(config.neighborhood_size))
+    return config.override(**changes), own
+
+
+def _check_head(head: str) -> None:
+    if head not in HEADS:
+        raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
+
+
+def _check_options(options: Mapping[str, object], known: Mapping[str, list[str]]) -> None:
+    unknown = sorted(set(options).difference(*known.values()))
+    if not unknown:
+        return
+    lists = "; ".join(f"of {whose}: {', '.join(sorted(names))}" for whose, names in known.items())
+    others = [head for head in HEADS if unknown[0] in options_of(head)]
+    hint = f" ({unknown[0]} is of the head {' or '.join(others)})" if others else ""
+    raise TypeError(f"unknown option {', '.join(unknown)}{hint}; known options: {lists}")
 
 
 class Model(nn.Module):
@@ -52,7 +123,8 @@ class Model(nn.Module):
             head makes none.
         categories: names, colors and countability of the K classes, or `None`.
         head_options: the options that the head was made with.
-        preprocess: normalization of raw images; not applied by `forward`.
+        preprocess: normalization of raw images, see `Preprocess`; not applied by `forward`. For
+            other values: `model.preprocess = Preprocess(mean, std)`.
         object_diameter: typical diameter in pixels of the objects in the training data, or `None`.
     """
 
@@ -68,8 +140,8 @@ class Model(nn.Module):
         **head_options: object,
     ) -> None:
         super().__init__()
-        if head not in HEADS:
-            raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
+        _check_head(head)
+        _check_options(head_options, {f"head {head!r}": options_of(head)})
         if task is not None and task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
         dense = {None, "semantic"} | ({"instance"} if num_classes == 3 else set())
@@ -97,7 +169,7 @@ class Model(nn.Module):
         self.head_options = head_options
         self.task = task
         self.categories = None if categories is None else tuple(categories)
-        self.preprocess = Preprocess()
+        self.preprocess = Preprocess.of_channels(self.config.in_channels)
         self.object_diameter: float | None = None
 
     @property
@@ -116,7 +188,8 @@ class Model(nn.Module):
         """Run on normalized images.
 
         Args:
-            images: (B, 3, H, W), or a list of (3, H, W) whose sizes may differ.
+            images: (B, C, H, W), or a list of (C, H, W) whose sizes may differ, of C
+                `config.in_channels`; they are converted to the dtype of the weights.
 
         Returns:
             head "classification": logits (B, num_classes). "dense": logits (B, num_classes, H, W),
@@ -124,6 +197,11 @@ class Model(nn.Module):
             "mask2former" and "hcformer": `MaskPredictions`.
         """
         self._check(images)
+        dtype = next(self.parameters()).dtype
+        if isinstance(images, Tensor):
+            images = images.to(dtype)
+        else:
+            images = [image.to(dtype) for image in images]
         return self.head(self.backbone(images), images, self.backbone.impl)
 
     def _check(self, images: Tensor | Sequence[Tensor]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
 from pointformer.data.annotations import Category
 from pointformer.models.checkpoints import load_model
-from pointformer.models.config import CONFIGS, AFFConfig
-from pointformer.models.heads import HEADS
-from pointformer.models.model import Model
+from pointformer.models.config import CONFIGS
+from pointformer.models.model import Model, configured
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -21,12 +19,6 @@ def list_models(pretrained: bool = False) -> list[str]:
     if pretrained:
         return sorted(path.stem for path in _WEIGHTS.glob("*.safetensors"))
     return sorted(CONFIGS)
-
-
-def head_options(head: str) -> list[str]:
-    """Names of the keyword options of a head."""
-    parameters = inspect.signature(HEADS[head]).parameters if head in HEADS else {}
-    return [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
 
 
 def create_model(
@@ -45,7 +37,8 @@ def create_model(
         name: one of `list_models()`.
         pretrained: `True` or a tag, for the weights that come with the package ("nuclei"); they
             fix what the head is and finds. Released AFF weights: `load_released`.
-        num_classes: outputs of the head (default 1000).
+        num_classes: outputs of the head (default 1000). With `in_channels` other than 3, raw
+            images are normalized by the mean of ImageNet's channels, see `Preprocess`.
         head: "classification" (default), "dense" (per-pixel scores), "features" (four
             `TokenSet`s, for decoders), "mask2former" or "hcformer" (a class and a mask per query).
         impl: implementation of the ops, see `pointformer.ops`.
@@ -61,12 +54,7 @@ def create_model(
         raise ValueError(f"unknown model {name!r}; known models: {', '.join(list_models())}")
     if not pretrained:
         head = head or "classification"
-        options = {key: overrides.pop(key) for key in head_options(head) if key in overrides}
-        config = CONFIGS[name]
-        if head != "classification" and isinstance(config, AFFConfig):
-            # As the released backbones: the last stage is local too.
-            overrides.setdefault("neighborhood_size", min(config.neighborhood_size))
-        config = config.override(**overrides)
+        config, options = configured(name, CONFIGS[name], head, overrides)
         num_classes = 1000 if num_classes is None else num_classes
         return Model(name, config, head, num_classes, impl, task, categories, **options)
     weights = {p.stem.split(".", 1)[1]: p for p in sorted(_WEIGHTS.glob(f"{name}.*.safetensors"))}
@@ -75,8 +63,7 @@ def create_model(
         known = ", ".join(list_models(pretrained=True))
         raise ValueError(f"{name}: no weights tagged {tag!r} in the package; there are: {known}")
     path = weights[tag]
-    model = load_model(path, **overrides)
-    model.backbone.impl = impl
+    model = load_model(path, impl=impl, **overrides)
     for given, own, what in (
         (head, model.head_name, "head"),
         (num_classes, model.num_classes, "num_classes"),
@@ -84,5 +71,8 @@ def create_model(
         (categories and tuple(categories), model.categories, "categories"),
     ):
         if given is not None and given != own:
-            raise ValueError(f"{what}: the weights {path.stem} have {own!r}, not {given!r}")
+            raise ValueError(
+                f"{what}: the weights {path.stem} have {own!r}, not {given!r}; to train another "
+                f"head on their backbone: load_model({str(path)!r}, {what}=...)"
+            )
     return model

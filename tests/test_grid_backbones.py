@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from pointformer import TokenSet
+from pointformer._dispatch import choose
 from pointformer.models import (
     AFFConfig,
     GridBackbone,
@@ -19,6 +22,7 @@ from pointformer.models import (
     save_model,
     token_sets,
 )
+from pointformer.models.heads import mean_tokens
 from pointformer.models.losses import Targets, segmentation_loss
 from pointformer.models.swin import Swin, WindowAttention, Windows
 
@@ -33,6 +37,9 @@ HEADS = {
     },
     "hcformer": {"queries": 5, "dim": 32, "hidden": 48, "decoder_layers": 3},
 }  # fmt: skip
+AFF = AFFConfig(
+    dims=(16, 16, 32, 32), depths=1, heads=2, mlp_ratio=1.0, neighborhood_size=48
+)  # fmt: skip
 SMALL = SwinConfig(dims=(8, 16, 16, 24), depths=(2, 1, 2, 1), heads=(2, 2, 4, 2), window_size=4)
 
 
@@ -63,6 +70,11 @@ def images(*shapes, seed=0):
 def grid_model(head):
     torch.manual_seed(0)
     return Model("foreign", GridBackbone(Features()), head, 3, **HEADS[head])
+
+
+def aff_model(head, **overrides):
+    torch.manual_seed(0)
+    return Model("small", AFF.override(**overrides), head, 3, **HEADS[head])
 
 
 def swin_model(head, **overrides):
@@ -333,11 +345,85 @@ def test_options_change_the_model(option):
     assert not torch.allclose(plain(batch), changed(batch))
 
 
-def test_low_precision():
-    model = swin_model("classification").eval().bfloat16()
-    batch = torch.stack(images((40, 64)))
+@pytest.mark.parametrize(
+    ("made", "dtype"),
+    [
+        *((aff_model, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
+        *((aff_model, "autocast"), (swin_model, torch.bfloat16), (grid_model, torch.bfloat16)),
+    ],
+)
+@pytest.mark.parametrize("head", HEADS)
+def test_other_dtypes(made, head, dtype):
+    """Inference is that of float32 but for rounding (relative to the root mean square); a training
+    step reaches every weight. Images in float32 are converted."""
+    model = made(head).eval()
+    batch = images((72, 64), (50, 90))
     with torch.no_grad():
-        low = model(batch.bfloat16())
-        high = model.float()(batch)
-    assert low.dtype == torch.bfloat16
-    torch.testing.assert_close(low.float(), high, atol=0.05, rtol=0.05)
+        expected = outputs_of(model(batch))
+    tolerance = {torch.float64: 1e-5, torch.float16: 0.01}.get(dtype, 0.15)
+    context = torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else nullcontext()
+    if dtype != "autocast":
+        model = model.to(dtype)
+    if dtype == torch.float64:
+        model.backbone.impl = "reference"  # what the kernels lack is said
+    with context:
+        with torch.no_grad():
+            output = model(batch)
+        for part, wanted in zip(outputs_of(output), expected, strict=True):
+            error = (part.float() - wanted).square().mean() / wanted.square().mean()
+            assert error.sqrt() < tolerance
+        output = model.train()(batch)
+        if hasattr(output, "masks"):
+            for logits in (output.class_logits, output.mask_logits):
+                assert logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            targets = small_targets((4, 72, 64), (2, 50, 90))
+            loss = sum(segmentation_loss(output, targets, points=200).values())
+        else:
+            loss = sum(part.float().square().mean() for part in outputs_of(output))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_means_of_many_tokens_in_half_precision():
+    """4,097 ones, and one that is 1,000: sums in bfloat16 would stand still at 256."""
+    features = torch.ones(4098 + 3, 1)
+    features[5] = 1000
+    tokens = TokenSet(torch.zeros(len(features), 2), features.bfloat16(), (4098, 3))
+    means = mean_tokens(tokens)
+    assert means.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        means.float(), torch.tensor([[5097 / 4098], [1.0]]), rtol=0.01, atol=0
+    )
+
+
+OPS = {
+    "classification": set(),
+    "features": set(),
+    "dense": {"interpolate"},
+    "mask2former": {"knn", "deformable_attention", "interpolate", "point_conv"},
+    "hcformer": {"knn", "weighted_gather"},
+}
+AFF_OPS = {
+    "balanced_cluster", "nearest_clusters", "neighborhood_attention", "select_centers",
+    "scored_merge",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("made", [grid_model, swin_model, aff_model])
+def test_impl_reaches_every_op(made, head, monkeypatch):
+    model = made(head).train()
+    model.backbone.impl = "reference"
+    asked = set()
+
+    def spy(op, impl, *others):
+        asked.add((op, impl))
+        return choose(op, impl, *others)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pointformer.") and getattr(module, "choose", None) is choose:
+            monkeypatch.setattr(module, "choose", spy)
+    model(torch.stack(images((64, 40))))
+    expected = OPS[head] | (AFF_OPS if made is aff_model else set())
+    assert expected <= {op for op, _ in asked}
+    assert {impl for _, impl in asked} <= {"reference"}

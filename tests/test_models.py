@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pointformer import TokenSet
-from pointformer.models import AFFConfig, Model, count, create_model, list_models
+from pointformer.models import AFFConfig, Model, Preprocess, count, create_model, list_models
 
 # Few blocks and channels: the wiring of AFF without its cost.
 TINY = AFFConfig(dims=(16, 32, 32, 48), depths=(1, 1, 1, 1), heads=(2, 2, 4, 2), mlp_ratio=1.0)
@@ -215,6 +215,16 @@ def test_bad_names_and_options_say_what_is_known():
         create_model("aff_huge")
     with pytest.raises(TypeError, match=r"unknown option ratee; known options: .*rate"):
         create_model("aff_nano", ratee=0.5)
+    for make in (
+        lambda **options: create_model("aff_nano", head="dense", **options),
+        lambda **options: Model("tiny", TINY, "dense", 3, **options),
+    ):
+        with pytest.raises(
+            TypeError,
+            match=r"unknown option queries \(queries is of the head hcformer or mask2former\); "
+            r"known options: .*of head 'dense': channels, pixel_channels$",
+        ):
+            make(queries=3)
     with pytest.raises(ValueError, match=r"rate: expected a number in \(0, 1\], got 1.5"):
         create_model("aff_nano", rate=1.5)
     with pytest.raises(ValueError, match="head: expected one of"):
@@ -237,6 +247,40 @@ def test_bad_names_and_options_say_what_is_known():
 def test_bad_images(value, error, message):
     with pytest.raises(error, match=message):
         tiny()(value)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_normalization_has_the_models_channels(channels):
+    """Grey and RGB pictures are converted to each other; other channels must be given."""
+    model = tiny(in_channels=channels)
+    values = torch.randint(0, 256, (2, channels, 5, 7), dtype=torch.uint8)
+    mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if channels == 3 else (
+        (0.449,) * channels, (0.226,) * channels)  # fmt: skip
+    expected = torch.stack([(values[:, c] / 255 - mean[c]) / std[c] for c in range(channels)], 1)
+    torch.testing.assert_close(model.preprocess(values), expected)
+    torch.testing.assert_close(model.preprocess(values / 255), expected)
+    assert model(model.preprocess(values)).shape == (2, 5)
+    for given in {1, 3, 4} - {channels}:
+        image = torch.randint(0, 256, (given, 5, 7), dtype=torch.uint8)
+        if {given, channels} == {1, 3}:
+            one = image if given == 1 else torch.tensordot(
+                torch.tensor([0.299, 0.587, 0.114]), image / 255, 1)[None]  # fmt: skip
+            torch.testing.assert_close(model.preprocess(image), model.preprocess(
+                one.expand(channels, -1, -1)), atol=1e-5, rtol=1e-5)  # fmt: skip
+        else:
+            with pytest.raises(ValueError, match=rf"image: the model takes {channels} channels, "
+                               rf"got \({given}, 5, 7\)"):  # fmt: skip
+                model.preprocess(image)
+
+
+def test_bad_normalization():
+    for mean, std, message in (
+        ((0.5,), (0.2, 0.2), "std: expected one number for each of mean's 1"),
+        ((0.5,), (0.0,), "std: expected positive"),
+        ((float("nan"),), (0.2,), "mean: expected finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Preprocess(mean, std)
 
 
 def test_config_round_trips():

@@ -18,8 +18,9 @@ from pointformer import (
     point_conv,
     weighted_gather,
 )
-from pointformer.models import AFFConfig, Model, count
+from pointformer.models import AFFConfig, GridBackbone, Model, count
 from pointformer.profiling import Limits, Work, measure_limits, profile, record, table, work
+from pointformer.profiling.report import _tensors
 from pointformer.profiling.traffic import TILE, group_queries, tile_unions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "gpu"))
@@ -200,6 +201,38 @@ def test_profile_times_every_pass_beside_its_floor():
     only = profile(model, images, only="scored_merge", backward=True)
     assert {r.op for r in only} == {"scored_merge"}
     assert len(only) == 2 * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", ["dense", "mask2former", "hcformer"])
+def test_foreign_backbones_and_mask_heads(head, dtype):
+    """Layers of a module that tells no stages, called by keyword too; the whole backward pass."""
+
+    class Maps(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Conv2d(3, 8, 4, 4)
+            self.second = torch.nn.Conv2d(8, 12, 2, 2)
+
+        def forward(self, x):
+            x = self.first(input=x)
+            return [x, self.second(x)]
+
+    torch.manual_seed(0)
+    options = {} if head == "dense" else {"dim": 16, "hidden": 16, "queries": 3}
+    model = Model("maps", GridBackbone(Maps(), (8, 12)), head, 3, **options).to(dtype).train()
+    images = torch.randn(1, 3, 32, 48).to(dtype)
+    rows = profile(model, images, backward=True, repeats=1)
+    (convolutions,) = (r for r in rows if (r.stage, r.direction) == ("backbone", "forward"))
+    assert convolutions.calls == 2
+    assert convolutions.work.operations == 2 * (96 * 8 * 48 + 24 * 12 * 32) + 96 * 8 + 24 * 12
+    assert {row.stage for row in rows} == {"backbone", "head", ""}
+    outputs = list(_tensors(model(images)))
+    assert len(outputs) == {"dense": 1, "mask2former": 20, "hcformer": 19}[head]
+    silent = torch.autograd.grad(
+        outputs, model.parameters(), [torch.ones_like(x) for x in outputs], allow_unused=True
+    )
+    assert all(grad is not None for grad in silent)
 
 
 def test_limits_of_this_machine():

@@ -111,7 +111,7 @@ class Call:
 
     Attributes:
         name: a key of `OPS` or `LAYERS`.
-        stage: "1", "2", ... of the backbone, "embedding" or "head".
+        stage: "1", "2", ... of the backbone, "embedding" or "head"; "backbone" for a foreign one.
         work, traffic: of each pass of one call.
         arguments: by name, to run it again; empty where they were not kept.
         count: how many calls of the same shapes the stage made; the arguments are the first's.

@@ -31,7 +31,8 @@ def record(
         keep: keep arguments, to run the calls again.
     """
     calls: dict[tuple, Call] = {}
-    stage = "embedding"
+    stages = getattr(model.backbone, "stages", ())  # a foreign backbone tells none
+    stage = "embedding" if stages else "backbone"
 
     def add(name: str, arguments: dict[str, object], output: object) -> None:
         key = (name, stage, *(_signature(value) for value in arguments.values()))
@@ -46,10 +47,11 @@ def record(
             traffic = {p: op.traffic[p](arguments, output) for p in passes if p in op.traffic}
         calls[key] = Call(name, stage, work, traffic, arguments if keep else {})
 
-    def layer(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    def layer(module: nn.Module, args: tuple, named: dict[str, Tensor], output: Tensor) -> None:
         name = "linear" if isinstance(module, nn.Linear) else "convolution"
+        source = args[0] if args else named["input"]
         # Everything but the images depends on parameters, and takes a gradient.
-        given = args[0].detach().requires_grad_(args[0] is not images)
+        given = source.detach().requires_grad_(source is not images)
         add(name, {"self": module, "input": given}, output)
 
     def enter(name: str) -> Callable:
@@ -62,8 +64,8 @@ def record(
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                hooks.callback(module.register_forward_hook(layer).remove)
-        for index, module in enumerate(model.backbone.stages, 1):
+                hooks.callback(module.register_forward_hook(layer, with_kwargs=True).remove)
+        for index, module in enumerate(stages, 1):
             hooks.callback(module.register_forward_pre_hook(enter(str(index))).remove)
         hooks.callback(model.head.register_forward_pre_hook(enter("head")).remove)
         for parameter in model.parameters():

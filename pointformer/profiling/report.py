@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pointformer.models import Model
+from pointformer.models.mask2former import MaskPredictions
 from pointformer.profiling.machine import Limits
 from pointformer.profiling.ops import BACKWARD, FORWARD, Call
 from pointformer.profiling.record import record
@@ -193,14 +194,22 @@ def _whole(
 
 
 def _backward_of(model: Model, images: Tensor) -> Callable[[], object]:
-    outputs = [
-        x for x in pytree.tree_leaves(model(images)) if isinstance(x, Tensor) and x.requires_grad
-    ]
+    outputs = [x for x in _tensors(model(images)) if x.requires_grad]
     grads = [torch.randn_like(x) for x in outputs]
     parameters = [p for p in model.parameters() if p.requires_grad]
     return lambda: torch.autograd.grad(
         outputs, parameters, grads, retain_graph=True, allow_unused=True
     )
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Those in a model's output: `MaskPredictions` is no tree to torch."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, MaskPredictions):
+            yield from (leaf.class_logits, leaf.mask_logits)
+            yield from _tensors((leaf.auxiliary, leaf.temperatures))
 
 
 def table(rows: Sequence[Row]) -> str:
