@@ -30,7 +30,7 @@ def released(tmp_path, monkeypatch):
     """A made-up checkpoint in the training container of the released code, and its weights; of a
     model that is smaller than its name says."""
     monkeypatch.setitem(CONFIGS, "aff_mini", SMALL)
-    monkeypatch.setitem(CONFIGS, "aff_tiny", SMALL.override(depths=2, dims=24))
+    monkeypatch.setitem(CONFIGS, "aff_tiny", SMALL.override(depths=(1, 2, 1, 1)))
     torch.manual_seed(0)
     model = create_model("aff_mini", num_classes=10)
     state = {

@@ -176,7 +176,7 @@ def test_maps_that_do_not_fit_are_refused(module, dims, message):
 @pytest.mark.parametrize("made", [grid_model, swin_model])
 def test_images_of_different_sizes_equal_single_images(made, head):
     model = made(head).eval()
-    batch = images((64, 64), (50, 90), (64, 64), (33, 20))
+    batch = images((64, 64), (50, 90), (64, 64), (33, 20), (16, 30))
     with torch.no_grad():
         together = outputs_of(model(batch))
         for image, result in zip(batch, together, strict=True):

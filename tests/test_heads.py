@@ -1,13 +1,18 @@
 """Mask heads: gradients, ragged batches, HCFormer against a dense grid, saving and loading."""
 
+import math
+
 import pytest
 import torch
 
-from pointformer import TokenSet, knn
+from pointformer import TokenSet, deformable_attention, interpolate, knn
 from pointformer.models import create_model, load_model, save_model
 from pointformer.models.hcformer import SoftAssignment, decode
 from pointformer.models.inference import predict
+from pointformer.models.layers import sine_encoding
 from pointformer.models.losses import Targets, segmentation_loss
+from pointformer.models.mask2former import MaskDecoder
+from pointformer.models.pixel_decoder import PixelDecoder
 
 SMALL = {
     "mask2former": {
@@ -59,7 +64,9 @@ def test_gradients_reach_every_parameter(head):
 def test_images_of_different_sizes_equal_single_images(head):
     model = small_model(head).eval()
     g = torch.Generator().manual_seed(2)
-    images = [torch.randn(3, h, w, generator=g) for h, w in ((64, 64), (48, 90), (33, 64))]
+    images = [
+        torch.randn(3, h, w, generator=g) for h, w in ((64, 64), (48, 90), (33, 64), (14, 27))
+    ]
     with torch.no_grad():
         batch = model(images)
         masks = batch.masks()
@@ -170,3 +177,209 @@ def test_other_strides(head, stride):
     assert out.masks().shape[2:] == (18 // stride, -(-23 // stride))
     assert sum(segmentation_loss(out, small_targets((2, 18, 23)), points=50).values()).isfinite()
     assert predict(model.eval(), image[0]).masks.shape[1:] == (18, 23)
+
+
+# Heads from their parts ----------------------------------------------------------------------
+
+
+def aff_stages(*shapes, head="hcformer", seed=0, **options):
+    """A small model, and its backbone's stages of pictures of these shapes."""
+    model = small_model(head, **options)
+    g = torch.Generator().manual_seed(seed)
+    images = [torch.randn(3, *shape, generator=g) for shape in shapes]
+    with torch.no_grad():
+        return model, images, model.eval().backbone(images)
+
+
+@pytest.mark.parametrize("encoder_layers", [0, 2])
+def test_hcformer_is_its_parts(encoder_layers):
+    """Shares of a stage's tokens in what came into the next; queries see the coarsest tokens; masks
+    are carried down from there, those of earlier layers only in training."""
+    model, images, stages = aff_stages((64, 72), (48, 40), encoder_layers=encoder_layers)
+    head = model.head
+    assert (head.encoder is not None) == (encoder_layers > 0)
+    with torch.no_grad():
+        coarsest = stages[3].tokens.with_features(head.norm(stages[3].tokens.features))
+        memory = coarsest.with_features(head.project(coarsest.features))
+        if encoder_layers:
+            coarsest = memory = head.encoder(memory)
+        mask_features = coarsest.with_features(head.mask_features(coarsest.features))
+        expected = head.decoder(mask_features, [memory])
+        shares = [head.assignments[i](stages[i].tokens, stages[i + 1].inputs) for i in range(3)]
+        for training in (False, True):
+            out = head.train(training)(stages, images, None)
+            layers = [(expected, out)]
+            if training:
+                layers += zip(expected.auxiliary, out.auxiliary, strict=True)
+            else:
+                assert out.auxiliary == ()
+            for theirs, ours in layers:
+                masks = theirs.mask_logits
+                for index, weights in reversed(shares):
+                    rows = masks[index.clamp(min=0).long()]
+                    masks = (rows * (weights * (index >= 0))[..., None]).sum(1)
+                torch.testing.assert_close(ours.mask_logits, masks, atol=1e-5, rtol=1e-4)
+                assert torch.equal(ours.class_logits, theirs.class_logits)
+                assert ours.tokens.num_tokens == stages[0].tokens.num_tokens
+            assert [t.item() for t in out.temperatures] == pytest.approx([0.1] * 3)
+
+
+def test_mask2former_is_its_parts():
+    model, images, stages = aff_stages((40, 72), head="mask2former")
+    head = model.head
+    with torch.no_grad():
+        tokens = [
+            stage.tokens.with_features(norm(stage.tokens.features))
+            for stage, norm in zip(stages, head.features.norms, strict=True)
+        ]
+        expected = head.decoder(*head.pixel_decoder(tokens))
+        out = head(stages, images, None)
+    assert torch.equal(out.mask_logits, expected.mask_logits)
+    assert len(out.auxiliary) == SMALL["mask2former"]["decoder_layers"]
+
+
+def test_mask_decoder_is_its_definition():
+    """Layer by layer in its own words: which level, where queries may look, what they become."""
+    torch.manual_seed(0)
+    decoder = MaskDecoder(3, levels=2, dim=16, queries=4, layers=3, heads=2, hidden=24).eval()
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    finest = TokenSet.from_grid(torch.randn(1, 16, 6, 10))
+    levels = []
+    for stride in (4, 2):
+        x, y = finest.positions.unbind(1)
+        kept = (x % stride == 0) & (y % stride == 0)
+        features = torch.randn(int(kept.sum()), 16)
+        levels.append(TokenSet(finest.positions[kept], features, None, finest.extent))
+
+    def attend(layer, query, key, value, blocked=None):
+        """torch's own, with the layer's weights."""
+        own = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
+        own.in_proj_weight.data, own.in_proj_bias.data = layer.in_proj.weight, layer.in_proj.bias
+        own.out_proj.weight.data, own.out_proj.bias.data = layer.proj.weight, layer.proj.bias
+        return own(query, key, value, attn_mask=blocked)[0]
+
+    def predict(x):
+        x = decoder.norm(x)
+        embedded = x
+        for i in (0, 2, 4):
+            embedded = decoder.mask_embed[i](embedded)
+            embedded = embedded.relu() if i < 4 else embedded
+        return decoder.classify(x), embedded @ finest.features.T
+
+    with torch.no_grad():
+        out = decoder(finest, levels)
+        x, where = decoder.query[None], decoder.query_position[None]
+        expected = [predict(x)]
+        for i, layer in enumerate(decoder.layers):
+            level = levels[i % 2]
+            memory = (level.features + decoder.level_embed[i % 2])[None]
+            code = sine_encoding(level, 16)[None]
+            rows = (level.positions[:, 1] * 10 + level.positions[:, 0]).long()
+            blocked = expected[-1][1][0][:, rows].sigmoid() < 0.5
+            blocked = (blocked & ~blocked.all(1, keepdim=True)).repeat(2, 1, 1)
+            x = layer.cross_norm(x + attend(layer.cross, x + where, memory + code, memory, blocked))
+            x = layer.attn_norm(x + attend(layer.attn, x + where, x + where, x))
+            x = layer.mlp_norm(x + layer.mlp.fc2(layer.mlp.fc1(x).relu()))
+            expected.append(predict(x))
+    for ours, (classes, masks) in zip((*out.auxiliary, out), expected, strict=True):
+        torch.testing.assert_close(ours.class_logits, classes, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.masks().flatten(2), masks, atol=1e-3, rtol=1e-4)
+    assert out.stride == 4
+
+
+def test_sine_encoding_is_its_formula():
+    """Per axis: sines of 2 pi times the share of the peak over powers of the temperature, then
+    cosines; the peak is the sample's, or the batch's."""
+    positions = torch.tensor([[0.0, 0], [6, 2], [3, 4], [2, 1], [8, 2]])
+    tokens = TokenSet(positions, torch.zeros(5, 1), (3, 2))
+    for norm, peaks in (("image", [(6, 4)] * 3 + [(8, 2)] * 2), ("batch", [(8, 4)] * 5)):
+        code = sine_encoding(tokens, 8, norm)
+        for row, (place, peak) in enumerate(zip(positions.tolist(), peaks, strict=True)):
+            expected = []
+            for at, most in zip(place, peak, strict=True):
+                angles = [2 * math.pi * at / most / 10000 ** (i / 2) for i in range(2)]
+                expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            torch.testing.assert_close(code[row], torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_pixel_decoder_is_its_parts():
+    """Coarse levels go through the layers together; then one step of a pyramid. Levels with fewer
+    than four tokens list none of another level's."""
+    torch.manual_seed(0)
+    decoder = PixelDecoder((6, 8, 10, 12), dim=16, layers=2, hidden=24).eval()
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for layer in decoder.layers:
+        torch.nn.init.constant_(layer.attn.power, 3.0)
+    finest = TokenSet.from_grid([torch.randn(6, 4, 10), torch.randn(6, 3, 5)])
+    stages = [finest]
+    for stride, channels in ((2, 8), (4, 10), (8, 12)):
+        kept = (finest.positions % stride == 0).all(1)
+        sizes = [int(part.sum()) for part in kept.split(finest.sizes)]
+        features = torch.randn(int(kept.sum()), channels)
+        stages.append(TokenSet(finest.positions[kept], features, sizes, finest.extent))
+    coarse = stages[:0:-1]
+    assert coarse[1].sizes == (3, 2)
+    with torch.no_grad():
+        mask_features, levels = decoder(stages)
+        x = torch.cat([p(t.features) for p, t in zip(decoder.projections, coarse, strict=True)])
+        code = torch.cat(
+            [sine_encoding(t, 16) + e for t, e in zip(coarse, decoder.level_embed, strict=True)]
+        )
+        starts = [sum(t.num_tokens for t in coarse[:i]) for i in range(3)]
+        lookup = torch.full((finest.num_tokens, 3, 4), -1)
+        for i, tokens in enumerate(coarse):
+            for row, (place, sample) in enumerate(
+                zip(finest.positions, finest.sample_index, strict=True)
+            ):
+                own = (tokens.sample_index == sample).nonzero()[:, 0]
+                order = (tokens.positions[own] - place).square().sum(1).argsort(stable=True)[:4]
+                lookup[row, i, : len(order)] = own[order] + starts[i]
+        positions = torch.cat([t.positions for t in coarse])
+        sample = torch.cat([t.sample_index for t in coarse])
+        for layer in decoder.layers:
+            query, attn = x + code, layer.attn
+            weights = attn.weights(query).view(-1, 8, 12).softmax(2).view(-1, 8, 3, 4)
+            seen = deformable_attention(
+                attn.value(x).view(-1, 8, 2), positions, attn.offsets(query).view(-1, 8, 3, 4, 2),
+                weights, positions, sample, lookup, finest.extent, power=3.0, impl="reference",
+            )  # fmt: skip
+            x = layer.norm1(x + attn.proj(seen.flatten(1)))
+            x = layer.norm2(x + layer.mlp.fc2(layer.mlp.fc1(x).relu()))
+        for tokens, start, level in zip(coarse, starts, levels, strict=True):
+            expected = x[start : start + tokens.num_tokens]
+            torch.testing.assert_close(level.features, expected, atol=1e-4, rtol=1e-4)
+        up = interpolate(
+            levels[2].features, stages[1].positions, finest.positions, sizes=stages[1].sizes,
+            query_sizes=finest.sizes, k=4, power=6.0, impl="reference",
+        )  # fmt: skip
+        lateral, norm = decoder.lateral
+        fused = finest.with_features(norm(lateral(finest.features)) + up)
+        fused = decoder.conv_norm(decoder.conv(fused).features).clamp(min=0)
+        torch.testing.assert_close(
+            mask_features.features, decoder.mask_features(fused), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_dense_head_is_its_parts():
+    """Later stages are interpolated from three tokens by squared distance; pixels see the image."""
+    torch.manual_seed(0)
+    model = create_model("aff_nano", head="dense", num_classes=3, channels=8, pixel_channels=4)
+    model.eval()
+    head, image = model.head, torch.randn(1, 3, 62, 98)
+    with torch.no_grad():
+        stages = model.backbone(image)
+        grid = stages[0].tokens
+        total = head.projections[0](grid.features)
+        for stage, projection in zip(stages[1:], list(head.projections)[1:], strict=True):
+            tokens = stage.tokens
+            total = total + interpolate(
+                projection(tokens.features), tokens.positions, grid.positions, k=3, power=2.0,
+                impl="reference",
+            )  # fmt: skip
+        maps = grid.with_features(total).to_grid()
+        coarse = head.to_pixels(head.mix(maps))[..., :62, :98]
+        expected = head.classify(coarse + head.detail(image))
+        out = head(stages, image, None)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)

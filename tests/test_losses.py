@@ -1,7 +1,9 @@
 """Matching and losses against slow, literal versions on tiny cases."""
 
+import inspect
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from pointformer.models.losses import (
     match,
     matching_cost,
     sample_points,
+    sample_targets,
     segmentation_loss,
     uncertain_points,
 )
@@ -166,3 +169,143 @@ def test_targets_lie_where_post_processing_shows_them(side, stride):
         terms = segmentation_loss(out, [Targets(torch.tensor([0]), masks, stride)], points=3000)
         losses[shift] = (terms["mask"] + terms["dice"]).item()
     assert min(losses, key=losses.get) == 0.0
+
+
+# The whole loss, literally -------------------------------------------------------------------
+
+
+def literal_sample(image, x, y):
+    """Bilinear value of a picture (rows of numbers) at x, y in [0, 1], zero outside."""
+    height, width = len(image), len(image[0])
+    column, row = x * width - 0.5, y * height - 0.5
+    left, top = math.floor(column), math.floor(row)
+    value = 0.0
+    for r, c in itertools.product((top, top + 1), (left, left + 1)):
+        if 0 <= r < height and 0 <= c < width:
+            value += (1 - abs(row - r)) * (1 - abs(column - c)) * image[r][c]
+    return value
+
+
+def literal_loss(layers, targets, weights, stride, points, oversample, importance):
+    """The sum over layers in float64, drawing the numbers that the library draws. `layers` are
+    class logits (B, Q, K + 1) and mask logits (B, Q, h, w)."""
+    objects = max(1, sum(len(target.classes) for target in targets))
+    sums = {"classes": 0.0, "mask": 0.0, "dice": 0.0}
+    for class_logits, maps in layers:
+        logs = class_logits.double().log_softmax(2)
+        queries, nothing = class_logits.shape[1], class_logits.shape[2] - 1
+        wanted = torch.full(class_logits.shape[:2], nothing)
+        for image, target in enumerate(targets):
+            grid, count = maps[image].double().tolist(), len(target.classes)
+            if count == 0:
+                continue
+            # From the grid of cells, which reaches beyond the picture, to the masks' own rows.
+            height, width = (side * target.stride for side in target.masks.shape[1:])
+            across = maps.shape[3] * stride / width
+            down = maps.shape[2] * stride / height
+            masks = target.masks.double().tolist()
+
+            def terms(q, k, at, grid=grid, masks=masks, across=across, down=down):
+                logits = torch.tensor([literal_sample(grid[q], x, y) for x, y in at])
+                labels = [literal_sample(masks[k], x * across, y * down) for x, y in at]
+                return literal_terms(logits, torch.tensor(labels))
+
+            at = torch.rand(points, 2).tolist()
+            cost = [
+                [
+                    weights.mask * entropy + weights.dice * dice
+                    - weights.classes * math.exp(logs[image, q, target.classes[k]])
+                    for k in range(count)
+                    for entropy, dice in [terms(q, k, at)]
+                ]
+                for q in range(queries)
+            ]  # fmt: skip
+            best = min(
+                itertools.permutations(range(queries), count),
+                key=lambda chosen, cost=cost: sum(cost[q][k] for k, q in enumerate(chosen)),
+            )
+            pairs = sorted((q, k) for k, q in enumerate(best))
+            many = torch.rand(count, int(points * oversample), 2)
+            kept = int(importance * points)
+            rest = torch.rand(count, points - kept, 2)
+            for n, (q, k) in enumerate(pairs):
+                wanted[image, q] = target.classes[k]
+                some = sorted(
+                    many[n].tolist(), key=lambda p, q=q, grid=grid: abs(literal_sample(grid[q], *p))
+                )[:kept]
+                entropy, dice = terms(q, k, some + rest[n].tolist())
+                sums["mask"] += weights.mask * entropy / objects
+                sums["dice"] += weights.dice * dice / objects
+        share = torch.where(wanted == nothing, weights.no_object, 1.0).double()
+        picked = logs.gather(2, wanted[..., None])[..., 0]
+        sums["classes"] += float(weights.classes * -(share * picked).sum() / share.sum())
+    return sums
+
+
+@pytest.mark.parametrize("stride", [4, 2])
+@pytest.mark.parametrize(
+    "weights", [LossWeights(), LossWeights(1.5, 3.0, 4.0, 0.3, 0.2)], ids=["default", "other"]
+)
+def test_the_whole_loss_is_the_literal_one(stride, weights):
+    """Several layers, pictures that are neither square nor a whole number of cells, several objects
+    and none, masks in pixels and in shares of cells."""
+    g = torch.Generator().manual_seed(4)
+    height, width = 11 * stride // 4, 23 * stride // 4
+    cells = (math.ceil(height / stride), math.ceil(width / stride))
+    layers = [
+        (torch.randn(3, 4, 4, generator=g), 3 * torch.randn(3, 4, *cells, generator=g))
+        for _ in range(3)
+    ]
+    shares = torch.rand(1, math.ceil(height / 2), math.ceil(width / 2), generator=g)
+    targets = [
+        Targets(torch.tensor([2, 0, 2]), torch.rand(3, height, width, generator=g) > 0.6),
+        Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, height, width)),
+        Targets(torch.tensor([1]), shares, 2),
+    ]
+    made = [replace(predictions_of(*layer), stride=stride, temperatures=()) for layer in layers]
+    last = replace(
+        made[-1],
+        auxiliary=tuple(made[:-1]),
+        temperatures=(torch.tensor(0.5), torch.tensor(-0.25), torch.tensor(0.125)),
+    )
+    torch.manual_seed(5)
+    losses = segmentation_loss(
+        last, targets, weights=weights, points=20, oversample=2.0, importance=0.6
+    )
+    torch.manual_seed(5)
+    expected = literal_loss(layers, targets, weights, stride, 20, 2.0, 0.6)
+    assert losses.pop("temperature").item() == pytest.approx(weights.temperature * 0.875)
+    assert losses.keys() == expected.keys()
+    for name, value in losses.items():
+        assert value.item() == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_the_published_settings():
+    """Mask2Former's weights and points; a temperature's weight is HCFormer's."""
+    assert LossWeights() == LossWeights(2.0, 5.0, 5.0, 0.1, 0.1)
+    parameters = inspect.signature(segmentation_loss).parameters
+    defaults = [parameters[name].default for name in ("points", "oversample", "importance")]
+    assert defaults == [12544, 3.0, 0.75]
+    parameters = inspect.signature(uncertain_points).parameters
+    assert [parameters[name].default for name in ("oversample", "importance")] == [3.0, 0.75]
+
+
+def test_targets_are_sampled_where_the_logits_are():
+    """A picture of 5 x 11 pixels under 2 x 3 cells of 4 pixels: x goes by the width."""
+    target = Targets(torch.tensor([0]), torch.rand(1, 5, 11))
+    points = torch.rand(7, 2)
+    expected = [
+        literal_sample(target.masks[0].tolist(), x * 12 / 11, y * 8 / 5) for x, y in points.tolist()
+    ]
+    found = sample_targets(target, points, (2, 3))
+    torch.testing.assert_close(found, torch.tensor([expected]))
+
+
+def test_a_diverged_query_is_matched_last():
+    class_logits = torch.zeros(3, 3)
+    maps = torch.zeros(3, 4, 6)
+    maps[0] = torch.nan
+    targets = Targets(torch.tensor([0, 1]), torch.rand(2, 16, 24) > 0.5)
+    queries, objects = match(class_logits, maps, targets, WEIGHTS, 10)
+    assert sorted(queries.tolist()) == [1, 2]
+    assert sorted(objects.tolist()) == [0, 1]

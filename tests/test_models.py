@@ -2,12 +2,23 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
 
-from pointformer import TokenSet
-from pointformer.models import AFFConfig, Model, Preprocess, count, create_model, list_models
+from pointformer import TokenSet, nearest_clusters
+from pointformer.models import (
+    AFFConfig,
+    Model,
+    Preprocess,
+    SwinConfig,
+    count,
+    create_model,
+    list_models,
+)
+from pointformer.models.backbone import drop_path
+from pointformer.models.config import CONFIGS
 
 # Few blocks and channels: the wiring of AFF without its cost.
 TINY = AFFConfig(dims=(16, 32, 32, 48), depths=(1, 1, 1, 1), heads=(2, 2, 4, 2), mlp_ratio=1.0)
@@ -145,10 +156,13 @@ def test_rate_alpha_and_neighborhood_change_on_a_made_model():
 
 
 def test_alpha_zero_is_a_uniform_grid():
+    """Whatever the scores; with another alpha it is none."""
+    image = torch.randn(1, 3, 128, 96)
     with torch.no_grad():
-        second = tiny("features", alpha=0.0)(torch.randn(1, 3, 128, 128))[1]
-    assert torch.all(second.positions % 2 == 0)
-    assert second.num_tokens == 256
+        for alpha in (0.0, 4.0):
+            for i, tokens in enumerate(scored(alpha=alpha)(image)[1:], 1):
+                assert tokens.num_tokens == 32 * 24 // 4**i
+                assert bool((tokens.positions % 2**i == 0).all()) == (alpha == 0)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +193,8 @@ def test_options_change_the_model(option):
     shared = {k: v for k, v in default.state_dict().items() if k in changed.state_dict()}
     shared = {k: v for k, v in shared.items() if changed.state_dict()[k].shape == v.shape}
     changed.load_state_dict(shared, strict=False)
-    if "drop_path" in option:
+    if "drop_path" in option:  # both: batch statistics would differ too
+        default.train()
         changed.train()
     a, b = default(image)[-1], changed(image)[-1]
     assert b.features.isfinite().all()
@@ -304,3 +319,292 @@ def test_hidden_layers_take_a_few_rows_at_a_time(monkeypatch):
         monkeypatch.setattr("pointformer.models.backbone.HIDDEN", 5000)
         torch.testing.assert_close(model(images), whole)
     torch.testing.assert_close(model(images).detach(), whole)
+
+
+# Wiring, literally ---------------------------------------------------------------------------
+
+
+def scored(**overrides):
+    """A model whose scores matter."""
+    model = tiny("features", **overrides)
+    for stage in model.backbone.stages[:3]:
+        torch.nn.init.normal_(stage.merge.score.weight)
+        torch.nn.init.normal_(stage.merge.score.bias)
+    return model
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 4.0, 8.0])
+def test_merges_keep_the_best_by_alpha(alpha):
+    """Reserved tokens, then those with the largest prior + alpha * score, in every stage."""
+    model = scored(alpha=4.0)
+    model.reconfigure(alpha=alpha)
+    image = torch.randn(1, 3, 100, 132, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        stages = model.backbone(image)
+    differs = False
+    for i, (before, after) in enumerate(itertools.pairwise(stages)):
+        places = before.tokens.positions
+        scores = torch.sigmoid(
+            before.tokens.features @ model.backbone.stages[i].merge.score.weight[0]
+            + model.backbone.stages[i].merge.score.bias
+        )
+        torch.testing.assert_close(before.scores, scores)
+        nearest = torch.cdist(places, places).fill_diagonal_(torch.inf).amin(1)
+        step = 2 * 2 ** torch.ceil(torch.log2(nearest - 1e-4)) if i else torch.full_like(nearest, 2)
+        prior = (places % step[:, None] == 0).all(1).float()
+        reserved = (places % 2 ** (i + 2) == 0).all(1)
+        ranks = prior + alpha * before.scores.double()
+        keep = max(int(len(places) * 0.25), int(reserved.sum()))
+        order = (ranks + 1e3 * reserved).argsort(descending=True, stable=True)[:keep]
+        worst = ranks[order[~reserved[order]]].min()
+        kept = {tuple(p) for p in after.tokens.positions.tolist()}
+        clear = (ranks > worst + 1e-6) | reserved  # the last may tie
+        assert {tuple(p) for p in places[clear].tolist()} <= kept
+        assert len(kept) == keep
+        assert all(ranks[(places == torch.tensor(p)).all(1)] >= worst - 1e-6 or
+                   all(x % 2 ** (i + 2) == 0 for x in p) for p in kept)  # fmt: skip
+        differs |= bool((places[order] % 2 ** (i + 1) != 0).any())
+    assert differs == (alpha >= 4)  # less never outweighs the grid's prior
+
+
+@pytest.mark.parametrize(
+    "change", [{"rate": 0.5}, {"alpha": 0.5}, {"neighborhood_size": 16}], ids=str
+)
+def test_a_reconfigured_model_is_one_made_so(change):
+    image = torch.randn(1, 3, 96, 132, generator=torch.Generator().manual_seed(1))
+    model, made = scored(), scored(**change)
+    made.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        before = model(image)[-1].features
+        model.reconfigure(**change)
+        after, expected = model(image)[-1].features, made(image)[-1].features
+    assert torch.equal(after, expected)
+    assert before.shape != after.shape or not torch.allclose(before, after)
+
+
+def test_drop_path_drops_whole_samples():
+    """One draw per sample, not per batch or token; the mean stays."""
+    torch.manual_seed(0)
+    sizes = tuple([3, 1] * 2000)
+    tokens = TokenSet(torch.zeros(sum(sizes), 2), torch.zeros(sum(sizes), 2), sizes)
+    x = torch.ones(sum(sizes), 2)
+    y = drop_path(x, 0.2, tokens, True)
+    assert set(y.unique().tolist()) == {0.0, 1.25}
+    samples = torch.stack([part[0, 0] for part in y.split(sizes)])
+    assert torch.equal(samples[tokens.sample_index][:, None].expand_as(y), y)
+    assert 0.77 < (samples > 0).float().mean() < 0.83
+    assert drop_path(x, 0.2, tokens, False) is x
+    assert drop_path(x, 0.0, tokens, True) is x
+
+
+@pytest.mark.parametrize("config", [
+    TINY.override(depths=(2, 1, 3, 1), drop_path=0.6),
+    SwinConfig(dims=(8, 16), depths=(3, 4), heads=2, drop_path=0.6),
+])  # fmt: skip
+def test_drop_path_grows_by_depth(config):
+    model = Model("deep", config, "features", 1)
+    rates = [b.drop_path_rate for stage in model.backbone.stages for b in stage.blocks]
+    assert rates == pytest.approx([0.1 * i for i in range(7)])
+
+
+@pytest.mark.parametrize("layer_scale", [0.0, 0.3])
+def test_a_block_is_its_definition(layer_scale):
+    """Pre-norm, both branches scaled, each dropped on its own."""
+    torch.manual_seed(0)
+    model = tiny("features", layer_scale=layer_scale, drop_path=0.5)
+    block = model.backbone.stages[3].blocks[0]
+    assert block.drop_path_rate == 0.5
+    scale = layer_scale or 1.0
+    if layer_scale:
+        assert torch.equal(block.gamma1, torch.full((48,), 0.3))
+        assert torch.equal(block.gamma2, torch.full((48,), 0.3))
+        torch.nn.init.normal_(block.gamma1)
+        torch.nn.init.normal_(block.gamma2)
+    gammas = (block.gamma1, block.gamma2) if layer_scale else (scale, scale)
+    torch.nn.init.normal_(block.norm1.weight)
+    torch.nn.init.normal_(block.norm2.weight)
+    tokens = TokenSet(torch.rand(6, 2), torch.randn(6, 48), (1,) * 6)
+    attended = torch.randn(6, 48)
+    seen = []
+
+    def attention(x, *where):
+        seen.append((x, where))
+        return attended
+
+    block.attn.forward = attention
+    with torch.no_grad():
+        for training in (False, True):
+            block.train(training)
+            torch.manual_seed(1)
+            out = block(tokens, "here").features
+            torch.manual_seed(1)
+            drops = [(torch.rand(6, 1) >= 0.5) * 2.0 if training else 1.0 for _ in range(2)]
+            x = tokens.features
+            middle = x + drops[0] * gammas[0] * block.attn.proj(attended)
+            hidden = torch.nn.functional.gelu(block.mlp.fc1(block.norm2(middle)))
+            expected = middle + drops[1] * gammas[1] * block.mlp.fc2(hidden)
+            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(seen[-1][0], block.norm1(x))
+            assert seen[-1][1] == (tokens, "here")
+
+
+def test_attention_is_its_definition():
+    """Key and value of a head lie side by side; every option of the op is passed."""
+    torch.manual_seed(0)
+    attention = tiny("features").backbone.stages[2].blocks[0].attn
+    tokens = TokenSet.from_grid(torch.randn(1, 32, 7, 9)).cluster(8)
+    neighborhoods = nearest_clusters(tokens.positions, tokens.clusters, 3)
+    x = tokens.features
+    rows, known = neighborhoods.members()
+    with torch.no_grad():
+        query = attention.q(x).view(-1, 4, 8)
+        key, value = attention.kv(x).view(-1, 4, 2, 8).unbind(2)
+        step = tokens.positions[rows.clamp(min=0).long()] - tokens.positions[:, None]
+        far = step.norm(dim=2, keepdim=True)
+        unit = torch.where(far > 0, step / far, 0.0)
+        features = torch.cat([step, far, unit[..., 1:], unit[..., :1]], 2)
+        bias = features @ attention.position.weight.T + attention.position.bias
+        near = rows.clamp(min=0).long()
+        logits = torch.einsum("thd,tnhd->tnh", query, key[near]) / 8**0.5 + bias
+        logits = logits.masked_fill(~known[..., None], -torch.inf)
+        blank = (query * attention.blank_key.view(4, 8)).sum(2, keepdim=True) / 8**0.5
+        shares = torch.cat([logits, blank.transpose(1, 2)], 1).softmax(1)
+        expected = torch.einsum("tnh,tnhd->thd", shares[:, :-1], value[near])
+        expected = expected + shares[:, -1, :, None] * attention.blank_value.view(4, 8)
+        out = attention(x, tokens, neighborhoods, None)
+    torch.testing.assert_close(out, expected.flatten(1), atol=1e-5, rtol=1e-4)
+
+
+def test_patches_are_two_convolutions():
+    model = tiny("features")
+    patch = model.backbone.patch_embed
+    for layer in (patch.bn, patch.norm):
+        torch.nn.init.normal_(layer.weight)
+    patch.bn.running_mean.normal_()
+    image = torch.randn(2, 3, 21, 34)
+    with torch.no_grad():
+        x = torch.nn.functional.conv2d(image, patch.conv1.weight, patch.conv1.bias, 2, 1)
+        x = torch.nn.functional.gelu(patch.bn(x))
+        x = torch.nn.functional.conv2d(x, patch.conv2.weight, patch.conv2.bias, 2, 1)
+        expected = patch.norm(x.movedim(1, -1).flatten(0, 2))
+        tokens = patch(image)
+    torch.testing.assert_close(tokens.features, expected)
+    assert tokens.extent == ((9, 6),) * 2
+    assert tokens.positions[10].tolist() == [1, 1]
+
+
+def test_a_merge_is_its_parts():
+    model = scored()
+    image = torch.randn(1, 3, 60, 92, generator=torch.Generator().manual_seed(1))
+    merge = model.backbone.stages[0].merge
+    seen = {}
+    merge.norm.register_forward_hook(lambda m, args, out: seen.update(given=args[0], out=out))
+    with torch.no_grad():
+        stages = model.backbone(image)
+        before, after = stages[0], stages[1]
+        # Undo the clustering of the second stage: its inputs are the merge's output, reordered.
+        order = after.tokens.clusters.order.long()
+        torch.testing.assert_close(after.inputs.features, merge.linear(seen["out"])[order])
+        place = after.inputs.positions[0]
+        row = int((before.tokens.positions == place).all(1).nonzero())
+        neighborhoods = nearest_clusters(before.tokens.positions, before.tokens.clusters, 6)
+        rows, known = neighborhoods.members()
+        near = rows[row][known[row]].long()
+        step = before.tokens.positions[near] - place
+        far = step.norm(dim=1, keepdim=True)
+        unit = torch.where(far > 0, step / far, 0.0)
+        features = torch.cat([step, far, unit[:, 1:], unit[:, :1]], 1)
+        weights = merge.weight_net(features)
+        weights = weights * before.scores[near, None]
+        expected = (weights.T @ before.tokens.features[near]).flatten()
+    torch.testing.assert_close(seen["given"][order[0]], expected, atol=1e-5, rtol=1e-3)
+
+
+def standard(parameter):
+    return parameter.detach().float().std().item()
+
+
+@pytest.mark.parametrize("head", ["classification", "mask2former", "hcformer"])
+def test_initial_values(head):
+    """Part of a recipe: linear layers of backbone and classifier, transformers, projections,
+    offsets in eight directions, blank tokens, temperatures."""
+    torch.manual_seed(0)
+    model = create_model("aff_nano", head=head, num_classes=200)
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.startswith("backbone."):
+            if layer.weight.numel() > 500:
+                assert standard(layer.weight) == pytest.approx(0.02, rel=0.1), name
+                assert layer.weight.abs().max() < 0.1
+            assert layer.bias is None or not layer.bias.any(), name
+        if isinstance(layer, torch.nn.LayerNorm):
+            assert torch.all(layer.weight == 1)
+            assert not layer.bias.any()
+    block = model.backbone.stages[2].blocks[1].attn
+    assert 0.8 < standard(torch.cat([block.blank_key, block.blank_value])) < 1.2
+    if head == "classification":
+        assert standard(model.head.linear.weight) == pytest.approx(0.02, rel=0.05)
+        assert not model.head.linear.bias.any()
+        return
+    decoder = model.head.decoder
+    for name, parameter in decoder.layers.named_parameters():
+        if parameter.dim() > 1:
+            out, into = parameter.shape
+            expected = math.sqrt(2 / (out + into))
+            assert standard(parameter) == pytest.approx(expected, rel=0.02), name
+    for parameter in (decoder.query, decoder.query_position, decoder.level_embed):
+        assert standard(parameter) == pytest.approx(1, rel=0.15)
+    assert not torch.equal(decoder.query, decoder.query_position)
+    if head == "hcformer":
+        for assign in model.head.assignments:
+            assert assign.temperature.item() == pytest.approx(0.1)
+            for layer in (assign.fine_proj, assign.coarse_proj):
+                expected = math.sqrt(2 / sum(layer.weight.shape))
+                assert standard(layer.weight) == pytest.approx(expected, rel=0.05)
+        return
+    pixels = model.head.pixel_decoder
+    assert standard(pixels.level_embed) == pytest.approx(1, rel=0.15)
+    for layer in pixels.layers:
+        attn = layer.attn
+        assert attn.power.item() == 6
+        assert isinstance(attn.power, torch.nn.Parameter)
+        places = attn.offsets.bias.view(8, 3, 4, 2)
+        # Head 1 looks to the lower right: both coordinates are as far as the point's number.
+        directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+        for head_number, direction in enumerate(directions):
+            for point in range(4):
+                expected = torch.tensor(direction) * (point + 1.0)
+                found = places[head_number, :, point]
+                torch.testing.assert_close(found, expected.expand(3, 2), atol=1e-5, rtol=1e-5)
+        for zero in (attn.offsets.weight, attn.weights.weight, attn.weights.bias):
+            assert not zero.any()
+        for square in (attn.value, attn.proj):
+            assert standard(square.weight) == pytest.approx(math.sqrt(2 / 512), rel=0.02)
+            assert not square.bias.any()
+
+
+def test_published_configurations():
+    """Table 1 and the released training settings."""
+    rows = {
+        "aff_mini": ((32, 128, 256, 384), (2, 2, 6, 2), (2, 4, 8, 16), 2.0, 0.0, 0.0),
+        "aff_tiny": ((64, 128, 256, 512), (3, 4, 18, 5), (2, 4, 8, 16), 3.0, 0.2, 0.0),
+        "aff_small": ((96, 192, 384, 768), (3, 4, 18, 2), (3, 6, 12, 24), 3.0, 0.3, 1e-5),
+        "aff_base": ((128, 256, 512, 1024), (3, 4, 18, 2), (4, 8, 16, 32), 3.0, 0.2, 1e-5),
+    }
+    for name, (dims, depths, heads, ratio, drop, scale) in rows.items():
+        for suffix, rate in (("", 0.25), ("_1_5th", 0.2)):
+            if name + suffix not in CONFIGS:
+                continue
+            assert CONFIGS[name + suffix] == AFFConfig(
+                dims, depths, heads, ratio, drop_path=drop, layer_scale=scale, rate=rate,
+                cluster_size=8, neighborhood_size=(48, 48, 48, 49), alpha=4.0, image_size=224,
+                patch_stride=4, in_channels=3, curve="snake", anchors=True, remainder="last",
+                scope="token", prior="adaptive", reserve=True, expanded_position=True,
+                blank_token=True, merge="adaptive",
+            )  # fmt: skip
+    for name in ("mini", "tiny", "small"):
+        dims, depths, heads, ratio, drop, scale = rows[f"aff_{name}"]
+        assert CONFIGS[f"swin_{name}"] == SwinConfig(
+            dims, depths, heads, ratio, window_size=7, drop_path=drop, layer_scale=scale
+        )
+    local = create_model("aff_mini", head="features")
+    assert local.config.neighborhood_size == (48,) * 4
