@@ -299,12 +299,14 @@ def test_evaluate_does_not_replace_what_it_reads(capsys, tmp_path, model, monkey
     maps = Path("d/val/instances")
     maps.mkdir()
     Image.fromarray(np.ones((32, 48), np.uint8)).save(maps / "a.png")
-    weights = tmp_path / "m.safetensors"
+    weights, classes = tmp_path / "m.safetensors", Path("d/val/segments.json")
     shutil.copy(model, weights)
+    listed = {"a": {"segments": [{"id": 1, "class": 1}]}}
+    classes.write_text(json.dumps({"classes": {"1": "cell"}, "images": listed}))
     before = content(".")
     arguments = ("evaluate", "d", "--model", weights, "--json")
     monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: pytest.fail("computed"))
-    for path in (image, maps / "a.png", weights):
+    for path in (image, maps / "a.png", weights, classes):
         code, _, error = run(capsys, *arguments, path, "--overwrite")
         assert code == 1
         assert "is an input" in error

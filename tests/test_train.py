@@ -180,3 +180,11 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert error.startswith("error: ")
     assert "found none" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "model.safetensors", "log.jsonl"])
+def test_a_new_run_replaces_nothing(tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert main(["--data", str(tmp_path), "--out", str(tmp_path), "--steps", "1"]) == 1
+    assert f"{name} exists" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"

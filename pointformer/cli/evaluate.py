@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from pointformer.cli.common import (
     reading_from,
     say,
 )
-from pointformer.cli.results import Results, write_sealed
+from pointformer.cli.results import Results, is_result, write_sealed
 
 if TYPE_CHECKING:
     from pointformer.data.annotations import Dataset
@@ -76,6 +77,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json is not None:
         read = [path for entry in dataset.entries for path in (entry.image, entry.labels)]
         results.protect(path for path in (*read, options.annotations, options.model) if path)
+        target, folder = os.path.realpath(options.json), os.path.realpath(options.data)
+        if not is_result(options.json) and Path(target).is_relative_to(folder):
+            results.protect([options.json])  # lists of classes and the like
         results.check(options.json)
     total = min(len(dataset), options.limit or len(dataset))
     bar = tqdm(islice(dataset, options.limit), total=total, unit="image")

@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import pickle
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pointformer._files import atomic_path
 from pointformer.data import Category, Sample, load_split, random_colors, random_crop
 from pointformer.metrics import AveragePrecision, average_precision
 from pointformer.models import Model, create_model, save_model
@@ -239,7 +239,6 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, complete or not at all."""
-        partial = path.with_name(path.name + ".partial")
         state = {
             "recipe": asdict(self.recipe),
             "steps": self.steps,
@@ -248,8 +247,8 @@ class Trainer:
             "averaged": self.averaged.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of the same recipe; the budget may be another.
@@ -380,8 +379,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> None:
     recipe = Recipe(**{field.name: getattr(arguments, field.name) for field in fields(Recipe)})
     checkpoint = arguments.out / "checkpoint.pt"
-    if checkpoint.exists() and not arguments.resume:
-        raise ValueError(f"{checkpoint} exists: pass --resume, or another --out")
+    weights = arguments.out / "model.safetensors"
+    for path in (checkpoint, weights, arguments.out / "log.jsonl"):
+        if path.exists() and not arguments.resume:
+            raise ValueError(f"{path} exists: pass --resume, or another --out")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     model = recipe.create().to(arguments.device)
@@ -397,7 +398,7 @@ def _run(arguments: argparse.Namespace) -> None:
         checkpoint_minutes=arguments.checkpoint_minutes,
         evaluation_minutes=arguments.evaluation_minutes,
     )
-    save_model(trainer.averaged, arguments.out / "model.safetensors")
+    save_model(trainer.averaged, weights)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
