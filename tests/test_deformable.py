@@ -161,6 +161,21 @@ def test_a_place_on_a_token_is_that_token():
         torch.testing.assert_close(out, case["value"][target].expand_as(out))
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+def test_places_far_away_and_on_tokens(impl):
+    """Where distance ** power is far too large or small for float32."""
+    case = make_case()
+    steps = torch.tensor([-1e9, -1e7, 0.0, 1e-9, 0.01, 1e7])
+    picks = torch.randint(0, 6, case["offsets"].shape, generator=torch.Generator().manual_seed(5))
+    case["offsets"] = steps[picks]
+    case["query_positions"][:9] = case["positions"][:9]
+    exact = with_gradients(case, torch.float64, impl="reference")
+    found = with_gradients(case, impl=impl)
+    for name, value in exact.items():
+        error = (found[name] - value).abs().max()
+        assert error <= 2e-5 * value.abs().max(), name
+
+
 def test_opcheck():
     case = make_case()
     canvas = torch.zeros(13, 3, dtype=torch.int32)

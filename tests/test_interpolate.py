@@ -17,6 +17,7 @@ from pointformer.kernels.cpu.inverse import inverse_lists
 from pointformer.kernels.cpu.simd import load, splat, store
 from pointformer.kernels.cpu.special import log2, power
 from pointformer.kernels.interpolate import fused_interpolate
+from pointformer.kernels.triton.runtime import INTERPRETED
 from pointformer.reference.interpolate import interpolate as reference
 
 PARITY = np.load(Path(__file__).parent / "parity" / "ops.npz")
@@ -153,6 +154,48 @@ def test_values_at_tokens_and_constants_are_kept(impl):
     torch.testing.assert_close(out, torch.full((50, 5), 3.0))
 
 
+IMPLS = [
+    "reference",
+    "cpu",
+    pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs a GPU here")),
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("exponent", [1.0, 6.0, 40.0])
+def test_units_do_not_matter(impl, exponent):
+    """Bit for bit for powers of two, which change no digit of a position."""
+    g = torch.Generator().manual_seed(3)
+    case = make_case(channels=3, exponent=exponent)
+    case["positions"], queries = (torch.rand(n, 2, generator=g) * 9 for n in (30, 41))
+    queries[:3] = case["positions"][:3]
+    case |= {"query_positions": queries, "neighbor_index": None, "k": 3}
+    expected = with_gradients(case, impl=impl)
+    exact = with_gradients(case, torch.float64, impl="reference")
+    assert torch.equal(expected["out"][:3], case["features"][:3])
+    for scale in (2.0**-50, 2.0**-20, 2.0**27, 2.0**55):
+        moved = {name: case[name] * scale for name in ("positions", "query_positions")}
+        found = with_gradients(case | moved, impl=impl)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for scale in (1e-6, 3e6, 1e8):
+        moved = {name: case[name] * scale for name in ("positions", "query_positions")}
+        found = with_gradients(case | moved, impl=impl)
+        for name in exact:
+            error = (found[name] - exact[name]).abs().max()
+            assert error < 3e-6 * exponent * exact[name].abs().max()
+
+
+def test_positions_far_apart_have_finite_gradients():
+    case = make_case(drop=0.0)
+    far = {name: case[name] * 2.0**50 for name in ("positions", "query_positions")}
+    names = ("features", "positions", "query_positions", "power")
+    found = value_and_gradients(interpolate, case | far, names, impl="reference")
+    expected = value_and_gradients(interpolate, case, names, impl="reference")
+    for name in ("positions", "query_positions"):
+        found[name] = found[name] * 2.0**50
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @given(st.floats(0.25, 10.0, width=32), st.integers(0, 2**16))
 def test_power(h, seed):
     g = np.random.default_rng(seed)
@@ -247,6 +290,8 @@ def test_gradients_for_positions_need_the_reference():
     assert case["query_positions"].grad.isfinite().all()
     for impl in (None, "cpu"):
         with pytest.raises(ValueError, match="query_positions require a gradient"):
+            interpolate(**case, impl=impl)
+        with torch.no_grad():
             interpolate(**case, impl=impl)
 
 

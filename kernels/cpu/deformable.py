@@ -9,17 +9,23 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from pointformer.kernels.cpu.interpolate import TINY, relative_to_nearest
 from pointformer.kernels.cpu.runtime import kernel
-from pointformer.kernels.cpu.simd import LANES, f32, load, splat, store, where_positive, zero
+from pointformer.kernels.cpu.simd import LANES, f32, fma, load, maximum, splat, store
 from pointformer.kernels.cpu.special import log2, power
 
 _CHUNK = 32  # queries per unit of parallel work
 _LOG_2 = f32(0.69314718)
+_FINEST = f32(1e-20)  # of the nearest distance ** power, in units of eps: less makes no difference
 
 
 @njit(forceinline=True)
-def _locate(positions, offsets, queries, canvas, lookup, query, head, sizes, rows, deltas, squared):
-    """For each place of a head and each of its k tokens: row (-1: none), place - token, square."""
+def _locate(
+    positions, offsets, queries, canvas, lookup, query, head, sizes, rows, there, deltas, squared
+):
+    """For each place of a head and each of its k tokens: row (-1: none), 1 if there is one, place -
+    token, square.
+    """
     _, heads, levels, points, k, _ = sizes
     first, width, height = canvas[3 * query], canvas[3 * query + 1], canvas[3 * query + 2]
     for level in range(levels):
@@ -34,6 +40,7 @@ def _locate(positions, offsets, queries, canvas, lookup, query, head, sizes, row
                 entry = (level * points + point) * k + j
                 row = lookup[(cell * levels + level) * k + j]
                 rows[entry] = row
+                there[entry] = f32(1.0) if row >= 0 else f32(0.0)
                 dx = x - positions[2 * row] if row >= 0 else f32(0.0)
                 dy = y - positions[2 * row + 1] if row >= 0 else f32(0.0)
                 deltas[2 * entry] = dx
@@ -42,21 +49,43 @@ def _locate(positions, offsets, queries, canvas, lookup, query, head, sizes, row
 
 
 @njit(forceinline=True)
-def _share(rows, squared, shares, totals, places, k, exponent, eps):
-    """Inverse distances of each place's tokens, normalized; `totals` are the sums before."""
+def _share(squared, there, nearest, softness, shares, places, k, exponent, eps):
+    """Inverse distances of each place's tokens, normalized.
+
+    Also their softness, d log(weight) / d log(closeness), and the places' nearest squares;
+    `squared` becomes the ratio of that to each.
+    """
+    for place in range(places):
+        nearest[place] = relative_to_nearest(squared, there, place * k, k)
+    for place in range(0, places, LANES):
+        unit = maximum(power(load(nearest, place), splat(exponent)), splat(eps * _FINEST))
+        store(softness, place, splat(eps) / unit)
+    for back in range(places):  # from places to their tokens, the last first
+        place = places - 1 - back
+        relative_eps = softness[place]
+        for e in range(place * k, place * k + k):
+            softness[e] = relative_eps
+    one = splat(f32(1.0))
     for e in range(0, places * k, LANES):
-        distance = power(load(squared, e), splat(exponent))
-        store(shares, e, splat(f32(1.0)) / (distance + splat(eps)))
+        closeness = power(load(squared, e), splat(exponent))
+        soft = one / fma(closeness, load(softness, e), one)
+        store(softness, e, soft)
+        store(shares, e, load(there, e) * closeness * soft)
     for place in range(places):
         total = f32(0.0)
         for e in range(place * k, place * k + k):
-            if rows[e] < 0:
-                shares[e] = f32(0.0)
             total += shares[e]
         scale = f32(1.0) / total if total > f32(0.0) else f32(0.0)
-        totals[place] = total
         for e in range(place * k, place * k + k):
             shares[e] *= scale
+
+
+@njit(forceinline=True)
+def _log_gradient(dx, dy):
+    """Of the logarithm of dx * dx + dy * dy."""
+    square = dx * dx + dy * dy
+    scale = f32(2.0) / square if square >= TINY else f32(0.0)
+    return scale * dx, scale * dy
 
 
 @kernel
@@ -67,18 +96,20 @@ def _forward(
     places = levels * points
     for chunk in prange((number + _CHUNK - 1) // _CHUNK):
         rows = np.zeros(places * k + LANES, np.int64)
+        there = np.zeros(places * k + LANES, np.float32)
         deltas = np.zeros(2 * places * k, np.float32)
         squared = np.zeros(places * k + LANES, np.float32)
+        nearest = np.zeros(places + LANES, np.float32)
+        softness = np.zeros(places * max(k, 1) + LANES, np.float32)
         shares = np.zeros(places * k + LANES, np.float32)
-        totals = np.zeros(places, np.float32)
         begin = np.int64(chunk) * _CHUNK
         for query in range(begin, min(begin + _CHUNK, number)):
             for head in range(heads):
                 _locate(
                     positions, offsets, queries, canvas, lookup, query, head, sizes,
-                    rows, deltas, squared,
+                    rows, there, deltas, squared,
                 )  # fmt: skip
-                _share(rows, squared, shares, totals, places, k, exponent, eps)
+                _share(squared, there, nearest, softness, shares, places, k, exponent, eps)
                 total = np.zeros(channels, np.float32)
                 for entry in range(places * k):
                     if rows[entry] < 0:
@@ -101,27 +132,26 @@ def _backward(
     places = levels * points
     for head in prange(heads):
         rows = np.zeros(places * k + LANES, np.int64)
+        there = np.zeros(places * k + LANES, np.float32)
         deltas = np.zeros(2 * places * k, np.float32)
         squared = np.zeros(places * k + LANES, np.float32)
+        nearest = np.zeros(places + LANES, np.float32)
+        softness = np.zeros(places * max(k, 1) + LANES, np.float32)
         shares = np.zeros(places * k + LANES, np.float32)
-        slopes = np.zeros(places * k + LANES, np.float32)  # d distance / d square
-        logs = np.zeros(places * k + LANES, np.float32)  # d distance / d exponent
-        totals = np.zeros(places, np.float32)
+        logs = np.zeros(places * k + LANES, np.float32)  # of the ratios
+        near_logs = np.zeros(places + LANES, np.float32)
         products = np.zeros(places * k, np.float32)
         learned = 0.0
         for query in range(number):
             _locate(
                 positions, offsets, queries, canvas, lookup, query, head, sizes,
-                rows, deltas, squared,
+                rows, there, deltas, squared,
             )  # fmt: skip
-            _share(rows, squared, shares, totals, places, k, exponent, eps)
+            _share(squared, there, nearest, softness, shares, places, k, exponent, eps)
             for e in range(0, places * k, LANES):
-                square = load(squared, e)
-                distance = power(square, splat(exponent))
-                slope = splat(exponent) * distance / square
-                store(slopes, e, where_positive(square, slope, zero()))
-                log = log2(square) * splat(_LOG_2) * distance
-                store(logs, e, where_positive(square, log, zero()))
+                store(logs, e, log2(load(squared, e)) * splat(_LOG_2))
+            for e in range(0, places, LANES):
+                store(near_logs, e, log2(load(nearest, e)) * splat(_LOG_2))
             target = (query * heads + head) * channels
             for place in range(places):
                 at = (query * heads + head) * places + place
@@ -138,17 +168,25 @@ def _backward(
                     products[e] = product
                     mean += shares[e] * product
                 d_weights[at] = mean
+                # d log(weight) = -softness d(exponent log(square)), up to what is the same for all
+                # tokens of the place, whose slopes have the sum 0. Relative to the nearest one no
+                # digits are lost close to a token.
+                near_x, near_y, near_soft, near = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+                for e in range(place * k, place * k + k):
+                    if rows[e] >= 0 and squared[e] > near:
+                        near, near_soft = squared[e], softness[e]
+                        near_x, near_y = _log_gradient(deltas[2 * e], deltas[2 * e + 1])
                 dx = f32(0.0)
                 dy = f32(0.0)
                 for e in range(place * k, place * k + k):
                     if rows[e] < 0:
                         continue
-                    # share = w / total and w = 1 / (distance + eps): dw = -w * w ddistance
-                    slope = -weights[at] * (products[e] - mean) * shares[e]
-                    slope *= shares[e] * totals[place]
-                    dx += slope * slopes[e] * f32(2.0) * deltas[2 * e]
-                    dy += slope * slopes[e] * f32(2.0) * deltas[2 * e + 1]
-                    learned += slope * logs[e]
+                    slope = weights[at] * (products[e] - mean) * shares[e]
+                    soft = softness[e]
+                    x, y = _log_gradient(deltas[2 * e], deltas[2 * e + 1])
+                    dx += slope * exponent * (near_soft * near_x - soft * x)
+                    dy += slope * exponent * (near_soft * near_y - soft * y)
+                    learned += slope * (soft * logs[e] + (near_soft - soft) * near_logs[place])
                 d_offsets[2 * at] = dx
                 d_offsets[2 * at + 1] = dy
         d_exponent[head] = learned

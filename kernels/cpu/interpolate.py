@@ -15,23 +15,24 @@ from pointformer.kernels.cpu.runtime import kernel
 from pointformer.kernels.cpu.simd import (
     LANES,
     f32,
+    fma,
     keep,
     load,
     pointer,
     splat,
     store,
-    where_positive,
-    zero,
 )
 from pointformer.kernels.cpu.special import log2, power
 
 _CHUNK = 128  # queries or tokens per unit of parallel work
 _HALF_LOG_2 = f32(0.34657359)
+TINY = f32(2.0**-126)  # squares below count as this: powers take normal numbers
 
 
 @njit(forceinline=True)
-def _squared_distances(positions, queries, dimensions, index, k, begin, end, squared, weights):
-    """For the neighbors of queries begin to end; weights are 1, or 0 where there is no neighbor."""
+def _ratios_of_squares(positions, queries, dimensions, index, k, begin, end, squared, weights):
+    """For the neighbors of queries begin to end, relative to the nearest one's of each query: that
+    over each. Weights are 1, or 0 where there is no neighbor."""
     for entry in range(begin * k, end * k):
         row = np.int64(index[entry])
         total = f32(0.0)
@@ -42,24 +43,44 @@ def _squared_distances(positions, queries, dimensions, index, k, begin, end, squ
                 total += delta * delta
         squared[entry - begin * k] = total
         weights[entry - begin * k] = f32(1.0) if row >= 0 else f32(0.0)
+    for query in range(end - begin):
+        relative_to_nearest(squared, weights, query * k, k)
 
 
 @njit(forceinline=True)
-def _inverse_distances(squared, weights, count, exponent, eps):
-    """Multiply the weights by 1 / (squared ** exponent + eps)."""
+def relative_to_nearest(squared, known, begin, k):
+    """Replace the squares of k neighbors, where `known` is not 0, by the least one over each.
+
+    If that is 0, by 1 where it is and by 0 elsewhere. Returns the least one, 1 where there is none.
+    """
+    nearest = f32(np.inf)
+    for j in range(begin, begin + k):
+        squared[j] = max(squared[j], TINY)
+        if known[j] > f32(0.0):
+            nearest = min(nearest, squared[j])
+    for j in range(begin, begin + k):
+        ratio = max(nearest / squared[j], TINY) if known[j] > f32(0.0) else f32(1.0)
+        squared[j] = f32(0.0) if nearest == TINY and ratio < f32(1.0) else ratio
+    return nearest if nearest < np.inf else f32(1.0)
+
+
+@njit(forceinline=True)
+def _inverse_distances(ratios, weights, count, exponent, eps):
+    """Multiply the weights by 1 / (ratio ** -exponent + eps)."""
     for p in range(0, count, LANES):
-        distance = power(load(squared, p), splat(exponent))
-        store(weights, p, load(weights, p) / (distance + splat(eps)))
+        closeness = power(load(ratios, p), splat(exponent))
+        store(
+            weights, p, load(weights, p) * closeness / fma(closeness, splat(eps), splat(f32(1.0)))
+        )
 
 
 @njit(forceinline=True)
-def _log_slopes(squared, slopes, count, exponent, eps):
+def _log_slopes(ratios, slopes, count, exponent, eps):
     """The factor f of d weight / d power = -f * weight, before normalization."""
     for p in range(0, count, LANES):
-        value = load(squared, p)
-        distance = power(value, splat(exponent))
-        slope = log2(value) * splat(_HALF_LOG_2) * distance / (distance + splat(eps))
-        store(slopes, p, where_positive(value, slope, zero()))
+        ratio = load(ratios, p)
+        softening = fma(power(ratio, splat(exponent)), splat(eps), splat(f32(1.0)))
+        store(slopes, p, log2(ratio) * splat(-_HALF_LOG_2) / softening)
 
 
 @njit(forceinline=True)
@@ -83,7 +104,7 @@ def _forward(features, positions, queries, index, exponent, eps, sizes, out):
         factors = np.zeros(4, np.float32)
         begin = np.int64(chunk) * _CHUNK
         end = min(begin + _CHUNK, number)
-        _squared_distances(positions, queries, dimensions, index, k, begin, end, squared, weights)
+        _ratios_of_squares(positions, queries, dimensions, index, k, begin, end, squared, weights)
         _inverse_distances(squared, weights, (end - begin) * k, exponent, eps)
         _normalize(weights, k, end - begin)
         for q in range(begin, end):
@@ -111,7 +132,7 @@ def _query_gradients(
         begin = np.int64(chunk) * _CHUNK
         end = min(begin + _CHUNK, number)
         count = (end - begin) * k
-        _squared_distances(positions, queries, dimensions, index, k, begin, end, squared, weights)
+        _ratios_of_squares(positions, queries, dimensions, index, k, begin, end, squared, weights)
         _inverse_distances(squared, weights, count, exponent, eps)
         _normalize(weights, k, end - begin)
         all_weights[begin * k : end * k] = weights[:count]

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 
 from pointformer.kernels.triton import gather
+from pointformer.kernels.triton.interpolate import TINY, inverse_distance, power
 from pointformer.kernels.triton.runtime import Variant
 
 _PLACES = 128  # per program
+_FINEST = tl.constexpr(1e-20)  # of the nearest distance ** power, in units of eps
 
 
 @triton.jit
@@ -46,20 +48,41 @@ def _locate(offsets, query_positions, canvas, number, heads, levels, points, k, 
 
 
 @triton.jit
-def _neighbor(positions, lookup, at, x, y, half_power, eps, tokens, here):
-    """Row of a listed token, place - token, squared distance, its logarithm and power, weight."""
+def _neighbor(positions, lookup, at, x, y, tokens, here):
+    """Row of a listed token, -1 for none, place - token, and its square, at least TINY."""
     row = tl.load(lookup + at, mask=here, other=-1)
     there = (row >= 0) & (row < tokens)
     row = tl.where(there, row, -1)
     token = tl.where(there, row, 0).to(tl.int64)
     dx = x - tl.load(positions + 2 * token, mask=there, other=0.0)
     dy = y - tl.load(positions + 2 * token + 1, mask=there, other=0.0)
-    squared = tl.where(there, dx * dx + dy * dy, 0.0)
-    apart = squared > 0
-    log = tl.log2(tl.where(apart, squared, 1.0))
-    distance = tl.where(apart, tl.exp2(half_power * log), 0.0)
-    weight = tl.where(there, 1.0 / (distance + eps), 0.0)
-    return row, dx, dy, squared, log, distance, weight
+    return row, dx, dy, tl.maximum(dx * dx + dy * dy, TINY)
+
+
+@triton.jit
+def _nearest(positions, lookup, start, x, y, half_power, eps, k, tokens, here):
+    """Square of a place's nearest distance, 1 without tokens, its logarithm, the gradient of that,
+    and `eps` relative to the nearest distance ** power."""
+    nearest = tl.full(x.shape, float("inf"), tl.float32)
+    near_x = tl.zeros(x.shape, tl.float32)
+    near_y = tl.zeros(x.shape, tl.float32)
+    for j in range(k):
+        row, dx, dy, squared = _neighbor(positions, lookup, start + j, x, y, tokens, here)
+        closer = (row >= 0) & (squared < nearest)
+        nearest = tl.where(closer, squared, nearest)
+        near_x = tl.where(closer, dx, near_x)
+        near_y = tl.where(closer, dy, near_y)
+    nearest = tl.where(nearest < float("inf"), nearest, 1.0)
+    unit, logarithm = power(nearest, half_power + tl.zeros_like(nearest))
+    scale = _log_gradient(nearest)
+    log = logarithm * 0.6931471805599453
+    return nearest, log, scale * near_x, scale * near_y, eps / tl.maximum(unit, eps * _FINEST)
+
+
+@triton.jit
+def _log_gradient(squared):
+    """2 / squared, 0 where it is as small as a square can be."""
+    return tl.where(squared > TINY, 2.0 / squared, 0.0)
 
 
 @triton.jit
@@ -74,17 +97,17 @@ def deformable_places_kernel(
         offsets, query_positions, canvas, number, heads, levels, points, k, here
     )
     half_power = tl.load(power) * 0.5
+    nearest, _log, _x, _y, eps = _nearest(
+        positions, lookup, start, x, y, half_power, eps, k, tokens, here
+    )
     total = tl.zeros((BLOCK,), tl.float32)
     for j in range(k):
-        _row, _dx, _dy, _squared, _log, _distance, weight = _neighbor(
-            positions, lookup, start + j, x, y, half_power, eps, tokens, here
-        )
-        total += weight
+        row, _x, _y, squared = _neighbor(positions, lookup, start + j, x, y, tokens, here)
+        total += inverse_distance(squared, nearest, row >= 0, half_power, eps)[0]
     scale = tl.load(weights + place, mask=here, other=0.0) / tl.where(total > 0, total, 1.0)
     for j in range(k):
-        row, _dx, _dy, _squared, _log, _distance, weight = _neighbor(
-            positions, lookup, start + j, x, y, half_power, eps, tokens, here
-        )
+        row, _x, _y, squared = _neighbor(positions, lookup, start + j, x, y, tokens, here)
+        weight = inverse_distance(squared, nearest, row >= 0, half_power, eps)[0]
         row = tl.where(row >= 0, row * heads + head, -1)
         tl.store(rows + place * k + j, row, mask=here)
         tl.store(factors + place * k + j, weight * scale, mask=here)
@@ -98,8 +121,8 @@ def deformable_bwd_kernel(
 ):  # fmt: skip
     """From the gradients of the factors to those of offsets, weights and (partial) power.
 
-    A factor is weight * w / sum(w) with w = 1 / (distance + eps), so d w = -w * w * d distance; the
-    factors' gradients, averaged under the shares w / sum(w), are the weight's gradient.
+    A factor is weight * w / sum(w), where w depends on the ratio of the nearest square to the own
+    one; the factors' gradients, averaged under the shares w / sum(w), are the weight's gradient.
     """
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = number.to(tl.int64)
@@ -109,12 +132,15 @@ def deformable_bwd_kernel(
     )
     half_power = tl.load(power) * 0.5
     factor = tl.load(weights + place, mask=here, other=0.0)
+    nearest, near_log, near_x, near_y, eps = _nearest(
+        positions, lookup, start, x, y, half_power, eps, k, tokens, here
+    )
+    near_soft = 1.0 / (1.0 + eps)
     total = tl.zeros((BLOCK,), tl.float32)
     mean = tl.zeros((BLOCK,), tl.float32)
     for j in range(k):
-        _row, _dx, _dy, _squared, _log, _distance, weight = _neighbor(
-            positions, lookup, start + j, x, y, half_power, eps, tokens, here
-        )
+        row, _x, _y, squared = _neighbor(positions, lookup, start + j, x, y, tokens, here)
+        weight = inverse_distance(squared, nearest, row >= 0, half_power, eps)[0]
         total += weight
         mean += weight * tl.load(d_factors + place * k + j, mask=here, other=0.0)
     scale = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
@@ -124,19 +150,21 @@ def deformable_bwd_kernel(
     d_y = tl.zeros((BLOCK,), tl.float32)
     learned = tl.zeros((BLOCK,), tl.float32)
     for j in range(k):
-        _row, dx, dy, squared, log, distance, weight = _neighbor(
-            positions, lookup, start + j, x, y, half_power, eps, tokens, here
-        )
-        slope = tl.load(d_factors + place * k + j, mask=here, other=0.0)
-        down = -factor * (slope - mean) * (weight * scale) * weight
-        along = 2.0 * half_power * distance / tl.where(squared > 0, squared, 1.0)
-        d_x += down * along * dx
-        d_y += down * along * dy
-        learned += down * log * distance
+        row, dx, dy, squared = _neighbor(positions, lookup, start + j, x, y, tokens, here)
+        weight, slope = inverse_distance(squared, nearest, row >= 0, half_power, eps)
+        soft = 1.0 - eps * weight  # d log(w) / d log(ratio ** half_power)
+        product = tl.load(d_factors + place * k + j, mask=here, other=0.0)
+        down = factor * (product - mean) * (weight * scale)
+        # d log(w) = -soft d(half_power log(square)), up to what is the same for all j: the sum of
+        # `down` is 0. Relative to the nearest one no digits are lost close to a token.
+        own = soft * _log_gradient(squared)
+        d_x += half_power * down * (near_soft * near_x - own * dx)
+        d_y += half_power * down * (near_soft * near_y - own * dy)
+        learned += down * (0.5 * (near_soft - soft) * near_log - slope)
     tl.store(d_offsets + 2 * place, d_x, mask=here)
     tl.store(d_offsets + 2 * place + 1, d_y, mask=here)
     learned = tl.where(here, learned, 0.0)
-    tl.store(d_power + tl.program_id(0), 0.5 * 0.6931471805599453 * tl.sum(learned, 0))
+    tl.store(d_power + tl.program_id(0), tl.sum(learned, 0))
 
 
 _INPUTS = (torch.float32,) * 4 + (torch.int32,) * 2 + (torch.float32,)

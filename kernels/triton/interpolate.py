@@ -2,8 +2,8 @@
 
 The floor is one read of the features and one write of the output. A query reads the rows of its k
 neighbors; queries that follow each other share most of them in a cache. Backward, a program owns a
-token and reads the gradient's rows of the queries that list it; it needs the sum of each query's
-weights, which a first kernel leaves behind: one number per query.
+token and reads the gradient's rows of the queries that list it; it needs each query's nearest
+distance and sum of weights, which a first kernel leaves behind: two numbers per query.
 """
 
 import torch
@@ -16,11 +16,12 @@ from pointformer.kernels.triton.runtime import Variant
 _ELEMENTS = 1024  # queries times channels of a program
 _MAX_CHANNELS = 256  # per program
 _ENTRIES = 16  # of a token's list at a time
+TINY = tl.constexpr(2.0**-126)  # squares below count as this: powers take normal numbers
 _FEATURES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _power(x, h):
+def power(x, h):
     """x**h of normal x > 0, to a relative error of about (1 + h) * 1e-7, and log2(x).
 
     Integer and fraction of log2(x) are kept apart: the product's rounding error would grow with it.
@@ -39,19 +40,25 @@ def _power(x, h):
 
 
 @triton.jit
-def _weight(positions, row, known, own, h, eps, D: tl.constexpr):
-    """Weight of each position in `row` from `own`, a tuple of D, before normalization: 0 where it
-    is not known. And the factor f of d weight / d power = -f * weight."""
+def inverse_distance(squared, nearest, known, h, eps):
+    """1 / ((squared / nearest) ** h + eps), 0 where it is not known, and the factor f of
+    d weight / d (2 h) = -f * weight. Both squares are at least TINY."""
+    # Rounded like a division, or the nearest one's ratio may not be 1.
+    ratio = tl.maximum(tl.math.div_rn(nearest, tl.where(known, squared, nearest)), TINY)
+    closeness, logarithm = power(ratio, h + tl.zeros_like(ratio))
+    closeness = tl.where((nearest == TINY) & (ratio < 1.0), 0.0, closeness)
+    softness = 1.0 / (1.0 + eps * closeness)
+    return tl.where(known, closeness * softness, 0.0), logarithm * softness * -0.34657359027997264
+
+
+@triton.jit
+def _square(positions, row, known, own, D: tl.constexpr):
+    """Squared distance of each position in `row` from `own`, a tuple of D, at least TINY."""
     squared = tl.zeros(row.shape, tl.float32)
     for axis in tl.static_range(D):
         delta = tl.load(positions + row * D + axis, mask=known, other=0.0) - own[axis]
         squared += delta * delta
-    apart = squared >= 1.1754944e-38
-    distance, logarithm = _power(tl.where(apart, squared, 1.0), h + tl.zeros_like(squared))
-    distance = tl.where(apart, distance, 0.0)
-    weight = 1.0 / (distance + eps)
-    slope = logarithm * 0.34657359027997264 * distance * weight
-    return tl.where(known, weight, 0.0), slope
+    return tl.maximum(squared, TINY)
 
 
 @triton.jit
@@ -62,16 +69,24 @@ def _neighbor(index, query, stored, j, k, tokens):
 
 @triton.jit
 def _normal(positions, index, query, stored, own, h, eps, k, tokens, D: tl.constexpr):
-    """1 / sum of the weights, 0 without neighbors, and the weighted mean of their slopes."""
+    """Square of the nearest distance, 1 / sum of the weights, 0 without neighbors, and the weighted
+    mean of their slopes."""
+    nearest = tl.full(query.shape, float("inf"), tl.float32)
+    for j in range(k):
+        row, known = _neighbor(index, query, stored, j, k, tokens)
+        squared = _square(positions, row, known, own, D)
+        nearest = tl.where(known, tl.minimum(nearest, squared), nearest)
+    nearest = tl.where(nearest < float("inf"), nearest, 1.0)
     total = tl.zeros(query.shape, tl.float32)
     slopes = tl.zeros(query.shape, tl.float32)
     for j in range(k):
         row, known = _neighbor(index, query, stored, j, k, tokens)
-        weight, slope = _weight(positions, row, known, own, h, eps, D)
+        squared = _square(positions, row, known, own, D)
+        weight, slope = inverse_distance(squared, nearest, known, h, eps)
         total += weight
         slopes += weight * slope
     normal = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-    return normal, slopes * normal
+    return nearest, normal, slopes * normal
 
 
 @triton.jit
@@ -88,11 +103,12 @@ def interpolate_fwd_kernel(
     own = ()
     for axis in tl.static_range(D):
         own += (tl.load(query_positions + query * D + axis, mask=stored, other=0.0),)
-    normal = _normal(positions, index, query, stored, own, h, eps, k, tokens, D)[0]
+    nearest, normal, _ = _normal(positions, index, query, stored, own, h, eps, k, tokens, D)
     acc = tl.zeros((QUERIES, BLOCK_C), tl.float32)
     for j in range(k):
         row, known = _neighbor(index, query, stored, j, k, tokens)
-        weight = _weight(positions, row, known, own, h, eps, D)[0]
+        squared = _square(positions, row, known, own, D)
+        weight = inverse_distance(squared, nearest, known, h, eps)[0]
         at = row[:, None] * channels + channel[None, :]
         mask = known[:, None] & (channel < channels)[None, :]
         value = tl.load(features + at, mask=mask, other=0.0)
@@ -103,13 +119,13 @@ def interpolate_fwd_kernel(
 
 @triton.jit
 def interpolate_bwd_query_kernel(
-    grad, features, positions, query_positions, index, power, normals, partial,
+    grad, features, positions, query_positions, index, power, normals, nearests, partial,
     queries, k, tokens, units, eps,
     D: tl.constexpr, LEARN: tl.constexpr, QUERIES: tl.constexpr, BLOCK_C: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program: 1 / sum of the weights of QUERIES queries, and with LEARN the part of the
-    power's gradient that comes from BLOCK_C channels:
+    """One program: nearest squares and 1 / sum of the weights of QUERIES queries, and with LEARN
+    the part of the power's gradient that comes from BLOCK_C channels:
 
         d out / d power = sum over j of weight_j * (mean slope - slope_j) * features_j.
     """
@@ -119,16 +135,18 @@ def interpolate_bwd_query_kernel(
     own = ()
     for axis in tl.static_range(D):
         own += (tl.load(query_positions + query * D + axis, mask=stored, other=0.0),)
-    normal, mean = _normal(positions, index, query, stored, own, h, eps, k, tokens, D)
+    nearest, normal, mean = _normal(positions, index, query, stored, own, h, eps, k, tokens, D)
     if tl.program_id(1) == 0:
         tl.store(normals + query, normal, mask=stored)
+        tl.store(nearests + query, nearest, mask=stored)
     if LEARN:
         channels = units * UNIT
         channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
         acc = tl.zeros((QUERIES, BLOCK_C), tl.float32)
         for j in range(k):
             row, known = _neighbor(index, query, stored, j, k, tokens)
-            weight, slope = _weight(positions, row, known, own, h, eps, D)
+            squared = _square(positions, row, known, own, D)
+            weight, slope = inverse_distance(squared, nearest, known, h, eps)
             at = row[:, None] * channels + channel[None, :]
             mask = known[:, None] & (channel < channels)[None, :]
             value = tl.load(features + at, mask=mask, other=0.0)
@@ -142,7 +160,8 @@ def interpolate_bwd_query_kernel(
 
 @triton.jit
 def interpolate_bwd_token_kernel(
-    grad, positions, query_positions, power, normals, lists, entries, d_features, k, units, eps,
+    grad, positions, query_positions, power, normals, nearests, lists, entries, d_features,
+    k, units, eps,
     D: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of BLOCK_C channels of a token, ENTRIES of its list at a time."""
@@ -159,7 +178,9 @@ def interpolate_bwd_token_kernel(
         e = e0 + tl.arange(0, ENTRIES)  # (ENTRIES,)
         entry = tl.load(entries + e, mask=e < end, other=0).to(tl.int32)
         query = (entry // k).to(tl.int64)
-        weight = _weight(query_positions, query, e < end, own, h, eps, D)[0]
+        squared = _square(query_positions, query, e < end, own, D)
+        nearest = tl.load(nearests + query, mask=e < end, other=1.0)
+        weight = inverse_distance(squared, nearest, e < end, h, eps)[0]
         weight *= tl.load(normals + query, mask=e < end, other=0.0)
         at = query[:, None] * channels + channel[None, :]
         mask = (e < end)[:, None] & (channel < channels)[None, :]
@@ -193,7 +214,7 @@ def _query_variant(dtype, dimensions, channels, learn):
     f32, i32 = torch.float32, torch.int32
     return Variant(
         interpolate_bwd_query_kernel,
-        (dtype, dtype, f32, f32, i32, f32, f32, f32, "i32", "i32", "i32", "i32", "fp32"),
+        (dtype, dtype, f32, f32, i32, f32, f32, f32, f32, "i32", "i32", "i32", "i32", "fp32"),
         {**constants, "LEARN": learn, "QUERIES": _ELEMENTS // constants["BLOCK_C"]},
         num_warps=2,
         num_stages=1,
@@ -206,7 +227,7 @@ def _token_variant(dtype, dimensions, channels):
     f32 = torch.float32
     return Variant(
         interpolate_bwd_token_kernel,
-        (dtype, f32, f32, f32, f32, torch.int32, torch.int64, dtype, "i32", "i32", "fp32"),
+        (dtype, f32, f32, f32, f32, f32, torch.int32, torch.int64, dtype, "i32", "i32", "fp32"),
         {**constants, "ENTRIES": _ENTRIES},
         num_warps=max(1, constants["BLOCK_C"] // 64),
         num_stages=1,
@@ -252,11 +273,12 @@ def backward(grad, features, positions, query_positions, neighbor_index, power, 
     constants = variant.constants
     blocks = triton.cdiv(channels, constants["BLOCK_C"]) if learn_power else 1
     grid = triton.cdiv(queries, constants["QUERIES"]), blocks
-    normals = torch.empty(queries, device=features.device, dtype=torch.float32)
+    normals, nearests = torch.empty(2, queries, device=features.device, dtype=torch.float32)
     partial = torch.empty(grid, device=features.device, dtype=torch.float32)
     variant.launch(
         grid,
-        *(grad, features, positions, query_positions, neighbor_index, power, normals, partial),
+        *(grad, features, positions, query_positions, neighbor_index, power),
+        *(normals, nearests, partial),
         *(queries, k, tokens, channels // constants["UNIT"], eps),
     )
     variant = _token_variant(dtype, dimensions, channels)
@@ -264,7 +286,7 @@ def backward(grad, features, positions, query_positions, neighbor_index, power, 
     d_features = torch.empty(features.shape, dtype=dtype, device=features.device)
     variant.launch(
         (tokens, triton.cdiv(channels, constants["BLOCK_C"])),
-        *(grad, positions, query_positions, power, normals),
+        *(grad, positions, query_positions, power, normals, nearests),
         *inverse_lists(neighbor_index, tokens),
         *(d_features, k, channels // constants["UNIT"], eps),
     )

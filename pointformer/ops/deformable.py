@@ -37,7 +37,7 @@ def deformable_attention(
     Each head of a query looks at P places per level, `query_positions + offsets`. A value there is
     interpolated from the level's tokens that `lookup` lists for the nearest cell of the canvas,
     under the weights `1 / (distance ** power + eps)`, normalized to sum 1, with distances from the
-    place itself. Places outside the canvas use its border cells.
+    place itself, however large or small. Places outside the canvas use its border cells.
 
     Args:
         value: (T, H, d) floating: the tokens of all levels.

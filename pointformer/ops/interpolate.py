@@ -42,7 +42,10 @@ def interpolate(
 
     Shepard's interpolation, as AutoFocusFormer uses it in place of the bilinear one:
 
-        w_j = 1 / (distance_j ** power + eps), normalized to sum 1 over the neighbors.
+        w_j = 1 / ((distance_j / distance of the nearest) ** power + eps),
+
+    normalized to sum 1 over the neighbors; a query at the place of tokens gets the mean of those.
+    Other units of the positions give the same result.
 
     Args:
         features: (T, C) floating.
@@ -55,7 +58,7 @@ def interpolate(
             share positions: the search costs more than the interpolation.
         k: neighbors to search for.
         power: of the distance, a positive number, or a tensor of one element to learn it.
-        eps: positive, in units of distance ** power.
+        eps: positive. Larger ones flatten the weights; the default changes no digit.
         check_values: whether to look for positions that are not finite, which waits for the device.
         impl: "reference", "cpu", "triton" or None (the device's own). "cpu" and "triton" do not
             take float64, give no gradient for positions, and are differentiable once; the reference
@@ -108,7 +111,8 @@ def interpolate(
             return "features are float64"
         if max(neighbor_index.numel(), tokens) > _MOST:
             return f"there are {tokens} tokens and {neighbor_index.numel()} entries of lists"
-        if positions.requires_grad or query_positions.requires_grad:
+        learned = positions.requires_grad or query_positions.requires_grad
+        if learned and torch.is_grad_enabled():
             return "positions or query_positions require a gradient"
         return None
 

@@ -282,11 +282,11 @@ def deformable_attention(a: Arguments, output: Tensor) -> Work:
     """The forward pass of `deformable_attention`.
 
     Bytes: all its tensors in, as if each token and each cell were looked at by some query; output
-    out. Operations: per pair of a place and a token the squared distance 5, its weight 4 and 2 d
+    out. Operations: per pair of a place and a token the squared distance 5, its weight 5 and 2 d
     for the weighted sum.
     """
     read, pairs = _places(a)
-    return Work(read + num_bytes(output), pairs * (5 + 4 + 2 * output.shape[2]))
+    return Work(read + num_bytes(output), pairs * (5 + 5 + 2 * output.shape[2]))
 
 
 def deformable_attention_backward(a: Arguments, output: Tensor) -> Work:
@@ -298,7 +298,7 @@ def deformable_attention_backward(a: Arguments, output: Tensor) -> Work:
     """
     read, pairs = _places(a)
     moved = num_bytes(output, a["value"], a["offsets"], a["weights"])
-    return Work(read + moved, pairs * (2 * (5 + 4) + 4 * output.shape[2]))
+    return Work(read + moved, pairs * (2 * (5 + 5) + 4 * output.shape[2]))
 
 
 def select_centers(a: Arguments, output: tuple[Tensor, tuple[int, ...]]) -> Work:
@@ -327,12 +327,12 @@ def interpolate(a: Arguments, output: Tensor) -> Work:
 
     Bytes: features and positions of each token that any query uses, query positions, and the lists
     if they are given, in; output out.
-    Operations: per pair the squared distance 3 D - 1, its weight (power, sum, inverse, norm) 4, and
-    2 C for the weighted sum.
+    Operations: per pair the squared distance 3 D - 1, its weight 5 (least, ratio, power, sum, norm)
+    and 2 C for the weighted sum.
     """
     read, tokens, pairs = _interpolation(a)
     channels = a["features"].shape[1]
-    per_pair = 3 * a["positions"].shape[1] - 1 + 4 + 2 * channels
+    per_pair = 3 * a["positions"].shape[1] - 1 + 5 + 2 * channels
     return Work(read + tokens * num_bytes(a["features"][:1]) + num_bytes(output), pairs * per_pair)
 
 
@@ -344,7 +344,7 @@ def interpolate_backward(a: Arguments, output: Tensor) -> Work:
     """
     read, _, pairs = _interpolation(a)
     found = 4 * pairs if a["neighbor_index"] is None else 0
-    per_pair = 3 * a["positions"].shape[1] - 1 + 4 + 2 * a["features"].shape[1]
+    per_pair = 3 * a["positions"].shape[1] - 1 + 5 + 2 * a["features"].shape[1]
     return Work(read + found + num_bytes(output, a["features"]), pairs * per_pair)
 
 

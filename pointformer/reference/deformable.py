@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pointformer.reference.interpolate import inverse_distance_shares
+
 
 def deformable_attention(
     value: Tensor,
@@ -34,13 +36,8 @@ def deformable_attention(
     known = index >= 0
     index = index.clamp(min=0)
     squared = (place[..., None, :] - positions[index].to(dtype)).square().sum(-1)
-    apart = squared > 0
-    exponent = power.reshape(()).to(dtype) / 2
-    # The inner `where` keeps infinite derivatives at 0 out of the graph.
-    distance = torch.where(apart, torch.where(apart, squared, 1.0) ** exponent, 0.0)
-    share = torch.where(known, 1 / (distance + eps), 0.0)
-    total = share.sum(-1, keepdim=True)
-    share = share / torch.where(total > 0, total, 1.0) * weights[..., None].to(dtype)
+    share = inverse_distance_shares(squared, known, power, eps, relative=False)
+    share = share * weights[..., None].to(dtype)
     head = torch.arange(heads, device=lookup.device)[:, None, None, None]
     sampled = value.to(dtype)[index, head]  # (Q, H, L, P, k, d)
     return torch.einsum("qhlpk,qhlpkd->qhd", share, sampled).to(value.dtype)

@@ -2,8 +2,44 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_FINEST = 1e-20  # of the nearest distance ** power, in units of eps: less makes no difference
+
+
+def inverse_distance_shares(
+    squared: Tensor, known: Tensor, power: Tensor | float, eps: float, relative: bool = True
+) -> Tensor:
+    """Weights `1 / ((distance / nearest distance) ** power + eps)`, normalized over the last axis.
+
+    Divided by the nearest one, distances of any size neither overflow nor vanish. Squares below the
+    smallest normal number count as 0; there the gradient is zero.
+
+    Args:
+        squared: (..., k) squared distances.
+        known: (..., k) bool, which of them there are; the others get 0.
+        relative: `False` for `eps` in units of distance ** power: divided by that of the nearest.
+    """
+    tiny = torch.finfo(squared.dtype).tiny
+    least = F.pad(squared.masked_fill(~known, torch.inf), (0, 1), value=torch.inf)
+    least = least.amin(-1, keepdim=True)
+    hit = least < tiny
+    # Where something has no derivative, or an infinite one, constants take its place.
+    nearest = torch.where(hit | least.isinf(), 1.0, least)
+    square = torch.where(known & (squared >= tiny) & ~hit, squared, 1.0)
+    exponent = power.reshape(()).to(squared) / 2 if isinstance(power, Tensor) else power / 2
+    closeness = (nearest / square).clamp(tiny, 1.0) ** exponent
+    closeness = torch.where(hit, (squared < tiny).to(squared), closeness)
+    if not relative:
+        logarithm = exponent * nearest.log()  # of distance ** power, which may overflow
+        eps = eps * (-logarithm.clamp(math.log(eps * _FINEST), 80.0)).exp()
+    weights = torch.where(known, closeness / (1 + eps * closeness), 0.0)
+    total = weights.sum(-1, keepdim=True)
+    return weights / torch.where(total > 0, total, 1.0)
 
 
 def interpolate(
@@ -27,11 +63,5 @@ def interpolate(
         for x in (features, positions)
     )
     squared = (positions[rows] - query_positions[:, None].to(dtype)).square().sum(-1)
-    apart = squared > 0
-    exponent = power.reshape(()).to(dtype) / 2 if isinstance(power, Tensor) else power / 2
-    # The inner `where` keeps infinite derivatives at 0 out of the graph.
-    distance = torch.where(apart, torch.where(apart, squared, 1.0) ** exponent, 0.0)
-    weights = torch.where(known, 1 / (distance + eps), 0.0)
-    total = weights.sum(1, keepdim=True)
-    weights = weights / torch.where(total > 0, total, 1.0)
+    weights = inverse_distance_shares(squared, known, power, eps)
     return (weights[..., None] * extended[rows]).sum(1).to(features.dtype)
