@@ -6,6 +6,7 @@ on batches of samples of different sizes; models built from them are in `pointfo
 
 from pointformer.clusters import Clusters, Neighborhoods
 from pointformer.geometry import balanced_cluster, knn, nearest_clusters, select_centers
+from pointformer.graph import batch_from_sizes, sizes_from_batch
 from pointformer.ops import (
     deformable_attention,
     interpolate,
@@ -25,6 +26,7 @@ __all__ = [
     "Segmentation",
     "TokenSet",
     "balanced_cluster",
+    "batch_from_sizes",
     "deformable_attention",
     "interpolate",
     "knn",
@@ -34,5 +36,6 @@ __all__ = [
     "scored_merge",
     "segment",
     "select_centers",
+    "sizes_from_batch",
     "weighted_gather",
 ]

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pointformer._checks import (
+    brief,
     can_read,
+    check_finite,
     check_per_sample,
     check_positions,
     check_sizes,
@@ -20,6 +22,9 @@ from pointformer._checks import (
     describe,
 )
 from pointformer.clusters import Clusters, offsets_of
+from pointformer.geometry.boxes import bounding_boxes
+from pointformer.geometry.clustering import balanced_cluster
+from pointformer.graph import batch_from_sizes
 
 Extent = tuple[tuple[float, ...], ...]
 
@@ -29,6 +34,27 @@ def _cells(shape: Sequence[int], device: torch.device) -> Tensor:
     axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
     mesh = torch.meshgrid(*axes, indexing="ij")
     return torch.stack([axis.reshape(-1) for axis in reversed(mesh)], dim=1)
+
+
+def _lower_corners(positions: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """(B, D): per sample and axis the least of the positions (T, D) that are not far from most."""
+    sample = batch_from_sizes(sizes, positions.device)
+    starts = offsets_of(sizes, positions.device)
+    last = (starts.diff() - 1).clamp(min=0)
+    corners = positions.new_zeros(len(sizes), positions.shape[1])
+    if len(positions) == 0:
+        return corners
+    for axis, values in enumerate(positions.unbind(1)):
+        order = torch.sort(values, stable=True).indices
+        values = values[order[torch.sort(sample[order], stable=True).indices]]
+        first, third = (
+            values[(starts[:-1] + last * quarter // 4).clamp(max=len(values) - 1)]
+            for quarter in (1, 3)
+        )
+        fence = first - 16 * (third - first)
+        near = values.where(values >= fence[sample], torch.inf)
+        corners[:, axis] = bounding_boxes(near[:, None], sizes)[0][:, 0]
+    return corners
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -69,13 +95,18 @@ class TokenSet:
         check_positions("positions", positions)
         count, dimensions = positions.shape
         check_tensor("features", features, (count, "C"), device=positions.device)
+        if not features.is_floating_point():
+            raise TypeError(
+                f"features: expected a floating dtype, got {describe(features)}; use "
+                "features.float()"
+            )
         sizes = check_sizes("sizes", sizes, count)
         if extent is not None:
-            extent = check_per_sample("extent", extent, len(sizes), dimensions)
+            extent = check_per_sample("extent", extent, len(sizes), dimensions, least=0)
         if origin is not None:
             check_tensor("origin", origin, (len(sizes), dimensions), (torch.float64,))
         if clusters is not None and clusters.sizes != sizes:
-            raise ValueError(f"clusters: expected samples of {sizes!r:.80} tokens, got {clusters}")
+            raise ValueError(f"clusters: expected samples of {brief(sizes)} tokens, got {clusters}")
         for name, value in (
             ("positions", positions),
             ("features", features),
@@ -123,9 +154,7 @@ class TokenSet:
     @property
     def sample_index(self) -> Tensor:
         """(T,) int64, the sample of each row."""
-        samples = torch.arange(self.batch_size, device=self.device)
-        lengths = self.batch_offsets.diff()
-        return torch.repeat_interleave(samples, lengths, output_size=self.num_tokens)
+        return batch_from_sizes(self.sizes, self.device)
 
     def with_features(self, features: Tensor) -> TokenSet:
         """The same tokens with other features (T, C')."""
@@ -151,8 +180,6 @@ class TokenSet:
         impl: str | None = None,
     ) -> TokenSet:
         """The tokens reordered into balanced clusters; see `balanced_cluster`."""
-        from pointformer.geometry.clustering import balanced_cluster
-
         clusters = balanced_cluster(
             self.positions,
             cluster_size,
@@ -179,6 +206,60 @@ class TokenSet:
         if self.clusters is None:
             return self
         return self.select(self.clusters.inverse_order, self.sizes)
+
+    @classmethod
+    def from_world(
+        cls,
+        positions: Tensor,
+        features: Tensor,
+        sizes: Sequence[int] | None = None,
+        extent: Sequence | Tensor | None = None,
+        *,
+        origin: Tensor | None = None,
+    ) -> TokenSet:
+        """Tokens at world coordinates in float64, such as meters of a map projection.
+
+        Each sample gets an origin, which is subtracted in float64; what is left is rounded to
+        float32, by at most 2**-24 of the distance from the origin along each axis (0.06 mm at
+        1 km). `world_positions` is the way back.
+
+        Args:
+            positions: (T, D) float64, D = 2 or 3.
+            features, sizes, extent: as for `TokenSet`.
+            origin: (B, D) float64 on the host, or (D,) for all samples, in world coordinates: the
+                `origin` of a set whose positions these are to be used with. `None`: the sample's
+                lower corner, not counting points farther below the middle half of the others than
+                16 times its width, which would cost them digits.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or a position is NaN or infinite.
+        """
+        check_tensor("positions", positions, ("T", "D"), (torch.float64,))
+        count, dimensions = positions.shape
+        sizes = check_sizes("sizes", sizes, count)
+        check_finite("positions", positions, sizes, torch.finfo(torch.float64).max)
+        if origin is None:
+            origin = _lower_corners(positions, sizes).cpu()
+        else:
+            check_tensor("origin", origin, None, (torch.float64,))
+            origin = origin.cpu().broadcast_to(len(sizes), dimensions).clone()
+        sample = batch_from_sizes(sizes, positions.device)
+        local = (positions - origin.to(positions.device)[sample]).float()
+        check_finite("positions minus origin", local, sizes)
+        return cls(local, features, sizes, extent, origin)
+
+    def world_positions(self) -> Tensor:
+        """(T, D) float64, `positions` plus `origin`."""
+        positions = self.positions.double()
+        if self.origin is None:
+            return positions
+        return positions + self.origin.to(self.device)[self.sample_index]
+
+    def with_origin(self, origin: Tensor) -> TokenSet:
+        """The same tokens relative to another origin, (B, D) or (D,) float64: to use the positions
+        of two sets together, give one the other's. Clusters and a canvas, which moves, are dropped.
+        """
+        return TokenSet.from_world(self.world_positions(), self.features, self.sizes, origin=origin)
 
     @classmethod
     def from_grid(cls, maps: Tensor | Sequence[Tensor]) -> TokenSet:
@@ -234,7 +315,9 @@ class TokenSet:
             side = shapes[0][axis] if sides is None else sides[:, axis]
             place = self.positions[:, -1 - axis].long()
             if check_values and can_read(place) and bool(((place < 0) | (place >= side)).any()):
-                raise ValueError(f"to_grid: a token lies outside of its canvas {self.extent!r:.80}")
+                raise ValueError(
+                    f"to_grid: a token lies outside of its canvas {brief(self.extent)}"
+                )
             cell = cell * side + place
         cell += offsets_of(volumes, self.device)[sample]
         flat = self.features.new_full((sum(volumes), self.channels), fill)
@@ -316,7 +399,7 @@ class TokenSet:
         )
 
     def __repr__(self) -> str:
-        sizes = f"{self.sizes[0]} each" if self.is_uniform and self.sizes else f"{self.sizes}"
+        sizes = f"{self.sizes[0]} each" if self.is_uniform and self.sizes else brief(self.sizes)
         name = str(self.dtype).removeprefix("torch.")
         clusters = "" if self.clusters is None else f", {self.clusters.num_clusters} clusters"
         return (

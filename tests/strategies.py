@@ -72,3 +72,20 @@ def full_lattice(extent):
     axes = [torch.arange(side, dtype=torch.float32) for side in reversed(extent)]
     mesh = torch.meshgrid(*axes, indexing="ij")
     return torch.stack([axis.flatten() for axis in reversed(mesh)], 1)
+
+
+def scattered(kind, count, dimensions):
+    """(count, D) positions of even density ("even"), with points far away ("1e6", "1e12": one;
+    "strays": one in a hundred), or in five dense "blobs".
+    """
+    g = torch.Generator().manual_seed(0)
+    positions = torch.rand(count, dimensions, generator=g) * 100
+    if kind == "strays":
+        positions[torch.randperm(count, generator=g)[: count // 100]] *= 1e6
+    elif kind == "blobs":
+        centers = torch.rand(5, dimensions, generator=g) * 1e4
+        noise = torch.randn(count, dimensions, generator=g) * 0.02
+        positions = centers[torch.arange(count) % 5] + noise
+    elif kind != "even":
+        positions[count // 2] = float(kind)
+    return positions

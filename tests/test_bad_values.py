@@ -7,6 +7,7 @@ import torch
 from pointformer import (
     TokenSet,
     balanced_cluster,
+    batch_from_sizes,
     deformable_attention,
     interpolate,
     knn,
@@ -14,6 +15,7 @@ from pointformer import (
     neighborhood_attention,
     scored_merge,
     select_centers,
+    sizes_from_batch,
     weighted_gather,
 )
 from pointformer.models import create_model
@@ -90,6 +92,93 @@ def test_one_pair_of_sides_for_all_samples():
     torch.testing.assert_close(found, value[:1].expand(2, 1, 8))
 
 
+BATCH = torch.arange(3).repeat_interleave(20)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        BATCH,
+        BATCH.tolist(),
+        BATCH.numpy(),
+        torch.arange(60) % 3,
+        torch.arange(4).repeat_interleave(torch.tensor([5, 40, 10, 5])),
+        torch.arange(60),
+    ],
+)
+def test_a_batch_vector_is_no_sizes(tokens, sizes):
+    positions, features = tokens.positions, tokens.features
+    for call in (
+        lambda: knn(positions, 3, sizes=sizes),
+        lambda: knn(positions, 3, query=positions, query_sizes=sizes),
+        lambda: balanced_cluster(positions, 8, sizes=sizes),
+        lambda: interpolate(features, positions, positions, sizes=sizes),
+        lambda: select_centers(features[:, 0], positions, sizes=sizes, rate=0.5, stride=2),
+        lambda: TokenSet(positions, features, sizes),
+    ):
+        with pytest.raises(ValueError, match=r"sizes_from_batch\(batch\)") as error:
+            call()
+        assert len(str(error.value)) < 250
+    with pytest.raises(ValueError, match="sizes_from_batch"):
+        knn(torch.rand(4, 2), 1, sizes=[0, 1, 1, 2])
+
+
+@pytest.mark.parametrize("sizes", [[1] * 60, [60], [0, 60], [0, 0, 30, 30], [0, 1, 2, 57]])
+def test_unusual_sizes_are_sizes(tokens, sizes):
+    assert TokenSet(tokens.positions, tokens.features, sizes).sizes == tuple(sizes)
+
+
+def test_offsets_are_no_sizes(tokens):
+    with pytest.raises(ValueError, match="add up to 120, expected 60 tokens; these look like off"):
+        knn(tokens.positions, 2, sizes=[0, 20, 40, 60])
+
+
+def test_errors_and_repr_are_short():
+    many = torch.rand(5000, 2)
+    sizes = (2,) * 2499 + (1, 1)
+    tokens = TokenSet(many, many, sizes, [(1.0, 1.0)] * 2501)
+    assert len(repr(tokens)) < 200
+    clusters = tokens.cluster(2).clusters
+    lookup = torch.zeros(9, 1, 1, dtype=torch.int64)
+    place = (torch.zeros(2, 1, 1, 1, 2), torch.ones(2, 1, 1, 1), many[:2], torch.tensor([0, 1]))
+    for call in (
+        lambda: knn(many, 1, sizes=sizes[:-1]),
+        lambda: knn(many, 1, sizes=[-1] * 5000),
+        lambda: knn(many, 1, sizes=[0.5] * 5000),
+        lambda: knn(many, [1] * 5000),
+        lambda: balanced_cluster(many, 8, extent=[[1.0]] * 5000),
+        lambda: balanced_cluster(many, 8, extent=[(torch.nan, 1.0)] * 5000, sizes=[1] * 5000),
+        lambda: TokenSet(many, many, clusters=clusters),
+        lambda: TokenSet(many, many, sizes[::-1], clusters=clusters),
+        lambda: TokenSet(many * 3, many, sizes, [(1.0, 1.0)] * 2501).to_grid(),
+        lambda: deformable_attention(
+            torch.rand(3, 1, 8), many[:3], *place, lookup, extent=[(4, 4)] * 5000
+        ),
+    ):
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        assert len(str(error.value)) < 300
+        assert "\n" not in str(error.value)
+
+
+def test_batch_vectors_and_sizes():
+    batch = torch.tensor([0, 0, 2, 2, 2])
+    assert sizes_from_batch(batch) == (2, 0, 3)
+    assert sizes_from_batch(batch.int(), 5) == (2, 0, 3, 0, 0)
+    assert sizes_from_batch(batch[:0], 2) == (0, 0)
+    assert sizes_from_batch(batch[:0]) == ()
+    assert torch.equal(batch_from_sizes((2, 0, 3, 0)), batch)
+    assert batch_from_sizes(()).shape == (0,)
+    with pytest.raises(ValueError, match=r"descends; .*argsort\(stable=True\)"):
+        sizes_from_batch(batch.flip(0))
+    with pytest.raises(ValueError, match="below batch_size=2, got 2"):
+        sizes_from_batch(batch, 2)
+    with pytest.raises(ValueError, match="from 0 on, got -1"):
+        sizes_from_batch(batch - 1)
+    with pytest.raises(TypeError, match="batch: expected dtype"):
+        sizes_from_batch(batch.float())
+
+
 @pytest.mark.parametrize("impl", CPU_AND_TRITON)
 def test_default_dtype_does_not_matter(tokens, impl):
     """Float64 is what gradient checks set it to."""
@@ -155,8 +244,28 @@ def test_arguments_that_do_not_fit_are_named(tokens):
         balanced_cluster(tokens.positions, 8.5)
     with pytest.raises(ValueError, match=r"k: expected a positive integer, got 2\.5"):
         knn(tokens.positions, 2.5)
-    with pytest.raises(TypeError, match="sizes: expected integers"):
-        knn(tokens.positions, 2, sizes=[60.0])
+    for sizes in ([60.0], 60, "ab"):
+        with pytest.raises(TypeError, match="sizes: expected integers"):
+            knn(tokens.positions, 2, sizes=sizes)
+    for curve, count in (("peano", 0), (["hilbert"], 60)):
+        with pytest.raises(ValueError, match="curve: expected one of hilbert, morton, snake"):
+            balanced_cluster(tokens.positions[:count], 8, curve=curve)
+    with pytest.raises(ValueError, match="global_size: expected an integer of at least 0, got -1"):
+        balanced_cluster(tokens.positions, 8, global_size=-1)
+    for extent in ((torch.nan, 1.0), (torch.inf, 1), (-1, 1), ("8", 1), (None, 1)):
+        with pytest.raises(ValueError, match="extent: expected finite numbers >= 0, got"):
+            balanced_cluster(tokens.positions, 8, extent=extent)
+        with pytest.raises(ValueError, match="extent: expected finite numbers >= 0, got"):
+            TokenSet(tokens.positions, tokens.features, extent=extent)
+    with pytest.raises(ValueError, match="extent: expected finite numbers"):
+        select_centers(
+            torch.rand(60), tokens.positions, rate=0.5, stride=2, extent=(torch.nan, 9),
+            lattice=False,
+        )  # fmt: skip
+    with pytest.raises(TypeError, match=r"features: expected a floating dtype, .* features.float"):
+        TokenSet(tokens.positions, torch.ones(60, 2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"positions: expected dtype float32.*positions.float\(\)"):
+        knn(tokens.positions.half(), 2)
     with pytest.raises(TypeError, match="extent: expected 2 numbers per sample, got int 8"):
         balanced_cluster(tokens.positions, 8, extent=8)
     net = {"weight": torch.ones(4, 5), **dict.fromkeys(("bias", "norm_weight", "norm_bias"))}

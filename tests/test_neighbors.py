@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import scattered
 
 from pointformer import Clusters, balanced_cluster, knn, nearest_clusters
 from pointformer.kernels.cpu import neighbors as cpu
@@ -21,11 +22,10 @@ LAYOUTS = ("uniform", "lattice", "equal", "tiny", "huge", "blob")
 
 def brute_force(query, points, count):
     """The `count` nearest rows and their squared distances, ties to the lowest row."""
-    with np.errstate(over="ignore"):
-        square = (query[:, None] - points) ** 2
-        total = square[..., 0] + square[..., 1]
-        if points.shape[1] == 3:
-            total = total + square[..., 2]
+    square = (query[:, None] - points) ** 2
+    total = square[..., 0] + square[..., 1]
+    if points.shape[1] == 3:
+        total = total + square[..., 2]
     order = np.argsort(total, axis=1, kind="stable")[:, :count]
     return order, np.take_along_axis(total, order, 1)
 
@@ -38,7 +38,7 @@ def layout(rng, kind, shape):
         "lattice": np.floor(uniform * 9),
         "equal": np.full(shape, 3.5),
         "tiny": uniform**6 * 1e-20,  # squares underflow
-        "huge": (uniform - 0.5) * 4e19,  # squares overflow
+        "huge": (uniform - 0.5) * 9e18,  # squares nearly overflow
         "blob": np.where(rng.random((shape[0], 1)) < 0.7, uniform * 0.01 + 7, uniform * 100),
     }
     return positions[kind].astype(np.float32)
@@ -328,6 +328,36 @@ def test_torch_cluster_is_an_error_where_it_is_not_installed():
         knn(POINTS, 1, impl="torch_cluster")
 
 
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("kind", ["1e6", "1e12", "strays", "blobs"])
+def test_points_far_away_do_not_matter(kind, dimensions):
+    """Neither for the lists nor for the work: eight consecutive points are near each other."""
+    positions = scattered(kind, 4000, dimensions)
+    for found, expected in zip(
+        knn(positions, 5, return_distance=True),
+        knn(positions, 5, return_distance=True, impl="reference"),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+    def spread(positions):
+        order = torch.from_numpy(cpu._along_curve(positions.numpy(), [4000]))
+        leaves = positions[order].view(500, 8, dimensions)
+        return (leaves.amax(1) - leaves.amin(1)).amax(1).median()
+
+    even = 100.0 if kind != "blobs" else 0.15
+    assert spread(positions) < 1.5 * spread(scattered("even", 4000, dimensions)) * even / 100
+
+
+def test_cells_are_divided_until_points_are_equal():
+    rng = np.random.default_rng(0)
+    nested = np.concatenate([rng.random((40, 2)) * 10.0**-n for n in range(25)])
+    nested = np.concatenate([nested, nested[:1].repeat(30, 0)]).astype(np.float32)
+    order = cpu._along_curve(nested, [500, 530])
+    assert sorted(order[:500]) == list(range(500))
+    assert sorted(order[500:]) == list(range(500, 1030))
+
+
 POINTS = torch.rand(20, 2)
 CLUSTERS = balanced_cluster(POINTS, 4)
 
@@ -343,7 +373,11 @@ CLUSTERS = balanced_cluster(POINTS, 4)
         (lambda: nearest_clusters(POINTS, POINTS), "clusters: expected Clusters"),
         (lambda: nearest_clusters(torch.rand(20, 3), CLUSTERS), "clusters.centers: expected shape"),
         (lambda: nearest_clusters(POINTS, CLUSTERS, impl="gpu"), "impl='gpu'"),
+        (lambda: nearest_clusters(POINTS, CLUSTERS, 2.5), "num_clusters: .* got 2.5"),
+        (lambda: nearest_clusters(POINTS, CLUSTERS, global_size=-1), "global_size: .* got -1"),
         (lambda: knn(POINTS, 0), "k: expected"),
+        (lambda: knn(POINTS, None), "k: expected a positive integer, got None"),
+        (lambda: knn(POINTS * 1e19, 2), "sample 0 is farther than 4.6e.18 .* larger units"),
         (lambda: knn(POINTS, 2, sizes=[3, 4]), "sizes"),
         (lambda: knn(POINTS, 2, query=POINTS, include_self=False), "include_self"),
         (lambda: knn(POINTS, 2, query_sizes=[20]), "query_sizes"),

@@ -85,6 +85,78 @@ def test_list_round_trip_keeps_origin_and_extent():
     assert packed.origin.tolist() == [[0, 0]] * 3 + [[1e6, 2e6]]
 
 
+WORLD = torch.tensor([[500_000.0, 5_000_000.0], [350_000.0, -20.0]], dtype=torch.float64)
+
+
+def at_utm(dimensions=2):
+    """Points of two tiles of 1 km in millimeters, as a map projection has them."""
+    g = torch.Generator().manual_seed(0)
+    local = torch.randint(0, 10**6, (900, 2), generator=g).double() / 1000
+    world = local + WORLD.repeat_interleave(torch.tensor([500, 400]), 0)
+    if dimensions == 3:
+        world = torch.cat([world, 300 + 50 * torch.rand(900, 1, generator=g).double()], 1)
+    return world
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_world_coordinates_keep_their_digits(dimensions):
+    world = at_utm(dimensions)
+    assert (world.float() - world).abs().max() > 0.1  # what it is for
+    tokens = TokenSet.from_world(world, torch.rand(900, 4), (500, 400))
+    assert tokens.positions.amin(0).tolist() == [0.0] * dimensions
+    packed = TokenSet.from_list([tokens, tokens]).to_list()[2:]
+    ways = {
+        "as made": (tokens, world),
+        "clustered": (tokens.cluster(8).input_order(), world),
+        "moved": (tokens.to("cpu", torch.bfloat16).with_features(torch.rand(900, 1)), world),
+        "list": (TokenSet.from_list(packed), world),
+        "selected": (tokens.select(torch.arange(0, 900, 2), (250, 200)), world[::2]),
+        "other origin": (tokens.with_origin(tokens.origin[0]), None),
+    }
+    for name, (found, expected) in ways.items():
+        if expected is not None:
+            assert (found.world_positions() - expected).abs().max() < 1e-4, name
+    order = tokens.cluster(8).clusters.order
+    assert torch.equal(tokens.cluster(8).world_positions(), tokens.world_positions()[order])
+    with pytest.raises(TypeError, match=r"TokenSet\.from_world"):
+        TokenSet(world, torch.rand(900, 4), (500, 400))
+
+
+def test_two_sets_share_an_origin():
+    world = at_utm()[:500]
+    tokens = TokenSet.from_world(world, world.float())
+    queries = TokenSet.from_world(world[100:110], torch.zeros(10, 1), origin=tokens.origin)
+    assert torch.equal(queries.positions, tokens.positions[100:110])
+    alone = TokenSet.from_world(world[100:110], torch.zeros(10, 1))
+    assert not torch.equal(alone.origin, tokens.origin)
+    moved = alone.with_origin(tokens.origin)
+    assert (moved.positions - queries.positions).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("stray", [0.0, -1e7, 1e9])
+def test_a_stray_point_costs_the_others_no_digits(stray):
+    world = at_utm()[:500]
+    world[7] = stray
+    tokens = TokenSet.from_world(world, world.float())
+    others = torch.arange(500) != 7
+    assert (tokens.world_positions() - world)[others].abs().max() < 1e-4
+    assert tokens.positions[others].min() >= 0
+
+
+def test_world_coordinates_that_do_not_fit():
+    features = torch.zeros(4, 1)
+    assert TokenSet.from_world(torch.zeros(0, 2).double(), features[:0], (0, 0)).num_tokens == 0
+    sizes = TokenSet.from_world(torch.ones(4, 2).double(), features, (0, 4)).origin
+    assert sizes.tolist() == [[0, 0], [1, 1]]
+    with pytest.raises(TypeError, match="positions: expected dtype float64"):
+        TokenSet.from_world(torch.zeros(4, 2), features)
+    bad = torch.tensor([[0, 0], [1, 1], [torch.nan, 0], [1e300, 0]]).double()
+    with pytest.raises(ValueError, match=r"positions: sample 1 has a NaN .* row 1"):
+        TokenSet.from_world(bad, features, (1, 3))
+    with pytest.raises(ValueError, match="minus origin: sample 0"):
+        TokenSet.from_world(bad[[0, 1, 1, 1]] * 1e300, features)
+
+
 def test_selecting_clears_clusters():
     tokens = ragged(20, 12).cluster(4)
     part = tokens.select(torch.tensor([3, 5, 25]), (2, 1))

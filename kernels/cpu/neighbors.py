@@ -393,7 +393,11 @@ def _offsets(sizes):
 
 
 def _along_curve(positions, sizes):
-    """Rows sorted by sample, along a Hilbert curve in each: locality for any input order."""
+    """Rows sorted by sample, along a Hilbert curve in each: locality for any input order.
+
+    The cells of the curve divide a sample's box. One that gets more points than a leaf, because few
+    points far away made the box large, is divided again in the same way.
+    """
     rows, dimensions = positions.shape
     if rows == 0:
         return np.empty(0, np.int64)
@@ -402,15 +406,25 @@ def _along_curve(positions, sizes):
     low = np.minimum.reduceat(positions, starts)
     side = (np.maximum.reduceat(positions, starts) * f32(0.5) - low * f32(0.5)).max(1)
     lengths = np.asarray(sizes)[filled]
+    curve_bits = min(_CURVE_BITS, 63 - len(filled).bit_length())
+    bits = curve_bits // dimensions
     # Positions all equal, or nearly, fall into one cell.
-    bits = _CURVE_BITS // dimensions
     scale = f32((1 << bits) - 1) / np.maximum(side, f32(1e-30))
     low, scale = np.repeat(low, lengths, 0), np.repeat(scale, lengths)[:, None]
     cells = ((positions * f32(0.5) - low * f32(0.5)) * scale).astype(np.int64)
     shape = torch.full((1, dimensions), 1 << bits)
     keys = curve_code("hilbert", torch.from_numpy(cells), shape, bits)
-    sample = np.repeat(np.arange(len(filled)), lengths) << _CURVE_BITS
-    return torch.sort(keys + torch.from_numpy(sample), stable=True).indices.numpy()
+    sample = np.repeat(np.arange(len(filled)), lengths)
+    keys, order = torch.sort(keys + torch.from_numpy(sample << curve_bits), stable=True)
+    keys, order = keys.numpy(), order.numpy()
+    first = np.concatenate([[0], np.flatnonzero(keys[1:] != keys[:-1]) + 1, [rows]])
+    run = np.diff(first)
+    crowded = (run > _LANES) & (run < lengths[sample[first[:-1]]])  # all of a sample: equal points
+    if crowded.any():
+        inside = np.repeat(crowded, run)
+        again = order[inside]
+        order[inside] = again[_along_curve(positions[again], run[crowded])]
+    return order
 
 
 def _plant(points, ids, sizes):

@@ -32,7 +32,9 @@ _LISTS = (4, 8, 16, _IN_LIST)
 _QUERIES = 8  # of a warp, which loads the eight boxes or points of each at once
 _ROWS = 512  # three levels of the tree at once
 _BLOCK = 256
-_CURVE_BITS = 42  # of a place along the curve, for all axes together
+_CURVE_BITS = (48, 42)  # of a place along the curve, for all axes together: in few samples, in many
+_FEW_SAMPLES = 1 << 15
+_QUARTILES_FROM = 1024  # points of the batch
 
 
 @triton.jit
@@ -41,25 +43,45 @@ def _level_start(points, level):
     return (points - (points >> (3 * level))) // 7 + 2 * level
 
 
+@triton.jit
+def _even(x, center, reach):
+    """Distance from the center in units of `reach`, beyond it 1 + its logarithm."""
+    offset = x * 0.5 - center * 0.5
+    distance = tl.abs(offset)
+    reach = reach * 0.5
+    within = tl.minimum(distance, reach) / reach
+    beyond = tl.maximum(tl.log(tl.maximum(distance, reach)) - tl.log(reach), 0.0)
+    return tl.where(offset < 0, -within - beyond, within + beyond)
+
+
 @triton.jit(do_not_specialize=("tokens", "samples"))
 def curve_order_fwd_kernel(
-    positions, low, high, keys, starts, tokens, samples,
+    positions, low, high, center, reach, keys, starts, tokens, samples,
     D: tl.constexpr, BITS: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sort keys (sample, place along a Hilbert curve through the box of the whole batch)."""
+    """Sort keys (sample, place along a Hilbert curve through the box of the whole batch).
+
+    The cells are even up to `reach` (1,) from `center` (D,), and grow with the distance beyond:
+    few points far away leave the others their resolution.
+    """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     stored = row < tokens
     row = tl.minimum(row, tokens - 1)
-    side = 1e-30  # half of the box' longest side
+    reach = tl.maximum(tl.load(reach), 1e-30)
+    side = 1e-30  # the box' longest side
     for axis in tl.static_range(D):
-        side = tl.maximum(side, tl.load(high + axis) * 0.5 - tl.load(low + axis) * 0.5)
+        middle = tl.load(center + axis)
+        first = _even(tl.load(low + axis), middle, reach)
+        side = tl.maximum(side, _even(tl.load(high + axis), middle, reach) - first)
     last = (1 << (BITS // D)) - 1.0
     base = positions + row.to(tl.int64) * D
     x = tl.zeros((BLOCK,), tl.int32)
     y = x
     z = x
     for axis in tl.static_range(D):
-        cell = (tl.load(base + axis) * 0.5 - tl.load(low + axis) * 0.5) * (last / side)
+        middle = tl.load(center + axis)
+        first = _even(tl.load(low + axis), middle, reach)
+        cell = (_even(tl.load(base + axis), middle, reach) - first) * (last / side)
         cell = tl.where(cell > 0, tl.minimum(cell, last), 0.0).to(tl.int32)
         if axis == 0:
             x = cell
@@ -301,17 +323,17 @@ def nearest_fwd_kernel(
             tl.store(distance + out + listed + place, square, mask=stored)
 
 
-def _order_variant(dimensions, ragged):
+def _order_variant(dimensions, ragged, bits):
     return Variant(
         curve_order_fwd_kernel,
         (
-            *(torch.float32,) * 3,
+            *(torch.float32,) * 5,
             torch.int64,
             torch.int32 if ragged else "i32",
             "i32",
             "i32",
         ),
-        {"D": dimensions, "BITS": _CURVE_BITS, "RAGGED": ragged, "BLOCK": _BLOCK},
+        {"D": dimensions, "BITS": bits, "RAGGED": ragged, "BLOCK": _BLOCK},
     )
 
 
@@ -350,7 +372,8 @@ def _search_variant(dimensions, width, by_order, aligned, ragged):
 def variants():
     for dimensions in (2, 3):
         for ragged in (False, True):
-            yield _order_variant(dimensions, ragged)
+            for bits in _CURVE_BITS:
+                yield _order_variant(dimensions, ragged, bits)
             for by_order, aligned in ((False, True), (True, True), (True, False)):
                 for width in _LISTS:
                     yield _search_variant(dimensions, width, by_order, aligned, ragged)
@@ -363,14 +386,20 @@ def _curve_order(positions, sizes):
     """Rows sorted by sample, along a Hilbert curve in each: (T,) int64."""
     tokens, dimensions = positions.shape
     low, high = positions.aminmax(dim=0)
+    # Of a part of the points the middle half, but for rows that a lattice's period would pick.
+    some = positions[:: tokens // _QUARTILES_FROM | 1].sort(0).values
+    first, third = some[len(some) // 4], some[3 * len(some) // 4]
+    reach = (third - first).amax()  # twice: where all of an even density lies
+    reach = 2 * torch.where(reach > 0, reach, (high * 0.5 - low * 0.5).amax())
+    center = first * 0.5 + third * 0.5
     keys = torch.empty(tokens, dtype=torch.int64, device=positions.device)
     ragged = len(set(sizes)) > 1
     starts = sizes[0]
     if ragged:
         starts = from_host(starts_of(sizes), torch.int32, positions.device)
-    variant = _order_variant(dimensions, ragged)
+    variant = _order_variant(dimensions, ragged, _CURVE_BITS[len(sizes) >= _FEW_SAMPLES])
     grid = (triton.cdiv(tokens, _BLOCK),)
-    variant.launch(grid, positions, low, high, keys, starts, tokens, len(sizes))
+    variant.launch(grid, positions, low, high, center, reach, keys, starts, tokens, len(sizes))
     return torch.sort(keys, stable=True).indices
 
 

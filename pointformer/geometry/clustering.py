@@ -18,6 +18,7 @@ from pointformer._checks import (
 )
 from pointformer._dispatch import choose, everything
 from pointformer.clusters import Clusters, offsets_of
+from pointformer.geometry.boxes import bounding_boxes
 from pointformer.geometry.curves import CURVES, curve_code
 from pointformer.kernels.clustering import (
     fused_cluster_centers,
@@ -95,6 +96,7 @@ def balanced_cluster(
     sizes = check_sizes("sizes", sizes, positions.shape[0])
     dimensions = positions.shape[1]
     check_count("cluster_size", cluster_size)
+    check_count("global_size", global_size, least=0)
     for name, value, known in (("curve", curve, CURVES), ("remainder", remainder, _REMAINDERS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -103,13 +105,12 @@ def balanced_cluster(
     if extent is None:
         if origin is not None:
             raise ValueError("origin: give extent too, or neither")
-        origin, extent = _bounding_boxes(positions, sizes)
+        low, high = bounding_boxes(positions, sizes)
+        origin, extent = low, high - low
     if origin is None:
         origin = (0.0,) * dimensions
     corners = check_per_sample("origin", origin, len(sizes), dimensions)
-    sides = check_per_sample("extent", extent, len(sizes), dimensions)
-    if any(not 0 <= side < math.inf for row in sides for side in row):
-        raise ValueError(f"extent: expected finite numbers >= 0, got {sides!r:.80}")
+    sides = check_per_sample("extent", extent, len(sizes), dimensions, least=0)
 
     device = positions.device
     triton_lacks = partial(_triton_lacks, positions)
@@ -137,18 +138,6 @@ def _triton_lacks(positions: Tensor) -> str | None:
     if len(positions) > _MOST_TOKENS:
         return f"positions has {len(positions)} rows, more than {_MOST_TOKENS}"
     return None
-
-
-def _bounding_boxes(positions: Tensor, sizes: tuple[int, ...]) -> tuple[_Rows, _Rows]:
-    """Lower corner and sides of each sample's bounding box; zeros for an empty sample."""
-    corners, sides = [], []
-    for part in positions.split(sizes):
-        if len(part) == 0:
-            part = positions.new_zeros(1, positions.shape[1])
-        low, high = part.amin(0), part.amax(0)
-        corners.append(tuple(low.tolist()))
-        sides.append(tuple((high - low).tolist()))
-    return corners, sides
 
 
 def _anchor_grid(sides: Sequence[float], clusters: int) -> tuple[list[int], list[float]]:

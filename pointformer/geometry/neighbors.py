@@ -85,8 +85,7 @@ def nearest_clusters(
         ("tile_size", tile_size, 1),
         ("global_size", global_size, 0),
     ):
-        if value < least:
-            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+        check_count(name, value, least)
     if scope not in _SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(_SCOPES)}, got {scope!r}")
     sizes, counts = clusters.sizes, clusters.counts
@@ -167,7 +166,7 @@ def knn(
     """The k nearest points of the same sample, for each point or for given query positions.
 
     Exact: squared distances in float32, dx*dx + dy*dy [+ dz*dz] with every operation rounded, ties
-    to the lowest row.
+    to the lowest row. (Distances below 1e-19 lose digits, those below 2e-23 count as 0.)
 
     Args:
         positions: (T, D) float32, D = 2 or 3, samples one after the other.
@@ -188,7 +187,8 @@ def knn(
         infinite there. No gradient flows through them.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, or a position is NaN or infinite.
+        TypeError, ValueError: an argument does not fit, or a position is NaN, infinite or beyond
+            4.6e18, where squares overflow.
     """
     positions = check_positions("positions", positions).detach()
     sizes = check_sizes("sizes", sizes, positions.shape[0])

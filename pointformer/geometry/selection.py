@@ -20,6 +20,7 @@ from pointformer._checks import (
 )
 from pointformer._dispatch import choose, everything
 from pointformer.clusters import offsets_of
+from pointformer.geometry.boxes import bounding_boxes
 from pointformer.geometry.neighbors import knn
 from pointformer.kernels.selection import fused_select_from_nearest, fused_select_on_lattice
 from pointformer.reference import selection as reference
@@ -105,7 +106,7 @@ def select_centers(
         check_finite("positions", positions, sizes)
         _check_scores(scores)
     if extent is None:
-        extent = _measured_extent(positions, sizes, lattice)
+        extent = bounding_boxes(positions, sizes)[1] + int(lattice)
     sides = check_per_sample("extent", extent, len(sizes), dimensions)
     if lattice and check_values:
         _check_lattice(positions, sides, sizes)
@@ -217,18 +218,6 @@ def _number_kept(size: int, side: Sequence[float], rate: float, stride: float | 
     if stride is not None:
         reserved = math.prod([max(1, math.ceil(length / (2 * stride))) for length in side])
     return min(size, max(int(size * rate), reserved))
-
-
-def _measured_extent(
-    positions: Tensor, sizes: tuple[int, ...], lattice: bool
-) -> tuple[tuple[float, ...], ...]:
-    """The largest coordinates of each sample, plus one on a lattice."""
-    sides = []
-    for part in positions.split(sizes):
-        if len(part) == 0:
-            part = positions.new_zeros(1, positions.shape[1])
-        sides.append(tuple((part.amax(0) + int(lattice)).tolist()))
-    return tuple(sides)
 
 
 def _check_scores(scores: Tensor) -> None:

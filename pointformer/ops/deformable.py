@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pointformer._checks import as_int32, check_per_sample, check_positions, check_tensor, describe
+from pointformer._checks import (
+    as_int32,
+    brief,
+    check_per_sample,
+    check_positions,
+    check_tensor,
+    describe,
+)
 from pointformer._dispatch import choose
 from pointformer.clusters import offsets_of
 from pointformer.kernels.deformable import fused_deformable
@@ -111,11 +118,12 @@ def _canvas(extent: Sequence, lookup: Tensor, device: torch.device) -> Tensor:
     samples = len(extent)
     if samples == 2 and not isinstance(extent[0], Sequence | Tensor):  # one pair for all samples
         samples = lookup.shape[0] // max(int(extent[0]) * int(extent[1]), 1)
-    shapes = [(int(w), int(h)) for w, h in check_per_sample("extent", extent, samples, 2)]
+    shapes = [(int(w), int(h)) for w, h in check_per_sample("extent", extent, samples, 2, 0)]
     cells = [width * height for width, height in shapes]
     if sum(cells) != lookup.shape[0]:
         raise ValueError(
-            f"lookup: expected {sum(cells)} cells for extent {shapes}, got {describe(lookup)}"
+            f"lookup: expected {sum(cells)} cells for extent {brief(shapes)}, "
+            f"got {describe(lookup)}"
         )
     first = offsets_of(cells, device)[:-1, None]
     if len(set(shapes)) == 1:  # no copy from the host

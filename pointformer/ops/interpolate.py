@@ -78,11 +78,11 @@ def interpolate(
     check_positions("query_positions", query_positions, positions.shape[1])
     check_tensor("query_positions", query_positions, device=device)
     queries = query_positions.shape[0]
-    token_sizes = check_sizes("sizes", sizes, tokens)
-    asking_sizes = check_sizes("query_sizes", query_sizes, queries)
+    sizes = check_sizes("sizes", sizes, tokens)
+    query_sizes = check_sizes("query_sizes", query_sizes, queries)
     if check_values:
-        check_finite("positions", positions, token_sizes)
-        check_finite("query_positions", query_positions, asking_sizes)
+        check_finite("positions", positions, sizes)
+        check_finite("query_positions", query_positions, query_sizes)
     if isinstance(power, Tensor):
         check_tensor("power", power, dtypes=_FLOATS, device=device)
         if power.numel() != 1:

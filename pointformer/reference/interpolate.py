@@ -34,10 +34,11 @@ def inverse_distance_shares(
     exponent = power.reshape(()).to(squared) / 2 if isinstance(power, Tensor) else power / 2
     closeness = (nearest / square).clamp(tiny, 1.0) ** exponent
     closeness = torch.where(hit, (squared < tiny).to(squared), closeness)
+    softening = eps * closeness
     if not relative:
         logarithm = exponent * nearest.log()  # of distance ** power, which may overflow
-        eps = eps * (-logarithm.clamp(math.log(eps * _FINEST), 80.0)).exp()
-    weights = torch.where(known, closeness / (1 + eps * closeness), 0.0)
+        softening = softening * (-logarithm.clamp(math.log(eps * _FINEST), 80.0)).exp()
+    weights = torch.where(known, closeness / (1 + softening), 0.0)
     total = weights.sum(-1, keepdim=True)
     return weights / torch.where(total > 0, total, 1.0)
 
