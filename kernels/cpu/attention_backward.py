@@ -37,7 +37,7 @@ from pointformer.kernels.cpu.attention_blocks import (
     sum_rows,
 )
 from pointformer.kernels.cpu.inverse import inverse_lists
-from pointformer.kernels.cpu.runtime import kernel
+from pointformer.kernels.cpu.runtime import inlined, kernel
 from pointformer.kernels.cpu.simd import (
     add_neighbors,
     f32,
@@ -58,7 +58,7 @@ from pointformer.kernels.cpu.simd import (
 BATCH = 64  # queries of a cluster that the backward pass takes at a time
 
 
-@njit(forceinline=True)
+@inlined
 def add_scaled(weight, source, source_at, target, target_at, channels):
     for channel in range(0, channels, 8):
         total = fma(load(source, source_at + channel), weight, load(target, target_at + channel))
@@ -137,12 +137,12 @@ def query_gradients(
     keep(vectors)
 
 
-@njit(forceinline=True)
+@inlined
 def partial_size(shape):
     return shape.heads * (shape.features + 1 + 2 * shape.channels)
 
 
-@njit(forceinline=True)
+@inlined
 def dot_queries(query, grad, first, count, queries, head, packed_key, packed_value, block, shape,
                 logits, grad_logits):  # fmt: skip
     """Products of queries with a block's keys, of output gradients with its values: (count, 8)."""
@@ -173,7 +173,7 @@ def dot_queries(query, grad, first, count, queries, head, packed_key, packed_val
         store(grad_logits, to + 16, add_neighbors(g2, g3))
 
 
-@njit(forceinline=True)
+@inlined
 def add_outer(weights, source, first, count, queries, head, shape, target):
     """`target[head, j]` += the sum over queries of `weights[query, j] * source[query, head]`."""
     size = shape.heads * shape.channels

@@ -15,8 +15,8 @@ blocks share a vector of 16. Logits are in units of log2, because exp2 is the ch
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from pointformer.kernels.cpu.runtime import inlined
 from pointformer.kernels.cpu.simd import (
     add_neighbors,
     exp2,
@@ -82,12 +82,12 @@ class Bias(NamedTuple):
     has_blank: bool
 
 
-@njit(forceinline=True)
+@inlined
 def rows_of(tensor):
     return Rows(pointer(tensor.data), tensor.token_stride, tensor.head_stride)
 
 
-@njit(forceinline=True)
+@inlined
 def bias_of(bias):
     return Bias(
         pointer(bias.position_weight),
@@ -98,13 +98,13 @@ def bias_of(bias):
     )
 
 
-@njit(forceinline=True)
+@inlined
 def packed_at(head, block, shape):
     """Where a block starts in a packed tensor."""
     return (head * shape.clusters * shape.cluster_blocks + block) * shape.channels * 8
 
 
-@njit(forceinline=True)
+@inlined
 def pack(tensor, cluster, offsets, shape, packed, columns):
     """Pack the tokens of a cluster as columns or as rows; a block without any stays unwritten."""
     stride = tensor.token_stride
@@ -130,7 +130,7 @@ def pack(tensor, cluster, offsets, shape, packed, columns):
                         interleave_quads(tensor.data, source, stride, rest, packed, target)
 
 
-@njit(forceinline=True)
+@inlined
 def pack_positions(positions, cluster, offsets, shape, points):
     for part in range(shape.cluster_blocks):
         first = offsets[cluster] + 8 * part
@@ -145,7 +145,7 @@ def pack_positions(positions, cluster, offsets, shape, points):
                 points[at + shape.dimensions * 8 + lane] = MISSING if missing else f32(0.0)
 
 
-@njit(forceinline=True)
+@inlined
 def list_blocks(cluster_index, token, offsets, shape, blocks, at):
     """Write the blocks of a token's neighborhood from place `at` of a list; how many."""
     found = at
@@ -160,19 +160,19 @@ def list_blocks(cluster_index, token, offsets, shape, blocks, at):
     return found - at
 
 
-@njit(forceinline=True)
+@inlined
 def phi_size(count, shape):
     """Scratch memory for the relative positions of `count` blocks: (pair, 1 + F, 2 blocks, 8)."""
     return (count + 1) // 2 * (1 + shape.features) * 16
 
 
-@njit(forceinline=True)
+@inlined
 def phi_at(block, shape):
     """Where the relative positions of a neighborhood's block start; 16 from one to the next."""
     return block // 2 * (1 + shape.features) * 16 + block % 2 * 8
 
 
-@njit(forceinline=True)
+@inlined
 def relate(positions, token, points, block, shape, phi, at):
     """Write the mask and the relative position features of a block: `1 + F` vectors."""
     source = block * (shape.dimensions + 1) * 8
@@ -204,7 +204,7 @@ def relate(positions, token, points, block, shape, phi, at):
             store(phi, at + 80, x * inverse)
 
 
-@njit(forceinline=True)
+@inlined
 def relate_all(positions, token, points, blocks, first, count, shape, phi, at):
     """`relate` the blocks of a neighborhood; the missing half of its last pair is masked."""
     for block in range(count):
@@ -217,7 +217,7 @@ def relate_all(positions, token, points, blocks, first, count, shape, phi, at):
             store(phi, to + (1 + feature) * 16, zero())
 
 
-@njit(forceinline=True)
+@inlined
 def dot_blocks(vector, at, packed, head, blocks, first, count, shape, target, to):
     """Products of one head's `vector[at:]` with packed columns: (count, 8) into `target[to:]`.
 
@@ -259,7 +259,7 @@ def dot_blocks(vector, at, packed, head, blocks, first, count, shape, target, to
         store(target, place, add_neighbors(s0, s1))
 
 
-@njit(forceinline=True)
+@inlined
 def sum_rows(
     weights, first_weight, packed, blocks, first, count, head, extra, extra_weight, factor, shape,
     to, at,
@@ -301,7 +301,7 @@ def sum_rows(
         store(to, at + channel, total * splat(factor))
 
 
-@njit(forceinline=True)
+@inlined
 def dot_rows(a, a_at, b, b_at, channels):
     total = zero()
     for channel in range(0, channels, 8):
@@ -309,7 +309,7 @@ def dot_rows(a, a_at, b, b_at, channels):
     return hsum(total)
 
 
-@njit(forceinline=True)
+@inlined
 def add_bias(logits, at, count, phi, phi_first, head, scale, bias, shape):
     """Turn the products of `count` blocks into logits, in place; the largest of them."""
     largest = splat16(MISSING)
@@ -325,18 +325,18 @@ def add_bias(logits, at, count, phi, phi_first, head, scale, bias, shape):
     return hmax(largest)
 
 
-@njit(forceinline=True)
+@inlined
 def power(x, low, nothing):
     """2**x, exactly 0 where it underflows: products with tiny numbers are slow."""
     return where_less(x, low, nothing, exp2(x))
 
 
-@njit(forceinline=True)
+@inlined
 def power16(x):
     return power(x, splat16(f32(-126.0)), splat16(f32(0.0)))
 
 
-@njit(forceinline=True)
+@inlined
 def power8(x):
     return power(x, splat(f32(-126.0)), zero())
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from pointformer.kernels.cpu.runtime import kernel
+from pointformer.kernels.cpu.runtime import called, kernel
 
 f32 = np.float32
 _CHUNK = 4096
@@ -89,7 +89,7 @@ def _squared_distance(point, target):
     return total
 
 
-@njit
+@called
 def sample_of(offsets, row):
     """The sample that a row belongs to."""
     sample, end = 0, len(offsets) - 1

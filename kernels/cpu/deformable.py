@@ -7,10 +7,10 @@ threads, and nothing is sorted.
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 
 from pointformer.kernels.cpu.interpolate import TINY, relative_to_nearest
-from pointformer.kernels.cpu.runtime import kernel
+from pointformer.kernels.cpu.runtime import inlined, kernel
 from pointformer.kernels.cpu.simd import LANES, f32, fma, load, maximum, splat, store
 from pointformer.kernels.cpu.special import log2, power
 
@@ -19,7 +19,7 @@ _LOG_2 = f32(0.69314718)
 _FINEST = f32(1e-20)  # of the nearest distance ** power, in units of eps: less makes no difference
 
 
-@njit(forceinline=True)
+@inlined
 def _locate(
     positions, offsets, queries, canvas, lookup, query, head, sizes, rows, there, deltas, squared
 ):
@@ -48,7 +48,7 @@ def _locate(
                 squared[entry] = dx * dx + dy * dy
 
 
-@njit(forceinline=True)
+@inlined
 def _share(squared, there, nearest, softness, shares, places, k, exponent, eps):
     """Inverse distances of each place's tokens, normalized.
 
@@ -80,7 +80,7 @@ def _share(squared, there, nearest, softness, shares, places, k, exponent, eps):
             shares[e] *= scale
 
 
-@njit(forceinline=True)
+@inlined
 def _log_gradient(dx, dy):
     """Of the logarithm of dx * dx + dy * dy."""
     square = dx * dx + dy * dy

@@ -6,10 +6,10 @@ depends on the number of threads.
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 
 from pointformer.kernels.cpu.inverse import inverse_lists
-from pointformer.kernels.cpu.runtime import kernel
+from pointformer.kernels.cpu.runtime import inlined, kernel
 from pointformer.kernels.cpu.simd import (
     LANES,
     f32,
@@ -26,7 +26,7 @@ from pointformer.kernels.cpu.simd import (
 _CHUNK = 128  # queries or tokens per unit of parallel work
 
 
-@njit(forceinline=True)
+@inlined
 def add_rows(source, channels, rows, factors, count, target, at, first):
     """Add up to four scaled rows of `source` to a row of `target`, or write it if `first`."""
     for n in range(count, 4):
@@ -48,7 +48,7 @@ def add_rows(source, channels, rows, factors, count, target, at, first):
         target[at + tail] = value
 
 
-@njit(forceinline=True)
+@inlined
 def dot(a, i, b, j, channels):
     total = zero()
     c = 0
@@ -61,7 +61,7 @@ def dot(a, i, b, j, channels):
     return value
 
 
-@njit(forceinline=True)
+@inlined
 def sum_rows(features, index, weights, at, first, k, channels, rows, factors, out, query):
     """Row `query` of `out`: the k rows listed from `at` on, under the weights from `first` on."""
     filled, empty = 0, True

@@ -7,11 +7,11 @@ chunk of queries, so no bit depends on the number of threads.
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 
 from pointformer.kernels.cpu.gather import dot, flat, sum_rows, token_gradients
 from pointformer.kernels.cpu.inverse import inverse_lists
-from pointformer.kernels.cpu.runtime import kernel
+from pointformer.kernels.cpu.runtime import inlined, kernel
 from pointformer.kernels.cpu.simd import (
     LANES,
     f32,
@@ -29,7 +29,7 @@ _HALF_LOG_2 = f32(0.34657359)
 TINY = f32(2.0**-126)  # squares below count as this: powers take normal numbers
 
 
-@njit(forceinline=True)
+@inlined
 def _ratios_of_squares(positions, queries, dimensions, index, k, begin, end, squared, weights):
     """For the neighbors of queries begin to end, relative to the nearest one's of each query: that
     over each. Weights are 1, or 0 where there is no neighbor."""
@@ -47,7 +47,7 @@ def _ratios_of_squares(positions, queries, dimensions, index, k, begin, end, squ
         relative_to_nearest(squared, weights, query * k, k)
 
 
-@njit(forceinline=True)
+@inlined
 def relative_to_nearest(squared, known, begin, k):
     """Replace the squares of k neighbors, where `known` is not 0, by the least one over each.
 
@@ -64,7 +64,7 @@ def relative_to_nearest(squared, known, begin, k):
     return nearest if nearest < np.inf else f32(1.0)
 
 
-@njit(forceinline=True)
+@inlined
 def _inverse_distances(ratios, weights, count, exponent, eps):
     """Multiply the weights by 1 / (ratio ** -exponent + eps)."""
     for p in range(0, count, LANES):
@@ -74,7 +74,7 @@ def _inverse_distances(ratios, weights, count, exponent, eps):
         )
 
 
-@njit(forceinline=True)
+@inlined
 def _log_slopes(ratios, slopes, count, exponent, eps):
     """The factor f of d weight / d power = -f * weight, before normalization."""
     for p in range(0, count, LANES):
@@ -83,7 +83,7 @@ def _log_slopes(ratios, slopes, count, exponent, eps):
         store(slopes, p, log2(ratio) * splat(-_HALF_LOG_2) / softening)
 
 
-@njit(forceinline=True)
+@inlined
 def _normalize(weights, k, count):
     for n in range(count):
         total = f32(0.0)

@@ -1,10 +1,11 @@
 """Inversion of index lists, for backward passes that sum without atomics."""
 
 import numpy as np
-from numba import njit
+
+from pointformer.kernels.cpu.runtime import serial_kernel
 
 
-@njit(cache=True, nogil=True)
+@serial_kernel
 def inverse_lists(index, count):
     """Where each number occurs in a flat list: a counting sort, stable.
 

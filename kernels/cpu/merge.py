@@ -9,10 +9,10 @@ the number of threads.
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 
 from pointformer.kernels.cpu.inverse import inverse_lists
-from pointformer.kernels.cpu.runtime import kernel
+from pointformer.kernels.cpu.runtime import inlined, kernel
 from pointformer.kernels.cpu.simd import (
     LANES,
     f32,
@@ -43,7 +43,7 @@ _COLUMNS = {
 }
 
 
-@njit(forceinline=True)
+@inlined
 def _logit(net, m, dx, dy, dz, distance, ux, uy, uz):
     value = fma(splat(net[m]), dx, splat(net[_BIAS + m]))
     value = fma(splat(net[4 + m]), dy, value)
@@ -54,7 +54,7 @@ def _logit(net, m, dx, dy, dz, distance, ux, uy, uz):
     return fma(splat(net[24 + m]), uz, value)
 
 
-@njit(forceinline=True)
+@inlined
 def _direction(dx, dy, dz):
     """Distance and unit vector, zeros at distance 0."""
     squared = fma(dx, dx, fma(dy, dy, dz * dz))
@@ -63,7 +63,7 @@ def _direction(dx, dy, dz):
     return distance, dx * inverse, dy * inverse, dz * inverse
 
 
-@njit(forceinline=True)
+@inlined
 def _normalized(net, eps, dx, dy, dz, distance, ux, uy, uz):
     """LayerNorm of the four logits before scale and shift, and 1 / standard deviation."""
     a = _logit(net, 0, dx, dy, dz, distance, ux, uy, uz)
@@ -78,17 +78,17 @@ def _normalized(net, eps, dx, dy, dz, distance, ux, uy, uz):
     return a * inverse, b * inverse, c * inverse, d * inverse, inverse
 
 
-@njit(forceinline=True)
+@inlined
 def _affine(net, m, normalized):
     return fma(normalized, splat(net[_SCALE + m]), splat(net[_SHIFT + m]))
 
 
-@njit(forceinline=True)
+@inlined
 def _gelu(x):
     return x * normal_distribution(x)
 
 
-@njit(forceinline=True)
+@inlined
 def _gather(tokens, stride, first, count, center, q, pairs, width, at):
     """Differences to center q and scores of `count` tokens, from row `first`, to `pairs[:, at:]`.
 
@@ -141,7 +141,7 @@ def _forward(features, tokens, centers, offsets, index, order, net, eps, sizes, 
         keep(numbers)
 
 
-@njit(forceinline=True)
+@inlined
 def _sum_features(features, channels, rows, pairs, width, count, out, at):
     u0, u1, u2, u3 = 4 * width, 5 * width, 6 * width, 7 * width
     c = 0
@@ -198,7 +198,7 @@ _DISTANCE, _INVERSE, _NORMALIZED, _SLOPE, _WEIGHT, _SCALED, _DOT, _ROWS = (
 )
 
 
-@njit(forceinline=True)
+@inlined
 def _pair_weights(pairs, width, count, net, eps):
     """Weights of a block of pairs, and what their derivatives need."""
     for p in range(0, count, LANES):
@@ -224,7 +224,7 @@ def _pair_weights(pairs, width, count, net, eps):
             store(pairs, (_SCALED + m) * width + p, weight * score)
 
 
-@njit(forceinline=True)
+@inlined
 def _pair_features(grad, g, features, d_features, x, channels, pairs, width, p):
     """For pair p: dot products of the token's features with the four gradient rows, and its share
     of the gradient of the features."""
@@ -259,12 +259,12 @@ def _pair_features(grad, g, features, d_features, x, channels, pairs, width, p):
     pairs[(_DOT + 3) * width + p] = s3
 
 
-@njit(forceinline=True)
+@inlined
 def _add(array, at, value):
     store(array, at, load(array, at) + value)
 
 
-@njit(forceinline=True)
+@inlined
 def _net_gradients(pairs, width, count, net, partial, at):
     """Add the gradients of the weight net; leave each pair's score gradient in the score's row."""
     for m in range(4):

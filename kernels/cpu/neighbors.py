@@ -15,10 +15,9 @@ result of one search bounds the next, because consecutive queries are usually ne
 import numba
 import numpy as np
 import torch
-from numba import njit
 
 from pointformer.kernels.cpu.clustering import curve_code
-from pointformer.kernels.cpu.runtime import kernel
+from pointformer.kernels.cpu.runtime import called, kernel
 from pointformer.kernels.cpu.simd import (
     bits_less_equal,
     f32,
@@ -43,25 +42,25 @@ _LAST = np.int32(2**31 - 1)
 _CURVE_BITS = 42  # of a position's number along the curve, for all axes together
 
 
-@njit
+@called
 def _square(dx, dy, dz):
     return plus(plus(dx * dx, dy * dy), dz * dz)
 
 
-@njit
+@called
 def _point_distances(points, leaf, x, y, z):
     """Squared distances of a leaf's points to a position."""
     base = leaf * 24
     return _square(load(points, base) - x, load(points, base + 8) - y, load(points, base + 16) - z)
 
 
-@njit
+@called
 def _gap(low, high, box_low, box_high):
     # NaN second: it must win.
     return maximum(zero(), maximum(low - box_high, box_low - high))
 
 
-@njit
+@called
 def _box_distances(boxes, node, low, high):
     """Squared distances of a node's boxes to a box."""
     base = node * 48
@@ -72,7 +71,7 @@ def _box_distances(boxes, node, low, high):
     )
 
 
-@njit
+@called
 def _point_gaps(points, leaf, low, high):
     """Squared distances of a leaf's points to a box."""
     base = leaf * 24
@@ -82,14 +81,14 @@ def _point_gaps(points, leaf, low, high):
     )
 
 
-@njit
+@called
 def _widen(square, dx, dy, dz):
     """Squared radius that holds a ball of squared radius `square` after a move by (dx, dy, dz)."""
     moved = np.sqrt(square + _TINY) + np.sqrt(dx * dx + dy * dy + dz * dz + _TINY)
     return moved * moved * _MARGIN
 
 
-@njit
+@called
 def _bounding_box(place):
     """Corners of the box around eight positions (3 x 8)."""
     low = high = (place[0], place[8], place[16])
@@ -100,7 +99,7 @@ def _bounding_box(place):
     return low, high
 
 
-@njit
+@called
 def _collect(tree, sample, low, high, reach, stack, candidates, capacity):
     """Slots of the points within `reach` (squared) of a box by ascending id; -1 if too many."""
     points, ids, boxes, children, _, root = tree
@@ -139,7 +138,7 @@ def _collect(tree, sample, low, high, reach, stack, candidates, capacity):
     return found
 
 
-@njit
+@called
 def _search_block(points, candidates, found, limit, place, distance, choice):
     """The nearest candidates of eight queries, the earlier of equal ones first."""
     x, y, z = load(place, 0), load(place, _LANES), load(place, 2 * _LANES)
@@ -172,7 +171,7 @@ def _search_block(points, candidates, found, limit, place, distance, choice):
         store(choice, 0, where_less(new, here, name, here_name))
 
 
-@njit
+@called
 def _search_one(tree, sample, limit, worst, x, y, z, scratch, out_index, out_distance):
     """The nearest points of one query by distance, then id; the last is no farther than `worst`."""
     points, ids, boxes, children, least, root = tree
@@ -234,7 +233,7 @@ def _search_one(tree, sample, limit, worst, x, y, z, scratch, out_index, out_dis
             return
 
 
-@njit
+@called
 def _least(numbers, first, count):
     least = numbers[first]
     for i in range(first + 1, first + count):
@@ -242,7 +241,7 @@ def _least(numbers, first, count):
     return least
 
 
-@njit
+@called
 def _build_sample(positions, ids, first, count, leaf, node, tree):
     """Fill one sample's leaves and nodes; returns the code of its root."""
     points, slots, boxes, children, least, _, _, _ = tree

@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 
 from pointformer.kernels.cpu.clustering import sample_of
-from pointformer.kernels.cpu.runtime import kernel
+from pointformer.kernels.cpu.runtime import called, kernel
 
 f32 = np.float32
 _CHUNK = 4096
@@ -30,7 +30,7 @@ def _occupancy(positions, offsets, extent, first_cell, count):
                 count[cell] = min(count[cell] + 1, 2)
 
 
-@njit
+@called
 def _any_within(x, y, z, width, height, depth, count, first_cell, radius):
     """Whether a token other than the one at (x, y, z) lies at most `radius` away."""
     if count[first_cell + (z * height + y) * width + x] > 1:

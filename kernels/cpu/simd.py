@@ -16,7 +16,7 @@ import operator
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
@@ -328,10 +328,10 @@ _operator(operator.mul, lambda b, x, y: b.fmul(x, y, flags=("contract",)))
 _operator(operator.truediv, lambda b, x, y: b.fdiv(x, y))
 
 
-@njit(inline="always")
-def zero():
+@intrinsic
+def zero(typingctx):
     """A vector of zeros."""
-    return splat(f32(0.0))
+    return f32x8(), lambda context, builder, sig, args: constant(ir.VectorType(_FLOAT, LANES), 0.0)
 
 
 @intrinsic

@@ -1,7 +1,6 @@
 """Powers and the normal distribution for eight float32 lanes."""
 
-from numba import njit
-
+from pointformer.kernels.cpu.runtime import inlined
 from pointformer.kernels.cpu.simd import (
     constant,
     exp2,
@@ -42,7 +41,7 @@ mantissa = vector_intrinsic(
 )
 
 
-@njit(forceinline=True)
+@inlined
 def log2_mantissa(m):
     """log2(m) on [sqrt(1/2), sqrt(2)], absolute error 8e-8.
 
@@ -56,7 +55,7 @@ def log2_mantissa(m):
     return s * fma(p, z, splat(f32(2.8853901)))
 
 
-@njit(forceinline=True)
+@inlined
 def power(x, h):
     """x**h for x >= 0 and h > 0, to a relative error of about (1 + h) * 1e-7.
 
@@ -72,13 +71,13 @@ def power(x, h):
     return where_positive(x, fma(value, rest * splat(f32(0.6931472)), value), zero())
 
 
-@njit(forceinline=True)
+@inlined
 def log2(x):
     """log2(x) for normal x > 0, absolute error 8e-8 beside the rounding of the result."""
     return exponent(x) + log2_mantissa(mantissa(x))
 
 
-@njit(forceinline=True)
+@inlined
 def normal_distribution(x):
     """Phi(x), the probability of less than x in a normal distribution, absolute error 1.7e-7.
 
@@ -100,7 +99,7 @@ def normal_distribution(x):
     return fma(x, p / q, splat(f32(0.5)))
 
 
-@njit(forceinline=True)
+@inlined
 def normal_density(x):
     """exp(-x**2 / 2) / sqrt(2 pi), relative error (2 + x**2) * 1e-7."""
     return exp2(x * x * splat(f32(-0.72134752))) * splat(f32(0.39894228))
