@@ -46,6 +46,11 @@ def sources_digest():
     return digest.hexdigest()[:16]
 
 
+def builds():
+    """Files of the compiled kernels that this version and its kernels' sources can have."""
+    return [path for place in places() for path in place.glob(f"*-{sources_digest()}-*{SUFFIX}")]
+
+
 class KernelCache(caching._Cache):
     """Takes the place of Numba's cache of a function, `dispatcher._cache`."""
 

@@ -1,4 +1,4 @@
-"""The command line: `pointformer segment | evaluate | focus | models | profile`."""
+"""The command line: `pointformer segment | evaluate | focus | models | profile | warmup`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-from pointformer.cli import evaluate, focus, models, profile, segment
+from pointformer.cli import evaluate, focus, models, profile, segment, warmup
 from pointformer.cli.common import abandon, complain, say
 
 _COMMANDS = {
@@ -19,6 +19,7 @@ _COMMANDS = {
     "focus": focus,
     "models": models,
     "profile": profile,
+    "warmup": warmup,
 }
 
 

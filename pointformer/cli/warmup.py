@@ -1,0 +1,108 @@
+"""Compile what a model needs, so that no later command does: for images of containers.
+
+Runs the model on small random pictures of every kind. CPU kernels are compiled as they run on one
+thread and on several, for the CPU at hand (NUMBA_CPU_NAME=x86-64-v3 and NUMBA_CPU_FEATURES= serve
+several kinds, where later commands have them too); with --device cuda, Triton's for that GPU. They
+are kept in NUMBA_CACHE_DIR, else beside the package, else in the user's cache folder, and read from
+there even where it cannot be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pointformer.cli.common import add_model_arguments, model_from
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pointformer.models import Model
+
+SIDES = ((64, 64), (192, 256))  # of one token per cluster's reach, and of more
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--head", help="a new head for a model by NAME, as for training (default: the model's own)"
+    )
+    parser.add_argument("--training", action="store_true", help="also what training needs")
+
+
+def run(options: argparse.Namespace) -> int:
+    from pointformer.kernels.cpu import cache
+
+    before = set(cache.builds())
+    compile_for(_model(options), options.training)
+    builds = cache.builds()
+    for folder in sorted({path.parent for path in builds}):
+        here = [path for path in builds if path.parent == folder]
+        new = sum(path not in before for path in here)
+        size = sum(path.stat().st_size for path in here) / 2**20
+        print(f"{folder}: {len(here)} compiled CPU kernels, {new} of them new, {size:.1f} MiB")
+    if options.device.startswith("cuda"):
+        folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+        print(f"{folder}: compiled GPU kernels, {size:.1f} MiB")
+        return 0
+    return 0 if builds else 1  # the reason was a warning
+
+
+def compile_for(model: Model, training: bool = False) -> None:
+    """Compile, or load, every kernel that `model` needs, in its builds for one thread and several.
+
+    Args:
+        model: on the device that it will run on; keeps its mode and parameters.
+        training: also the backward passes.
+    """
+    import torch
+
+    from pointformer.kernels.cpu.runtime import every_build
+
+    device = next(model.parameters()).device
+    pictures = [
+        torch.rand(model.config.in_channels, *size, device=device).sub_(0.5) for size in SIDES
+    ]
+    was_training = model.training
+    with every_build():
+        for batch in (*(picture[None] for picture in pictures), pictures):
+            with torch.no_grad():
+                model.eval()(batch)
+            if training:
+                # In eval mode: the same kernels, but nothing of the model moves.
+                outputs = [x for x in _tensors(model(batch)) if x.requires_grad]
+                parameters = [p for p in model.parameters() if p.requires_grad]
+                torch.autograd.grad(sum(x.sum() for x in outputs), parameters, allow_unused=True)
+    model.train(was_training)
+
+
+def _model(options: argparse.Namespace) -> Model:
+    from pointformer.models import create_model
+
+    if options.head is None:
+        return model_from(options, pictures=2)
+    task = "instance" if options.head in ("mask2former", "hcformer") else None
+    return create_model(options.model, head=options.head, num_classes=2, task=task).to(
+        options.device
+    )
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Of an output of any head."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
