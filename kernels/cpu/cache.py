@@ -29,12 +29,14 @@ _DIGEST = 32  # bytes of a checksum
 def places():
     """Folders for compiled kernels, in the order in which they are searched and tried for writing.
 
-    Those of Numba: `NUMBA_CACHE_DIR`, `__pycache__` beside the kernels, the user's cache folder.
+    As Numba's: `NUMBA_CACHE_DIR` and nothing else, or without it `__pycache__` beside the kernels
+    and the user's cache folder.
     """
     below = caching._CacheLocator.get_suitable_cache_subpath(__file__)
+    if numba.config.CACHE_DIR:
+        return [Path(numba.config.CACHE_DIR, below)]
     user = caching.AppDirs(appname="numba", appauthor=False).user_cache_dir
-    chosen = [Path(numba.config.CACHE_DIR, below)] if numba.config.CACHE_DIR else []
-    return [*chosen, _HERE / "__pycache__", Path(user, below)]
+    return [_HERE / "__pycache__", Path(user, below)]
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import types
 import numba
 import torch
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import CPUDispatcher
 
 from pointformer.kernels.cpu.cache import KernelCache
 from pointformer.kernels.forks import in_forked_process
@@ -31,7 +32,7 @@ class Kernel:
 
     @functools.cached_property
     def parallel(self):
-        return _compiled(self.function, parallel=True)
+        return _Build(self.function, parallel=True)
 
     @functools.cached_property
     def serial(self):
@@ -40,7 +41,7 @@ class Kernel:
         twin.__name__ = self.function.__name__ + "_serial"
         twin.__qualname__ = self.function.__qualname__ + "_serial"
         twin.__module__ = self.function.__module__
-        return _compiled(twin)
+        return _Build(twin)
 
     def __call__(self, *args):
         if _every_build:
@@ -65,57 +66,58 @@ def every_build():
         _every_build = before
 
 
-def _compiled(function, **options):
+class _Build(CPUDispatcher):
     """A Numba function, compiled when it is called with new types and kept on disk."""
-    dispatcher = numba.njit(
-        function, nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options
-    )
-    compile_at_default = dispatcher.compile
 
-    def compile(signature):
+    def __init__(self, function, **options):
+        options |= {"nopython": True, "nogil": True, "error_model": "numpy"}
+        super().__init__(function, targetoptions=options | {"no_cfunc_wrapper": True})
+        self._cache = KernelCache(function)
+
+    def compile(self, sig):
         # LLVM's level 2: Numba's default of 3 compiles an eighth longer for kernels no faster.
         with global_compiler_lock:
             before = numba.config.OPT
             numba.config.OPT = min(before, type(before)(2))
             try:
-                return compile_at_default(signature)
+                return super().compile(sig)
             finally:
                 numba.config.OPT = before
 
-    dispatcher.compile = compile
-    dispatcher._cache = KernelCache(function)
-    return dispatcher
 
+class _Callee(CPUDispatcher):
+    """A Numba function for other Numba functions: without what Python needs to call it, which would
+    take as long to compile as a small function itself."""
 
-def _typed_once(dispatcher):
-    """Let only the types of arguments count: for Numba `f(0)` and `f(n)` are two functions."""
-    for_types = dispatcher.get_call_template
+    def __init__(self, function, **options):
+        self.options = options | {"nopython": True, "error_model": "numpy"}
+        no_wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+        super().__init__(function, targetoptions=self.options | no_wrappers)
 
-    def get_call_template(args, kws):
+    def get_call_template(self, args, kws):
+        # Only types count: for Numba `f(0)` and `f(n)` would be two functions.
         kws = {name: numba.types.unliteral(kind) for name, kind in kws.items()}
-        return for_types(tuple(map(numba.types.unliteral, args)), kws)
+        return super().get_call_template(tuple(map(numba.types.unliteral, args)), kws)
 
-    dispatcher.get_call_template = get_call_template
-    return dispatcher
+    def add_overload(self, cres):
+        self.overloads[tuple(cres.signature.args)] = cres  # but Python's calls do not find it
+
+    @functools.cached_property
+    def _for_python(self):
+        return CPUDispatcher(self.py_func, targetoptions=self.options)
+
+    def _compile_for_args(self, *args, **kws):
+        return self._for_python  # tests call the parts of a kernel
 
 
-def called(function, **options):
-    """Decorator: a function that kernels call."""
-    # What Python would need to call it takes as long to compile as a small function itself.
-    return _typed_once(
-        numba.njit(
-            function,
-            error_model="numpy",
-            no_cpython_wrapper=True,
-            no_cfunc_wrapper=True,
-            **options,
-        )
-    )
+def called(function):
+    """Decorator: a function that kernels call, compiled once for all of its calls."""
+    return _Callee(function)
 
 
 def inlined(function):
     """Decorator: a function that LLVM copies into the kernels that call it."""
-    return called(function, forceinline=True)
+    return _Callee(function, forceinline=True)
 
 
 def kernel(function):
