@@ -416,7 +416,7 @@ def objects_of(dataset):
                 dataset.categories[segment.category].id,
                 segment.area,
                 segment.crowd,
-                segment.mask.tobytes(),
+                hash(segment.mask.tobytes()),  # short, for the sake of what a failure prints
             )
             for segment in annotation.segments
         }
@@ -454,10 +454,13 @@ def test_any_change_leaves_all_else_right_or_is_refused(scene, draw):
     touched = {row.get(key) for row in (old, new) if isinstance(row, dict) for key in keys
                if not isinstance(row.get(key), dict | list)}  # fmt: skip
     touched |= {str(key) for key in touched}
+    # An object that now shares its id with another one takes that along.
+    twin = str(new.get("id")) if place[0] == "annotations" and place[2:] == ("id",) else None
     for row in whole["images"]:
         name = row["file_name"].removesuffix(".jpg")
+        kept = {key: value for key, value in expected[name].items() if str(key) != twin}
         if not {row["id"], str(row["id"])} & touched:
-            assert found.get(name) == expected[name], place
+            assert found.get(name) == kept, place
         elif name in found and place[0] == "annotations":
-            others = {key: value for key, value in expected[name].items() if key != old["id"]}
-            assert others.items() <= found[name].items() or place[-1] == "id"
+            kept.pop(old["id"], None)
+            assert kept.items() <= found[name].items()
