@@ -21,7 +21,7 @@ def pytest_configure(config):
 
 def pytest_ignore_collect(collection_path, config):
     """Benchmarks run with --benchmark-only, and nothing else does then."""
-    return None if config.getoption("--benchmark-only") else True
+    return None if config.getoption("--benchmark-only", default=False) else True
 
 
 @pytest.fixture

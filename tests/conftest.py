@@ -30,7 +30,7 @@ def pytest_addoption(parser):
 
 def pytest_ignore_collect(collection_path, config):
     """With --benchmark-only there is nothing to find here: see bench/conftest.py."""
-    return True if config.getoption("--benchmark-only") else None
+    return True if config.getoption("--benchmark-only", default=False) else None
 
 
 def pytest_collection_modifyitems(config, items):

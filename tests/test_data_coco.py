@@ -8,7 +8,6 @@ import pytest
 import scenes
 from hypothesis import given
 from hypothesis import strategies as st
-from pycocotools.coco import COCO as PackageCOCO
 from scenes import error_of
 
 from pointformer import data
@@ -18,6 +17,8 @@ from pointformer.data.images import read_image
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools with NumPy 2
 def test_coco_masks_are_the_packages(tmp_path, capsys):
+    from pycocotools.coco import COCO as PackageCOCO
+
     path = scenes.coco_instances(tmp_path)
     dataset, package = data.read_coco_instances(path, tmp_path / "val2017"), PackageCOCO(path)
     capsys.readouterr()
@@ -63,6 +64,8 @@ def test_any_string_is_a_mask_or_an_error(text):
 
 
 def test_coco_results_are_written_and_read(tmp_path, capsys):
+    from pycocotools.coco import COCO as PackageCOCO
+
     path = scenes.coco_instances(tmp_path)
     dataset = data.read_coco_instances(path, tmp_path / "val2017")
     pairs = [(annotation.id, annotation.objects()) for annotation in dataset]

@@ -1,5 +1,6 @@
 """The package as it is imported and laid out."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,14 @@ def test_imports_go_one_way():
     for path in (ROOT / "models").rglob("*.py"):
         assert not [line for line in imports_of(path) if "kernels" in line], path
         assert not [line for line in imports_of(path) if "pointformer.reference" in line], path
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    """One that is missing must not keep a whole file of tests, or all of them, from being found."""
+    optional = {"pycocotools", "cityscapesscripts", "faster_coco_eval", "matplotlib", "imagecodecs"}
+    optional |= {"torch_cluster", "torch_scatter", "pytest_benchmark", "expecttest", "timm"}
+    for path in [*(ROOT / "tests").glob("*.py"), *(ROOT / "bench").rglob("*.py")]:
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not optional & {name.split(".")[0] for name in names}, (path, names)
