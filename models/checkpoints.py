@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pointformer._files import atomic_path
-from pointformer.data.annotations import Category
+from pointformer.annotations import Category
 from pointformer.models.backbone import Backbone
 from pointformer.models.config import GridConfig, config_from
 from pointformer.models.grid import GridBackbone

@@ -9,7 +9,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from pointformer.data.annotations import Category
+from pointformer.annotations import Category
 from pointformer.models.aff import AFF
 from pointformer.models.config import AFFConfig, GridConfig, SwinConfig
 from pointformer.models.grid import GridBackbone

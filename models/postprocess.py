@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pointformer.data.annotations import Segment
+from pointformer.annotations import Segment
 from pointformer.models.mask2former import MaskPredictions
 
 Sizes = Sequence[tuple[int, int]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pointformer.data.annotations import Category
+from pointformer.annotations import Category
 from pointformer.models.checkpoints import load_model
 from pointformer.models.config import CONFIGS
 from pointformer.models.model import Model, configured

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import torch
 
-from pointformer.data.annotations import Annotation, Category, Dataset, Objects, Segment
+from pointformer.annotations import Category, Objects, Segment, masks_of
+from pointformer.data.annotations import Annotation, Dataset
 from pointformer.data.categories import CITYSCAPES_THINGS
 from pointformer.data.images import Reading, read_image
 from pointformer.metrics import average_precision
@@ -185,9 +186,8 @@ class _Instance:
 
         if self.model.head_name == "dense" or self.tile:
             shown = segment(self.model, image, tile=self.tile)
-            masks = shown.labels == np.arange(1, shown.count + 1)[:, None, None]
-            classes, scores = np.array(shown.classes, int), np.array(shown.scores, np.float32)
-            return Objects(masks, classes, scores), shown.labels
+            masks = masks_of(shown.labels, range(1, shown.count + 1))
+            return Objects(masks, shown.classes, shown.scores, shown.labels.shape), shown.labels
         result = predict(self.model, _normalized(self.model, image))
         labels = result.confident().painted().ids.cpu().numpy()
         arrays = (x.cpu().numpy() for x in (result.masks, result.classes, result.scores))
@@ -197,13 +197,7 @@ class _Instance:
         self, labels: np.ndarray, annotation: Annotation
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids found, without what lies on crowds, and the ids of annotated objects."""
-        truth = np.zeros(annotation.size, np.int32)
-        crowd = np.zeros(annotation.size, bool)
-        for number, item in enumerate(annotation.segments, 1):
-            if item.crowd:
-                crowd |= annotation.mask(item)
-            else:
-                truth[annotation.mask(item)] = number
+        truth, crowd = annotation.instances()
         return np.where(crowd, 0, labels), truth
 
     def compute(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pointformer.models.backbone import StageOutput
 
 if TYPE_CHECKING:
-    from pointformer.data.annotations import Category
+    from pointformer.annotations import Category
     from pointformer.segmentation import Segmentation
 
 _GAP, _CAPTION, _PANEL = 8, 24, 400

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import torch
 
-from pointformer.data.annotations import Category
+from pointformer.annotations import Category
 from pointformer.data.images import Picture, Reading, open_picture
 from pointformer.tiling import Tile, stitch, windows_of
 

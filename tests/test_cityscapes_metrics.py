@@ -21,12 +21,10 @@ def poor(annotation, seed):
     """Moved, lost, doubled and mistaken objects; some lie on groups and on void."""
     random = scenes.rng(seed)
     objects = annotation.objects()
-    kept = random.random(len(objects.masks)) < 0.85
-    groups = [annotation.mask(s) for s in annotation.segments if s.crowd]
+    dense, kept = objects.dense(), random.random(len(objects)) < 0.85
+    groups = [annotation.ids == s.id for s in annotation.segments if s.crowd]
     void = annotation.ids == 4
-    masks = np.concatenate(
-        [scenes.moved(objects.masks[kept], seed), objects.masks[:3], np.stack([*groups, void])]
-    )
+    masks = np.concatenate([scenes.moved(dense[kept], seed), dense[:3], np.stack([*groups, void])])
     classes = np.concatenate([objects.classes[kept], objects.classes[:3], [0, 2, 5]])
     classes = np.where(random.random(len(classes)) < 0.1, random.integers(0, 8), classes)
     return Objects(masks, classes, random.random(len(masks), np.float32))
@@ -77,7 +75,7 @@ def test_annotations_as_predictions_score_one(tmp_path, task):
     for annotation in dataset:
         objects = annotation.objects()
         kept = [n for n, category in enumerate(objects.classes) if category in things]
-        found = Objects(objects.masks[kept], objects.classes[kept], objects.scores[kept])
+        found = objects.chosen(kept)
         data.write_cityscapes_objects(tmp_path / "out", annotation.name, found, dataset.categories)
         read = data.read_cityscapes_objects(tmp_path / "out", annotation, dataset.categories)
         pairs.append((read, annotation))
@@ -94,10 +92,13 @@ def test_nothing_predicted_scores_zero(dataset):
 def test_bad_arguments(dataset, monkeypatch):
     metric = CityscapesAP(dataset.categories)
     annotation, objects = dataset[0], dataset[0].objects()
-    with pytest.raises(ValueError, match=r"expected masks \(7, 96, 128\)"):
-        metric.update(Objects(objects.masks[:, :5], objects.classes, objects.scores), annotation)
+    with pytest.raises(
+        ValueError, match=r"expected masks of height and width \(96, 128\), got \(5, 128\)"
+    ):
+        metric.update(Objects(objects.dense()[:, :5], objects.classes, objects.scores), annotation)
+    wrong = Objects(objects.masks, objects.classes + 8, objects.scores, scenes.SIZE)
     with pytest.raises(ValueError, match="unknown class in the objects of town_000000"):
-        metric.update(Objects(objects.masks, objects.classes + 8, objects.scores), annotation)
+        metric.update(wrong, annotation)
     with pytest.raises(ValueError, match="x has no map of ids"):
         metric.update(objects, Annotation("x", None, scenes.SIZE, "x"))
     monkeypatch.setitem(sys.modules, "cityscapesscripts.evaluation", None)

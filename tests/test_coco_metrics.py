@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pointformer import data
-from pointformer.data import VOID, Annotation, Objects, Segment
+from pointformer.annotations import VOID, Mask, Objects, Segment
+from pointformer.data import Annotation
 from pointformer.data.coco import decode_mask, encode_mask
 from pointformer.metrics import CocoAP, boundary_iou, mask_boundary
 
@@ -32,8 +33,9 @@ def coco(tmp_path_factory):
     for seed, annotation in enumerate(dataset):
         random = scenes.rng(seed)
         objects = annotation.objects()
-        kept = random.random(len(objects.masks)) < 0.8
-        masks = np.concatenate([scenes.moved(objects.masks[kept], seed), objects.masks[:2]])
+        kept = random.random(len(objects)) < 0.8
+        dense = objects.dense()
+        masks = np.concatenate([scenes.moved(dense[kept], seed), dense[:2]])
         classes = np.concatenate([objects.classes[kept], random.integers(0, 3, 2)[: len(masks)]])
         classes = classes[: len(masks)]
         scores = random.random(len(masks), np.float32)
@@ -126,7 +128,7 @@ def test_number_of_detections_is_limited():
         masks[n, n // 20 * 2 : n // 20 * 2 + 2, n % 20] = True
     scores = np.linspace(1, 0.5, 150, dtype=np.float32)
     objects = Objects(masks, np.zeros(150, np.int64), scores)
-    segments = tuple(Segment(n + 1, 0, 2, mask=mask) for n, mask in enumerate(masks))
+    segments = tuple(Segment(n + 1, 0, 2, mask=Mask.of(mask)) for n, mask in enumerate(masks))
     annotation = Annotation("a", None, (20, 20), 1, segments=segments)
     table = data.named_categories(["x"])
     assert score([(objects, annotation)], table).recall == pytest.approx(100 / 150)
@@ -158,7 +160,7 @@ def test_nothing_annotated_or_nothing_predicted():
     assert math.isnan(score([(nothing, empty)], table).ap)
     assert math.isnan(score([], table).ap)
     mask = np.ones((4, 4), bool)
-    one = Annotation("b", None, (4, 4), 2, segments=(Segment(1, 0, 16, mask=mask),))
+    one = Annotation("b", None, (4, 4), 2, segments=(Segment(1, 0, 16, mask=Mask.of(mask)),))
     scores = score([(nothing, one)], table)
     assert (scores.ap, scores.recall, scores.ap_small) == (0, 0, 0)
     assert math.isnan(scores.ap_large)
@@ -171,12 +173,13 @@ def test_bad_predictions(coco):
     _, dataset, _ = coco
     metric = CocoAP(dataset.categories)
     objects = dataset[0].objects()
-    with pytest.raises(ValueError, match=r"expected masks \(8, 200, 240\), .* got \(8, 240, 200\)"):
+    with pytest.raises(ValueError, match=r"expected masks .* \(200, 240\), got \(240, 200\)"):
         metric.update(
-            Objects(objects.masks.transpose(0, 2, 1), objects.classes, objects.scores), dataset[0]
+            Objects(objects.dense().transpose(0, 2, 1), objects.classes, objects.scores), dataset[0]
         )
+    wrong = Objects(objects.masks, objects.classes + 1, objects.scores, objects.size)
     with pytest.raises(ValueError, match="unknown class in the objects of 000000001000"):
-        metric.update(Objects(objects.masks, objects.classes + 1, objects.scores), dataset[0])
+        metric.update(wrong, dataset[0])
 
 
 def test_missing_packages_are_named(monkeypatch):
@@ -188,12 +191,12 @@ def test_missing_packages_are_named(monkeypatch):
 def test_results_of_models_are_taken_as_they_are(tmp_path):
     import torch
 
-    from pointformer.models.postprocess import Instances
-
     mask = np.zeros((30, 40), bool)
     mask[4:20, 5:30] = True
-    annotation = Annotation("a", None, (30, 40), 7, segments=(Segment(1, 1, 400, mask=mask),))
-    found = Instances(torch.tensor(mask[None]), torch.tensor([1]), torch.tensor([0.75]))
+    annotation = Annotation(
+        "a", None, (30, 40), 7, segments=(Segment(1, 1, 400, mask=Mask.of(mask)),)
+    )
+    found = Objects(torch.tensor(mask[None]), torch.tensor([1]), torch.tensor([0.75]))
     table = data.named_categories(["x", "y"])
     assert score([(found, annotation)], table).ap == pytest.approx(1)
     data.write_coco_results(tmp_path / "r.json", [(7, found)], table)
@@ -232,7 +235,7 @@ def test_boundary_is_that_of_faster_coco_eval(size):
         coarse = random.random((6, 8)) < 0.6
         rows, columns = (np.arange(n) * c // n for n, c in zip(size, coarse.shape, strict=True))
         mask = coarse[rows][:, columns]
-        theirs = decode_mask(rleToBoundary(encode_mask(mask)), size, "")
+        theirs = decode_mask(rleToBoundary(encode_mask(Mask.of(mask), size)), size, "")
         np.testing.assert_array_equal(mask_boundary(mask), theirs)
 
 

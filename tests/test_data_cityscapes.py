@@ -83,10 +83,10 @@ def test_cityscapes_objects_are_written_and_read(tmp_path):
     for annotation in dataset:
         objects = annotation.objects()
         scores = scenes.rng().random(len(objects.scores), np.float32)
-        written = data.Objects(objects.masks, objects.classes, scores)
+        written = data.Objects(objects.masks, objects.classes, scores, objects.size)
         data.write_cityscapes_objects(tmp_path / "out", annotation.name, written, table)
         read = data.read_cityscapes_objects(tmp_path / "out", annotation, table)
-        np.testing.assert_array_equal(read.masks, written.masks)
+        np.testing.assert_array_equal(read.dense(), written.dense())
         np.testing.assert_array_equal(read.classes, written.classes)
         np.testing.assert_array_equal(read.scores, written.scores)
     lines = (tmp_path / "out" / f"{annotation.name}_pred.txt").read_text().splitlines()
@@ -108,6 +108,6 @@ def test_bad_cityscapes_predictions(tmp_path):
     text.write_text("a.png car 0.5\n")
     assert "in line 1, got 'a.png car 0.5'" in error_of(read)
     text.write_text("a.png 7 0.5\n")
-    assert len(read().masks) == 0  # a road is no object
+    assert len(read()) == 0  # a road is no object
     shutil.copy(text, out / "town_000000_000019_more.txt")
     assert "found town_000000_000019_more.txt and" in error_of(read)

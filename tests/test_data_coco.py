@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scenes import error_of
 
 from pointformer import data
+from pointformer.annotations import Mask
 from pointformer.data.coco import decode_mask, encode_mask, mask_tools
 from pointformer.data.images import read_image
 
@@ -25,12 +26,14 @@ def test_coco_masks_are_the_packages(tmp_path, capsys):
     assert [category.id for category in dataset.categories] == [1, 3, 90]
     assert len(dataset) == 5
     assert dataset[4].segments == ()
-    assert dataset[4].objects().masks.shape == (0, 200, 240)
+    assert dataset[4].objects().dense().shape == (0, 200, 240)
     for annotation in dataset:
         rows = package.imgToAnns[annotation.id]
         assert [s.id for s in annotation.segments] == [row["id"] for row in rows]
         for segment, row in zip(annotation.segments, rows, strict=True):
-            np.testing.assert_array_equal(segment.mask, package.annToMask(row).astype(bool))
+            np.testing.assert_array_equal(
+                segment.mask.dense((200, 240)), package.annToMask(row).astype(bool)
+            )
             assert (segment.area, segment.crowd) == (row["area"], row["iscrowd"] == 1)
             assert dataset.categories[segment.category].id == row["category_id"]
 
@@ -38,18 +41,18 @@ def test_coco_masks_are_the_packages(tmp_path, capsys):
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32))
 def test_run_lengths(height, width, seed):
     mask = scenes.rng(seed).random((height, width)) < 0.4
-    for form in (encode_mask(mask), scenes.run_lengths(mask)):
+    for form in (encode_mask(Mask.of(mask), mask.shape), scenes.run_lengths(mask)):
         json.dumps(form)
         np.testing.assert_array_equal(decode_mask(form, mask.shape, ""), mask)
     package = mask_tools().encode(np.asfortranarray(mask, np.uint8))
-    assert encode_mask(mask)["counts"].encode() == package["counts"]
+    assert encode_mask(Mask.of(mask), mask.shape)["counts"].encode() == package["counts"]
 
 
 def test_long_runs():
     mask = np.zeros((900, 1100), bool)
     for mask[:, 100:1000], mask[7:800, 200:203] in ((True, False), (False, True), (False, False)):
         package = mask_tools().encode(np.asfortranarray(mask, np.uint8))
-        assert encode_mask(mask)["counts"].encode() == package["counts"]
+        assert encode_mask(Mask.of(mask), mask.shape)["counts"].encode() == package["counts"]
         np.testing.assert_array_equal(decode_mask(package, mask.shape, ""), mask)
 
 
@@ -60,7 +63,7 @@ def test_any_string_is_a_mask_or_an_error(text):
     except ValueError as error:
         assert str(error).startswith("file: expected ")  # noqa: PT017
     else:
-        assert encode_mask(mask)["counts"] or not text
+        assert encode_mask(Mask.of(mask), mask.shape)["counts"] or not text
 
 
 def test_coco_results_are_written_and_read(tmp_path, capsys):
@@ -73,12 +76,12 @@ def test_coco_results_are_written_and_read(tmp_path, capsys):
     results = data.CocoResults(tmp_path / "out/results.json", dataset.categories)
     for annotation in dataset:
         objects, read = annotation.objects(), results.objects(annotation)
-        np.testing.assert_array_equal(read.masks, objects.masks)
+        np.testing.assert_array_equal(read.dense(), objects.dense())
         np.testing.assert_array_equal(read.classes, objects.classes)
         np.testing.assert_array_equal(read.scores, objects.scores)
     package = PackageCOCO(path).loadRes(str(tmp_path / "out/results.json"))
     capsys.readouterr()
-    assert len(package.anns) == sum(len(objects.masks) for _, objects in pairs)
+    assert len(package.anns) == sum(len(objects) for _, objects in pairs)
 
 
 def test_coco_errors(tmp_path):
@@ -140,7 +143,7 @@ def test_bad_coco_results(tmp_path):
     path = scenes.coco_instances(tmp_path)
     dataset = data.read_coco_instances(path, tmp_path / "val2017")
     row = {"image_id": dataset[0].id, "category_id": 1, "score": 0.5}
-    row["segmentation"] = encode_mask(np.ones((3, 4), bool))
+    row["segmentation"] = encode_mask(Mask.of(np.ones((3, 4))), (3, 4))
     file = scenes.dump(tmp_path / "results.json", [row])
     results = data.CocoResults(file, dataset.categories)
     assert error_of(lambda: results.objects(dataset[0])) == (

@@ -144,7 +144,7 @@ def test_plain_instances_are_of_one_class(tmp_path):
     found = [(s.id, s.category, s.area, s.crowd) for s in annotation.segments]
     assert found == [(1, 0, 2, False), (2, 0, 1, False), (300, 0, 1, False)]
     objects = annotation.objects()
-    np.testing.assert_array_equal(objects.masks, [ids == 1, ids == 2, ids == 300])
+    np.testing.assert_array_equal(objects.dense(), [ids == 1, ids == 2, ids == 300])
     np.testing.assert_array_equal(annotation.classes(), np.where(ids > 0, 0, VOID))
 
 
@@ -226,8 +226,8 @@ def test_written_folder_of_objects_is_read_again(tmp_path):
     assert [category.name for category in dataset.categories] == ["cat", "dog"]
     read = dataset[0].objects()
     # Object 2 lies below object 3; object 0 lost a row to the more certain object 1.
-    np.testing.assert_array_equal(read.masks[0], masks[0] & ~masks[1] & ~masks[3])
-    np.testing.assert_array_equal(read.masks[1:], masks[[1, 3]])
+    np.testing.assert_array_equal(read.dense()[0], masks[0] & ~masks[1] & ~masks[3])
+    np.testing.assert_array_equal(read.dense()[1:], masks[[1, 3]])
     np.testing.assert_array_equal(read.classes, [0, 1, 0])
     np.testing.assert_allclose(read.scores, [0.5, 0.9, 0.8])
 

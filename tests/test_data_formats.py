@@ -133,9 +133,9 @@ def test_class_maps_as_objects():
     semantic = np.array([[VOID, 3, 3], [0, 3, VOID]])
     objects = data.Annotation("a", None, (2, 3), "a", semantic=semantic).objects()
     assert objects.classes.tolist() == [0, 3]
-    np.testing.assert_array_equal(objects.masks, [semantic == 0, semantic == 3])
+    np.testing.assert_array_equal(objects.dense(), [semantic == 0, semantic == 3])
     nothing = data.Annotation("a", None, (2, 3), "a", semantic=np.full((2, 3), VOID)).objects()
-    assert nothing.masks.shape == (0, 2, 3)
+    assert nothing.dense().shape == (0, 2, 3)
 
 
 def test_data_sets_travel_to_worker_processes(tmp_path):
@@ -161,7 +161,7 @@ def test_objects_from_tensors_and_their_errors():
 
     objects = data.Objects.of(Predicted, (3, 4))
     assert (objects.classes.dtype, objects.scores.tolist()) == (np.int64, [0.5, 0.25])
-    with pytest.raises(ValueError, match=r"expected masks \(2, 4, 3\), .* got \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"expected height and width \(4, 3\), got \(3, 4\)"):
         data.Objects.of(Predicted, (4, 3))
 
 

@@ -141,11 +141,11 @@ def test_names_with_folders_are_read_again(tmp_path):
     dataset = data.read_folder(tmp_path, task="instance")
     assert {a.name: len(a.segments) for a in dataset} == {"b": 3, "site1/a": 2, "site2/a": 1}
     for item in dataset:
-        np.testing.assert_array_equal(item.objects().masks, predicted[item.name].masks)
+        np.testing.assert_array_equal(item.objects().dense(), predicted[item.name].dense())
         data.write_cityscapes_objects(tmp_path / "c", item.name, predicted[item.name], TABLE)
     for item in dataset:
         read = data.read_cityscapes_objects(tmp_path / "c", item, TABLE)
-        np.testing.assert_array_equal(read.masks, predicted[item.name].masks)
+        np.testing.assert_array_equal(read.dense(), predicted[item.name].dense())
 
     for name in predicted:
         scenes.picture(tmp_path / "images" / f"{name}.png", (4, 4))
@@ -188,7 +188,7 @@ def test_cityscapes_lines(tmp_path, line, message):
     path.parent.mkdir()
     wanted = data.Annotation("a", None, SIZE, "a")
     path.write_text("\ufeff../masks/x.png 3 0.5\n\n", encoding="utf-8")
-    assert data.read_cityscapes_objects(tmp_path, wanted, TABLE).masks.all()
+    assert data.read_cityscapes_objects(tmp_path, wanted, TABLE).dense().all()
     path.write_text(f"{line}\n")
     assert message in error_of(lambda: data.read_cityscapes_objects(tmp_path, wanted, TABLE))
     path.write_bytes(b"\xff\xfe\x00")
@@ -272,7 +272,7 @@ def test_more_objects_than_a_png_can_number(tmp_path, monkeypatch):
         data.write_folder_objects(tmp_path, [("a", objects())], TABLE)
         assert [path.name for path in (tmp_path / "instances").iterdir()] == [f"a{suffix}"]
         found = data.read_folder(tmp_path, task="instance")[0].objects()
-        np.testing.assert_array_equal(found.masks, objects().masks)
+        np.testing.assert_array_equal(found.dense(), objects().dense())
     many = np.array([[0, 65536, (1 << 31) - 1]])
     for _ in range(2):
         data.write_map(tmp_path / "many.tif", many)

@@ -136,7 +136,7 @@ def predicted_from(truth, seed):
         if random.random() < 0.1:
             continue
         shift = random.integers(-7, 8, 2) if random.random() < 0.6 else (0, 0)
-        ids[np.roll(truth.mask(segment), shift, (0, 1))] = n + 1
+        ids[np.roll(truth.ids == segment.id, shift, (0, 1))] = n + 1
         category = segment.category if random.random() < 0.8 else int(random.integers(19))
         segments.append((n + 1, category))
     ids[random.random(ids.shape) < 0.05] = 0

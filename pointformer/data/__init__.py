@@ -1,12 +1,9 @@
 """Reading pictures, annotations and data sets, writing predictions, and augmenting pictures."""
 
+from pointformer.annotations import VOID, Category, Mask, Objects, Segment, SegmentMap
 from pointformer.data.annotations import (
-    VOID,
     Annotation,
-    Category,
     Dataset,
-    Objects,
-    Segment,
     named_categories,
     read_categories,
 )
@@ -45,9 +42,11 @@ __all__ = [
     "Category",
     "CocoResults",
     "Dataset",
+    "Mask",
     "Objects",
     "Sample",
     "Segment",
+    "SegmentMap",
     "load_split",
     "named_categories",
     "random_colors",

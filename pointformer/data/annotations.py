@@ -1,8 +1,4 @@
-"""What is annotated in pictures, in one form for all file formats, and data sets of it.
-
-Classes are numbered 0 to K - 1 in the order of a data set's category table; the numbers that files
-use are the table's ids. Maps of classes have VOID where nothing is annotated.
-"""
+"""Annotated pictures in one form for all file formats, and data sets of them."""
 
 from __future__ import annotations
 
@@ -16,66 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from pointformer.annotations import VOID, Category, Mask, Objects, Segment, masks_of
 from pointformer.data.images import image_size
 from pointformer.data.json_files import FLAG, NUMBER, TEXT, WHOLE, read_json, repeated, value_of
-
-VOID = -1
-
-
-@dataclass(frozen=True)
-class Category:
-    """A class: its number in files, its name, whether it is countable, and a color (R, G, B)."""
-
-    id: int
-    name: str
-    is_thing: bool = True
-    color: tuple[int, int, int] = (128, 128, 128)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One object, or one region of stuff.
-
-    Attributes:
-        id: its value in the annotation's map of ids, or what the file calls it.
-        category: class, 0 to K - 1; VOID for a crowd that may be of any class.
-        area: in pixels; from the file where that says so, which COCO sizes objects by.
-        crowd: a region of several objects that are not told apart; scores ignore it.
-        score: confidence of a prediction.
-        mask: (H, W) bool; `None` where the map of ids has it.
-    """
-
-    id: int | str
-    category: int
-    area: float
-    crowd: bool = False
-    score: float = 1.0
-    mask: np.ndarray | None = field(default=None, repr=False, compare=False)
-
-
-@dataclass(frozen=True, eq=False)
-class Objects:
-    """Objects as arrays: masks (N, H, W) bool, classes (N,) int64, scores (N,) float32."""
-
-    masks: np.ndarray
-    classes: np.ndarray
-    scores: np.ndarray
-
-    @staticmethod
-    def of(predicted: Any, size: tuple[int, int]) -> Objects:
-        """Arrays of an object with `masks`, `classes` and `scores`, tensors on the CPU included.
-
-        Raises:
-            ValueError: if the lengths differ or the masks are not of the height and width `size`.
-        """
-        masks = np.asarray(predicted.masks).astype(bool, copy=False)
-        classes, scores = np.asarray(predicted.classes), np.asarray(predicted.scores, np.float32)
-        if masks.shape != (len(classes), *size) or scores.shape != classes.shape:
-            raise ValueError(
-                f"predicted: expected masks ({len(classes)}, {size[0]}, {size[1]}), classes and "
-                f"scores, got {masks.shape}, {classes.shape} and {scores.shape}"
-            )
-        return Objects(masks, classes.astype(np.int64), scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,26 +42,31 @@ class Annotation:
     segments: tuple[Segment, ...] = ()
     problems: Mapping[str, str] = field(default_factory=dict, repr=False)
 
-    def mask(self, segment: Segment) -> np.ndarray:
-        """(H, W) bool."""
-        if segment.mask is not None:
-            return segment.mask
-        if self.ids is None:
-            raise ValueError(f"{self.name}: segment {segment.id} has no mask, nor is there a map")
-        return np.equal(self.ids, segment.id)
+    def masks(self) -> list[Mask]:
+        """Of each segment.
+
+        Raises:
+            ValueError: if a segment has no mask and there is no map of ids.
+        """
+        mapped = [segment.id for segment in self.segments if segment.mask is None]
+        if mapped and self.ids is None:
+            raise ValueError(f"{self.name}: segment {mapped[0]} has no mask, nor is there a map")
+        found = iter([] if self.ids is None else masks_of(self.ids, mapped))
+        return [next(found) if s.mask is None else s.mask for s in self.segments]
 
     def objects(self) -> Objects:
         """What a mask model learns: segments that are no crowds, or a mask per annotated class."""
         if self.semantic is not None:
             classes = np.unique(self.semantic[self.semantic != VOID])
-            masks = self.semantic == classes[:, None, None]
-            return Objects(masks, classes.astype(np.int64), np.ones(len(classes), np.float32))
-        segments = [segment for segment in self.segments if not segment.crowd]
-        masks = [self.mask(segment) for segment in segments]
+            masks = masks_of(self.semantic, classes.tolist())
+            return Objects(masks, classes, np.ones(len(classes)), self.size)
+        pairs = zip(self.segments, self.masks(), strict=True)
+        kept = [(segment, mask) for segment, mask in pairs if not segment.crowd]
         return Objects(
-            np.stack(masks) if masks else np.zeros((0, *self.size), bool),
-            np.array([segment.category for segment in segments], np.int64),
-            np.array([segment.score for segment in segments], np.float32),
+            [mask for _, mask in kept],
+            [segment.category for segment, _ in kept],
+            [segment.score for segment, _ in kept],
+            self.size,
         )
 
     def classes(self) -> np.ndarray:
@@ -132,10 +76,30 @@ class Annotation:
         """
         if self.semantic is not None:
             return self.semantic
-        classes = np.full(self.size, VOID, np.int32)
-        for segment in sorted(self.segments, key=lambda segment: -segment.area):
-            classes[self.mask(segment)] = VOID if segment.crowd else segment.category
-        return classes
+        return self._painted(
+            [VOID if segment.crowd else segment.category for segment in self.segments], VOID
+        )
+
+    def instances(self) -> tuple[np.ndarray, np.ndarray]:
+        """(H, W) int32 numbers of the objects from 1 on, 0 elsewhere; (H, W) bool of the crowds.
+
+        Where objects overlap, the smaller one is on top.
+        """
+        numbers = [None if s.crowd else n for n, s in enumerate(self.segments, 1)]
+        crowds = np.zeros(self.size, bool)
+        for segment, mask in zip(self.segments, self.masks(), strict=True):
+            if segment.crowd:
+                crowds[mask.window] |= mask.pixels
+        return self._painted(numbers, 0), crowds
+
+    def _painted(self, values: Sequence[int | None], empty: int) -> np.ndarray:
+        """(H, W) int32 of the segments' values but `None`, smaller segments on top."""
+        picture = np.full(self.size, empty, np.int32)
+        masks = self.masks()
+        for n in sorted(range(len(masks)), key=lambda n: -self.segments[n].area):
+            if values[n] is not None:
+                picture[masks[n].window][masks[n].pixels] = values[n]
+        return picture
 
 
 @dataclass(frozen=True)

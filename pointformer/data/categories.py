@@ -5,7 +5,8 @@ The names are the data sets' own, shortened to the first synonym. Cityscapes has
 
 from __future__ import annotations
 
-from pointformer.data.annotations import Category, distinct_color, named_categories
+from pointformer.annotations import Category
+from pointformer.data.annotations import distinct_color, named_categories
 
 _ADE20K_STUFF = """
 0 1 2 3 4 5 6 9 11 13 16 17 21 25 26 28 29 34 40 46 48 51 52 54 59 60 61 63 68 77 79 84 91 94

@@ -18,14 +18,12 @@ from typing import Any
 import numpy as np
 
 from pointformer._files import path_inside
+from pointformer.annotations import Category, Mask, Objects, Segment
 from pointformer.data.annotations import (
     Annotation,
-    Category,
     CategoryTable,
     Dataset,
     Entry,
-    Objects,
-    Segment,
     category_ids,
     check_size,
 )
@@ -122,7 +120,7 @@ def write_cityscapes_objects(
             the folder, or another file is in the way.
     """
     text = path_inside(folder, f"{name}_pred.txt")
-    found = Objects.of(predicted, np.shape(predicted.masks)[1:])
+    found = Objects.of(predicted)
     if not np.isfinite(found.scores).all():
         raise ValueError(f"{name}: expected finite scores")
     labels = category_ids(found.classes, categories)
@@ -131,7 +129,7 @@ def write_cityscapes_objects(
         zip(found.masks, labels, found.scores.tolist(), strict=True)
     ):
         picture = text.with_name(f"{text.stem}_{n}.png")
-        write_png(picture, mask.astype(np.uint8) * 255)
+        write_png(picture, mask.dense(found.size).astype(np.uint8) * 255)
         lines.append(f"{picture.name} {label} {score:.9g}\n")
 
     def ours(old: str) -> bool:
@@ -187,14 +185,10 @@ def read_cityscapes_objects(
             raise ValueError(
                 f"{mask_path}: expected height and width {tuple(annotation.size)}, got {mask.shape}"
             )
-        masks.append(mask)
+        masks.append(Mask.of(mask))
         labels.append(classes[int(label_id)])
         scores.append(confidence)
-    return Objects(
-        np.stack(masks) if masks else np.zeros((0, *annotation.size), bool),
-        np.array(labels, np.int64),
-        np.array(scores, np.float32),
-    )
+    return Objects(masks, labels, scores, annotation.size)
 
 
 def _lines(path: Path) -> list[str]:

@@ -19,14 +19,12 @@ from typing import Any
 import numpy as np
 
 from pointformer._files import path_inside
+from pointformer.annotations import Category, Mask, Objects, Segment, masks_of
 from pointformer.data.annotations import (
     Annotation,
-    Category,
     CategoryTable,
     Dataset,
     Entry,
-    Objects,
-    Segment,
     category_ids,
     check_size,
     listed_segments,
@@ -57,16 +55,18 @@ def mask_tools() -> Any:
     return mask
 
 
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """Run lengths of (H, W) bool as COCO writes them: `size` and `counts`, a string."""
-    mask = np.asarray(mask, bool)
-    height, width = mask.shape
-    columns = np.flatnonzero(mask.any(0))
-    ends = np.zeros(0, np.int64)
-    if len(columns):
-        first, last = columns[0], columns[-1] + 1
-        inner = np.pad(mask[:, first:last].T.ravel(), 1)
-        ends = np.flatnonzero(inner[1:] != inner[:-1]) + first * height
+def encode_mask(mask: Mask, picture: tuple[int, int]) -> dict[str, Any]:
+    """Run lengths, in a picture of so many rows and columns, as COCO writes them.
+
+    Returns:
+        `size`, [H, W], and `counts`, a string.
+    """
+    height, width = picture
+    rows, columns = mask.window
+    inner = np.zeros((columns.stop - columns.start, height), bool)
+    inner[:, rows] = mask.pixels.T
+    inner = np.pad(inner.ravel(), 1)
+    ends = np.flatnonzero(inner[1:] != inner[:-1]) + mask.left * height
     counts = np.diff(np.r_[0, ends, height * width])
     counts = counts if counts[-1] else counts[:-1]  # the last run is not empty
     size = [height, width]
@@ -338,11 +338,11 @@ def _read_objects(path: Path, picture: _Picture, rows: list[_Row]) -> Annotation
     segments, problems = [], {}
     for row in rows:
         try:
-            mask = decode_mask(row.segmentation, size, f"{path}: {row.what}")
+            mask = Mask.of(decode_mask(row.segmentation, size, f"{path}: {row.what}"))
         except ValueError as error:
             problems[row.what] = str(error)
         else:
-            area = float(mask.sum()) if row.area is None else row.area
+            area = float(mask.area) if row.area is None else row.area
             segments.append(Segment(row.id, row.category, area, row.crowd, row.score, mask))
     return Annotation(
         picture.name, picture.path, size, picture.id, segments=tuple(segments), problems=problems
@@ -370,11 +370,11 @@ def write_coco_results(
         if str(image_id) in seen:
             raise ValueError(f"{path}: expected each picture once, got {shown(image_id)} twice")
         seen.add(str(image_id))
-        found = Objects.of(predicted, np.shape(predicted.masks)[1:])
+        found = Objects.of(predicted)
         ids = category_ids(found.classes, categories)
         for mask, number, score in zip(found.masks, ids, found.scores.tolist(), strict=True):
             row = {"image_id": image_id, "category_id": number, "score": score}
-            rows.append({**row, "segmentation": encode_mask(mask)})
+            rows.append({**row, "segmentation": encode_mask(mask, found.size)})
     write_text(path, to_json(rows, path), lambda old: old.startswith(("[]", '[{"image_id": ')))
 
 
@@ -400,11 +400,11 @@ class CocoResults:
     def objects(self, annotation: Annotation) -> Objects:
         """What was predicted for the picture of an annotation; may be nothing."""
         rows, size = self.rows.get(str(annotation.id), []), annotation.size
-        masks = [decode_mask(row.segmentation, size, f"{self.path}: {row.what}") for row in rows]
         return Objects(
-            np.stack(masks) if masks else np.zeros((0, *size), bool),
-            np.array([row.category for row in rows], np.int64),
-            np.array([row.score for row in rows], np.float32),
+            (decode_mask(row.segmentation, size, f"{self.path}: {row.what}") for row in rows),
+            [row.category for row in rows],
+            [row.score for row in rows],
+            size,
         )
 
 
@@ -537,15 +537,16 @@ def write_coco_panoptic(
         infos = []
         classes = np.array([int(segment.category) for segment in predicted.segments], np.int64)
         numbers = category_ids(classes, categories)
-        for segment, number in zip(predicted.segments, numbers, strict=True):
-            mask = ids == int(segment.id)
-            if mask.any():
+        masks = masks_of(ids, listed)
+        for segment, number, mask in zip(predicted.segments, numbers, masks, strict=True):
+            if mask.area:
+                left, top, right, bottom = mask.box
                 infos.append(
                     {
                         "id": int(segment.id),
                         "category_id": number,
-                        "area": int(mask.sum()),
-                        "bbox": _box(mask),
+                        "area": mask.area,
+                        "bbox": [left, top, right - left, bottom - top],
                         "iscrowd": int(getattr(segment, "crowd", False)),
                         "score": float(segment.score),
                     }
@@ -564,13 +565,6 @@ def write_coco_panoptic(
         for c in categories
     ]
     write_json(path, {"images": images, "annotations": rows, "categories": table})
-
-
-def _box(mask: np.ndarray) -> list[int]:
-    """x, y, width, height."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    x, y = int(columns[0]), int(rows[0])
-    return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
 
 
 def _rows(content: dict, key: str, path: Path) -> list:

@@ -12,15 +12,12 @@ from typing import Any
 import numpy as np
 
 from pointformer._files import path_inside
+from pointformer.annotations import VOID, Category, Objects, Segment
 from pointformer.data.annotations import (
-    VOID,
     Annotation,
-    Category,
     CategoryTable,
     Dataset,
     Entry,
-    Objects,
-    Segment,
     category_ids,
     check_size,
     listed_segments,
@@ -225,18 +222,18 @@ def write_folder_objects(
     for name, predicted in predictions:
         if name in images:
             raise ValueError(f"{root}: expected each picture once, got {name} twice")
-        found = Objects.of(predicted, np.shape(predicted.masks)[1:])
-        classes, scores = category_ids(found.classes, categories), found.scores.tolist()
-        ids = np.zeros(found.masks.shape[1:], np.int32)
-        for n in np.argsort(found.scores, kind="stable"):
-            ids[found.masks[n]] = n + 1
+        objects = Objects.of(predicted)
+        category_ids(objects.classes, categories)  # of hidden ones too
+        found = objects.painted()
         path, other = (path_inside(root / "instances", f"{name}{end}") for end in (".png", ".tif"))
-        if ids.max(initial=0) > MOST_PNG_IDS:
+        if len(found.segments) > MOST_PNG_IDS:
             path, other = other, path
-        write_map(path, ids)
+        write_map(path, found.ids)
         remove_ours(other)
-        kept = (np.unique(ids[ids > 0]) - 1).tolist()
-        rows = [{"id": n + 1, "class": classes[n], "score": scores[n]} for n in kept]
+        rows = [
+            {"id": s.id, "class": categories[s.category].id, "score": s.score}
+            for s in found.segments
+        ]
         images[name] = {"segments": rows}
     table = {str(category.id): category.name for category in categories}
     write_json(root / _SEGMENTS, {"classes": table, "images": images})

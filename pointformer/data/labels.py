@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pointformer.data.annotations import VOID, Annotation, Category, Dataset, Entry, check_size
+from pointformer.annotations import VOID, Category
+from pointformer.data.annotations import Annotation, Dataset, Entry, check_size
 from pointformer.data.categories import ADE20K
 from pointformer.data.discovery import MAP_SUFFIXES, pictures_by_name
 from pointformer.data.images import read_labels

@@ -7,29 +7,37 @@ import math
 import numpy as np
 from scipy import ndimage
 
+from pointformer.annotations import Mask
 
-def mask_boundary(mask: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarray:
+
+def boundary_distance(size: tuple[int, int], dilation_ratio: float = 0.02) -> int:
+    """How far from its contour a mask is compared, in pixels: a share of the picture's diagonal.
+
+    Args:
+        size: height and width of the picture.
+        dilation_ratio: the share; the distance is rounded, and at least one pixel.
+    """
+    return max(1, round(dilation_ratio * math.hypot(*size)))
+
+
+def boundary_of(mask: Mask, distance: int) -> Mask:
     """Pixels of a mask within a distance of its contour; the picture's rim is a contour too.
 
     Args:
-        mask: (H, W) bool.
-        dilation_ratio: that distance in units of the picture's diagonal. It is rounded to pixels,
-            at least one, and diagonal steps count as one.
-
-    Returns:
-        (H, W) bool.
+        distance: in pixels; diagonal steps count as one.
     """
+    inside = mask.pixels.astype(np.uint8)
+    for axis in (0, 1):
+        inside = ndimage.minimum_filter1d(inside, 2 * distance + 1, axis, mode="constant")
+    return Mask(mask.top, mask.left, mask.pixels & (inside == 0))
+
+
+def mask_boundary(mask: np.ndarray, dilation_ratio: float = 0.02) -> np.ndarray:
+    """`boundary_of` a mask (H, W) at its `boundary_distance`, (H, W) bool."""
     mask = np.asarray(mask, bool)
-    distance = max(1, round(dilation_ratio * math.hypot(*mask.shape)))
-    boundary = mask.copy()
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if len(rows):
-        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-        inside = mask[box].astype(np.uint8)
-        for axis in (0, 1):
-            inside = ndimage.minimum_filter1d(inside, 2 * distance + 1, axis, mode="constant")
-        boundary[box] &= inside == 0
-    return boundary
+    return boundary_of(Mask.of(mask), boundary_distance(mask.shape, dilation_ratio)).dense(
+        mask.shape
+    )
 
 
 def boundary_iou(

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pointformer.data import Annotation, Category, Objects
+from pointformer.annotations import Category, Objects
+from pointformer.data import Annotation
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ class CityscapesAP:
         for n, (mask, category) in enumerate(zip(found.masks, classes, strict=True)):
             label = self.categories[category].id
             name = self._module.id2label[label].name
-            values, counts = np.unique(annotation.ids[mask], return_counts=True)
+            values, counts = np.unique(annotation.ids[mask.window][mask.pixels], return_counts=True)
             if name not in known or not len(values):
                 continue
             overlaps = dict(zip(values.tolist(), counts.tolist(), strict=True))
@@ -96,7 +97,7 @@ class CityscapesAP:
                 "labelID": label,
                 "pixelCount": int(counts.sum()),
                 "confidence": float(found.scores[n]),
-                "voidIntersection": int(void[mask].sum()),
+                "voidIntersection": int(void[mask.window][mask.pixels].sum()),
                 "matchedGt": [],
             }
             for truth in known[name]:

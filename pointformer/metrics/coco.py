@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from pointformer.data import VOID, Annotation, Category, Objects
+from pointformer.annotations import VOID, Category, Mask, Objects
+from pointformer.data import Annotation
 from pointformer.data.coco import encode_mask, mask_tools
-from pointformer.metrics.boundary import mask_boundary
+from pointformer.metrics.boundary import boundary_distance, boundary_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +67,8 @@ class CocoAP:
         """Add one picture.
 
         Args:
-            predicted: with `masks` (N, H, W), `classes` (N,) and `scores` (N,), such as the
-                models' instances or `annotation.objects()`.
+            predicted: `Objects`, such as the models' or `annotation.objects()`, or what has their
+                `masks` (N, H, W), `classes` (N,) and `scores` (N,).
 
         Raises:
             ValueError: if sizes differ or a class is out of range.
@@ -79,23 +80,22 @@ class CocoAP:
         image = len(self._images) + 1
         height, width = annotation.size
         self._images.append({"id": image, "height": height, "width": width})
-        for segment in annotation.segments:
-            mask = annotation.mask(segment)
+        for segment, mask in zip(annotation.segments, annotation.masks(), strict=True):
             row = {"area": segment.area, "iscrowd": int(segment.crowd)}
             anything = segment.category == VOID
             for category in sorted(set(classes)) if anything else [segment.category]:
                 self._add(self._annotated, image, category, mask, row)
         for mask, category, score in zip(found.masks, classes, found.scores.tolist(), strict=True):
-            row = {"area": float(mask.sum()), "iscrowd": 0, "score": score}
+            row = {"area": float(mask.area), "iscrowd": 0, "score": score}
             self._add(self._predicted, image, category, mask, row)
 
-    def _add(
-        self, rows: list[dict], image: int, category: int, mask: np.ndarray, row: dict
-    ) -> None:
+    def _add(self, rows: list[dict], image: int, category: int, mask: Mask, row: dict) -> None:
+        size = self._images[-1]["height"], self._images[-1]["width"]
         row = {**row, "id": len(rows) + 1, "image_id": image, "category_id": category}
-        row["segmentation"] = encode_mask(mask)
+        row["segmentation"] = encode_mask(mask, size)
         if self.boundary:
-            row["boundary"] = encode_mask(mask_boundary(mask, self.dilation_ratio))
+            rim = boundary_of(mask, boundary_distance(size, self.dilation_ratio))
+            row["boundary"] = encode_mask(rim, size)
         rows.append(row)
 
     def compute(self) -> CocoScores:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pointformer.data import VOID, Annotation, Category
+from pointformer.annotations import VOID, Category
+from pointformer.data import Annotation
 
 
 @dataclass(frozen=True)

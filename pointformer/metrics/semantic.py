@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pointformer.data import VOID
+from pointformer.annotations import VOID
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,263 @@
+"""What is annotated or found in pictures, as plain data: classes, masks, objects, maps of segments.
+
+Classes are numbered 0 to K - 1 in the order of a data set's category table; the numbers that files
+use are the table's ids. Maps of classes have VOID where nothing is annotated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+VOID = -1
+
+
+@dataclass(frozen=True)
+class Category:
+    """A class: its number in files, its name, whether it is countable, and a color (R, G, B)."""
+
+    id: int
+    name: str
+    is_thing: bool = True
+    color: tuple[int, int, int] = (128, 128, 128)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The pixels of one object of a picture, kept as the part of the picture that has them.
+
+    Attributes:
+        top, left: where `pixels` lies in the picture.
+        pixels: (h, w) bool, the object's bounding box; (0, 0) of an object without a pixel.
+    """
+
+    top: int
+    left: int
+    pixels: np.ndarray = field(repr=False)
+
+    @staticmethod
+    def of(pixels: Any, top: int = 0, left: int = 0) -> Mask:
+        """The object in an array (h, w) whose corner is at `top` and `left` of the picture."""
+        pixels = np.asarray(pixels).astype(bool, copy=False)
+        rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+        if not len(rows):
+            return Mask(0, 0, np.zeros((0, 0), bool))
+        first, start = int(rows[0]), int(columns[0])
+        box = pixels[first : int(rows[-1]) + 1, start : int(columns[-1]) + 1]
+        if box.size < pixels.size:
+            box = box.copy()  # a view would keep the whole array
+        return Mask(top + first, left + start, box)
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom; ends exclusive."""
+        height, width = self.pixels.shape
+        return self.left, self.top, self.left + width, self.top + height
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Rows and columns of the picture."""
+        left, top, right, bottom = self.box
+        return slice(top, bottom), slice(left, right)
+
+    @property
+    def area(self) -> int:
+        """In pixels."""
+        return int(np.count_nonzero(self.pixels))
+
+    def dense(self, size: tuple[int, int]) -> np.ndarray:
+        """(H, W) bool of the whole picture."""
+        picture = np.zeros(size, bool)
+        picture[self.window] = self.pixels
+        return picture
+
+    def within(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        """(h, w) bool: the pixels in the part of the picture that this box and `box` share."""
+        rows = slice(max(top - self.top, 0), max(bottom - self.top, 0))
+        columns = slice(max(left - self.left, 0), max(right - self.left, 0))
+        return self.pixels[rows, columns]
+
+
+def masks_of(values: np.ndarray, wanted: Sequence[int]) -> list[Mask]:
+    """The pixels of each wanted value of a map (H, W) of integers."""
+    from scipy import ndimage  # slow to import
+
+    known, place = np.unique(np.asarray(wanted, np.int64), return_inverse=True)
+    if not len(known):
+        return []
+    number = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    number = np.where(known[number] == values, number + 1, 0).astype(np.int32)
+    masks = []
+    for value, box in zip(known, ndimage.find_objects(number, len(known)), strict=True):
+        if box is None:
+            masks.append(Mask(0, 0, np.zeros((0, 0), bool)))
+        else:
+            masks.append(Mask(box[0].start, box[1].start, values[box] == value))
+    return [masks[n] for n in place]
+
+
+class Objects:
+    """Objects of one picture; their masks may overlap. Memory is that of their bounding boxes.
+
+    Attributes:
+        size: height and width of the picture.
+        masks: N masks.
+        classes: (N,) int64.
+        scores: (N,) float32.
+    """
+
+    def __init__(
+        self,
+        masks: Iterable[Any],
+        classes: Any,
+        scores: Any,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """Objects from masks of any form.
+
+        Args:
+            masks: (N, H, W), or one by one: each a `Mask`, or (H, W), arrays or tensors on the CPU.
+            classes: N integers.
+            scores: N numbers.
+            size: height and width; needed unless `masks` has the shape (N, H, W).
+
+        Raises:
+            ValueError: if the lengths differ or a mask is not of this size.
+        """
+        shape = np.shape(masks) if hasattr(masks, "shape") else ()
+        if size is None:
+            if len(shape) != 3:
+                raise ValueError(f"masks: expected shape (N, H, W), or a size, got {shape or None}")
+            size = shape[1:]
+        self.size = int(size[0]), int(size[1])
+        self.classes = np.asarray(classes).astype(np.int64).reshape(-1)
+        self.scores = np.asarray(scores).astype(np.float32).reshape(-1)
+        self.masks = tuple(self._checked(mask) for mask in masks)
+        if not len(self.masks) == len(self.classes) == len(self.scores):
+            raise ValueError(
+                f"masks, classes, scores: expected one length, got {len(self.masks)}, "
+                f"{len(self.classes)} and {len(self.scores)}"
+            )
+
+    def _checked(self, mask: Any) -> Mask:
+        if isinstance(mask, Mask):
+            _, _, right, bottom = mask.box
+            fits = mask.top >= 0 and mask.left >= 0
+            if fits and bottom <= self.size[0] and right <= self.size[1]:
+                return mask
+            raise ValueError(f"masks: expected boxes within {self.size}, got {mask.box}")
+        if np.shape(mask) != self.size:
+            raise ValueError(
+                f"masks: expected height and width {self.size}, got {tuple(np.shape(mask))}"
+            )
+        return Mask.of(mask)
+
+    @staticmethod
+    def of(predicted: Any, size: tuple[int, int] | None = None) -> Objects:
+        """`predicted` if it is `Objects`, else its `masks`, `classes` and `scores` as such.
+
+        Raises:
+            ValueError: if the lengths differ or the picture's height and width are not `size`.
+        """
+        if not isinstance(predicted, Objects):
+            return Objects(predicted.masks, predicted.classes, predicted.scores, size)
+        if size is not None and predicted.size != tuple(size):
+            raise ValueError(
+                f"predicted: expected masks of height and width {tuple(size)}, got {predicted.size}"
+            )
+        return predicted
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __repr__(self) -> str:
+        return f"Objects({len(self)} of a picture of {self.size[0]} x {self.size[1]})"
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """(N, 4) int64 left, top, right, bottom, ends exclusive; zeros for an empty mask."""
+        return np.array([mask.box for mask in self.masks], np.int64).reshape(-1, 4)
+
+    def dense(self) -> np.ndarray:
+        """(N, H, W) bool: for few objects of small pictures."""
+        masks = np.zeros((len(self), *self.size), bool)
+        for mask, picture in zip(self.masks, masks, strict=True):
+            picture[mask.window] = mask.pixels
+        return masks
+
+    def chosen(self, index: Any) -> Objects:
+        """Those that an array of N bool, or of places, chooses."""
+        index = np.asarray(index)
+        places = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64)
+        masks = [self.masks[n] for n in places]
+        return Objects(masks, self.classes[places], self.scores[places], self.size)
+
+    def confident(self, min_score: float = 0.5) -> Objects:
+        """Those with at least this score."""
+        return self.chosen(self.scores >= min_score)
+
+    def painted(self) -> SegmentMap:
+        """A map without overlaps: a pixel goes to the highest score, of equals to the first.
+
+        Segments are numbered from 1 in the order of the objects; hidden ones are left out.
+        """
+        owner = np.zeros(self.size, np.int32)
+        for n in np.argsort(-self.scores, kind="stable")[::-1].tolist():
+            owner[self.masks[n].window][self.masks[n].pixels] = n + 1
+        areas = np.bincount(owner.ravel(), minlength=len(self) + 1)
+        visible = areas > 0
+        visible[0] = False
+        number = (np.cumsum(visible) * visible).astype(np.int32)
+        rows = zip(number[1:].tolist(), self.classes.tolist(), areas[1:].tolist(), strict=True)
+        segments = (
+            Segment(id, kind, area, score=score)
+            for (id, kind, area), score in zip(rows, self.scores.tolist(), strict=True)
+            if id
+        )
+        return SegmentMap(number[owner], tuple(segments))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One object, or one region of stuff.
+
+    Attributes:
+        id: its value in the map of ids, or what the file calls it.
+        category: class, 0 to K - 1; VOID for a crowd that may be of any class.
+        area: in pixels; from the file where that says so, which COCO sizes objects by.
+        crowd: a region of several objects that are not told apart; scores ignore it.
+        score: confidence of a prediction.
+        mask: `None` where the map of ids has it.
+    """
+
+    id: int | str
+    category: int
+    area: float
+    crowd: bool = False
+    score: float = 1.0
+    mask: Mask | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentMap:
+    """Segments of one picture that do not overlap.
+
+    Attributes:
+        ids: (H, W) int32, 0 where there is no segment.
+        segments: one for each id.
+    """
+
+    ids: np.ndarray = field(repr=False)
+    segments: tuple[Segment, ...]
+
+    def objects(self) -> Objects:
+        """The segments, stuff too, as objects."""
+        return Objects(
+            masks_of(self.ids, [segment.id for segment in self.segments]),
+            [segment.category for segment in self.segments],
+            [segment.score for segment in self.segments],
+            self.ids.shape,
+        )
