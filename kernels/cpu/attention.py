@@ -6,7 +6,6 @@ numbers, because one (the log-sum-exp) would lose the digits that large logits h
 point. Every sum has a fixed order, whatever the number of threads.
 """
 
-import numpy as np
 import torch
 from numba import njit, prange
 
@@ -37,9 +36,12 @@ from pointformer.kernels.cpu.attention_blocks import (
 )
 from pointformer.kernels.cpu.runtime import kernel
 from pointformer.kernels.cpu.simd import (
+    advance,
+    allocate,
+    as_int64,
     f32,
+    free,
     hsum,
-    keep,
     load,
     load16,
     pointer,
@@ -63,16 +65,15 @@ def attend_chunk(
 ):  # fmt: skip
     width = shape.radius * shape.cluster_blocks
     length = (width + SPARE) * 8
-    lists = np.empty(GROUP * (width + 1), np.int64)
-    vectors = np.zeros(GROUP * (phi_size(width, shape) + length + 3), np.float32)
-    blocks = pointer(lists)
-    counts = pointer(lists[GROUP * width :])
-    phi = pointer(vectors)
-    logits = pointer(vectors[GROUP * phi_size(width, shape) :])
+    lists = allocate(2 * GROUP * (width + 1))
+    blocks = as_int64(lists)
+    counts = advance(blocks, GROUP * width)
+    phi = allocate(GROUP * (phi_size(width, shape) + length + 3))
+    logits = advance(phi, GROUP * phi_size(width, shape))
     # Of each token of the group:
-    largest = pointer(vectors[-3 * GROUP :])
-    blank = pointer(vectors[-2 * GROUP :])  # its logit, then weight
-    mass = pointer(vectors[-GROUP:])  # sum of the weights, then its inverse
+    largest = advance(logits, GROUP * length)
+    blank = advance(largest, GROUP)  # its logit, then weight
+    mass = advance(blank, GROUP)  # sum of the weights, then its inverse
     end = min((chunk + 1) * CHUNK, shape.tokens)
     for first in range(chunk * CHUNK, end, GROUP):
         tokens = min(GROUP, end - first)
@@ -125,8 +126,8 @@ def attend_chunk(
                 )  # fmt: skip
                 normal[2 * row] = largest[i]
                 normal[2 * row + 1] = mass[i]
-    keep(lists)
-    keep(vectors)
+    free(lists)
+    free(phi)
 
 
 @kernel

@@ -40,11 +40,14 @@ from pointformer.kernels.cpu.inverse import inverse_lists
 from pointformer.kernels.cpu.runtime import inlined, kernel
 from pointformer.kernels.cpu.simd import (
     add_neighbors,
+    advance,
+    allocate,
+    as_int64,
     f32,
     fma,
+    free,
     hmax,
     hsum,
-    keep,
     load,
     load16,
     load_pair16,
@@ -74,13 +77,12 @@ def query_gradients(
     width = shape.radius * shape.cluster_blocks
     length = (width + SPARE) * 8
     sums = shape.heads * shape.features * 16
-    lists = np.empty(width, np.int64)
-    vectors = np.zeros(sums + 2 * length + phi_size(width, shape), np.float32)
-    blocks = pointer(lists)
-    weight_sums = pointer(vectors)
-    logits = pointer(vectors[sums:])
-    grad_logits = pointer(vectors[sums + length :])
-    phi = pointer(vectors[sums + 2 * length :])
+    lists = allocate(2 * width)
+    blocks = as_int64(lists)
+    weight_sums = allocate(sums + 2 * length + phi_size(width, shape))
+    logits = advance(weight_sums, sums)
+    grad_logits = advance(logits, length)
+    phi = advance(grad_logits, length)
     # This chunk's sums: position_weight (H * F), position_bias (H), blank_key, blank_value (H * d).
     bias_at = chunk * partial_size(shape) + shape.heads * shape.features
     key_at = bias_at + shape.heads
@@ -133,8 +135,8 @@ def query_gradients(
             )  # fmt: skip
     for n in range(shape.heads * shape.features):
         partial[chunk * partial_size(shape) + n] = hsum(load16(weight_sums, n * 16))
-    keep(lists)
-    keep(vectors)
+    free(lists)
+    free(weight_sums)
 
 
 @inlined
@@ -216,12 +218,11 @@ def key_gradients(
 ):  # fmt: skip
     """Gradients of a cluster's keys and values, from the queries that attend to it."""
     size = shape.heads * shape.channels
-    vectors = np.zeros(16 * size + 16 * BATCH + phi_size(BATCH, shape), np.float32)
-    key_sums = pointer(vectors)
-    value_sums = pointer(vectors[8 * size :])
-    logits = pointer(vectors[16 * size :])
-    grad_logits = pointer(vectors[16 * size + 8 * BATCH :])
-    phi = pointer(vectors[16 * size + 16 * BATCH :])
+    key_sums = allocate(16 * size + 16 * BATCH + phi_size(BATCH, shape))
+    value_sums = advance(key_sums, 8 * size)
+    logits = advance(value_sums, 8 * size)
+    grad_logits = advance(logits, 8 * BATCH)
+    phi = advance(grad_logits, 8 * BATCH)
     begin, end = inverse_offsets[cluster], inverse_offsets[cluster + 1]
     for part in range(shape.cluster_blocks):
         row = offsets[cluster] + 8 * part
@@ -259,7 +260,7 @@ def key_gradients(
                 for channel in range(0, shape.channels, 8):
                     store(grad_key, to + channel, load(key_sums, at + channel) * splat(scale))
                     store(grad_value, to + channel, load(value_sums, at + channel))
-    keep(vectors)
+    free(key_sums)
 
 
 @kernel

@@ -5,20 +5,27 @@ Plain float32 arithmetic in the order of the reference, never contracted: ties d
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 
-from pointformer.kernels.cpu.runtime import called, kernel
+from pointformer.kernels.cpu.runtime import called, inlined, kernel
+from pointformer.kernels.cpu.simd import (
+    advance,
+    allocate,
+    as_int64,
+    f32,
+    float_bits,
+    free,
+    pointer,
+)
 
-f32 = np.float32
 _CHUNK = 4096
 _HILBERT, _MORTON, _SNAKE = range(3)
 _CURVES = {"hilbert": _HILBERT, "morton": _MORTON, "snake": _SNAKE}
 
 
-@njit(inline="always")
-def _transpose_hilbert(axes, bits):
+@inlined
+def _transpose_hilbert(axes, dimensions, bits):
     """Skilling's transform of coordinates to the bits of the Hilbert number, in place."""
-    dimensions = len(axes)
     first = axes[0]
     for bit in range(bits - 1, 0, -1):  # masks, for branches would be unpredictable
         low = (1 << bit) - 1
@@ -38,7 +45,7 @@ def _transpose_hilbert(axes, bits):
         axes[i] ^= parity
 
 
-@njit(inline="always")
+@inlined
 def _spread(value, dimensions):
     """Leave room for the bits of the other axes between those of `value`."""
     if dimensions == 2:
@@ -55,35 +62,39 @@ def _spread(value, dimensions):
 
 
 @kernel
-def _codes(cells, shape, curve, bits, out):
-    rows, dimensions = cells.shape
+def _codes(cells, shape, dimensions, curve, bits, out):
+    rows = out.size
     for chunk in prange((rows + _CHUNK - 1) // _CHUNK):
-        axes = np.empty(dimensions, np.int64)
+        memory = allocate(2 * dimensions)
+        axes = as_int64(memory)
+        source, lengths, codes = pointer(cells), pointer(shape), pointer(out)
+        last = shape.size // dimensions - 1
         for row in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, rows)):
             for axis in range(dimensions):
-                axes[axis] = cells[row, axis]
+                axes[axis] = source[row * dimensions + axis]
             code = 0
             if curve == _SNAKE:
                 code = axes[dimensions - 1]
-                own = min(row, shape.shape[0] - 1)  # one shape for all, or one per row
+                own = min(row, last) * dimensions  # one shape for all, or one per row
                 for axis in range(dimensions - 2, -1, -1):
-                    length = shape[own, axis]
+                    length = lengths[own + axis]
                     forward = code % 2 == 0
                     code = code * length + (axes[axis] if forward else length - 1 - axes[axis])
             elif curve == _MORTON:
                 for axis in range(dimensions):
                     code |= _spread(axes[axis], dimensions) << axis
             else:
-                _transpose_hilbert(axes, bits)
+                _transpose_hilbert(axes, dimensions, bits)
                 for axis in range(dimensions):
                     code |= _spread(axes[axis], dimensions) << (dimensions - 1 - axis)
-            out[row] = code
+            codes[row] = code
+        free(memory)
 
 
-@njit(inline="always")
-def _squared_distance(point, target):
+@inlined
+def _squared_distance(point, target, dimensions):
     total = (point[0] - target[0]) * (point[0] - target[0])
-    for axis in range(1, len(point)):
+    for axis in range(1, dimensions):
         difference = point[axis] - target[axis]
         total += difference * difference
     return total
@@ -104,63 +115,72 @@ def sample_of(offsets, row):
 
 @kernel
 def _keys(
-    positions, offsets, origin, cell_size, unit, shape, first_cell, anchor_of_cell, anchors, out
-):
-    tokens, dimensions = positions.shape
+    positions, offsets, origin, cell_size, unit, shape, first_cell, anchor_of_cell, anchors,
+    dimensions, out,
+):  # fmt: skip
+    tokens = out.size
     for chunk in prange((tokens + _CHUNK - 1) // _CHUNK):
         start = chunk * _CHUNK
         sample = sample_of(offsets, start)
-        point = np.empty(dimensions, np.float32)
+        point = allocate(dimensions)
+        starts, place, first = pointer(offsets), pointer(positions), pointer(origin)
+        sizes, units, lengths = pointer(cell_size), pointer(unit), pointer(shape)
+        numbers, corners = pointer(anchor_of_cell), pointer(anchors)
         for row in range(start, min(start + _CHUNK, tokens)):
-            while row >= offsets[sample + 1]:
+            while row >= starts[sample + 1]:
                 sample += 1
             index = 0
             for axis in range(dimensions - 1, -1, -1):
-                relative = positions[row, axis] - origin[sample, axis]
-                last = shape[sample, axis] - 1
-                cell = np.floor(relative / cell_size[sample, axis])
+                own = sample * dimensions + axis
+                relative = place[row * dimensions + axis] - first[own]
+                last = lengths[own] - 1
+                cell = np.floor(relative / sizes[own])
                 index *= last + 1
                 if cell > 0:  # false for NaN, which traced graphs do not check for
                     index += np.int64(min(cell, f32(last)))
-                point[axis] = relative / unit[sample, axis]
-            anchor = anchor_of_cell[first_cell[sample] + index]
-            ratio = _squared_distance(point, anchors[anchor - 1]) / (
-                _squared_distance(point, anchors[anchor + 1]) + f32(1e-5)
+                point[axis] = relative / units[own]
+            anchor = numbers[first_cell[sample] + index]
+            before = advance(corners, (anchor - 1) * dimensions)
+            after = advance(corners, (anchor + 1) * dimensions)
+            ratio = _squared_distance(point, before, dimensions) / (
+                _squared_distance(point, after, dimensions) + f32(1e-5)
             )
-            bits = np.int64(f32(ratio).view(np.int32)) & 0x7FFFFFFF
-            out[row] = (anchor << 31) | bits
+            out[row] = (anchor << 31) | (float_bits(f32(ratio)) & 0x7FFFFFFF)
+        free(point)
 
 
 @kernel
-def _centers(positions, order, offsets, out):
-    clusters, dimensions = out.shape
+def _centers(positions, order, offsets, dimensions, out):
+    clusters = len(offsets) - 1
     for chunk in prange((clusters + _CHUNK - 1) // _CHUNK):
+        place, rows = pointer(positions), pointer(order)
         for cluster in range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, clusters)):
             start, end = offsets[cluster], offsets[cluster + 1]
             for axis in range(dimensions):
                 total = f32(0.0)
                 for row in range(start, end):
-                    total += positions[order[row], axis]
-                out[cluster, axis] = total / f32(end - start)
+                    total += place[rows[row] * dimensions + axis]
+                out[cluster * dimensions + axis] = total / f32(end - start)
 
 
 def curve_code(curve, cells, shape, bits):
     rows, dimensions = cells.shape
     bits += -bits % dimensions
     out = torch.empty(rows, dtype=torch.int64)
-    shape = shape.contiguous().view(-1, dimensions)
-    _codes(cells.contiguous().numpy(), shape.numpy(), _CURVES[curve], bits, out.numpy())
+    arrays = [tensor.contiguous().view(-1).numpy() for tensor in (cells, shape)]
+    _codes(*arrays, dimensions, _CURVES[curve], bits, out.numpy())
     return out
 
 
 def keys(positions, *tables):
     out = torch.empty(positions.shape[0], dtype=torch.int64)
-    arrays = [tensor.contiguous().numpy() for tensor in (positions, *tables)]
-    _keys(*arrays, out.numpy())
+    arrays = [tensor.contiguous().view(-1).numpy() for tensor in (positions, *tables)]
+    _keys(*arrays, positions.shape[1], out.numpy())
     return out
 
 
 def centers(positions, order, offsets):
     out = torch.empty(offsets.shape[0] - 1, positions.shape[1], dtype=torch.float32)
-    _centers(positions.contiguous().numpy(), order.numpy(), offsets.numpy(), out.numpy())
+    arrays = positions.contiguous().view(-1).numpy(), order.numpy(), offsets.numpy()
+    _centers(*arrays, positions.shape[1], out.view(-1).numpy())
     return out

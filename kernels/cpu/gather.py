@@ -12,10 +12,13 @@ from pointformer.kernels.cpu.inverse import inverse_lists
 from pointformer.kernels.cpu.runtime import inlined, kernel
 from pointformer.kernels.cpu.simd import (
     LANES,
+    advance,
+    allocate,
+    as_int64,
     f32,
     fma,
+    free,
     hsum,
-    keep,
     load,
     pointer,
     splat,
@@ -84,16 +87,15 @@ def sum_rows(features, index, weights, at, first, k, channels, rows, factors, ou
 def _forward(features, index, weights, sizes, out):
     number, k, channels = sizes
     for chunk in prange((number + _CHUNK - 1) // _CHUNK):
-        rows = np.zeros(4, np.int64)
-        factors = np.zeros(4, np.float32)
+        factors = allocate(4 + 2 * 4)
+        rows = as_int64(advance(factors, 4))
         begin = np.int64(chunk) * _CHUNK
         for q in range(begin, min(begin + _CHUNK, number)):
             sum_rows(
                 pointer(features), pointer(index), pointer(weights), q * k, q * k, k, channels,
-                pointer(rows), pointer(factors), pointer(out), q,
+                rows, factors, pointer(out), q,
             )  # fmt: skip
-        keep(rows)
-        keep(factors)
+        free(factors)
 
 
 @kernel
@@ -105,7 +107,8 @@ def _weight_gradients(grad, features, index, sizes, d_weights):
             row = np.int64(index[entry])
             value = f32(0.0)
             if row >= 0:
-                value = dot(grad, entry // k * channels, features, row * channels, channels)
+                at = entry // k * channels
+                value = dot(pointer(grad), at, pointer(features), row * channels, channels)
             d_weights[entry] = value
 
 
@@ -113,20 +116,24 @@ def _weight_gradients(grad, features, index, sizes, d_weights):
 def token_gradients(grad, weights, lists, entries, sizes, d_features):
     tokens, k, channels = sizes
     for chunk in prange((tokens + _CHUNK - 1) // _CHUNK):
-        rows = np.zeros(4, np.int64)
-        factors = np.zeros(4, np.float32)
+        factors = allocate(4 + 2 * 4)
+        rows = as_int64(advance(factors, 4))
         begin = np.int64(chunk) * _CHUNK
         for token in range(begin, min(begin + _CHUNK, tokens)):
             at = token * channels
             if lists[token] == lists[token + 1]:
-                d_features[at : at + channels] = f32(0.0)
+                for c in range(channels):
+                    d_features[at + c] = f32(0.0)
             for start in range(lists[token], lists[token + 1], 4):
                 count = min(4, lists[token + 1] - start)
                 for n in range(count):
                     rows[n] = entries[start + n] // k * channels
                     factors[n] = weights[entries[start + n]]
                 first = start == lists[token]
-                add_rows(grad, channels, rows, factors, count, d_features, at, first)
+                add_rows(
+                    pointer(grad), channels, rows, factors, count, pointer(d_features), at, first
+                )
+        free(factors)
 
 
 def flat(tensor):

@@ -14,9 +14,12 @@ from pointformer.kernels.cpu.inverse import inverse_lists
 from pointformer.kernels.cpu.runtime import inlined, kernel
 from pointformer.kernels.cpu.simd import (
     LANES,
+    advance,
+    allocate,
+    as_int64,
     f32,
     fma,
-    keep,
+    free,
     load,
     pointer,
     splat,
@@ -98,24 +101,25 @@ def _normalize(weights, k, count):
 def _forward(features, positions, queries, index, exponent, eps, sizes, out):
     number, k, channels, dimensions = sizes
     for chunk in prange((number + _CHUNK - 1) // _CHUNK):
-        squared = np.zeros(_CHUNK * k + LANES, np.float32)
-        weights = np.zeros(_CHUNK * k + LANES, np.float32)
-        rows = np.zeros(4, np.int64)
-        factors = np.zeros(4, np.float32)
+        squared = allocate(2 * (_CHUNK * k + LANES) + 4 + 2 * 4)
+        weights = advance(squared, _CHUNK * k + LANES)
+        factors = advance(weights, _CHUNK * k + LANES)
+        rows = as_int64(advance(factors, 4))
         begin = np.int64(chunk) * _CHUNK
         end = min(begin + _CHUNK, number)
-        _ratios_of_squares(positions, queries, dimensions, index, k, begin, end, squared, weights)
+        _ratios_of_squares(
+            pointer(positions), pointer(queries), dimensions, pointer(index), k, begin, end,
+            squared, weights,
+        )  # fmt: skip
         _inverse_distances(squared, weights, (end - begin) * k, exponent, eps)
         _normalize(weights, k, end - begin)
         for q in range(begin, end):
             first = (q - begin) * k
             sum_rows(
-                pointer(features), pointer(index), pointer(weights), q * k, first, k, channels,
-                pointer(rows), pointer(factors), pointer(out), q,
+                pointer(features), pointer(index), weights, q * k, first, k, channels,
+                rows, factors, pointer(out), q,
             )  # fmt: skip
-        keep(weights)
-        keep(rows)
-        keep(factors)
+        free(squared)
 
 
 @kernel
@@ -125,18 +129,23 @@ def _query_gradients(
     """The normalized weights, and the gradient of the power per chunk if it is to be learned."""
     number, k, channels, dimensions = sizes
     for chunk in prange((number + _CHUNK - 1) // _CHUNK):
-        squared = np.zeros(_CHUNK * k + LANES, np.float32)
-        weights = np.zeros(_CHUNK * k + LANES, np.float32)
-        slopes = np.zeros(_CHUNK * k + LANES, np.float32)
-        dots = np.zeros(k, np.float32)
+        squared = allocate(3 * (_CHUNK * k + LANES) + k)
+        weights = advance(squared, _CHUNK * k + LANES)
+        slopes = advance(weights, _CHUNK * k + LANES)
+        dots = advance(slopes, _CHUNK * k + LANES)
         begin = np.int64(chunk) * _CHUNK
         end = min(begin + _CHUNK, number)
         count = (end - begin) * k
-        _ratios_of_squares(positions, queries, dimensions, index, k, begin, end, squared, weights)
+        _ratios_of_squares(
+            pointer(positions), pointer(queries), dimensions, pointer(index), k, begin, end,
+            squared, weights,
+        )  # fmt: skip
         _inverse_distances(squared, weights, count, exponent, eps)
         _normalize(weights, k, end - begin)
-        all_weights[begin * k : end * k] = weights[:count]
+        for n in range(count):
+            all_weights[begin * k + n] = weights[n]
         if not learn:
+            free(squared)
             continue
         _log_slopes(squared, slopes, count, exponent, eps)
         total = 0.0
@@ -145,13 +154,16 @@ def _query_gradients(
             for j in range(k):
                 row = np.int64(index[q * k + j])
                 if row >= 0:
-                    dots[j] = dot(grad, q * channels, features, row * channels, channels)
+                    dots[j] = dot(
+                        pointer(grad), q * channels, pointer(features), row * channels, channels
+                    )
                     mean += weights[(q - begin) * k + j] * dots[j]
             for j in range(k):
                 p = (q - begin) * k + j
                 if index[q * k + j] >= 0:
                     total -= weights[p] * slopes[p] * (dots[j] - mean)
         partial[chunk] = total
+        free(squared)
 
 
 def _arrays(features, positions, query_positions, neighbor_index, power):

@@ -3,9 +3,23 @@
 import numpy as np
 
 from pointformer.kernels.cpu.runtime import serial_kernel
+from pointformer.kernels.cpu.simd import pointer
 
 
 @serial_kernel
+def _count_and_place(index, count, offsets, entries):
+    numbers, ends, places = pointer(index), pointer(offsets), pointer(entries)
+    for entry in range(index.size):
+        if 0 <= numbers[entry] < count:
+            ends[numbers[entry] + 2] += 1
+    for i in range(2, count + 2):
+        ends[i] += ends[i - 1]
+    for entry in range(index.size):
+        if 0 <= numbers[entry] < count:
+            places[ends[numbers[entry] + 1]] = entry
+            ends[numbers[entry] + 1] += 1
+
+
 def inverse_lists(index, count):
     """Where each number occurs in a flat list: a counting sort, stable.
 
@@ -14,14 +28,6 @@ def inverse_lists(index, count):
         `entries[offsets[i]:offsets[i + 1]]`, ascending. Others are left out.
     """
     offsets = np.zeros(count + 2, np.int64)
-    for entry in range(index.shape[0]):
-        if 0 <= index[entry] < count:
-            offsets[index[entry] + 2] += 1
-    for i in range(2, count + 2):
-        offsets[i] += offsets[i - 1]
-    entries = np.empty(offsets[count + 1], np.int64)
-    for entry in range(index.shape[0]):
-        if 0 <= index[entry] < count:
-            entries[offsets[index[entry] + 1]] = entry
-            offsets[index[entry] + 1] += 1
-    return offsets[: count + 1], entries
+    entries = np.empty(index.size, np.int64)
+    _count_and_place(index, count, offsets, entries)
+    return offsets[:-1], entries[: offsets[count]]

@@ -15,10 +15,12 @@ from pointformer.kernels.cpu.inverse import inverse_lists
 from pointformer.kernels.cpu.runtime import inlined, kernel
 from pointformer.kernels.cpu.simd import (
     LANES,
+    allocate,
+    as_int64,
     f32,
     fma,
+    free,
     hsum,
-    keep,
     load,
     pointer,
     splat,
@@ -105,10 +107,9 @@ def _gather(tokens, stride, first, count, center, q, pairs, width, at):
 def _forward(features, tokens, centers, offsets, index, order, net, eps, sizes, out):
     radius, channels, stride, width = sizes
     for chunk in prange((order.size + _CHUNK - 1) // _CHUNK):
-        vectors = np.zeros(8 * width, np.float32)
-        pairs = pointer(vectors)  # 3 differences, score, 4 weights
-        numbers = np.empty(width, np.int64)
-        rows = pointer(numbers)
+        pairs = allocate(8 * width)  # 3 differences, score, 4 weights
+        numbers = allocate(2 * width)
+        rows = as_int64(numbers)
         lists, ends, parameters = pointer(index), pointer(offsets), pointer(net)
         begin = np.int64(chunk) * _CHUNK
         for n in range(begin, min(begin + _CHUNK, order.size)):
@@ -137,8 +138,8 @@ def _forward(features, tokens, centers, offsets, index, order, net, eps, sizes, 
                 store(pairs, 7 * width + p, _gelu(_affine(parameters, 3, n3)) * score)
             at = q * 4 * channels
             _sum_features(pointer(features), channels, rows, pairs, width, count, pointer(out), at)
-        keep(vectors)
-        keep(numbers)
+        free(pairs)
+        free(numbers)
 
 
 @inlined
@@ -307,7 +308,7 @@ def _backward(
 ):  # fmt: skip
     clusters, radius, channels, stride, width = sizes
     for chunk in prange((clusters + _CHUNK - 1) // _CHUNK):
-        pairs = np.zeros(_ROWS * width, np.float32)
+        pairs = allocate(_ROWS * width)
         at = np.int64(chunk) * _PARAMETERS * LANES
         begin = np.int64(chunk) * _CHUNK
         for cluster in range(begin, min(begin + _CHUNK, clusters)):
@@ -321,18 +322,25 @@ def _backward(
                 count = (stop - start) * length
                 for n in range(stop - start):
                     q = entries[start + n] // radius
-                    _gather(tokens, stride, first, length, centers, q, pairs, width, n * length)
-                _pair_weights(pairs, width, count, net, eps)
+                    _gather(
+                        pointer(tokens), stride, first, length, pointer(centers), q, pairs, width,
+                        n * length,
+                    )  # fmt: skip
+                _pair_weights(pairs, width, count, pointer(net), eps)
                 for n in range(stop - start):
                     g = entries[start + n] // radius * 4 * channels
                     for i in range(length):
                         x = (first + i) * channels
                         p = n * length + i
-                        _pair_features(grad, g, features, d_features, x, channels, pairs, width, p)
-                _net_gradients(pairs, width, count, net, partial, at)
+                        _pair_features(
+                            pointer(grad), g, pointer(features), pointer(d_features), x, channels,
+                            pairs, width, p,
+                        )  # fmt: skip
+                _net_gradients(pairs, width, count, pointer(net), pointer(partial), at)
                 for n in range(stop - start):
                     for i in range(length):
                         d_scores[first + i] += pairs[3 * width + n * length + i]
+        free(pairs)
 
 
 def _flat(tensor):

@@ -19,9 +19,12 @@ import torch
 from pointformer.kernels.cpu.clustering import curve_code
 from pointformer.kernels.cpu.runtime import called, kernel
 from pointformer.kernels.cpu.simd import (
+    advance,
+    allocate,
+    as_int32,
     bits_less_equal,
     f32,
-    keep,
+    free,
     load,
     maximum,
     plus,
@@ -242,14 +245,16 @@ def _least(numbers, first, count):
 
 
 @called
-def _build_sample(positions, ids, first, count, leaf, node, tree):
+def _build_sample(positions, dimensions, ids, first, count, leaf, node, tree):
     """Fill one sample's leaves and nodes; returns the code of its root."""
-    points, slots, boxes, children, least, _, _, _ = tree
-    dimensions = positions.shape[1]
+    points, slots, boxes, children, least = tree
     for i in range(count):
         base = (leaf + i // _LANES) * 24 + i % _LANES
         for axis in range(3):
-            points[base + 8 * axis] = positions[first + i, axis] if axis < dimensions else 0.0
+            value = f32(0.0)
+            if axis < dimensions:
+                value = positions[(first + i) * dimensions + axis]
+            points[base + 8 * axis] = value
         slots[leaf * _LANES + i] = ids[first + i]
     groups = (count + _LANES - 1) // _LANES
     if groups <= 1:
@@ -290,21 +295,28 @@ def _build_sample(positions, ids, first, count, leaf, node, tree):
 
 
 @kernel
-def _build(positions, ids, offsets, first_node, tree):
-    root, first_leaf = tree[5], tree[6]
+def _build(positions, dimensions, ids, offsets, first_leaf, first_node, tree):
     for sample in numba.prange(len(offsets) - 1):
         first, count = offsets[sample], offsets[sample + 1] - offsets[sample]
-        root[sample] = _build_sample(
-            positions, ids, first, count, first_leaf[sample], first_node[sample], tree
+        nodes = (
+            pointer(tree[0]),
+            pointer(tree[1]),
+            pointer(tree[2]),
+            pointer(tree[3]),
+            pointer(tree[4]),
         )
+        tree[5][sample] = _build_sample(
+            pointer(positions), dimensions, pointer(ids), first, count, first_leaf[sample],
+            first_node[sample], nodes,
+        )  # fmt: skip
 
 
 @kernel
-def _search(query, rows, first_rows, last_rows, samples, limits, tree, index, distance):
+def _search(
+    query, dimensions, rows, first_rows, last_rows, samples, limits, tree, width, index, distance
+):
     """Blocks of up to eight queries, `rows[first_rows[b]:last_rows[b]]` of one sample each."""
-    dimensions = query.shape[1]
     blocks = len(samples)
-    width = index.shape[1]
     in_block = min(width, _MOST_IN_BLOCK)
     for chunk in numba.prange((blocks + _BLOCKS_PER_CHUNK - 1) // _BLOCKS_PER_CHUNK):
         points, ids = pointer(tree[0]), pointer(tree[1])
@@ -317,15 +329,17 @@ def _search(query, rows, first_rows, last_rows, samples, limits, tree, index, di
             pointer(tree[5]),
         )
         capacity = 64 + 128 * in_block + _LANES
-        integers = np.empty(capacity + _STACK, np.int32)
-        floats = np.empty(_STACK + _LANES, np.float32)
-        candidates = pointer(integers)
-        scratch = (pointer(integers[capacity:]), pointer(floats), pointer(floats[_STACK:]))
-        middle_index = np.empty(in_block, np.int32)
-        middle_distance = np.empty(in_block, np.float32)
-        lists = np.empty(in_block * _LANES, np.float32)
-        choice = np.empty(in_block * _LANES, np.float32)
-        place = np.zeros(3 * _LANES, np.float32)
+        place = allocate(3 * _LANES + _LANES + 2 * _STACK + 2 * in_block * (1 + _LANES) + capacity)
+        squares = advance(place, 3 * _LANES)
+        lists = advance(squares, _LANES)
+        choice = advance(lists, in_block * _LANES)
+        gaps = advance(choice, in_block * _LANES)
+        stack = as_int32(advance(gaps, _STACK))
+        middle_distance = advance(gaps, 2 * _STACK)
+        middle_index = as_int32(advance(middle_distance, in_block))
+        candidates = as_int32(advance(middle_distance, 2 * in_block))
+        scratch = (stack, gaps, squares)
+        positions, found_rows, squared = pointer(query), pointer(index), pointer(distance)
         # The last position searched for, and the squared distance of its last neighbor.
         last_sample, last, last_square = -1, (f32(0.0), f32(0.0), f32(0.0)), f32(0.0)
         for block in range(chunk * _BLOCKS_PER_CHUNK, min(blocks, (chunk + 1) * _BLOCKS_PER_CHUNK)):
@@ -334,15 +348,15 @@ def _search(query, rows, first_rows, last_rows, samples, limits, tree, index, di
             first, count = first_rows[block], last_rows[block] - first_rows[block]
             for lane in range(count):
                 row = rows[first + lane]
-                for slot in range(limit, width):
-                    index[row, slot] = -1
-                    distance[row, slot] = np.inf
+                for slot in range(row * width + limit, row * width + width):
+                    found_rows[slot] = -1
+                    squared[slot] = np.inf
             if limit == 0:
                 continue
             for lane in range(_LANES):
                 row = rows[first + min(lane, count - 1)]
                 for axis in range(dimensions):
-                    place[axis * _LANES + lane] = query[row, axis]
+                    place[axis * _LANES + lane] = positions[row * dimensions + axis]
             if sample != last_sample:
                 last_square = f32(np.inf)
             last_sample = sample
@@ -369,22 +383,22 @@ def _search(query, rows, first_rows, last_rows, samples, limits, tree, index, di
             if found >= 0:
                 _search_block(points, candidates, found, limit, place, lists, choice)
                 for lane in range(count):
-                    row = rows[first + lane]
+                    own = rows[first + lane] * width
                     for slot in range(limit):
                         at = slot * _LANES + lane
-                        index[row, slot] = ids[candidates[np.int32(choice[at])]]
-                        distance[row, slot] = lists[at]
+                        found_rows[own + slot] = ids[candidates[np.int32(choice[at])]]
+                        squared[own + slot] = lists[at]
                 continue
             for lane in range(count):
-                row = rows[first + lane]
+                own = rows[first + lane] * width
                 x, y, z = place[lane], place[8 + lane], place[16 + lane]
                 worst = _widen(last_square, x - last[0], y - last[1], z - last[2])
                 _search_one(
-                    nodes, sample, limit, worst, x, y, z, scratch, index[row], distance[row]
-                )
-                last, last_square = (x, y, z), distance[row, limit - 1]
-        keep(integers)
-        keep(floats)
+                    nodes, sample, limit, worst, x, y, z, scratch,
+                    advance(found_rows, own), advance(squared, own),
+                )  # fmt: skip
+                last, last_square = (x, y, z), squared[own + limit - 1]
+        free(place)
 
 
 def _offsets(sizes):
@@ -443,10 +457,11 @@ def _plant(points, ids, sizes):
         np.empty(entries, np.int32),
         np.full(entries, _LAST, np.int32),
         np.empty(len(leaves), np.int32),
-        first_leaf[:-1],
-        leaves,
     )
-    _build(points, ids, _offsets(sizes), first_node[:-1], tree)
+    dimensions = points.shape[1]
+    _build(
+        points.reshape(-1), dimensions, ids, _offsets(sizes), first_leaf[:-1], first_node[:-1], tree
+    )
     return tree
 
 
@@ -473,5 +488,8 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve)
     first_rows = ends[samples] + nth * _LANES
     last_rows = np.minimum(first_rows + _LANES, ends[samples + 1])
     tree = _plant(in_order, ids, point_sizes)
-    _search(query, rows, first_rows, last_rows, samples, limits, tree, index, distance)
+    _search(
+        query.reshape(-1), query.shape[1], rows, first_rows, last_rows, samples, limits, tree,
+        width, index.reshape(-1), distance.reshape(-1),
+    )  # fmt: skip
     return torch.from_numpy(index), torch.from_numpy(distance)

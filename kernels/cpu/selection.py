@@ -6,28 +6,30 @@ from numba import prange
 
 from pointformer.kernels.cpu.clustering import sample_of
 from pointformer.kernels.cpu.runtime import called, kernel
+from pointformer.kernels.cpu.simd import f32, float_bits, pointer
 
-f32 = np.float32
 _CHUNK = 4096
 _NONE, _GRID, _ADAPTIVE = range(3)
 _PRIORS = {"none": _NONE, "grid": _GRID, "adaptive": _ADAPTIVE}
 
 
 @kernel
-def _occupancy(positions, offsets, extent, first_cell, count):
+def _occupancy(positions, offsets, extent, first_cell, dimensions, count):
     """Tokens per cell of every canvas, up to two; tokens outside are left out."""
-    dimensions = positions.shape[1]
-    for sample in prange(len(extent)):
+    for sample in prange(len(offsets) - 1):
+        where, size, cells = pointer(positions), pointer(extent), pointer(count)
         for row in range(offsets[sample], offsets[sample + 1]):
             cell = 0
             inside = True
             for axis in range(dimensions - 1, -1, -1):
-                coordinate = np.int64(positions[row, axis])
-                inside &= 0 <= coordinate < extent[sample, axis]
-                cell = cell * extent[sample, axis] + coordinate
+                coordinate = np.int64(where[row * dimensions + axis])
+                length = size[sample * dimensions + axis]
+                inside &= 0 <= coordinate < length
+                cell = cell * length + coordinate
             if inside:
                 cell += first_cell[sample]
-                count[cell] = min(count[cell] + 1, 2)
+                if cells[cell] < 2:
+                    cells[cell] += 1
 
 
 @called
@@ -53,20 +55,25 @@ def _any_within(x, y, z, width, height, depth, count, first_cell, radius):
 
 @kernel
 def _keys(
-    scores, positions, offsets, extent, first_cell, count, alpha, stride, prior, reserve, bits, out
-):
+    scores, positions, offsets, extent, first_cell, count, dimensions, alpha, stride, prior,
+    reserve, bits, out,
+):  # fmt: skip
     """(sample, not reserved, falling selection score, row in the sample) in one integer."""
-    tokens, dimensions = positions.shape
+    tokens = scores.size
     for chunk in prange((tokens + _CHUNK - 1) // _CHUNK):
         start = chunk * _CHUNK
         sample = sample_of(offsets, start)
-        ranking = np.empty(1, np.float32)
-        ranking_bits = ranking.view(np.int32)
+        starts, where, size, cells = (
+            pointer(offsets),
+            pointer(positions),
+            pointer(extent),
+            pointer(count),
+        )
         for row in range(start, min(start + _CHUNK, tokens)):
-            while row >= offsets[sample + 1]:
+            while row >= starts[sample + 1]:
                 sample += 1
-            x, y = np.int64(positions[row, 0]), np.int64(positions[row, 1])
-            z = np.int64(positions[row, 2]) if dimensions == 3 else 0
+            x, y = np.int64(where[row * dimensions]), np.int64(where[row * dimensions + 1])
+            z = np.int64(where[row * dimensions + 2]) if dimensions == 3 else 0
             together = x | y | z
             has_prior = False
             if prior == _GRID:
@@ -75,23 +82,23 @@ def _keys(
                 # The prior is 1 where all coordinates are multiples of 2t. With v the largest power
                 # of two that divides them, that is t <= v/2: another token is at most v/2 away.
                 lowest = together & -together
-                width, height = extent[sample, 0], extent[sample, 1]
-                depth = extent[sample, 2] if dimensions == 3 else 1
+                width, height = size[sample * dimensions], size[sample * dimensions + 1]
+                depth = size[sample * dimensions + 2] if dimensions == 3 else 1
                 if together == 0:
                     has_prior = True
                 elif lowest > 1 and 0 <= x < width and 0 <= y < height and 0 <= z < depth:
                     has_prior = _any_within(
-                        x, y, z, width, height, depth, count, first_cell[sample], lowest // 2
+                        x, y, z, width, height, depth, cells, first_cell[sample], lowest // 2
                     )
             coarse = 2 * stride
             place = 0
             if not (reserve and x % coarse == 0 and y % coarse == 0 and z % coarse == 0):
-                ranking[0] = f32(alpha * scores[row]) + (f32(1.0) if has_prior else f32(0.0))
-                ascending = np.int64(ranking_bits[0])
+                ranking = f32(alpha * scores[row]) + (f32(1.0) if has_prior else f32(0.0))
+                ascending = float_bits(ranking)
                 if ascending < 0:
                     ascending ^= 0x7FFFFFFF
                 place = (1 << 32) + (1 << 31) - 1 - ascending
-            out[row] = (((sample << 33) | place) << bits) | (row - offsets[sample])
+            out[row] = (((sample << 33) | place) << bits) | (row - starts[sample])
 
 
 @kernel
@@ -109,17 +116,18 @@ def _gather(keys, offsets, kept_offsets, bits, out):
 
 
 def select(scores, positions, offsets, extent, kept_offsets, kept, alpha, stride, prior, reserve):
-    scores, positions = scores.contiguous().numpy(), positions.contiguous().numpy()
+    dimensions = positions.shape[1]
+    scores, positions = scores.contiguous().numpy(), positions.contiguous().view(-1).numpy()
     offsets, extent, kept_offsets = offsets.numpy(), extent.numpy(), kept_offsets.numpy()
     first_cell = np.concatenate([[0], np.cumsum(np.prod(extent, axis=1))])
     count = np.zeros(first_cell[-1] if prior == "adaptive" else 0, np.int8)
     if prior == "adaptive":
-        _occupancy(positions, offsets, extent, first_cell, count)
+        _occupancy(positions, offsets, extent.ravel(), first_cell, dimensions, count)
     bits = int(np.diff(offsets).max(initial=1)).bit_length()
     keys = np.empty(len(scores), np.int64)
     _keys(
-        scores, positions, offsets, extent, first_cell, count, f32(alpha), stride, _PRIORS[prior],
-        reserve, bits, keys,
+        scores, positions, offsets, extent.ravel(), first_cell, count, dimensions, f32(alpha),
+        stride, _PRIORS[prior], reserve, bits, keys,
     )  # fmt: skip
     keys.sort()
     out = torch.empty(kept, dtype=torch.int64)

@@ -110,8 +110,8 @@ def store(typingctx, array, index, value):
 def pointer(typingctx, array):
     """Where the elements of a flat array are: `pointer[i]` and vectors without the array's costs.
 
-    Reference counts of arrays and indices that count from the end cost inner loops dearly. The
-    array must outlive its pointer: local ones end with `keep(array)`.
+    Reference counts of arrays and indices that count from the end cost inner loops dearly, and long
+    to compile. The array must outlive its pointer.
     """
     if not isinstance(array, types.Array) or array.ndim != 1 or array.layout != "C":
         return None
@@ -123,9 +123,87 @@ def pointer(typingctx, array):
 
 
 @intrinsic
-def keep(typingctx, array):
-    """Nothing, but the array exists until here."""
-    return types.void(array), lambda context, builder, sig, args: context.get_dummy_value()
+def advance(typingctx, pointer, index):
+    """The pointer to element `index` of what `pointer` points to."""
+    if not isinstance(pointer, types.CPointer) or not isinstance(index, types.Integer):
+        return None
+
+    def codegen(context, builder, sig, args):
+        return builder.gep(args[0], [context.cast(builder, args[1], sig.args[1], types.intp)])
+
+    return pointer(pointer, index), codegen
+
+
+def _cast(dtype, doc):
+    def define(typingctx, pointer):
+        if not isinstance(pointer, types.CPointer):
+            return None
+        result = types.CPointer(dtype)
+        return result(pointer), lambda context, builder, sig, args: builder.bitcast(
+            args[0], context.get_value_type(result)
+        )
+
+    define.__doc__ = doc
+    return intrinsic(define)
+
+
+as_int32 = _cast(types.int32, "The same memory as 32-bit integers.")
+as_int64 = _cast(types.int64, "The same memory as 64-bit integers.")
+
+_CACHE_LINE = 64
+
+
+@intrinsic
+def allocate(typingctx, count):
+    """A pointer to `count` float32 zeros, at the start of a cache line, until `free`.
+
+    What `np.zeros` is for kernels: that compiles longer than many a kernel.
+    """
+    if not isinstance(count, types.Integer):
+        return None
+
+    def codegen(context, builder, sig, args):
+        intp = context.get_value_type(types.intp)
+        count = context.cast(builder, args[0], sig.args[0], types.intp)
+        size = builder.mul(count, intp(4))
+        # Room to align, and for the address to free, kept in front.
+        block = context.nrt.allocate(builder, builder.add(size, intp(2 * _CACHE_LINE)))
+        address = builder.ptrtoint(block, intp)
+        start = builder.and_(builder.add(address, intp(2 * _CACHE_LINE - 1)), intp(-_CACHE_LINE))
+        data = builder.inttoptr(start, _FLOAT.as_pointer())
+        builder.store(address, builder.gep(builder.bitcast(data, intp.as_pointer()), [intp(-1)]))
+        cgutils.memset(builder, data, size, 0)
+        return data
+
+    return types.CPointer(types.float32)(count), codegen
+
+
+@intrinsic
+def free(typingctx, pointer):
+    """Give back what `allocate` gave."""
+    if pointer != types.CPointer(types.float32):
+        return None
+
+    def codegen(context, builder, sig, args):
+        intp = context.get_value_type(types.intp)
+        address = builder.gep(builder.bitcast(args[0], intp.as_pointer()), [intp(-1)])
+        block = builder.inttoptr(builder.load(address), cgutils.voidptr_t)
+        context.nrt.free(builder, block)
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
+
+
+@intrinsic
+def float_bits(typingctx, value):
+    """The 32 bits of a float32 as a signed integer, as int64."""
+    if value != types.float32:
+        return None
+
+    def codegen(context, builder, sig, args):
+        return builder.sext(builder.bitcast(args[0], _INDEX), ir.IntType(64))
+
+    return types.int64(value), codegen
 
 
 @intrinsic
