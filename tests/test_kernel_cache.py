@@ -58,19 +58,27 @@ def test_damaged_file_is_compiled_again(folder, damage):
 def test_old_builds_are_not_taken_when_a_shared_source_changes(folder, monkeypatch):
     run()
     (old,) = folder.iterdir()
-    monkeypatch.setattr(cache, "sources_digest", lambda: "0" * 16)
+    monkeypatch.setattr(cache, "sources_digest", lambda module: "0" * 16)
     assert run() == 1
     (new,) = folder.iterdir()
     assert new.name != old.name
 
 
-def test_digest_follows_every_source(tmp_path, monkeypatch):
+def test_digest_follows_imported_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_HERE", tmp_path)
-    digests = set()
-    for name, text in (("simd.py", "1"), ("simd.py", "2"), ("new.py", ""), ("simd.py", "1")):
-        (tmp_path / name).write_text(text)
-        digests.add(cache.sources_digest.__wrapped__())
-    assert len(digests) == 4
+
+    def digest():
+        return cache.sources_digest.__wrapped__("merge")
+
+    (tmp_path / "merge.py").write_text("from pointformer.kernels.cpu.special import log2")
+    (tmp_path / "special.py").write_text("from pointformer.kernels.cpu.simd import load")
+    (tmp_path / "simd.py").write_text("1")
+    (tmp_path / "other.py").write_text("1")
+    before = digest()
+    (tmp_path / "other.py").write_text("2")
+    assert digest() == before
+    (tmp_path / "simd.py").write_text("2")
+    assert digest() != before
 
 
 def test_builds_are_read_where_nothing_can_be_written(tmp_path, monkeypatch):

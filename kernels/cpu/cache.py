@@ -1,10 +1,11 @@
 """The disk cache of compiled kernels, for what Numba's own does not provide.
 
-A file holds one build of one kernel, under a name that says all it depends on: the sources of *all*
-kernels (Numba looks at one file, but kernels share others), the types of the arguments, the CPU and
-the versions of Python and Numba. So an old build is never taken for a new one, and processes that
-compile at once cannot mix up theirs. A checksum tells a damaged file; its kernel is compiled again.
-Builds are read from every place, writable or not, so that an image of a container can bring them.
+A file holds one build of one kernel, under a name that says all it depends on: the kernel's source
+file and those that it imports from here (Numba looks at the first alone), the types of the
+arguments, the CPU and the versions of Python and Numba. So an old build is never taken for a new
+one, and processes that compile at once cannot mix up theirs. A checksum tells a damaged file; its
+kernel is compiled again. Builds are read from every place, writable or not, so that an image of a
+container can bring them.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import functools
 import hashlib
 import os
 import pickle
+import re
 import sys
 import uuid
 import warnings
@@ -23,6 +25,7 @@ from numba.core.compiler import CompileResult
 
 SUFFIX = ".kernel"
 _HERE = Path(__file__).parent
+_IMPORTED = re.compile(r"pointformer\.kernels\.cpu\.(\w+)")
 _DIGEST = 32  # bytes of a checksum
 
 
@@ -40,17 +43,25 @@ def places():
 
 
 @functools.cache
-def sources_digest():
-    """A digest of the sources of all CPU kernels."""
-    digest = hashlib.sha256()
-    for path in sorted(_HERE.glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+def sources_digest(module):
+    """A digest of a file here, "attention" for example, and of all that it imports from here."""
+    sources, waiting = {}, {module}
+    while waiting:
+        name = waiting.pop()
+        path = _HERE / f"{name}.py"
+        sources[name] = path.read_text(encoding="utf-8") if path.exists() else ""
+        waiting |= {*_IMPORTED.findall(sources[name])} - sources.keys()
+    return hashlib.sha256(repr(sorted(sources.items())).encode()).hexdigest()[:16]
 
 
 def builds():
-    """Files of the compiled kernels that this version and its kernels' sources can have."""
-    return [path for place in places() for path in place.glob(f"*-{sources_digest()}-*{SUFFIX}")]
+    """Files of the compiled kernels that the present sources can have."""
+    return [
+        path
+        for place in places()
+        for path in sorted(place.glob(f"*{SUFFIX}"))
+        if path.name.split("-")[1] == sources_digest(path.name.split(".")[0])
+    ]
 
 
 class KernelCache(caching._Cache):
@@ -58,7 +69,10 @@ class KernelCache(caching._Cache):
 
     def __init__(self, function):
         module = function.__module__.rsplit(".", 1)[-1]
-        self._kernel = f"{module}.{function.__qualname__}-"
+        self._code = function.__code__.co_code
+        self._kernel = f"{module}.{function.__qualname__}-".replace("<", "").replace(">", "")
+        # Now, when it is imported: the files may change before it is compiled.
+        self._digest = sources_digest(module)
 
     @property
     def cache_path(self):
@@ -70,9 +84,10 @@ class KernelCache(caching._Cache):
     disable = flush = enable
 
     def _name(self, signature, codegen):
-        key = (signature, codegen.magic_tuple(), sys.version_info[:2], numba.__version__)
+        versions = (sys.version_info[:2], numba.__version__)
+        key = (self._code, signature, codegen.magic_tuple(), versions)
         key = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-        return f"{self._kernel}{sources_digest()}-{key}{SUFFIX}"
+        return f"{self._kernel}{self._digest}-{key}{SUFFIX}"
 
     def load_overload(self, signature, target_context):
         target_context.refresh()
@@ -94,7 +109,7 @@ class KernelCache(caching._Cache):
                 place.mkdir(parents=True, exist_ok=True)
                 _write(place / name, hashlib.sha256(content).digest() + content)
                 for path in place.glob(f"{self._kernel}*{SUFFIX}"):
-                    if not path.name.startswith(self._kernel + sources_digest()):
+                    if not path.name.startswith(self._kernel + self._digest):
                         path.unlink(missing_ok=True)  # of older sources
                 return
         _warn_once()

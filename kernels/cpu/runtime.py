@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import threading
 import types
 
@@ -27,28 +28,20 @@ class Kernel:
 
     def __init__(self, function, parallel=True):
         functools.update_wrapper(self, function)
-        self.function = function
-        self.has_parallel = parallel
-
-    @functools.cached_property
-    def parallel(self):
-        return _Build(self.function, parallel=True)
-
-    @functools.cached_property
-    def serial(self):
         # Symbols and files are named by a function's qualified name, not by how it was compiled.
-        twin = types.FunctionType(self.function.__code__, self.function.__globals__)
-        twin.__name__ = self.function.__name__ + "_serial"
-        twin.__qualname__ = self.function.__qualname__ + "_serial"
-        twin.__module__ = self.function.__module__
-        return _Build(twin)
+        twin = types.FunctionType(function.__code__, function.__globals__)
+        twin.__name__ = function.__name__ + "_serial"
+        twin.__qualname__ = function.__qualname__ + "_serial"
+        twin.__module__ = function.__module__
+        self.serial = _Build(twin)
+        self.parallel = _Build(function, parallel=True) if parallel else None
 
     def __call__(self, *args):
         if _every_build:
-            for build in (self.serial, self.parallel) if self.has_parallel else (self.serial,):
+            for build in filter(None, (self.serial, self.parallel)):
                 build.compile(tuple(map(numba.typeof, args)))
         threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-        if not self.has_parallel or threads == 1 or in_forked_process():
+        if self.parallel is None or threads == 1 or in_forked_process():
             return self.serial(*args)
         with _lock:  # the fallback threading layer is not safe to enter twice
             numba.set_num_threads(threads)
@@ -66,6 +59,21 @@ def every_build():
         _every_build = before
 
 
+@contextlib.contextmanager
+def _quick_compilation():
+    """LLVM's level 2: Numba's default of 3 compiles an eighth longer for kernels no faster. And no
+    garbage collection, which takes a twelfth of the time: all of torch is searched."""
+    before, collecting = numba.config.OPT, gc.isenabled()
+    numba.config.OPT = min(before, type(before)(2))
+    gc.disable()
+    try:
+        yield
+    finally:
+        numba.config.OPT = before
+        if collecting:
+            gc.enable()
+
+
 class _Build(CPUDispatcher):
     """A Numba function, compiled when it is called with new types and kept on disk."""
 
@@ -75,14 +83,8 @@ class _Build(CPUDispatcher):
         self._cache = KernelCache(function)
 
     def compile(self, sig):
-        # LLVM's level 2: Numba's default of 3 compiles an eighth longer for kernels no faster.
-        with global_compiler_lock:
-            before = numba.config.OPT
-            numba.config.OPT = min(before, type(before)(2))
-            try:
-                return super().compile(sig)
-            finally:
-                numba.config.OPT = before
+        with global_compiler_lock, _quick_compilation():
+            return super().compile(sig)
 
 
 class _Callee(CPUDispatcher):
