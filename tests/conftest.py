@@ -1,6 +1,11 @@
 """Options and profiles shared by all tests."""
 
 import os
+from pathlib import Path
+
+# Before torch is imported. Workers share the cores: threads that wait must not spin.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -19,13 +24,34 @@ settings.register_profile("thorough", max_examples=5000, **_COMMON)
 settings.load_profile("default")
 
 
+LONGER = {"long": "takes tens of seconds", "slow": "takes minutes"}  # each mark has its option
+
+
 def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also run tests marked long, as CI does")
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
     parser.addoption(
         "--data",
         default=os.environ.get("POINTFORMER_DATA"),
         help="folder with the larger data sets (or the environment variable POINTFORMER_DATA)",
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Folders of tests run on all cores, at most four; files and tests that are named, and
+    whatever else needs this process, run in it. `-n` decides otherwise."""
+    option = config.option
+    here = (
+        not hasattr(option, "numprocesses")  # pytest-xdist is not installed
+        or hasattr(config, "workerinput")
+        or any(Path(argument.split("::")[0]).is_file() for argument in config.args)
+        or option.usepdb
+        or config.getoption("--benchmark-only", default=False)
+    )
+    if not here and option.numprocesses is None:
+        option.numprocesses = min(4, len(os.sched_getaffinity(0)))
+        option.dist = "worksteal"
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -35,7 +61,8 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+        for mark, why in LONGER.items():
+            if mark in item.keywords and not config.getoption(f"--{mark}"):
+                item.add_marker(pytest.mark.skip(reason=f"{why}: run with --{mark}"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
