@@ -1,6 +1,6 @@
 """Every op forward and backward on a few tokens: what compute-sanitizer runs.
 
-compute-sanitizer --tool memcheck python bench/gpu/small.py [--device cuda]
+compute-sanitizer --tool memcheck python bench/gpu/small.py [--dtype float32] [--dimensions 2]
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from pointformer import (
 from pointformer.geometry.clustering import CURVES
 
 SIZES = (203, 0, 61)
+CASES = [
+    (dtype, dimensions) for dtype in ("float32", "bfloat16", "float16") for dimensions in (2, 3)
+]
 
 
 def leaf(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -122,17 +125,26 @@ def run_all(device: torch.device, dtype: torch.dtype, dimensions: int) -> list[t
     return results
 
 
+def check(device: torch.device, dtype: str, dimensions: int) -> int:
+    """The number of results of `run_all`, which all have to be finite."""
+    torch.manual_seed(0)
+    results = run_all(device, getattr(torch, dtype), dimensions)
+    bad = sum(not torch.isfinite(result).all() for result in results)
+    if bad:
+        raise ValueError(f"{dtype}, {dimensions}-D: {bad} of {len(results)} results are not finite")
+    return len(results)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    device = torch.device(parser.parse_args().device)
-    torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for dimensions in (2, 3):
-            for result in run_all(device, dtype, dimensions):
-                if not torch.isfinite(result).all():
-                    raise SystemExit(f"{dtype}, {dimensions}-D: a result is not finite")
-    print("all finite")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; all by default")
+    parser.add_argument("--dimensions", type=int, help="2 or 3; both by default")
+    options = parser.parse_args()
+    for dtype, dimensions in CASES:
+        if options.dtype in (None, dtype) and options.dimensions in (None, dimensions):
+            count = check(torch.device(options.device), dtype, dimensions)
+            print(f"{dtype}, {dimensions}-D: {count} results, all finite", flush=True)
     return 0
 
 
