@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pointformer.models import Model
 
-SIDES = ((64, 64), (192, 256))  # of one token per cluster's reach, and of more
+SIDES = ((64, 64), (192, 256))  # all tokens attend to all in some stages, and in none
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
