@@ -28,7 +28,15 @@ from pointformer.data.coco import (
     write_coco_results,
 )
 from pointformer.data.folders import Sample, load_split, read_folder, write_folder_objects
-from pointformer.data.images import read_image, read_instances, read_labels
+from pointformer.data.images import (
+    Picture,
+    Reading,
+    image_size,
+    open_picture,
+    read_image,
+    read_instances,
+    read_labels,
+)
 from pointformer.data.labels import read_ade20k, write_labels, write_map
 
 __all__ = [
@@ -44,11 +52,15 @@ __all__ = [
     "Dataset",
     "Mask",
     "Objects",
+    "Picture",
+    "Reading",
     "Sample",
     "Segment",
     "SegmentMap",
+    "image_size",
     "load_split",
     "named_categories",
+    "open_picture",
     "random_colors",
     "random_crop",
     "read_ade20k",

@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -51,6 +52,8 @@ class StoredPillow:
         self, source: str | os.PathLike[str] | Image.Image, max_pixels: int, numbers: bool = False
     ) -> None:
         self._numbers = numbers
+        again = source if isinstance(source, Image.Image) else os.path.abspath(source)
+        self._again = again, max_pixels, numbers  # in another process the file is opened again
         self._decoded: tuple[int, np.ndarray] | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is decoded in spite of a flaw is good enough
@@ -78,6 +81,9 @@ class StoredPillow:
             (("frame", frames),) if frames > 1 else (),
             orientation if orientation in range(1, 9) else 1,
         )
+
+    def __reduce__(self):
+        return StoredPillow, self._again
 
     def _kind(self) -> tuple[bool, np.dtype]:
         """Whether there is one channel, and of what type."""
@@ -165,7 +171,7 @@ def _scale(picture: Image.Image) -> int:
     return {"L;2": 85, "L;4": 17}.get(arguments, 1) if isinstance(arguments, str) else 1
 
 
-def _arguments(picture: Image.Image) -> object:
+def _arguments(picture: Image.Image) -> Any:
     """What the decoder of a file is told, among it the mode as stored."""
     tiles = getattr(picture, "tile", None)
     return tiles[0][3] if tiles else ""

@@ -69,7 +69,14 @@ def stored_tiffs(
             f"got {len(handle.file.pages)}: the file is truncated"
         )
     series = [first, *(item for item in others if not _is_beside(item))]
-    return [StoredTiff(path, handle, item, max_pixels, numbers) for item in series]
+    return [
+        StoredTiff(path, handle, item, max_pixels, numbers, place)
+        for place, item in enumerate(series)
+    ]
+
+
+def _stored_again(path: str, max_pixels: int, numbers: bool, place: int) -> StoredTiff:
+    return stored_tiffs(path, max_pixels, numbers)[place]
 
 
 class _Handle:
@@ -104,7 +111,10 @@ class StoredTiff:
         series: TiffPageSeries,
         max_pixels: int,
         numbers: bool,
+        place: int,
     ) -> None:
+        # In another process the file is opened again.
+        self._again = os.path.abspath(path), max_pixels, numbers, place
         self.name = os.fspath(path)
         self._handle, self._series, self._page = handle, series, series.keyframe
         self._numbers = numbers
@@ -121,6 +131,9 @@ class StoredTiff:
         self._max_pixels = max_pixels
         self._whole: np.ndarray | None = None
         self.layout = self._layout((height, width))
+
+    def __reduce__(self):
+        return _stored_again, self._again
 
     # What there is ------------------------------------------------------------------------------
 
@@ -236,11 +249,9 @@ class StoredTiff:
 
     def _read_samples(self, place: tuple) -> np.ndarray:
         """A window (h, w) of one channel of one plane, by an index for each axis."""
-        mapped = self._is_mapped()
-        if self._whole is None and not mapped and not self._in_pages():
-            self._whole = self._all()
-        if mapped or self._whole is not None:
-            values = np.array((self._map() if mapped else self._whole)[place])
+        array = self._array()
+        if array is not None:
+            values = np.array(array[place])
             values = values.T if self._y > self._x else values
             return values.astype(values.dtype.newbyteorder("="), copy=False)
         after = self._y + 2
@@ -254,18 +265,17 @@ class StoredTiff:
             int(number), int(sample), int(layer), int(inner), place[self._y], place[self._x]
         )
 
-    def _is_mapped(self) -> bool:
-        """Whether the file's own bytes are an array of the series' axes."""
-        return (
-            self._series.transform is None
-            and self._series.dataoffset is not None
-            and self._page.is_memmappable
-        )
-
-    def _map(self) -> np.ndarray:
-        """For one window: pages of the file that were looked at count as used memory until then."""
-        dtype = np.dtype(self._series.dtype).newbyteorder(self._handle.file.byteorder)
-        return np.memmap(self._handle.path, dtype, "r", self._series.dataoffset, self._shape)
+    def _array(self) -> np.ndarray | None:
+        """The series as one array, or `None` where it is read by pages."""
+        series = self._series
+        if series.transform is None and series.dataoffset is not None and self._page.is_memmappable:
+            # The file's own bytes, for one window: what was looked at counts as used memory.
+            dtype = np.dtype(series.dtype).newbyteorder(self._handle.file.byteorder)
+            return np.memmap(self._handle.path, dtype, "r", series.dataoffset, self._shape)
+        if self._whole is None and not self._in_pages():
+            check_pixels(self.name, math.prod(self._shape), 1, 4 * self._max_pixels)
+            self._whole = series.asarray().reshape(self._shape)
+        return self._whole
 
     def _in_pages(self) -> bool:
         """Whether an index of the series tells the page and the place in it."""
@@ -277,11 +287,6 @@ class StoredTiff:
             and math.prod(self._shape[: self._y]) == len(self._series) * separate * depth
             and math.prod(self._shape[self._x + 1 :]) == contiguous
         )
-
-    def _all(self) -> np.ndarray:
-        """All of a series whose pages are arranged in another way."""
-        check_pixels(self.name, math.prod(self._shape), 1, 4 * self._max_pixels)
-        return self._series.asarray().reshape(self._shape)
 
     def _read_page(
         self, number: int, sample: int, layer: int, inner: int, rows: slice, columns: slice
