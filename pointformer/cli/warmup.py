@@ -77,7 +77,8 @@ def compile_for(model: Model, training: bool = False) -> None:
                 # In eval mode: the same kernels, but nothing of the model moves.
                 outputs = [x for x in _tensors(model(batch)) if x.requires_grad]
                 parameters = [p for p in model.parameters() if p.requires_grad]
-                torch.autograd.grad(sum(x.sum() for x in outputs), parameters, allow_unused=True)
+                total = torch.stack([x.sum() for x in outputs]).sum()
+                torch.autograd.grad(total, parameters, allow_unused=True)
     model.train(was_training)
 
 
