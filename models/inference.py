@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from pointformer.annotations import Objects, SegmentMap
 from pointformer.models.mask2former import MaskPredictions
 from pointformer.models.model import Model
-from pointformer.models.postprocess import (
-    Instances,
-    Panoptic,
-    instances,
-    panoptic,
-    semantic_scores,
-)
+from pointformer.models.postprocess import instances, panoptic, semantic_scores
 from pointformer.tiling import default_overlap, windows_of
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode and takes no gradients; after it, every part of it is in
+    the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def predict(
     model: Model, image: Tensor, *, top: int | None = None, min_score: float | None = None
-) -> Instances | Panoptic | Tensor:
-    """What a model sees in one image, by its task.
+) -> Objects | SegmentMap | Tensor:
+    """What a model sees in one image, in eval mode, by its task.
 
     Args:
         model: with a mask head and a task, or a dense head and the task "semantic".
@@ -31,12 +42,12 @@ def predict(
         min_score: objects and segments with less are left out; default 0 and 0.8.
 
     Returns:
-        `Instances`, `Panoptic`, or the class of each pixel, (H, W) int64.
+        `Objects`, `SegmentMap`, or the class of each pixel, (H, W) int64.
 
     Raises:
         ValueError: the model has no task, or its head makes no masks.
     """
-    with torch.inference_mode():
+    with evaluating(model):
         predictions = model(image[None])
         if model.head_name == "dense" and model.task == "semantic":
             return predictions[0].argmax(0)
@@ -63,7 +74,6 @@ def things_of(model: Model) -> list[int]:
     return [number for number, category in enumerate(model.categories) if category.is_thing]
 
 
-@torch.inference_mode()
 def predict_semantic(
     model: Model,
     image: Tensor,
@@ -94,16 +104,17 @@ def predict_semantic(
     blended = overlap if overlap is not None else default_overlap(tile)
     total: Tensor | None = None
     weights = image.new_zeros(height, width)
-    for window in windows:
-        rows, columns = window.window
-        scores = _augmented(model, image[:, rows, columns], scales, flip)
-        fade = _fade(*scores.shape[1:], blended, scores) if len(windows) > 1 else 1.0
-        if total is None:
-            total = scores.new_zeros(len(scores), height, width)
-        total[:, rows, columns] += scores * fade
-        weights[rows, columns] += fade
-    assert total is not None
-    return total / weights
+    with evaluating(model):
+        for window in windows:
+            rows, columns = window.window
+            scores = _augmented(model, image[:, rows, columns], scales, flip)
+            fade = _fade(*scores.shape[1:], blended, scores) if len(windows) > 1 else 1.0
+            if total is None:
+                total = scores.new_zeros(len(scores), height, width)
+            total[:, rows, columns] += scores * fade
+            weights[rows, columns] += fade
+        assert total is not None
+        return total / weights
 
 
 def _augmented(model: Model, image: Tensor, scales: Sequence[float], flip: bool) -> Tensor:

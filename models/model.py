@@ -121,7 +121,10 @@ class Model(nn.Module):
         head: maps the stages to the output of `forward`.
         task: "semantic", "instance" or "panoptic", what masks are turned into; `None` where the
             head makes none.
-        categories: names, colors and countability of the K classes, or `None`.
+        finds_instances: whether the head is "dense", of three classes that tell instances of one
+            kind apart: background, inside, border.
+        categories: names, colors and countability of the classes of what the model finds, or
+            `None`.
         head_options: the options that the head was made with.
         preprocess: normalization of raw images, see `Preprocess`; not applied by `forward`. For
             other values: `model.preprocess = Preprocess(mean, std)`.
@@ -150,10 +153,16 @@ class Model(nn.Module):
             raise ValueError(
                 f"task: head {head!r} with {num_classes} classes is not made for {task!r}"
             )
-        if categories is not None and len(categories) != num_classes:
-            raise ValueError(
-                f"categories: expected one for each of {num_classes} classes, got {len(categories)}"
+        self.finds_instances = head == "dense" and num_classes == 3 and task != "semantic"
+        kinds = 1 if self.finds_instances else num_classes
+        if categories is not None and len(categories) != kinds:
+            found = (
+                "one, of the objects: the classes of a dense head that finds instances are "
+                "background, inside and border (task='semantic' for a map of 3 classes)"
+                if self.finds_instances
+                else f"one for each of {num_classes} classes"
             )
+            raise ValueError(f"categories: expected {found}, got {len(categories)}")
         self.name = name
         self.head_name = head
         self.num_classes = num_classes

@@ -7,98 +7,49 @@ the padded image, cropped to the image, and then resized to `output_sizes` where
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pointformer.annotations import Segment
+from pointformer.annotations import Mask, Objects, Segment, SegmentMap
 from pointformer.models.mask2former import MaskPredictions
 
 Sizes = Sequence[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Instances:
-    """Objects of one image, best first; their masks may overlap.
-
-    Attributes:
-        masks: (N, H, W) bool.
-        classes: (N,) int64.
-        scores: (N,) float32, class probability times the mask's mean probability inside.
-    """
-
-    masks: Tensor
-    classes: Tensor
-    scores: Tensor
-
-    def boxes(self) -> Tensor:
-        """(N, 4) int64 x0, y0, x1, y1, ends exclusive; zeros for an empty mask."""
-        boxes = torch.zeros(len(self.masks), 4, dtype=torch.int64, device=self.masks.device)
-        for n, mask in enumerate(self.masks):
-            columns, rows = mask.any(0).nonzero()[:, 0], mask.any(1).nonzero()[:, 0]
-            if len(rows):
-                ends = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-                boxes[n] = torch.stack(ends)
-        return boxes
-
-    def confident(self, min_score: float = 0.5) -> Instances:
-        """Those with at least this score."""
-        kept = self.scores >= min_score
-        return Instances(self.masks[kept], self.classes[kept], self.scores[kept])
-
-    def painted(self) -> Panoptic:
-        """A map without overlaps, better objects on top of worse ones; hidden ones are left out."""
-        size = self.masks.shape[1:]
-        owner = torch.zeros(size, dtype=torch.int64, device=self.masks.device)
-        for n in reversed(range(len(self.masks))):
-            owner[self.masks[n]] = n + 1
-        areas = torch.bincount(owner.flatten(), minlength=len(self.masks) + 1)[1:]
-        visible = areas > 0
-        number = torch.cat([visible.new_zeros(1), visible.cumsum(0) * visible])
-        segments = [
-            Segment(
-                int(number[n + 1]), int(self.classes[n]), int(area), score=float(self.scores[n])
-            )
-            for n, area in enumerate(areas)
-            if area > 0
-        ]
-        return Panoptic(number[owner].int(), tuple(segments))
-
-
-@dataclass(frozen=True)
-class Panoptic:
-    """Segments of one image that do not overlap.
-
-    Attributes:
-        ids: (H, W) int32, 0 where there is no segment.
-        segments: one for each id; `area` in pixels, `score` of the best query in it.
-    """
-
-    ids: Tensor
-    segments: tuple[Segment, ...]
+_AT_ONCE = 16  # masks of whole images
 
 
 def image_masks(
     predictions: MaskPredictions, image_sizes: Sizes, output_sizes: Sizes | None = None
 ) -> list[Tensor]:
     """Mask logits per image: (Q, H, W), `image_sizes` being (H, W) of the images the model saw."""
-    resized = []
-    for number, (maps, (height, width)) in enumerate(
-        zip(predictions.masks(), image_sizes, strict=True)
-    ):
-        stride = predictions.stride
+    stride = predictions.stride
+    cells = _cells(predictions, image_sizes)
+    wanted = [None] * len(cells) if output_sizes is None else output_sizes
+    return [
+        _on_image(maps, stride, *sizes)
+        for maps, *sizes in zip(cells, image_sizes, wanted, strict=True)
+    ]
+
+
+def _cells(predictions: MaskPredictions, image_sizes: Sizes) -> list[Tensor]:
+    """Mask logits per image on the finest grid's cells, (Q, h, w), which `image_sizes` must fit."""
+    cells, stride = predictions.masks(), predictions.stride
+    for number, (maps, (height, width)) in enumerate(zip(cells, image_sizes, strict=True)):
         if tuple(maps.shape[-2:]) != (-(-height // stride), -(-width // stride)):
             raise ValueError(
                 f"image_sizes: image {number} cannot be {height} x {width}, its masks have "
                 f"{maps.shape[-2]} x {maps.shape[-1]} cells of {stride} x {stride} pixels"
             )
-        padded = [stride * side for side in maps.shape[-2:]]
-        maps = _resize(maps, padded)[..., :height, :width]
-        if output_sizes is not None and tuple(output_sizes[number]) != (height, width):
-            maps = _resize(maps, output_sizes[number])
-        resized.append(maps)
-    return resized
+    return list(cells)
+
+
+def _on_image(
+    maps: Tensor, stride: int, image_size: tuple[int, int], output_size: tuple[int, int] | None
+) -> Tensor:
+    """(Q, h, w) logits of cells as (Q, H, W) of the image's pixels, or of the output's."""
+    height, width = image_size
+    maps = _resize(maps, [stride * side for side in maps.shape[-2:]])[..., :height, :width]
+    return maps if output_size is None else _resize(maps, output_size)
 
 
 def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -133,8 +84,10 @@ def instances(
     top: int | None = 100,
     min_score: float = 0.0,
     things: Collection[int] | None = None,
-) -> list[Instances]:
-    """The `top` pairs of query and class per image as objects.
+) -> list[Objects]:
+    """The `top` pairs of query and class per image as objects, best first.
+
+    Their score is the class probability times the mean mask probability inside.
 
     Args:
         top: as published, for COCO; `None`: as many as there are queries, if that is more.
@@ -142,7 +95,8 @@ def instances(
         things: the classes that are countable; all if `None`. Others are left out.
     """
     found = []
-    for number, maps in enumerate(image_masks(predictions, image_sizes, output_sizes)):
+    sizes = image_sizes if output_sizes is None else output_sizes
+    for number, cells in enumerate(_cells(predictions, image_sizes)):
         probability = predictions.class_logits[number].softmax(1)[:, :-1]
         classes = probability.shape[1]
         most = max(100, len(probability)) if top is None else top
@@ -151,13 +105,27 @@ def instances(
         if things is not None:
             kept = torch.isin(category, torch.tensor(sorted(things), device=category.device))
             query, category, scores = query[kept], category[kept], scores[kept]
-        logits = maps[query]
-        masks = logits > 0
-        inside = (logits.sigmoid() * masks).flatten(1).sum(1) / (masks.flatten(1).sum(1) + 1e-6)
-        scores = scores * inside
+        masks: dict[int, Mask] = {}
+        inside = torch.zeros(len(probability), dtype=scores.dtype, device=scores.device)
+        for some in query.unique().split(_AT_ONCE):
+            target = None if output_sizes is None else output_sizes[number]
+            logits = _on_image(cells[some], predictions.stride, image_sizes[number], target)
+            pixels = logits > 0
+            total = (logits.sigmoid() * pixels).flatten(1).sum(1)
+            inside[some] = (total / (pixels.flatten(1).sum(1) + 1e-6)).to(inside.dtype)
+            masks |= zip(some.tolist(), map(Mask.of, pixels.cpu()), strict=True)
+        scores = scores * inside[query]
         order = scores.argsort(descending=True, stable=True)
-        order = order[(scores[order] >= min_score) & masks[order].flatten(1).any(1)]
-        found.append(Instances(masks[order], category[order], scores[order]))
+        order = order[scores[order] >= min_score]
+        places = [n for n in order.tolist() if masks[int(query[n])].area]
+        found.append(
+            Objects(
+                [masks[int(query[n])] for n in places],
+                category[places].cpu(),
+                scores[places].float().cpu(),
+                sizes[number],
+            )
+        )
     return found
 
 
@@ -169,8 +137,10 @@ def panoptic(
     things: Collection[int],
     min_score: float = 0.8,
     min_visible: float = 0.8,
-) -> list[Panoptic]:
+) -> list[SegmentMap]:
     """Segments that do not overlap; those of one class that is not in `things` are joined.
+
+    Their score is that of the best query in them.
 
     Args:
         things: the classes that are countable.
@@ -208,5 +178,5 @@ def panoptic(
                     joined[label] = len(segments)
                 ids[visible] = len(segments) + 1
                 segments.append(Segment(len(segments) + 1, label, size, score=score))
-        results.append(Panoptic(ids, tuple(segments)))
+        results.append(SegmentMap(ids.cpu().numpy(), tuple(segments)))
     return results

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import torch
 
-from pointformer.annotations import Category, Objects, Segment, masks_of
+from pointformer.annotations import Category, Objects, SegmentMap
 from pointformer.data.annotations import Annotation, Dataset
 from pointformer.data.categories import CITYSCAPES_THINGS
-from pointformer.data.images import Reading, read_image
+from pointformer.data.images import Reading, open_picture, read_image
 from pointformer.metrics import average_precision
 from pointformer.metrics.instances import IOU_THRESHOLDS
-from pointformer.segmentation import segment, to_tensor
+from pointformer.segmentation import look, to_tensor
+from pointformer.tiling import windows_of
 
 if TYPE_CHECKING:
     from pointformer.models import Model
-    from pointformer.models.postprocess import Panoptic
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ def _check_model(model: Model, classes: int, task: str) -> None:
             f"model: {model.name} with head {model.head_name!r} is not made for {task!r}"
         )
     dense_objects = model.head_name == "dense" and task == "instance"
-    own = 1 if dense_objects else model.num_classes
-    if dense_objects and model.num_classes != 3:
+    if dense_objects and not model.finds_instances:
         raise ValueError(
             f"model: a dense head needs 3 classes to find objects, it has {model.num_classes}"
         )
+    own = 1 if dense_objects else model.num_classes
     if own != classes:
         raise ValueError(f"model: has {own} classes, the data set {classes}")
 
@@ -131,6 +131,12 @@ def _pixels(annotation: Annotation, reading: Reading) -> np.ndarray:
 def _normalized(model: Model, image: np.ndarray) -> torch.Tensor:
     device = next(model.parameters()).device
     return model.preprocess(to_tensor(image).to(device))
+
+
+def _found(model: Model, image: np.ndarray, tile: int | None) -> Objects | SegmentMap:
+    picture = open_picture(image)
+    found, _ = look(model, picture, windows_of(*picture.shape, tile, None))
+    return found
 
 
 class _Semantic:
@@ -182,16 +188,10 @@ class _Instance:
 
     def _objects(self, image: np.ndarray) -> tuple[Objects, np.ndarray]:
         """Objects with all their scores, and the ids that `segment` shows."""
-        from pointformer.models.inference import predict
-
-        if self.model.head_name == "dense" or self.tile:
-            shown = segment(self.model, image, tile=self.tile)
-            masks = masks_of(shown.labels, range(1, shown.count + 1))
-            return Objects(masks, shown.classes, shown.scores, shown.labels.shape), shown.labels
-        result = predict(self.model, _normalized(self.model, image))
-        labels = result.confident().painted().ids.cpu().numpy()
-        arrays = (x.cpu().numpy() for x in (result.masks, result.classes, result.scores))
-        return Objects(*arrays), labels
+        found = _found(self.model, image, self.tile)
+        if isinstance(found, SegmentMap):
+            return found.objects(), found.ids
+        return found, found.confident().painted().ids
 
     def _countable(
         self, labels: np.ndarray, annotation: Annotation
@@ -230,23 +230,7 @@ class _Panoptic:
         self.metric = PanopticQuality(categories)
 
     def update(self, image: np.ndarray, annotation: Annotation) -> None:
-        self.metric.update(self._segments(image), annotation)
-
-    def _segments(self, image: np.ndarray) -> Panoptic:
-        from pointformer.models.inference import predict
-        from pointformer.models.postprocess import Panoptic
-
-        if not self.tile:
-            result = predict(self.model, _normalized(self.model, image))
-            return Panoptic(result.ids.cpu(), result.segments)
-        shown = segment(self.model, image, tile=self.tile)
-        areas = np.bincount(shown.labels.ravel(), minlength=shown.count + 1)[1:]
-        rows = zip(shown.classes, areas.tolist(), shown.scores, strict=True)
-        segments = [
-            Segment(number, kind, area, score=score)
-            for number, (kind, area, score) in enumerate(rows, 1)
-        ]
-        return Panoptic(torch.from_numpy(shown.labels), tuple(segments))
+        self.metric.update(_found(self.model, image, self.tile), annotation)
 
     def compute(self) -> dict[str, float]:
         result = self.metric.compute()

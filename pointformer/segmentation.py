@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Unpack
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import torch
 
-from pointformer.annotations import Category
+from pointformer.annotations import Category, Objects, Segment, SegmentMap
 from pointformer.data.images import Picture, Reading, open_picture
-from pointformer.tiling import Tile, stitch, windows_of
+from pointformer.tiling import Tile, stitch, stitch_objects, windows_of
 
 if TYPE_CHECKING:
     from pointformer.data.images import PictureSource
@@ -130,11 +131,6 @@ def segment(
         ValueError, TypeError: the image is unreadable or no picture, it needs a choice or more
             memory than there is, or the model has another head.
     """
-    if model.task is None and not _finds_nuclei(model):
-        raise ValueError(
-            f"model: expected a dense head with 3 classes, or a mask head and a task, got "
-            f"{model.name} with head {model.head_name!r} and {model.num_classes} classes"
-        )
     factor = _scale(model, scale, diameter)
     picture = open_picture(image, **reading)
     seen = picture.scaled(factor)
@@ -144,20 +140,77 @@ def segment(
         picture = open_picture(picture.read())
         seen = picture.scaled(factor)
     start = time.perf_counter()
-    found = [_segment_window(model, to_tensor(seen[w.window]), min_score) for w in windows]
-    labels, classes, scores, tokens = found[0]
-    if len(windows) > 1:
-        parts = [(w, ids, kinds) for w, (ids, kinds, _, _) in zip(windows, found, strict=True)]
-        labels, sources = stitch(seen.shape, parts, uncountable=_uncountable(model))
-        classes = [parts[joined[0][0]][2][joined[0][1] - 1] for joined in sources]
-        scores = [max(found[part][2][item - 1] for part, item in joined) for joined in sources]
-        tokens = [sum(counts) for counts in zip(*(part[3] for part in found), strict=True)]
+    found, tokens = look(model, seen, windows, min_score=min_score)
+    if isinstance(found, Objects):
+        found = found.confident(0.5 if min_score is None else min_score).painted()
+    labels = found.ids
+    classes = [segment.category for segment in found.segments]
+    scores = [segment.score for segment in found.segments]
     if seen.shape != picture.shape:
         labels, kept = _resized(labels, picture.shape)
         classes, scores = [classes[n - 1] for n in kept], [scores[n - 1] for n in kept]
     seconds = time.perf_counter() - start
     return Segmentation(
-        picture, labels, tuple(tokens), seconds, tuple(classes), tuple(scores), model.categories
+        picture, labels, tokens, seconds, tuple(classes), tuple(scores), model.categories
+    )
+
+
+def look(
+    model: Model, picture: Picture, windows: Sequence[Tile], *, min_score: float | None = None
+) -> tuple[Objects | SegmentMap, tuple[int, ...]]:
+    """What a model finds in a picture, window by window, before anything is cut or painted over.
+
+    Args:
+        model: see `segment`.
+        picture: as large as the network is to see it.
+        windows: see `windows_of`.
+        min_score: of panoptic segments, see `segment`; objects of mask models keep every score.
+
+    Returns:
+        `Objects` of mask models for the task "instance", else a `SegmentMap`; and the tokens in
+        each stage of the backbone, summed over windows. Both joined across windows.
+
+    Raises:
+        ValueError: the model has no task and its head does not find instances.
+    """
+    from pointformer.models.inference import evaluating
+
+    if model.task is None and not model.finds_instances:
+        raise ValueError(
+            f"model: expected a dense head with 3 classes, or a mask head and a task, got "
+            f"{model.name} with head {model.head_name!r} and {model.num_classes} classes"
+        )
+    found, counts = [], []
+
+    def count(module: torch.nn.Module, inputs: object, stages: list) -> None:
+        counts.append([stage.tokens.num_tokens for stage in stages])
+
+    hook = model.backbone.register_forward_hook(count)
+    try:
+        with evaluating(model):
+            for window in windows:
+                found.append(_look_at(model, to_tensor(picture[window.window]), min_score))
+    finally:
+        hook.remove()
+    tokens = tuple(sum(stage) for stage in zip(*counts, strict=True))
+    if len(windows) == 1:
+        return found[0], tokens
+    parts = list(zip(windows, found, strict=True))
+    if isinstance(found[0], Objects):
+        return stitch_objects(picture.shape, parts), tokens
+    maps = [(w, part.ids, [s.category for s in part.segments]) for w, part in parts]
+    ids, sources = stitch(picture.shape, maps, uncountable=_uncountable(model))
+    scores = (max(found[part].segments[item - 1].score for part, item in own) for own in sources)
+    kinds = (maps[own[0][0]][2][own[0][1] - 1] for own in sources)
+    return segment_map(ids, kinds, scores), tokens
+
+
+def segment_map(ids: np.ndarray, classes: Iterable[int], scores: Iterable[float]) -> SegmentMap:
+    """A map from ids (H, W) int32, 0 and 1 to N, with the class and the score of each id."""
+    areas = np.bincount(ids.ravel())[1:].tolist()
+    rows = zip(areas, classes, scores, strict=True)
+    return SegmentMap(
+        ids, tuple(Segment(n, kind, area, score=s) for n, (area, kind, s) in enumerate(rows, 1))
     )
 
 
@@ -206,11 +259,6 @@ def _resized(labels: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, li
     return number[labels], kept.tolist()
 
 
-def _finds_nuclei(model: Model) -> bool:
-    """Whether instances are read off a map of background, inside and border."""
-    return model.head_name == "dense" and model.num_classes == 3 and model.task != "semantic"
-
-
 def _uncountable(model: Model) -> list[int]:
     """Classes whose pixels are one region of a picture."""
     from pointformer.models.inference import things_of
@@ -221,40 +269,19 @@ def _uncountable(model: Model) -> list[int]:
     return sorted(set(range(model.num_classes)) - set(things))
 
 
-def _segment_window(
-    model: Model, image: torch.Tensor, min_score: float | None
-) -> tuple[np.ndarray, list[int], list[float], list[int]]:
-    """Ids (H, W) of a uint8 image (3, H, W), class and score of each, and tokens per stage."""
+def _look_at(model: Model, image: torch.Tensor, min_score: float | None) -> Objects | SegmentMap:
+    """What a model finds in a uint8 image (3, H, W)."""
     from pointformer.instances import instances_from_logits
     from pointformer.models.inference import predict
-    from pointformer.models.postprocess import Instances, Panoptic
 
-    device = next(model.parameters()).device
-    counts: list[int] = []
-
-    def count(module: torch.nn.Module, inputs: object, stages: list) -> None:
-        counts.extend(stage.tokens.num_tokens for stage in stages)
-
-    hook = model.backbone.register_forward_hook(count)
-    try:
-        with torch.inference_mode():
-            pixels = model.preprocess(image.to(device))
-            if _finds_nuclei(model):
-                logits = model(pixels[None])[0]
-                labels = instances_from_logits(logits.float().cpu().numpy())
-                objects = int(labels.max(initial=0))
-                return labels, [0] * objects, [1.0] * objects, counts
-            if model.task == "instance" and min_score is None:
-                min_score = 0.5
-            result = predict(model, pixels, min_score=min_score)
-    finally:
-        hook.remove()
-    if isinstance(result, Instances):
-        result = result.painted()
-    if isinstance(result, Panoptic):
-        kinds = [segment.category for segment in result.segments]
-        scores = [segment.score for segment in result.segments]
-        return result.ids.cpu().numpy(), kinds, scores, counts
-    classes, labels = np.unique(result.cpu().numpy(), return_inverse=True)
-    labels = (labels.reshape(result.shape) + 1).astype(np.int32)
-    return labels, classes.tolist(), [1.0] * len(classes), counts
+    pixels = model.preprocess(image.to(next(model.parameters()).device))
+    if model.finds_instances:
+        ids = instances_from_logits(model(pixels[None])[0].float().cpu().numpy())
+        objects = int(ids.max(initial=0))
+        return segment_map(ids, [0] * objects, [1.0] * objects)
+    result = predict(model, pixels, min_score=min_score if model.task == "panoptic" else None)
+    if not isinstance(result, torch.Tensor):
+        return result
+    classes, ids = np.unique(result.cpu().numpy(), return_inverse=True)
+    ids = (ids.reshape(result.shape) + 1).astype(np.int32)
+    return segment_map(ids, classes.tolist(), [1.0] * len(classes))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from pointformer.annotations import Mask, Objects
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def stitch(
     """One map of ids from those of overlapping tiles.
 
     Two objects of different tiles are the same one if they have the same category and, where the
-    tiles overlap, an intersection over union of at least `agreement`.
+    tiles overlap, an intersection over union of at least `agreement`; the best pairs come first,
+    and no two objects of one tile become one. A pixel is decided by the tile whose core it is in.
 
     Args:
         shape: (H, W) of the picture.
@@ -95,30 +98,14 @@ def stitch(
         (H, W) int32 ids from 1 in the order of the tiles, and for each id the (part, id in it) that
         it was joined from.
     """
-    firsts = np.cumsum([0, *(len(categories) for _, _, categories in parts)])
-    given = (np.asarray(categories, np.int64) for _, _, categories in parts)
-    category = np.concatenate([np.zeros(0, np.int64), *given])
-    parent = np.arange(firsts[-1])
+    categories = [kinds for _, _, kinds in parts]
 
-    def root(item: int) -> int:
-        while parent[item] != item:
-            parent[item] = parent[parent[item]]
-            item = parent[item]
-        return item
+    def overlaps(a: int, b: int) -> Iterator[_Pair]:
+        return _overlaps_of_ids(parts[a][:2], parts[b][:2])
 
-    def join(x: int, y: int) -> None:
-        low, high = sorted((root(x), root(y)))
-        parent[high] = low
-
-    for a, b in _overlapping([tile for tile, _, _ in parts]):
-        for x, y in _agreeing(parts[a], parts[b], agreement):
-            x, y = x + firsts[a], y + firsts[b]
-            if category[x] == category[y]:
-                join(x, y)
-    for kind in uncountable:
-        for first, second in itertools.pairwise(np.flatnonzero(category == kind).tolist()):
-            join(first, second)
-    roots = np.array([root(item) for item in range(firsts[-1])], np.int64)
+    roots, firsts = _joined(
+        [tile for tile, _, _ in parts], categories, overlaps, agreement, uncountable
+    )
     whole = np.zeros(shape, np.int64)  # 1 + root
     for (tile, ids, _), first in zip(parts, firsts, strict=False):
         table = np.concatenate([[0], 1 + roots[first : first + ids.max(initial=0)]])
@@ -137,25 +124,122 @@ def stitch(
     return number[whole], sources
 
 
-def _overlapping(items: Sequence[Tile]) -> Iterator[tuple[int, int]]:
-    for b, second in enumerate(items):
-        for a, first in enumerate(items[:b]):
-            if (
-                first.top < second.bottom
-                and second.top < first.bottom
-                and first.left < second.right
-                and second.left < first.right
-            ):
-                yield a, b
+def stitch_objects(
+    shape: tuple[int, int], parts: Sequence[tuple[Tile, Objects]], agreement: float = 0.5
+) -> Objects:
+    """The objects of a picture from those of overlapping tiles, as `stitch` joins them.
+
+    They may overlap, and keep all their scores: that of a joined object is its parts' highest.
+
+    Args:
+        shape: (H, W) of the picture.
+        parts: the tiles and their objects, in pixels of the tile.
+    """
+
+    def overlaps(a: int, b: int) -> Iterator[_Pair]:
+        return _overlaps_of_objects(parts[a], parts[b])
+
+    roots, firsts = _joined(
+        [tile for tile, _ in parts], [found.classes for _, found in parts], overlaps, agreement
+    )
+    pieces: dict[int, list[Mask]] = {}
+    scores: dict[int, float] = {}
+    classes: dict[int, int] = {}
+    for (tile, found), first in zip(parts, firsts, strict=False):
+        top, left, bottom, right = tile.core
+        core = left - tile.left, top - tile.top, right - tile.left, bottom - tile.top
+        rows = zip(found.masks, found.scores.tolist(), found.classes.tolist(), strict=True)
+        for item, (mask, score, kind) in enumerate(rows, int(first)):
+            root = int(roots[item])
+            scores[root] = max(score, scores.get(root, score))
+            classes[root] = kind
+            x, y = max(mask.left, core[0]), max(mask.top, core[1])
+            piece = Mask.of(mask.within(*core), tile.top + y, tile.left + x)
+            if piece.area:
+                pieces.setdefault(root, []).append(piece)
+    return Objects(
+        [_union(masks) for masks in pieces.values()],
+        [classes[root] for root in pieces],
+        [scores[root] for root in pieces],
+        shape,
+    )
 
 
-def _agreeing(
-    first: tuple[Tile, np.ndarray, Sequence[int]],
-    second: tuple[Tile, np.ndarray, Sequence[int]],
+def _union(masks: Sequence[Mask]) -> Mask:
+    if len(masks) == 1:
+        return masks[0]
+    boxes = np.array([mask.box for mask in masks])
+    left, top, right, bottom = (*boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist())
+    pixels = np.zeros((bottom - top, right - left), bool)
+    for mask in masks:
+        y, x = mask.top - top, mask.left - left
+        pixels[y : y + mask.pixels.shape[0], x : x + mask.pixels.shape[1]] |= mask.pixels
+    return Mask(top, left, pixels)
+
+
+# How much two objects of two tiles agree, how much they are worth, and which (from 0) they are.
+_Pair = tuple[float, float, int, int]
+
+
+def _joined(
+    tiles: Sequence[Tile],
+    categories: Sequence[Collection[int]],
+    overlaps: Callable[[int, int], Iterable[_Pair]],
     agreement: float,
-) -> Iterator[tuple[int, int]]:
-    """Objects (from 0) of two tiles that are the same where both tiles are."""
-    (a, a_ids, _), (b, b_ids, _) = first, second
+    uncountable: Collection[int] = (),
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each object of all tiles the first of those it is one with, and each tile's first."""
+    firsts = np.cumsum([0, *map(len, categories)])
+    given = (np.asarray(kinds, np.int64) for kinds in categories)
+    category = np.concatenate([np.zeros(0, np.int64), *given])
+    parent = np.arange(firsts[-1])
+    tile_of = np.repeat(np.arange(len(tiles)), np.diff(firsts)).tolist()
+    seen_by = [{tile} for tile in tile_of]  # of all that is one with an object, by its root
+
+    def root(item: int) -> int:
+        while parent[item] != item:
+            parent[item] = parent[parent[item]]
+            item = parent[item]
+        return item
+
+    def join(x: int, y: int) -> None:
+        low, high = sorted((root(x), root(y)))
+        if low != high:
+            parent[high] = low
+            seen_by[low] |= seen_by[high]
+
+    pairs = [
+        (-worth * overlap, int(x + firsts[a]), int(y + firsts[b]))
+        for a, b in _overlapping(tiles)
+        for overlap, worth, x, y in overlaps(a, b)
+        if overlap >= agreement and category[x + firsts[a]] == category[y + firsts[b]]
+    ]
+    for _, x, y in sorted(pairs):
+        if not seen_by[root(x)] & seen_by[root(y)]:
+            join(x, y)
+    for kind in uncountable:
+        for x, y in itertools.pairwise(np.flatnonzero(category == kind).tolist()):
+            join(x, y)
+    return np.array([root(item) for item in range(firsts[-1])], np.int64), firsts
+
+
+def _overlapping(tiles: Sequence[Tile]) -> Iterator[tuple[int, int]]:
+    top, left, bottom, right = (
+        np.array([getattr(tile, side) for tile in tiles])
+        for side in ("top", "left", "bottom", "right")
+    )
+    for b in range(len(tiles)):
+        rows = (top[:b] < bottom[b]) & (top[b] < bottom[:b])
+        columns = (left[:b] < right[b]) & (left[b] < right[:b])
+        for a in np.flatnonzero(rows & columns).tolist():
+            yield a, b
+
+
+def _overlaps_of_ids(
+    first: tuple[Tile, np.ndarray], second: tuple[Tile, np.ndarray]
+) -> Iterator[_Pair]:
+    """Intersections over unions, where both tiles are, of objects that share a pixel there."""
+    (a, a_ids), (b, b_ids) = first, second
     top, bottom = max(a.top, b.top), min(a.bottom, b.bottom)
     left, right = max(a.left, b.left), min(a.right, b.right)
     mine = a_ids[top - a.top : bottom - a.top, left - a.left : right - a.left].astype(np.int64)
@@ -163,6 +247,35 @@ def _agreeing(
     areas, other_areas = np.bincount(mine.ravel()), np.bincount(other.ravel())
     both = (mine > 0) & (other > 0)
     pairs, counts = np.unique(np.stack([mine[both], other[both]]), axis=1, return_counts=True)
-    for (x, y), shared in zip(pairs.T, counts, strict=True):
-        if shared >= agreement * (areas[x] + other_areas[y] - shared):
-            yield int(x) - 1, int(y) - 1
+    for (x, y), shared in zip(pairs.T.tolist(), counts.tolist(), strict=True):
+        yield shared / (areas[x] + other_areas[y] - shared), 1.0, x - 1, y - 1
+
+
+def _overlaps_of_objects(
+    first: tuple[Tile, Objects], second: tuple[Tile, Objects]
+) -> Iterator[_Pair]:
+    """The same of objects that may overlap, worth the product of their scores."""
+    (a, mine), (b, other) = first, second
+    top, bottom = max(a.top, b.top), min(a.bottom, b.bottom)
+    left, right = max(a.left, b.left), min(a.right, b.right)
+    cut = [
+        [
+            Mask.of(
+                mask.within(left - tile.left, top - tile.top, right - tile.left, bottom - tile.top),
+                max(mask.top + tile.top, top),
+                max(mask.left + tile.left, left),
+            )
+            for mask in found.masks
+        ]
+        for tile, found in (first, second)
+    ]
+    boxes = np.array([mask.box for mask in cut[1]], np.int64).reshape(-1, 4)
+    areas = np.array([mask.area for mask in cut[1]], np.int64)
+    for x, mask in enumerate(cut[0]):
+        near = (boxes[:, :2] < mask.box[2:]).all(1) & (boxes[:, 2:] > mask.box[:2]).all(1)
+        near &= other.classes == mine.classes[x]
+        for y in np.flatnonzero(near).tolist():
+            shared = np.count_nonzero(mask.within(*cut[1][y].box) & cut[1][y].within(*mask.box))
+            if shared:
+                worth = float(mine.scores[x] * other.scores[y])
+                yield shared / (mask.area + areas[y] - shared), worth, x, y

@@ -269,3 +269,20 @@ def test_the_table_has_every_option(command):
     for action in parser_of(command)._actions:
         if action.option_strings and "--help" not in action.option_strings:
             assert known & set(action.option_strings), action.option_strings
+
+
+@pytest.mark.parametrize(
+    ("sides", "threads"), [([(2048, 2048)], 1), ([(2048, 2049)], None), ([(9, 9), (9, 9)], None)]
+)
+def test_one_small_picture_takes_one_thread(tmp_path, monkeypatch, sides, threads):
+    """Compiling kernels for several would take longer than they save; large pictures take all."""
+    from pointformer.cli.common import is_small, model_from
+
+    paths = [tmp_path / f"{n}.png" for n in range(len(sides))]
+    for path, size in zip(paths, sides, strict=True):
+        Image.new("1", size).save(path)
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    options = cli._parser().parse_args(["segment", *map(str, paths), "--out", "o"])
+    model_from(options, small=is_small(paths))
+    assert seen == ([threads] if threads else [])

@@ -1,20 +1,20 @@
 """`pointformer evaluate` and what it is made of, on small synthetic data sets."""
 
 import json
-from functools import partial
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pointformer import cli
+from pointformer import cli, segment
+from pointformer.annotations import Objects, SegmentMap
 from pointformer.data import Annotation, Category, Dataset, Segment, read_folder
 from pointformer.data.annotations import Entry
 from pointformer.evaluation import evaluate
-from pointformer.models import AFFConfig, Model, save_model
-from pointformer.models.postprocess import Instances
-from pointformer.segmentation import segment
+from pointformer.metrics import CocoAP
+from pointformer.models import AFFConfig, Model, load_model, save_model
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
 CATEGORIES = (Category(0, "background", False), Category(1, "cell", True))
@@ -71,24 +71,162 @@ def test_command_line(folder, tmp_path, capsys, task):
     assert content["task"] == task
     assert content["images"] == 2
     text = capsys.readouterr().out
+    model = load_model(path)
+    categories = {"categories": CATEGORIES} if task == "semantic" else {}
+    expected = evaluate(model, read_folder(folder, "val", task, **categories), task).scores
+    assert content["scores"].keys() == expected.keys()
     for name, value in content["scores"].items():
         assert name in text
-        assert value is None or 0 <= value <= 1
+        assert value == pytest.approx(expected[name], abs=1e-4) or np.isnan(expected[name])
 
 
+SCORES = {1: 0.9, 2: 0.3, 3: 0.05, 4: 0.6, 5: 0.45, 6: 0.2}
+
+
+@pytest.fixture
+def seen_ids(tmp_path, monkeypatch):
+    """A data set whose pictures show the ids of their six objects, and models that read them off:
+    in each window what is in it, with the scores of `SCORES`."""
+    ids = np.zeros((60, 90), np.int32)
+    ids[3:20, 4:30], ids[25:50, 2:20], ids[5:30, 35:60] = 1, 2, 3
+    ids[35:58, 25:55], ids[2:28, 64:88], ids[32:57, 60:87] = 4, 5, 6
+    (tmp_path / "images").mkdir()
+    (tmp_path / "instances").mkdir()
+    Image.fromarray(np.repeat(ids[..., None], 3, 2).astype(np.uint8)).save(
+        tmp_path / "images/a.png"
+    )
+    Image.fromarray(ids.astype(np.uint8)).save(tmp_path / "instances/a.png")
+
+    def predict(model, pixels, **options):
+        mean, std = model.preprocess.mean[0], model.preprocess.std[0]
+        window = np.rint((pixels[0].numpy() * std + mean) * 255).astype(np.int32)
+        shown = [int(n) for n in np.unique(window) if n]
+        scores = [SCORES[n] for n in shown]
+        if model.task == "instance":
+            return Objects([window == n for n in shown], [0] * len(shown), scores, window.shape)
+        number = np.searchsorted(shown, window).astype(np.int32) + 1
+        segments = [Segment(n, 0, 1, score=s) for n, s in enumerate(scores, 1)]
+        return SegmentMap(np.where(window, number, 0).astype(np.int32), tuple(segments))
+
+    monkeypatch.setattr("pointformer.models.inference.predict", predict)
+    return read_folder(tmp_path, task="instance"), ids
+
+
+@pytest.mark.parametrize("tile", [None, 48, 40, 33])
 @pytest.mark.parametrize("task", ["instance", "panoptic"])
-def test_windows(folder, task, monkeypatch):
-    """In windows as a whole, here of the whole picture, they are what `segment` finds."""
-    monkeypatch.setattr("pointformer.evaluation.segment", partial(segment, overlap=16))
-    kinds = 2 if task == "panoptic" else 1
-    dataset = read_folder(folder, "val", "instance", categories=CATEGORIES[-kinds:])
-    model = mask_model(task, kinds)
-    whole = evaluate(model, dataset, task, tile=64).scores
-    for name, value in evaluate(model, dataset, task, tile=32).scores.items():
-        assert np.isnan(value) or 0 <= value <= 1, name
-        assert name in whole
+def test_windows_keep_every_object_with_its_score(seen_ids, task, tile):
+    """Objects of low scores, cut by windows, count as those of the whole picture do."""
+    dataset, ids = seen_ids
+    model = mask_model(task, 1)
+    scores = evaluate(model, dataset, task, tile=tile).scores
+    assert scores["COCO AP" if task == "instance" else "PQ"] == 1
+    if task == "instance":  # what `segment` shows has a score of at least 0.5
+        assert scores["AP at IoU 0.5 (TP / (TP + FP + FN))"] == 2 / 6
+        shown = segment(model, dataset[0].image, tile=tile)
+        assert shown.scores == pytest.approx((0.9, 0.6))
+        np.testing.assert_array_equal(shown.labels > 0, (ids == 1) | (ids == 4))
+        low = segment(model, dataset[0].image, tile=tile, min_score=0.04)
+        assert sorted(low.scores) == pytest.approx(sorted(SCORES.values()))
+        np.testing.assert_array_equal(low.labels > 0, ids > 0)
     with pytest.raises(ValueError, match="scales, flip: only for the task 'semantic'"):
         evaluate(model, dataset, task, flip=True)
+
+
+def test_memory_is_that_of_the_objects(tmp_path, monkeypatch):
+    """100 objects of a picture of 1000 x 1000: a mask of the picture for each were 100 MB."""
+    side = 1000
+    ids = np.zeros((side, side), np.int32)
+    for n in range(100):
+        ids[n // 10 * 100 : n // 10 * 100 + 40, n % 10 * 100 : n % 10 * 100 + 30] = n + 1
+    Image.fromarray(np.zeros((side, side), np.uint8)).save(tmp_path / "a.png")
+    segments = tuple(Segment(n, 0, 1200) for n in range(1, 101))
+    annotation = Annotation("a", tmp_path / "a.png", ids.shape, 1, None, ids, segments)
+    dataset = Dataset(
+        tmp_path, CATEGORIES[1:], [Entry("a", annotation.image, None, lambda: annotation)]
+    )
+    found = SegmentMap(ids, segments)
+    monkeypatch.setattr("pointformer.evaluation.look", lambda *args: (found, ()))
+    torch.manual_seed(0)
+    model = Model("small", SMALL, "dense", 3)
+    peak = 0
+    compute = CocoAP.compute
+
+    def untraced(self):
+        nonlocal peak
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()  # it takes no memory, and would take long
+        return compute(self)
+
+    monkeypatch.setattr(CocoAP, "compute", untraced)
+    tracemalloc.start()
+    assert evaluate(model, dataset, "instance").scores["COCO AP"] == 1
+    assert peak > side**2
+    assert peak < 64 * side**2  # bytes; a few maps are in memory, of 4 and 8 bytes a pixel
+
+
+@pytest.mark.parametrize("head", ["dense", "hcformer"])
+def test_a_model_in_training_is_left_as_it_was(folder, head):
+    """It is run in eval mode: statistics, modes, hooks and random numbers stay."""
+    torch.manual_seed(0)
+    options = (
+        {"queries": 3, "dim": 32, "hidden": 32, "decoder_layers": 1} if head != "dense" else {}
+    )
+    config = SMALL.override(drop_path=0.5)
+    model = Model("small", config, head, 2, task="semantic", categories=CATEGORIES, **options)
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    dataset = read_folder(folder, "val", "semantic", categories=CATEGORIES)
+    expected = evaluate(model.eval(), dataset, "semantic").scores
+    labels = segment(model, dataset[0].image, tile=32).labels
+    model.train()
+    model.backbone.stages[0].eval()  # a frozen part
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    assert evaluate(model, dataset, "semantic", tile=32, flip=True).pictures == 2
+    assert evaluate(model, dataset, "semantic").scores == expected
+    np.testing.assert_array_equal(segment(model, dataset[0].image, tile=32).labels, labels)
+    with pytest.raises(ValueError, match="overlap"):
+        segment(model, dataset[0].image, tile=8, overlap=8)
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert not model.backbone._forward_hooks
+
+
+def test_objects_of_a_dense_model_have_the_name_of_their_kind(folder, tmp_path):
+    """Its three classes are no kinds of objects."""
+    kind = Category(7, "nucleus", True, (9, 8, 7))
+    torch.manual_seed(0)
+    model = Model("small", SMALL, "dense", 3, categories=[kind])
+    save_model(model, tmp_path / "model.safetensors")
+    model = load_model(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        model.head.classify[1].weight.zero_()
+        model.head.classify[1].bias.copy_(torch.tensor([0.0, 9.0, 0.0]))
+    result = segment(model, folder / "val/images/a.png")
+    assert result.count == 1
+    assert result.class_name(1) == "nucleus"
+    scores = evaluate(model, read_folder(folder, "val", "instance"), "instance").scores
+    assert scores["COCO AP"] == 0
+    with pytest.raises(ValueError, match="categories: expected one, of the objects"):
+        Model("small", SMALL, "dense", 3, categories=[Category(n, str(n)) for n in range(3)])
+    names = [Category(n, str(n)) for n in range(3)]
+    semantic = Model("small", SMALL, "dense", 3, task="semantic", categories=names)
+    assert segment(semantic, folder / "val/images/a.png").class_name(1) in "012"
+
+
+def test_a_failure_leaves_the_model_as_it_was(folder, monkeypatch):
+    model = mask_model("instance", 1).train()
+
+    def fail(*args, **options):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("pointformer.models.inference.instances", fail)
+    picture = read_folder(folder, "val", "instance")[0].image
+    with pytest.raises(RuntimeError, match="no"):
+        segment(model, picture)
+    assert all(module.training for module in model.modules())
+    assert not model.backbone._forward_hooks
 
 
 def test_bad_data_is_one_line(folder, tmp_path, capsys):
@@ -127,9 +265,8 @@ def test_only_objects_that_can_be_told_apart_count(tmp_path, monkeypatch):
     annotation = Annotation("a", tmp_path / "a.png", (30, 40), 1, None, ids, segments)
     entry = Entry("a", annotation.image, None, lambda: annotation)
     dataset = Dataset(tmp_path, CATEGORIES, [entry])
-    masks = torch.stack([torch.from_numpy(ids == n) for n in (1, 2, 4)])
-    found = Instances(masks, torch.tensor([1, 1, 1]), torch.ones(3))
-    monkeypatch.setattr("pointformer.models.inference.predict", lambda *args: found)
+    found = Objects([ids == n for n in (1, 2, 4)], [1, 1, 1], [1, 1, 1], ids.shape)
+    monkeypatch.setattr("pointformer.models.inference.predict", lambda *args, **options: found)
     scores = evaluate(mask_model("instance"), dataset, "instance").scores
     assert scores["AP at IoU 0.5 (TP / (TP + FP + FN))"] == 1
     assert scores["COCO AP"] == 1

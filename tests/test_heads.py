@@ -176,7 +176,7 @@ def test_other_strides(head, stride):
     assert out.stride == out.auxiliary[0].stride == stride
     assert out.masks().shape[2:] == (18 // stride, -(-23 // stride))
     assert sum(segmentation_loss(out, small_targets((2, 18, 23)), points=50).values()).isfinite()
-    assert predict(model.eval(), image[0]).masks.shape[1:] == (18, 23)
+    assert predict(model.eval(), image[0]).size == (18, 23)
 
 
 # Heads from their parts ----------------------------------------------------------------------

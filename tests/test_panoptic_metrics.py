@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pointformer import data
+from pointformer.annotations import SegmentMap
 from pointformer.data import VOID, Annotation, Category, Segment
 from pointformer.metrics import PanopticQuality
 
@@ -189,13 +190,8 @@ def test_files_written_from_annotations_score_one(tmp_path):
 
 
 def test_results_of_models_are_taken_as_they_are(tmp_path):
-    import torch
-
-    from pointformer.models.postprocess import Panoptic
-
     truth = annotation(row((1, 6), (2, 6)), {1: 0, 2: 2})
-    ids = torch.tensor(truth.ids, dtype=torch.int32)
-    found = Panoptic(ids, (Segment(1, 0, 6, score=0.9), Segment(2, 2, 6, score=0.8)))
+    found = SegmentMap(truth.ids, (Segment(1, 0, 6, score=0.9), Segment(2, 2, 6, score=0.8)))
     assert score((found, truth)).all.pq == 1
     data.write_coco_panoptic(tmp_path / "a.json", tmp_path, [(truth, found)], TABLE)
     read = data.read_coco_panoptic(tmp_path / "a.json", tmp_path)[0]

@@ -1,11 +1,13 @@
 """Maps, instances and panoptic segments from hand-made predictions."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pointformer import TokenSet
+from pointformer.annotations import Objects
 from pointformer.models.mask2former import MaskPredictions
 from pointformer.models.postprocess import image_masks, instances, panoptic, semantic_scores
 
@@ -53,17 +55,72 @@ def test_instances_overlap_and_are_ordered():
     assert found.classes.tolist() == [1, 1]  # the empty mask is no object
     assert found.scores[0] > found.scores[1]
     assert found.scores[1].item() == pytest.approx(torch.tensor(2.0).sigmoid().item(), rel=1e-3)
-    assert found.boxes().tolist() == [[0, 0, 8, 16], [0, 0, 16, 16]]
+    assert found.boxes.tolist() == [[0, 0, 8, 16], [0, 0, 16, 16]]
     (found,) = instances(predictions_of([1, 1, 1], maps), [(16, 16)], min_score=0.5, things=[0])
     assert len(found.scores) == 0
-    assert found.boxes().shape == (0, 4)
+    assert found.boxes.shape == (0, 4)
 
 
-def test_one_pixel():
-    maps = torch.full((1, 4, 4), -20.0)
-    maps[0, 1, 1] = 20.0
-    (found,) = instances(predictions_of([0], maps), [(4, 4)[:0] or (16, 16)], min_score=0.5)
-    assert 0 < found.masks[0].sum() < 64
+def test_one_cell():
+    """Of stride 4: bilinear weights of its pixels are 7/8 and 5/8 per axis, and their product has
+    to exceed 1/2: all but the corners."""
+    maps = torch.full((1, 4, 6), -20.0)
+    maps[0, 1, 3] = 20.0
+    (found,) = instances(predictions_of([2], maps), [(15, 23)], min_score=0.5)
+    (mask,) = found.masks
+    assert mask.box == (12, 4, 16, 8)
+    assert mask.area == 12
+    assert not mask.pixels[[0, 0, 3, 3], [0, 3, 0, 3]].any()
+    assert found.size == (15, 23)
+    assert found.classes.tolist() == [2]
+    logits = torch.tensor([7 / 8 * 7 / 8, 7 / 8 * 5 / 8]) * 40 - 20
+    expected = (4 * logits[0].sigmoid() + 8 * logits[1].sigmoid()) / 12
+    assert found.scores[0] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_query_can_be_objects_of_two_classes():
+    """The same mask with the probability of each, and as many pairs as are wanted."""
+    logits = torch.tensor([[0.6, 0.3, 0.1, 1e-9], [0.2, 0.7, 0.1, 1e-9]]).log()[None]
+    grid = TokenSet.from_grid(10 * torch.stack([half(True), half(False)])[None])
+    out = MaskPredictions(logits, grid.features, grid)
+    (found,) = instances(out, [(16, 16)], top=3)
+    assert found.classes.tolist() == [1, 0, 1]
+    np.testing.assert_allclose(found.scores, [0.7, 0.6, 0.3], atol=1e-4)
+    assert [mask.box[0] for mask in found.masks] == [8, 0, 0]
+    assert [len(instances(out, [(16, 16)], top=n)[0]) for n in (None, 100, 1)] == [6, 6, 1]
+    (found,) = instances(out, [(16, 16)], [(32, 48)], things=[1], min_score=0.5)
+    assert (found.size, found.masks[0].box) == ((32, 48), (24, 0, 48, 32))
+
+
+def test_better_objects_are_painted_on_top():
+    masks = np.zeros((3, 6, 9), bool)
+    masks[0, :4, :5], masks[1, 2:, 3:], masks[2, 3:5, 4:5] = True, True, True
+    found = Objects(masks, [4, 5, 6], [0.6, 0.9, 0.7])
+    result = found.painted()
+    assert [(s.id, s.category, s.area) for s in result.segments] == [(1, 4, 16), (2, 5, 24)]
+    assert [s.score for s in result.segments] == [np.float32(0.6), np.float32(0.9)]
+    np.testing.assert_array_equal(result.ids == 2, masks[1])  # hides the third
+    np.testing.assert_array_equal(result.ids == 1, masks[0] & ~masks[1])
+    assert found.confident(0.65).classes.tolist() == [5, 6]
+    assert found.confident(float(np.float32(0.7))).classes.tolist() == [5, 6]
+    assert len(found.confident(0.91)) == 0
+
+
+@pytest.mark.parametrize("cells", [3, 4])
+def test_a_segment_needs_most_of_its_mask(cells):
+    """The second query's mask has 5 columns of 4 pixels, a better one is sure of some of them."""
+    maps = torch.full((2, 2, 5), -40.0)
+    maps[1] = 40.0
+    maps[0, :, : 5 - cells] = 60.0
+    out = predictions_of([0, 1], maps)
+    out.class_logits[0, 1, 1] = 3.0
+    out.class_logits[0, 1, 3] = -3.0
+    (result,) = panoptic(out, [(8, 20)], things=[0, 1], min_visible=0.0)
+    share = (result.ids == 2).mean()  # its mask is the whole picture
+    assert 0 < share < cells / 5 + 0.1
+    for least, kinds in ((share, [0, 1]), (share + 1 / 160, [0])):
+        (result,) = panoptic(out, [(8, 20)], things=[0, 1], min_visible=least)
+        assert [s.category for s in result.segments] == kinds
 
 
 def test_panoptic_joins_stuff_and_drops_hidden_segments():
@@ -99,7 +156,7 @@ def test_every_pixel_is_in_at_most_one_segment(
     (result,) = panoptic(out, [(11, 14)], things=things, min_score=min_score)
     ids = [segment.id for segment in result.segments]
     assert ids == list(range(1, len(ids) + 1))
-    assert set(result.ids.unique().tolist()) <= {0, *ids}
+    assert set(np.unique(result.ids).tolist()) <= {0, *ids}
     assert result.ids.shape == (11, 14)
     for segment in result.segments:
         assert segment.area == (result.ids == segment.id).sum() > 0

@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage.measure import label
 
+from pointformer.annotations import Objects
 from pointformer.models import create_model
 from pointformer.models.inference import predict_semantic
 from pointformer.models.postprocess import semantic_scores
-from pointformer.tiling import stitch, tiles
+from pointformer.tiling import stitch, stitch_objects, tiles
 
 
 @given(
@@ -89,6 +90,111 @@ def test_categories_keep_objects_apart():
     assert sources == [[(0, 1)], [(1, 1)]]
 
 
+def in_tiles(objects, size, overlap):
+    """What each tile sees of (mask (H, W), class, score per part or for all)."""
+    parts = []
+    for number, tile in enumerate(tiles(*objects[0][0].shape, size, overlap)):
+        seen = [
+            (mask[tile.window], kind, s) for mask, kind, s in objects if mask[tile.window].any()
+        ]
+        scores = [s[number] if isinstance(s, dict) else s for _, _, s in seen]
+        shape = tile.bottom - tile.top, tile.right - tile.left
+        parts.append(
+            (tile, Objects([m for m, _, _ in seen], [k for _, k, _ in seen], scores, shape))
+        )
+    return parts
+
+
+@given(seed=st.integers(0, 2**16), size=st.integers(28, 60))
+def test_objects_that_overlap_are_joined_one_by_one(seed, size):
+    """Pairs of an object and a smaller one inside of it, of other classes or scores."""
+    truth = blobs(seed, (50, 66), 8)
+    objects = []
+    for n in range(1, truth.max(initial=0) + 1):
+        outer = truth == n
+        rows = np.flatnonzero(outer.any(1))
+        inner = outer & (np.arange(len(truth)) < rows[0] + 1 + len(rows) // 3)[:, None]
+        objects += [(outer, n % 2, n / 40), (inner, n % 3, n / 50)]
+    if not objects:
+        return
+    found = stitch_objects(truth.shape, in_tiles(objects, size, 20))
+    key = [(mask.tobytes(), kind, np.float32(score).item()) for mask, kind, score in objects]
+    ours = zip(found.dense(), found.classes.tolist(), found.scores.tolist(), strict=True)
+    assert sorted((mask.tobytes(), kind, score) for mask, kind, score in ours) == sorted(key)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_joined_object_has_the_highest_score_of_its_parts(axis):
+    mask = np.zeros((12, 40), bool)
+    mask[4:8, 3:36] = True
+    mask = np.moveaxis(mask, 1, 1 - axis) if axis == 0 else mask.T
+    for scores in ({0: 0.2, 1: 0.7, 2: 0.4}, {0: 0.9, 1: 0.1, 2: 0.4}, {0: 0.2, 1: 0.3, 2: 0.8}):
+        parts = in_tiles([(mask, 5, scores)], 18, 7)
+        assert len(parts) == 3
+        found = stitch_objects(mask.shape, parts)
+        assert found.classes.tolist() == [5]
+        assert found.scores.tolist() == [np.float32(max(scores.values()))]
+        np.testing.assert_array_equal(found.dense()[0], mask)
+
+
+def test_duplicates_stay_duplicates():
+    """Two queries for one object: each finds its continuation, the better its better one."""
+    mask = np.zeros((10, 26), bool)
+    mask[2:8, 4:22] = True
+    worse = mask.copy()
+    worse[2:4] = False
+    parts = in_tiles([(mask, 1, 0.9), (worse, 1, 0.2)], 16, 6)
+    found = stitch_objects(mask.shape, parts)
+    assert sorted(found.scores.tolist()) == [np.float32(0.2), np.float32(0.9)]
+    np.testing.assert_array_equal(found.dense()[found.scores.argmax()], mask)
+    np.testing.assert_array_equal(found.dense()[found.scores.argmin()], worse)
+
+
+@pytest.mark.parametrize("side", ["top", "left", "bottom", "right"])
+def test_what_a_neighbor_does_not_see_ends_at_the_core(side):
+    """An object that only one of two tiles found keeps its pixels in that tile's core."""
+    wide = side in ("left", "right")
+    shape = (10, 24) if wide else (24, 10)
+    first, second = tiles(*shape, 16, 8)
+    tile = second if side in ("top", "left") else first
+    other = first if tile is second else second
+    full = np.ones((tile.bottom - tile.top, tile.right - tile.left), bool)
+    empty = Objects([], [], [], (other.bottom - other.top, other.right - other.left))
+    pairs = [(tile, Objects([full], [0], [0.5], full.shape)), (other, empty)]
+    (mask,) = stitch_objects(
+        shape, sorted(pairs, key=lambda pair: (pair[0].top, pair[0].left))
+    ).masks
+    top, left, bottom, right = tile.core
+    assert mask.box == (left, top, right, bottom)
+    assert mask.area == (bottom - top) * (right - left) == 120
+    ids, _ = stitch(shape, [(tile, full.astype(int), [0]), (other, 0 * full.astype(int), [])])
+    assert np.argwhere(ids).min(0).tolist() == [top, left]
+    assert (np.argwhere(ids).max(0) + 1).tolist() == [bottom, right]
+
+
+def test_agreement_is_over_the_overlap():
+    """Of 8 columns that both tiles see, one object has 3, the other those and n more."""
+    first, second = tiles(1, 24, 16, 8)
+    for more, same in ((2, True), (3, True), (4, False)):
+        mine, other = np.zeros((1, 16), int), np.zeros((1, 16), int)
+        mine[0, 8:11], other[0, : 3 + more] = 1, 1
+        mine[0, :8], other[0, 8:] = 1, 1  # beyond the overlap, which does not count
+        _, sources = stitch((1, 24), [(first, mine, [0]), (second, other, [0])])
+        assert len(sources) == (1 if same else 2), more
+        parts = [(first, Objects([mine > 0], [0], [1.0], (1, 16)))]
+        parts.append((second, Objects([other > 0], [0], [1.0], (1, 16))))
+        assert len(stitch_objects((1, 24), parts)) == (1 if same else 2), more
+
+
+def test_many_tiles():
+    grid = tiles(1600, 1600, 50, 10)
+    assert len(grid) == 1600
+    ids = np.zeros((50, 50), np.int32)
+    ids[25, 25] = 1
+    stitched, sources = stitch((1600, 1600), [(tile, ids, [0]) for tile in grid])
+    assert stitched.max() == len(sources) == 1600
+
+
 def test_overlap_must_be_less_than_the_size():
     with pytest.raises(ValueError, match="overlap: expected 0 to 7 pixels for tiles of 8: 8"):
         tiles(20, 20, 8, 8)
@@ -117,9 +223,11 @@ def test_semantic_scores_over_copies_and_tiles(model):
 def test_tiles_leave_no_seams():
     """Of a model that looks at single pixels, tiles see what the whole picture shows."""
 
-    def model(images):
-        return torch.stack([images[:, 0], images[:, 1] * 2], 1)
+    class Pixels(torch.nn.Module):
+        def forward(self, images):
+            return torch.stack([images[:, 0], images[:, 1] * 2], 1)
 
+    model = Pixels()
     image = torch.randn(3, 40, 50, generator=torch.Generator().manual_seed(1))
     whole = predict_semantic(model, image)
     torch.testing.assert_close(predict_semantic(model, image, tile=24, overlap=8), whole)

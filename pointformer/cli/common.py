@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import glob
+import math
 import os
 import sys
 import traceback
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pointformer.data.images import Reading
     from pointformer.models import Model
 
+_SMALL = 2**22  # pixels
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -32,7 +35,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=float, help="weight of the learned score, 0 = uniform grid")
     parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
     parser.add_argument(
-        "--threads", type=int, help="CPU threads (default: all cores, but one for one picture)"
+        "--threads",
+        type=int,
+        help="CPU threads (default: all cores, but one for one small picture)",
     )
 
 
@@ -88,10 +93,20 @@ def reading_from(options: argparse.Namespace) -> Reading:
     }
 
 
-def model_from(options: argparse.Namespace, pictures: int) -> Model:
+def is_small(pictures: Sequence[str | os.PathLike[str]]) -> bool:
+    """Whether this is one picture of at most 4 million pixels (or one that cannot be read)."""
+    from pointformer.data.images import image_size
+
+    try:
+        return len(pictures) == 1 and math.prod(image_size(pictures[0])) <= _SMALL
+    except (OSError, ValueError):
+        return True
+
+
+def model_from(options: argparse.Namespace, *, small: bool = False) -> Model:
     """The model that `--model`, `--rate` and `--alpha` ask for, in eval mode.
 
-    Sets the number of threads too. One picture runs on one thread unless `--threads` says more:
+    Sets the number of threads too. What is small runs on one thread unless `--threads` says more:
     on a first run, compiling the kernels for several threads takes longer than it saves.
     """
     import torch
@@ -100,7 +115,7 @@ def model_from(options: argparse.Namespace, pictures: int) -> Model:
 
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"--threads: expected at least 1, got {options.threads}")
-    threads = options.threads or (1 if pictures == 1 else None)
+    threads = options.threads or (1 if small else None)
     if threads is not None:
         torch.set_num_threads(threads)
     overrides = {

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
 
     from pointformer.evaluation import evaluate
 
-    model = model_from(options, 2)
+    model = model_from(options)
     task = options.task or model.task or "instance"
     dataset = _dataset(options, task, model)
     results = Results(overwrite=options.overwrite)

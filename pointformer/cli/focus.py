@@ -13,6 +13,7 @@ from pointformer.cli.common import (
     add_picture_arguments,
     add_result_arguments,
     check_file,
+    is_small,
     model_from,
     printable,
     reading_from,
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     results.check(options.out)
     check_file(Path(options.image))
     image = read_image(options.image, **reading_from(options))
-    model = model_from(options, 1)
+    model = model_from(options, small=is_small([options.image]))
     with torch.inference_mode():
         stages = model.backbone(model.preprocess(to_tensor(image).to(options.device))[None])
     picture = focus_picture(image, stages, model.config.patch_stride)

@@ -25,6 +25,7 @@ from pointformer.cli.common import (
     add_result_arguments,
     complain,
     find_pictures,
+    is_small,
     model_from,
     printable,
     reading_from,
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     if not paths:
         return 1
     results.protect([*paths, options.model])
-    model = model_from(options, len(paths))
+    model = model_from(options, small=is_small(paths))
     options.out.mkdir(parents=True, exist_ok=True)
     failures = len(problems)
     names = result_names(paths)

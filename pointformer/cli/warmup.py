@@ -86,7 +86,7 @@ def _model(options: argparse.Namespace) -> Model:
     from pointformer.models import create_model
 
     if options.head is None:
-        return model_from(options, pictures=2)
+        return model_from(options)
     task = "instance" if options.head in ("mask2former", "hcformer") else None
     return create_model(options.model, head=options.head, num_classes=2, task=task).to(
         options.device
