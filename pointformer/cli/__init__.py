@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 if all was done, 1 if not, 2 for a wrong usage."""
-    with _without_searching_modules(), _any_characters(), _orderly_end():
+    if arguments is None:  # the process is this command: what was imported stays to its end,
+        gc.freeze()  # and searching it for garbage, at the end too, takes 0.7 s
+    with _any_characters(), _orderly_end():
         options = _parser().parse_args(arguments)
         try:
             code = _COMMANDS[options.command].run(options)
@@ -54,16 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             complain(error, debug=options.debug)
             return 1
-
-
-@contextlib.contextmanager
-def _without_searching_modules() -> Iterator[None]:
-    """What was imported stays anyway: searching it for garbage takes 0.2 s of a short run."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextlib.contextmanager
