@@ -79,6 +79,7 @@ def seen(tmp_path, monkeypatch):
         data = argparse.Namespace(entries=[], skipped={})
         dataset = type("Data", (list,), vars(data))(["first", "second"])
         spy(pointformer.data, f"read_{name}", dataset)
+    spy(cli.warmup, "compile_for")
     spy(pointformer.profiling, "measure_limits", Limits(1e9, 1e12))
     spy(pointformer.profiling, "profile", [SimpleNamespace(as_dict=dict)])
     spy(pointformer.profiling, "table", "")
@@ -119,6 +120,7 @@ BASE = {
     "evaluate": ["data"],
     "profile": ["aff_nano", "--device", "cpu"],
     "models": ["aff_nano"],
+    "warmup": [],
 }
 MODEL = [
     (["--model", "aff_tiny.tag"], argument("create_model", 0), "aff_tiny"),
@@ -230,6 +232,16 @@ TABLE = {
         (["--classes", "5"], option("create_model", "num_classes"), 5),
         (["--size", "96"], lambda seen: seen["count"][0][1:], (96, 96)),
         (["--debug"], lambda seen: "print_exception" in seen, True),
+    ],
+    "warmup": [
+        *[row for row in MODEL if row[0][0] not in ("--debug", "--overwrite")],
+        (
+            ["--model", "aff_nano", "--head", "mask2former"],
+            option("create_model", "head"),
+            "mask2former",
+        ),
+        (["--training"], argument("compile_for", 1), "True"),
+        (["--debug", "--threads", "0"], lambda seen: "print_exception" in seen, True),
     ],
 }
 
