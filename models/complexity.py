@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from pointformer.models.aff import AdaptiveMerge, Attention
 from pointformer.models.hcformer import SoftAssignment
 from pointformer.models.heads import DenseHead, HCFormerHead
+from pointformer.models.inference import evaluating
 from pointformer.models.layers import MultiheadAttention, PointConv
 from pointformer.models.mask2former import MaskDecoder, MaskPredictions
 from pointformer.models.model import Model
@@ -123,12 +124,10 @@ def count(model: Model, height: int, width: int) -> Complexity:
                 handles.append(module.register_forward_hook(_adding(totals, counts)))
     parameter = next(model.parameters())
     image = torch.zeros(1, model.config.in_channels, height, width).to(parameter)
-    training = model.training
     try:
-        with torch.no_grad(), _ShapesOnly():
-            output = model.eval()(image)
+        with evaluating(model), _ShapesOnly():
+            output = model(image)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     published = totals["dense"]

@@ -16,18 +16,38 @@ from pointformer.tiling import default_overlap, windows_of
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in eval mode and takes no gradients; after it, every part of it is in
-    the mode in which it was."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode; after it, every part is in the mode in which it was."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        with torch.inference_mode():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`eval_mode`, and nothing is recorded for gradients."""
+    with eval_mode(model), torch.inference_mode():
+        yield
+
+
+@contextlib.contextmanager
+def unmoved(model: nn.Module) -> Iterator[None]:
+    """Within it the model may run as in training; after it, its statistics and torch's random
+    numbers on the CPU are as they were."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    random = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 def predict(

@@ -18,6 +18,7 @@ from pointformer import (
     point_conv,
     weighted_gather,
 )
+from pointformer.cli.warmup import compile_for
 from pointformer.models import AFFConfig, GridBackbone, Model, count
 from pointformer.profiling import Limits, Work, measure_limits, profile, record, table, work
 from pointformer.profiling.report import _tensors
@@ -233,6 +234,24 @@ def test_foreign_backbones_and_mask_heads(head, dtype):
         outputs, model.parameters(), [torch.ones_like(x) for x in outputs], allow_unused=True
     )
     assert all(grad is not None for grad in silent)
+
+
+def test_a_model_in_training_is_left_as_it_was():
+    """Timing training runs it, but its statistics, modes and torch's random numbers stay."""
+    model, images = made()
+    model.train()
+    model.backbone.stages[1].eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    profile(model, images, backward=True, repeats=1)
+    count(model, 64, 64)
+    assert torch.equal(random, torch.get_rng_state())
+    compile_for(model)
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    model(images)
+    assert not all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_limits_of_this_machine():

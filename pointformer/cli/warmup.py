@@ -63,23 +63,22 @@ def compile_for(model: Model, training: bool = False) -> None:
     import torch
 
     from pointformer.kernels.cpu.runtime import every_build
+    from pointformer.models.inference import eval_mode
 
     device = next(model.parameters()).device
     pictures = [
         torch.rand(model.config.in_channels, *size, device=device).sub_(0.5) for size in SIDES
     ]
-    was_training = model.training
-    with every_build():
+    # In eval mode the kernels are the same, and nothing of the model moves.
+    with every_build(), eval_mode(model):
         for batch in (*(picture[None] for picture in pictures), pictures):
             with torch.no_grad():
-                model.eval()(batch)
+                model(batch)
             if training:
-                # In eval mode: the same kernels, but nothing of the model moves.
                 outputs = [x for x in _tensors(model(batch)) if x.requires_grad]
                 parameters = [p for p in model.parameters() if p.requires_grad]
                 total = torch.stack([x.sum() for x in outputs]).sum()
                 torch.autograd.grad(total, parameters, allow_unused=True)
-    model.train(was_training)
 
 
 def _model(options: argparse.Namespace) -> Model:

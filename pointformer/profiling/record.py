@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pointformer.models import Model
+from pointformer.models.inference import unmoved
 from pointformer.profiling.ops import FORWARD, LAYERS, OPS, Call
 
 
@@ -22,7 +23,8 @@ def record(
     Nothing is replaced: Python's profiling hook sees the calls of the public functions, forward
     hooks see the layers. A call inside of another one belongs to it. Calls of a stage that have the
     same shapes are listed once, in the order of the first, and only its arguments are kept, so that
-    memory is bounded by a stage's block, not by the depth. No graph of gradients is made.
+    memory is bounded by a stage's block, not by the depth. No graph of gradients is made; a model in
+    training keeps its statistics.
 
     Args:
         model: on the device and in the dtype of `images`.
@@ -71,6 +73,7 @@ def record(
         for parameter in model.parameters():
             hooks.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
+        hooks.enter_context(unmoved(model))
         hooks.enter_context(torch.set_grad_enabled(backward))  # models make a plan only then
         hooks.enter_context(_watching(add))
         model(images)

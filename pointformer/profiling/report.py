@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pointformer.models import Model
+from pointformer.models.inference import unmoved
 from pointformer.models.mask2former import MaskPredictions
 from pointformer.profiling.machine import Limits
 from pointformer.profiling.ops import BACKWARD, FORWARD, Call
@@ -177,7 +178,7 @@ def _whole(
     total = replace(total, stage="", op=TOTAL, calls=1, traffic=None)
     if not repeats:
         return [total]
-    with torch.set_grad_enabled(training):
+    with unmoved(model), torch.set_grad_enabled(training):
         if direction == FORWARD:
 
             def run() -> object:
