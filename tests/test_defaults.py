@@ -1,0 +1,71 @@
+"""Defaults are part of what functions promise: the table of all that choose something."""
+
+import inspect
+
+import pointformer
+
+EVERYWHERE = {"check_values": True, "impl": None, "sizes": None}
+CLUSTERS = {
+    "cluster_size": 8,
+    "curve": "hilbert",
+    "anchors": True,
+    "remainder": "spread",
+    "global_size": 0,
+}
+DEFAULTS = {
+    "balanced_cluster": CLUSTERS | {"extent": None, "origin": None},
+    "nearest_clusters": {
+        "num_clusters": 6,
+        "scope": "token",
+        "tile_size": 16,
+        "include_own": False,
+        "global_size": 0,
+    },
+    "neighborhood_attention": {
+        "position_weight": None,
+        "position_bias": None,
+        "blank_key": None,
+        "blank_value": None,
+        "scale": None,
+    },
+    "scored_merge": {"eps": 1e-5},
+    "point_conv": {"center_positions": None, "eps": 1e-5},
+    "select_centers": {
+        "extent": None,
+        "alpha": 4.0,
+        "prior": "adaptive",
+        "reserve": True,
+        "lattice": True,
+    },
+    "interpolate": {
+        "query_sizes": None,
+        "neighbor_index": None,
+        "k": 4,
+        "power": 6.0,
+        "eps": 1e-11,
+    },
+    "weighted_gather": {},
+    "deformable_attention": {"power": 6.0, "eps": 1e-11},
+    "knn": {"query": None, "query_sizes": None, "include_self": True, "return_distance": False},
+    "TokenSet.cluster": CLUSTERS,
+    "TokenSet.to_grid": {"fill": 0.0},
+    "Neighborhoods.with_plan": {"training": True},
+}
+
+
+def test_defaults():
+    for name, expected in DEFAULTS.items():
+        function = pointformer
+        for part in name.split("."):
+            function = getattr(function, part)
+        parameters = inspect.signature(function).parameters.values()
+        given = {p.name: p.default for p in parameters if p.default is not p.empty}
+        shared = {key: value for key, value in EVERYWHERE.items() if key in given}
+        assert given == shared | expected, name
+
+
+def test_every_public_function_is_in_the_table():
+    functions = {
+        name for name in pointformer.__all__ if inspect.isfunction(getattr(pointformer, name))
+    }
+    assert functions - {"segment"} <= DEFAULTS.keys()
