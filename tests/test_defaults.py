@@ -47,6 +47,8 @@ DEFAULTS = {
     "weighted_gather": {},
     "deformable_attention": {"power": 6.0, "eps": 1e-11},
     "knn": {"query": None, "query_sizes": None, "include_self": True, "return_distance": False},
+    "sizes_from_batch": {"batch_size": None},
+    "batch_from_sizes": {"device": None},
     "TokenSet.cluster": CLUSTERS,
     "TokenSet.to_grid": {"fill": 0.0},
     "Neighborhoods.with_plan": {"training": True},

@@ -142,12 +142,12 @@ def test_interpolation():
     a |= {"neighbor_index": torch.tensor([[0, 1], [1, 2], [2, -1]], dtype=torch.int32)}
     out = interpolate(**a)
     points, lists = 3 * 8 + 3 * 8, 24  # of the queries, and of the tokens 0, 1 and 2
-    assert work.interpolate(a, out) == Work(points + lists + 3 * 20 + 60, 5 * (5 + 4 + 10))
-    assert work.interpolate_backward(a, out) == Work(points + lists + 60 + 7 * 20, 5 * (5 + 4 + 10))
+    assert work.interpolate(a, out) == Work(points + lists + 3 * 20 + 60, 5 * (5 + 5 + 10))
+    assert work.interpolate_backward(a, out) == Work(points + lists + 60 + 7 * 20, 5 * (5 + 5 + 10))
     a |= {"neighbor_index": None, "k": 1, "sizes": None, "query_sizes": None}
     out = interpolate(features, POSITIONS, queries, k=1)
-    assert work.interpolate(a, out) == Work(points + 3 * 20 + 60, 3 * 19)
-    assert work.interpolate_backward(a, out) == Work(points + 4 * 3 + 60 + 7 * 20, 3 * 19)
+    assert work.interpolate(a, out) == Work(points + 3 * 20 + 60, 3 * 20)
+    assert work.interpolate_backward(a, out) == Work(points + 4 * 3 + 60 + 7 * 20, 3 * 20)
 
 
 def test_deformable_attention():
@@ -165,9 +165,9 @@ def test_deformable_attention():
     out = deformable_attention(**a)
     read = 7 * 6 * 4 + 7 * 8 + 40 * 4 + 20 * 4 + 4 * 4 + 2 * 8 + 24 * 8
     pairs = 20 * 2
-    assert work.deformable_attention(a, out) == Work(read + 12 * 4, pairs * (9 + 6))
+    assert work.deformable_attention(a, out) == Work(read + 12 * 4, pairs * (10 + 6))
     assert work.deformable_attention_backward(a, out) == Work(
-        read + 12 * 4 + 7 * 6 * 4 + 40 * 4 + 20 * 4, pairs * (18 + 12)
+        read + 12 * 4 + 7 * 6 * 4 + 40 * 4 + 20 * 4, pairs * (20 + 12)
     )
 
 
