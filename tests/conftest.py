@@ -50,7 +50,7 @@ def pytest_cmdline_main(config):
         or config.getoption("--benchmark-only", default=False)
     )
     if not here and option.numprocesses is None:
-        option.numprocesses = min(4, len(os.sched_getaffinity(0)))
+        option.numprocesses = min(4, torch.get_num_threads())
         option.dist = "worksteal"
 
 
