@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pointformer.data import Sample
+from pointformer.instances import instance_target
 from pointformer.models import create_model
 from pointformer.train.nuclei import (
     Budget,
@@ -26,17 +27,27 @@ RECIPE = Recipe(batch=2, crop=32, learning_rate=1e-2)
 
 
 class TinyModel(nn.Module):
-    def __init__(self):
+    def __init__(self, dropout=0.0):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 3, 1)
         )
+        self.dropout = nn.Dropout(dropout)
 
     def preprocess(self, image):
         return image.float() / 127.5 - 1
 
     def forward(self, images):
-        return self.layers(images)
+        return self.layers(self.dropout(images))
+
+
+class WithBackbone(TinyModel):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.layers = self.layers[0], self.layers[1:]
+
+    def forward(self, images):
+        return self.layers(self.backbone(images))
 
 
 def blobs(count, seed=0):
@@ -54,9 +65,9 @@ def blobs(count, seed=0):
     return samples
 
 
-def trainer(budget, recipe=RECIPE):
+def trainer(budget, recipe=RECIPE, dropout=0.0):
     torch.manual_seed(0)
-    return Trainer(TinyModel(), blobs(4), recipe, budget)
+    return Trainer(TinyModel(dropout), blobs(4), recipe, budget)
 
 
 def same(first, second):
@@ -64,13 +75,14 @@ def same(first, second):
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path):
-    whole = trainer(Budget(steps=8))
+    """With something random in the model too."""
+    whole = trainer(Budget(steps=8), dropout=0.5)
     losses = [whole.step() for _ in range(8)]
     assert whole.used == 1
-    first = trainer(Budget(steps=8))
+    first = trainer(Budget(steps=8), dropout=0.5)
     assert [first.step() for _ in range(5)] == losses[:5]
     first.save(tmp_path / "checkpoint.pt")
-    second = trainer(Budget(steps=8))
+    second = trainer(Budget(steps=8), dropout=0.5)
     second.load(tmp_path / "checkpoint.pt")
     assert second.steps == 5
     assert [second.step() for _ in range(3)] == losses[5:]
@@ -84,6 +96,74 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path):
         (tmp_path / "broken.pt").write_bytes(content)
         with pytest.raises(ValueError, match=r"broken\.pt: expected a checkpoint"):
             third.load(tmp_path / "broken.pt")
+
+
+def test_a_step_by_hand():
+    """AdamW on clipped gradients, the backbone slower; then the moving average, whose memory is
+    shorter at first, and the latest statistics."""
+    recipe = Recipe(
+        batch=2, crop=32, learning_rate=1e-2, backbone_rate=0.25, average=0.3, warmup=0.5
+    )
+    torch.manual_seed(0)
+    model = WithBackbone()
+    run = Trainer(model, blobs(4), recipe, Budget(steps=4))
+    plain = run.objective.loss
+    run.objective.loss = lambda output, instances: 1e4 * plain(output, instances)
+    average = {name: p.clone() for name, p in run.averaged.named_parameters()}
+    for step in range(3):
+        run.step()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert grads.norm().item() == pytest.approx(1, rel=1e-3)
+        factor = learning_rate_factor(step / 4, 0.5)
+        rates = {
+            id(p): group["lr"] for group in run.optimizer.param_groups for p in group["params"]
+        }
+        for name, parameter in model.named_parameters():
+            slower = 0.25 if name.startswith("backbone") else 1.0
+            assert rates[id(parameter)] == pytest.approx(1e-2 * factor * slower)
+        decay = min(0.3, (2 + step) / (11 + step))
+        for name, parameter in model.named_parameters():
+            average[name] = decay * average[name] + (1 - decay) * parameter.detach()
+            found = run.averaged.get_parameter(name)
+            torch.testing.assert_close(found, average[name])
+        for found, latest in zip(run.averaged.buffers(), model.buffers(), strict=True):
+            assert torch.equal(found, latest)
+    assert not run.averaged.training
+
+
+def test_the_recipes_class_weights_are_used():
+    logits = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    ids = np.zeros((8, 8), np.int32)
+    ids[2:5, 1:7], ids[5:7, 2:6] = 1, 2
+    target = torch.from_numpy(instance_target(ids)).long()[None]
+    assert target.unique().tolist() == [0, 1, 2]
+    for inside, border in ((1.0, 3.0), (2.5, 6.0)):
+        objective = Recipe(inside_weight=inside, border_weight=border).objective()
+        expected = dense_loss(logits, target, torch.tensor([1.0, inside, border]))
+        torch.testing.assert_close(objective.loss(logits, [ids]), expected)
+
+
+def test_the_average_is_scored_and_saved(tmp_path, monkeypatch):
+    seen = {}
+
+    def score(model, samples, objective):
+        seen["scored"] = model
+        raise StopIteration
+
+    run = trainer(Budget(steps=1))
+    monkeypatch.setattr("pointformer.train.nuclei.evaluate", score)
+    with pytest.raises(StopIteration):
+        train(run, blobs(1), tmp_path)
+    assert seen["scored"] is run.averaged
+    monkeypatch.setattr("pointformer.train.nuclei.load_split", lambda *_: blobs(1))
+    monkeypatch.setattr(
+        "pointformer.train.nuclei.train", lambda trainer, *_, **__: seen.update(trainer=trainer)
+    )
+    monkeypatch.setattr(
+        "pointformer.train.nuclei.save_model", lambda model, path: seen.update(saved=model)
+    )
+    assert main(["--data", "x", "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
+    assert seen["saved"] is seen["trainer"].averaged
 
 
 def test_training_learns_logs_and_scores(tmp_path):
