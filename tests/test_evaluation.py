@@ -2,12 +2,14 @@
 
 import json
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import pointformer.models.inference
 from pointformer import cli, segment
 from pointformer.annotations import Objects, SegmentMap
 from pointformer.data import Annotation, Category, Dataset, Segment, read_folder
@@ -15,6 +17,7 @@ from pointformer.data.annotations import Entry
 from pointformer.evaluation import evaluate
 from pointformer.metrics import CocoAP
 from pointformer.models import AFFConfig, Model, load_model, save_model
+from pointformer.tiling import windows_of
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
 CATEGORIES = (Category(0, "background", False), Category(1, "cell", True))
@@ -130,6 +133,36 @@ def test_windows_keep_every_object_with_its_score(seen_ids, task, tile):
         np.testing.assert_array_equal(low.labels > 0, ids > 0)
     with pytest.raises(ValueError, match="scales, flip: only for the task 'semantic'"):
         evaluate(model, dataset, task, flip=True)
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic"])
+def test_the_score_of_a_joined_object_is_the_highest(seen_ids, monkeypatch, task):
+    """Here each window is as sure of an object as it sees of it."""
+    dataset, ids = seen_ids
+    areas = np.bincount(ids.ravel())
+    plain = pointformer.models.inference.predict
+
+    def predict(model, pixels, **options):
+        found = plain(model, pixels, **options)
+        objects = found if task == "instance" else found.objects()
+        numbers = [list(SCORES.values()).index(round(s, 4)) + 1 for s in objects.scores.tolist()]
+        scores = [mask.area / areas[n] for mask, n in zip(objects.masks, numbers, strict=True)]
+        objects = Objects(objects.masks, objects.classes, scores, objects.size)
+        if task == "instance":
+            return objects
+        segments = (
+            replace(s, score=score) for s, score in zip(found.segments, scores, strict=True)
+        )
+        return SegmentMap(found.ids, tuple(segments))
+
+    monkeypatch.setattr("pointformer.models.inference.predict", predict)
+    grid = windows_of(*ids.shape, 40, 16)
+    result = segment(mask_model(task, 1), dataset[0].image, tile=40, overlap=16, min_score=0.0)
+    assert result.count == 6
+    for number in range(1, 7):
+        shares = [(ids[window.window] == number).sum() / areas[number] for window in grid]
+        (mine,) = np.unique(result.labels[ids == number])
+        assert result.scores[mine - 1] == pytest.approx(max(shares))
 
 
 def test_memory_is_that_of_the_objects(tmp_path, monkeypatch):

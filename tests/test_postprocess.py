@@ -123,6 +123,20 @@ def test_a_segment_needs_most_of_its_mask(cells):
         assert [s.category for s in result.segments] == kinds
 
 
+def test_what_a_segment_owns_outside_of_its_mask_counts_as_published():
+    """Half of the second mask is hidden, but three more columns are nobody else's."""
+    maps = torch.full((2, 2, 5), -60.0)
+    maps[0, :, 0] = 60.0
+    maps[1] = -1.0
+    maps[1, :, :2] = 1.0
+    (result,) = panoptic(predictions_of([0, 1], maps), [(8, 20)], things=[0, 1])
+    assert [s.category for s in result.segments] == [0, 1]
+    owned = result.ids == 2
+    assert owned[:, 5:7].all()
+    assert not owned[:, 9:].any()  # where its mask is not
+    assert result.segments[1].area == owned.sum() < 0.8 * 2 * 8 * 4
+
+
 def test_panoptic_joins_stuff_and_drops_hidden_segments():
     maps = torch.stack([half(True), half(False), half(True) - 1])
     (result,) = panoptic(predictions_of([0, 0, 1], maps), [(16, 16)], things=[1])
