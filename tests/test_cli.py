@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from pointformer import cli
-from pointformer.models import AFFConfig, Model, save_model
+from pointformer.models import AFFConfig, Model, load_model, save_model
+from pointformer.segmentation import to_tensor
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
 
@@ -98,9 +99,21 @@ def test_focus_draws_every_stage(capsys, tmp_path, picture, model):
     code, text, _ = run(capsys, "focus", picture, "--out", out, "--model", model)
     assert code == 0
     assert "tokens 234 -> " in text
-    sheet = np.asarray(Image.open(out))
+    sheet = np.asarray(Image.open(out)).astype(int)
     red = (sheet[..., 0] > 240) & (sheet[..., 1] < 80) & (sheet[..., 2] < 80)
-    assert red.sum() > 100  # dots of kept tokens
+    network, pixels = load_model(model), to_tensor(np.asarray(Image.open(picture)))
+    with torch.no_grad():
+        stages = network.backbone(network.preprocess(pixels)[None])
+    pitch = 4 * 400 / 70  # of a cell; the panels are 400 pixels wide, behind gaps of 8
+    cells = {tuple(place) for place in stages[0].tokens.positions.tolist()}
+    for number, stage in enumerate(stages[1:], 1):
+        panel = red[32 : 32 + 286, 8 + 408 * number :][:, :400]
+        kept = {tuple(place) for place in stage.tokens.positions.tolist()}
+        assert kept < cells
+        for x, y in cells:
+            row, column = int((y + 0.5) * pitch), int((x + 0.5) * pitch)
+            if row < 284 and column < 398:  # the last cells reach beyond the picture
+                assert panel[row, column] == ((x, y) in kept), (number, x, y)
 
 
 def test_models_lists_counts(capsys):
