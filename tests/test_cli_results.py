@@ -373,7 +373,14 @@ def test_nothing_leaves_the_output_folder_through_a_link(capsys, model, quick):
 
 @pytest.mark.parametrize(
     "name",
-    [b"new\nline.png", b"\xff\xfe.png", "漢 \x1b[31m.png".encode(), b"n" * 238 + b".png", b"-.png"],
+    [
+        b"new\nline.png",
+        b"\xff\xfe.png",
+        "漢 \x1b[31m.png".encode(),
+        b"n" * 238 + b".png",
+        b"-.png",
+        b"C:x\\y.png",
+    ],
 )
 def test_odd_names(capsys, model, quick, name):
     name = os.fsdecode(name)

@@ -114,7 +114,8 @@ def _segment_file(
     """Write the results of one picture; what it found, in words."""
     from pointformer.segmentation import segment
 
-    files = {kind: path_inside(options.out, f"{name}_{kind}") for kind in _KINDS}
+    # Names are the file system's own here: in "./C:x.png" the colon makes no drive.
+    files = {kind: path_inside(options.out, f"./{name}_{kind}") for kind in _KINDS}
     for kind in _KINDS:
         if kind != _MANY:
             results.check(files[kind])
