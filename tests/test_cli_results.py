@@ -174,6 +174,19 @@ def test_a_file_that_comes_while_computing_stays(capsys, model, monkeypatch):
     assert sorted(os.listdir("out")) == [f"c_{kind}" for kind in KINDS]
 
 
+def test_a_file_that_comes_after_the_last_check_stays():
+    class Late(Results):
+        def check(self, path):
+            there = super().check(path)
+            path.write_text("mine")
+            return there
+
+    with pytest.raises(FileExistsError, match=r"a\.txt"), Late().write(Path("a.txt")) as path:
+        path.write_text("new")
+    assert Path("a.txt").read_text() == "mine"
+    assert os.listdir() == ["a.txt"]
+
+
 def test_earlier_results_are_replaced_and_no_pictures(capsys, model, quick):
     picture("a/c.png")
     picture("a/d.png")
