@@ -21,6 +21,8 @@ _COMMON = {
 }
 settings.register_profile("default", max_examples=100, **_COMMON)
 settings.register_profile("thorough", max_examples=5000, **_COMMON)
+# Kernels in Triton's interpreter are slow: the quick run samples them, --long takes all examples.
+settings.register_profile("interpreted", max_examples=30, **_COMMON)
 settings.load_profile("default")
 
 
@@ -52,6 +54,17 @@ def pytest_cmdline_main(config):
     if not here and option.numprocesses is None:
         option.numprocesses = min(4, torch.get_num_threads())
         option.dist = "worksteal"
+
+
+def pytest_collectstart(collector):
+    """Before a file is imported: its properties take the number of examples that is set then."""
+    if (
+        isinstance(collector, pytest.Module)
+        and collector.config.getoption("--hypothesis-profile", default=None) is None
+    ):
+        interpreted = collector.path.stem.endswith("_interpret")
+        sampled = interpreted and not collector.config.getoption("--long")
+        settings.load_profile("interpreted" if sampled else "default")
 
 
 def pytest_ignore_collect(collection_path, config):
