@@ -374,7 +374,12 @@ def _search(
                     nodes, sample, limit, worst, x, y, z, scratch, middle_index, middle_distance
                 )
                 last, last_square = (x, y, z), middle_distance[limit - 1]
-                reach = _widen(last_square, high[0] - x, high[1] - y, high[2] - z)
+                reach = _widen(
+                    last_square,
+                    max(high[0] - x, x - low[0]),  # the middle is rounded
+                    max(high[1] - y, y - low[1]),
+                    max(high[2] - z, z - low[2]),
+                )
                 # At even density this many points are in reach: rather not begin with too many.
                 if reach * f32(limit) <= last_square * f32(capacity):
                     found = _collect(
