@@ -17,7 +17,7 @@ from pointformer.kernels.neighbors import fused_nearest
 
 PARITY = Path(__file__).parent / "parity"
 IMPLS = ("reference", "cpu")
-LAYOUTS = ("uniform", "lattice", "equal", "tiny", "huge", "blob")
+LAYOUTS = ("uniform", "lattice", "equal", "tiny", "huge", "blob", "far")
 
 
 def brute_force(query, points, count):
@@ -39,6 +39,7 @@ def layout(rng, kind, shape):
         "equal": np.full(shape, 3.5),
         "tiny": uniform**6 * 1e-20,  # squares underflow
         "huge": (uniform - 0.5) * 9e18,  # squares nearly overflow
+        "far": uniform * 4 + 2.0**22,  # steps of 1/2: sums and middles are rounded
         "blob": np.where(rng.random((shape[0], 1)) < 0.7, uniform * 0.01 + 7, uniform * 100),
     }
     return positions[kind].astype(np.float32)
@@ -347,6 +348,21 @@ def test_points_far_away_do_not_matter(kind, dimensions):
 
     even = 100.0 if kind != "blobs" else 0.15
     assert spread(positions) < 1.5 * spread(scattered("even", 4000, dimensions)) * even / 100
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_nothing_is_lost_where_float32_is_coarse(dimensions):
+    """Far from the origin the middle of a block is rounded by as much as neighbors are apart."""
+    rng = np.random.default_rng(0)
+    positions = torch.from_numpy(layout(rng, "far", (40 * 300, dimensions)))
+    sizes = [300] * 40
+    clusters = balanced_cluster(positions, 8, sizes=sizes)
+    ordered = positions[clusters.order]
+    for search in (
+        lambda impl: knn(positions, 16, sizes=sizes, impl=impl),
+        lambda impl: nearest_clusters(ordered, clusters, 6, impl=impl).cluster_index,
+    ):
+        assert torch.equal(search("cpu"), search("reference"))
 
 
 def test_cells_are_divided_until_points_are_equal():
