@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pointformer._checks import check_count, describe
 from pointformer.models.aff import AdaptiveMerge, Attention
 from pointformer.models.hcformer import SoftAssignment
 from pointformer.models.heads import DenseHead, HCFormerHead
@@ -116,6 +117,10 @@ def count(model: Model, height: int, width: int) -> Complexity:
     they are set. Linear layers and convolutions give zeros meanwhile, which is faster. Of a foreign
     backbone only these two are known.
     """
+    if not isinstance(model, Model):
+        raise TypeError(f"model: expected a Model, got {describe(model)}")
+    check_count("height", height)
+    check_count("width", width)
     totals: Counter[str] = Counter()
     handles = []
     for module in model.modules():

@@ -6,34 +6,57 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Self
 
+from pointformer._checks import brief, check_count, check_flags, check_number, check_option
+from pointformer.geometry.curves import CURVES
+
+_MOST_STAGES = 16  # each halves the picture's sides
+
 
 class _Config:
     """What the configurations share: checks, and copies with changes."""
 
     dims: tuple[int, ...]
     heads: tuple[int, ...]
+    patch_stride: int
 
-    def _per_stage(self, *names: str) -> None:
-        """Make fields tuples of one value per stage; one number is for all stages."""
-        stages = len(self.dims)
-        for name in names:
-            value = getattr(self, name)
-            if isinstance(value, int):
-                value = (value,) * stages
-            if len(value) != stages:
-                raise ValueError(
-                    f"{name}: expected one value for each of {stages} stages, got {value}"
-                )
-            object.__setattr__(self, name, tuple(value))
+    def __post_init__(self) -> None:
+        """Check the kind of each field by its annotation; sides and shares are not negative."""
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.type == "int":
+                check_count(field.name, value)
+            elif field.type == "float":
+                check_number(field.name, value, least=0)
+            elif field.type == "bool":
+                check_flags(**{field.name: value})
+            elif field.type == "tuple[int, ...]":
+                self._per_stage(field.name, value)
+
+    def _per_stage(self, name: str, value: object) -> None:
+        """Make the field a tuple of one number per stage; one number is for all stages."""
+        stages = len(self.dims) if isinstance(self.dims, list | tuple) else 0
+        if isinstance(value, int) and name != "dims":
+            value = (value,) * stages
+        if name == "dims" and not 0 < stages <= _MOST_STAGES:
+            raise ValueError(
+                f"dims: expected the channels of 1 to {_MOST_STAGES} stages, got {brief(value)}"
+            )
+        if not isinstance(value, list | tuple) or len(value) != stages:
+            raise ValueError(
+                f"{name}: expected one number for each of {stages} stages, got {brief(value)}"
+            )
+        for number in value:
+            check_count(name, number)
+        object.__setattr__(self, name, tuple(value))
 
     def _check_heads(self) -> None:
         for stage, (dim, heads) in enumerate(zip(self.dims, self.heads, strict=True)):
             if dim % heads:
                 raise ValueError(f"heads: stage {stage} has {dim} channels for {heads} heads")
 
-    def _check_choice(self, name: str, choices: tuple) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+    def _check_stride(self) -> None:
+        if self.patch_stride not in (1, 2, 4):
+            raise ValueError(f"patch_stride: expected 1, 2 or 4, got {brief(self.patch_stride)}")
 
     def override(self, **changes: object) -> Self:
         """A copy with some fields changed; an unknown field is an error that lists the known."""
@@ -97,17 +120,19 @@ class AFFConfig(_Config):
     merge: str = "adaptive"
 
     def __post_init__(self) -> None:
-        self._per_stage("dims", "depths", "heads", "neighborhood_size")
+        super().__post_init__()
         self._check_heads()
-        if not 0 < self.rate <= 1:
-            raise ValueError(f"rate: expected a number in (0, 1], got {self.rate}")
-        if not self.alpha >= 0:
-            raise ValueError(f"alpha: expected a number of at least 0, got {self.alpha}")
-        self._check_choice("patch_stride", (1, 2, 4))
-        self._check_choice("prior", ("adaptive", "grid", None))
-        self._check_choice("scope", ("token", "tile"))
-        self._check_choice("merge", ("adaptive", "patch"))
-        self._check_choice("remainder", ("spread", "last"))
+        self._check_stride()
+        check_number("rate", self.rate, above=0, most=1)
+        check_number("drop_path", self.drop_path, least=0, most=1)
+        for name, known in (
+            ("curve", CURVES),
+            ("remainder", ("spread", "last")),
+            ("scope", ("token", "tile")),
+            ("prior", ("adaptive", "grid", None)),
+            ("merge", ("adaptive", "patch")),
+        ):
+            check_option(name, getattr(self, name), known)
         if min(self.neighborhood_size) < self.cluster_size:
             raise ValueError(
                 f"neighborhood_size: {self.neighborhood_size} is less than one cluster of "
@@ -136,11 +161,10 @@ class SwinConfig(_Config):
     in_channels: int = 3
 
     def __post_init__(self) -> None:
-        self._per_stage("dims", "depths", "heads")
+        super().__post_init__()
         self._check_heads()
-        self._check_choice("patch_stride", (1, 2, 4))
-        if self.window_size < 1:
-            raise ValueError(f"window_size: expected at least 1, got {self.window_size}")
+        self._check_stride()
+        check_number("drop_path", self.drop_path, least=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -151,9 +175,6 @@ class GridConfig(_Config):
     image_size: int = 224
     patch_stride: int = 4
     in_channels: int = 3
-
-    def __post_init__(self) -> None:
-        self._per_stage("dims")
 
 
 def config_from(values: Mapping[str, object]) -> AFFConfig | SwinConfig:

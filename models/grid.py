@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pointformer import TokenSet
+from pointformer._checks import check_tensor, describe
 from pointformer.models.backbone import StageOutput
 from pointformer.models.config import GridConfig
 
@@ -29,6 +30,10 @@ def token_sets(maps: Sequence[Tensor]) -> list[TokenSet]:
     Raises:
         ValueError: a map's height or width does not follow from the first one's.
     """
+    if not isinstance(maps, list | tuple) or not maps:
+        raise TypeError(f"maps: expected a list of feature maps, got {describe(maps)}")
+    for values in maps:
+        check_tensor("maps", values, ("B", "C", "H", "W"))
     sets: list[TokenSet] = []
     for i, values in enumerate(maps):
         tokens, stride = TokenSet.from_grid(values), 2**i
@@ -97,12 +102,14 @@ class GridBackbone(nn.Module):
         image_size: int = 224,
     ) -> None:
         super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: expected a torch.nn.Module, got {describe(module)}")
         if dims is None:
             if not hasattr(module, "feature_info"):
                 raise ValueError("dims: needed, as the module has no feature_info to ask")
             dims = module.feature_info.channels()  # type: ignore[operator, union-attr]
         self.module = module
-        self.config = GridConfig(tuple(dims), image_size=image_size, in_channels=in_channels)
+        self.config = GridConfig(dims, image_size=image_size, in_channels=in_channels)
         self.impl: str | None = None
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> list[StageOutput]:

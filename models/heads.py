@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from pointformer import TokenSet, interpolate
+from pointformer._checks import check_count, check_flags, check_number, check_option
 from pointformer.models.backbone import StageOutput
 from pointformer.models.config import AFFConfig
 from pointformer.models.hcformer import Encoder, SoftAssignment, decode
-from pointformer.models.layers import at_least_float32
+from pointformer.models.layers import POSITION_NORMS, at_least_float32
 from pointformer.models.mask2former import MaskDecoder, MaskPredictions
 from pointformer.models.pixel_decoder import PixelDecoder
 
@@ -256,6 +257,21 @@ class HCFormerHead(nn.Module):
             temperatures = tuple(assign.temperature for assign in self.assignments)
             *earlier, last = outputs
             return replace(last, auxiliary=tuple(earlier), temperatures=temperatures)
+
+
+def check_options(head: str, options: Mapping[str, object]) -> None:
+    """Raise if the value of a known option is of another kind than the head's annotation says."""
+    parameters = inspect.signature(HEADS[head]).parameters
+    for name, value in options.items():
+        kind = parameters[name].annotation
+        if kind == "int":
+            check_count(name, value, least=0 if name.endswith("_layers") else 1)
+        elif kind == "float":
+            check_number(name, value, above=0)
+        elif kind == "bool":
+            check_flags(**{name: value})
+        else:
+            check_option(name, value, POSITION_NORMS)
 
 
 def options_of(head: str) -> list[str]:

@@ -7,6 +7,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pointformer import TokenSet, knn, point_conv
+from pointformer._checks import check_option
+
+POSITION_NORMS = ("image", "batch")
 
 
 class GELU(nn.GELU):
@@ -78,6 +81,8 @@ class MultiheadAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim: expected a multiple of {heads}, the heads, got {dim}")
         self.heads = heads
         self.in_proj = nn.Linear(dim, 3 * dim)  # query, key, value
         self.proj = nn.Linear(dim, dim)
@@ -129,8 +134,7 @@ def sine_encoding(
     A position is divided by the largest of its sample (`norm` "image") or of the whole batch
     ("batch", as the released AFF does, whose results depend on the batch for it), times 2 pi.
     """
-    if norm not in ("image", "batch"):
-        raise ValueError(f"norm: expected 'image' or 'batch', got {norm!r}")
+    check_option("norm", norm, POSITION_NORMS)
     positions = tokens.positions
     axes = tokens.dimensions
     if norm == "batch" or tokens.batch_size == 1:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pointformer._checks import brief, check_count, check_number, check_option, describe
 from pointformer.annotations import Category
 from pointformer.models.aff import AFF
 from pointformer.models.config import AFFConfig, GridConfig, SwinConfig
 from pointformer.models.grid import GridBackbone
-from pointformer.models.heads import HEADS, options_of
+from pointformer.models.heads import HEADS, check_options, options_of
 from pointformer.models.swin import Swin
 
+IMPLS = ("reference", "cpu", "triton", None)
 TASKS = ("semantic", "instance", "panoptic")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey
@@ -35,15 +37,27 @@ class Preprocess(nn.Module):
         self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
     ) -> None:
         super().__init__()
-        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        if len(self.mean) != len(self.std) or not self.mean:
+        self.mean: tuple[float, ...]
+        self.std: tuple[float, ...]
+        for name, given, kind, above in (
+            ("mean", mean, "finite", None),
+            ("std", std, "positive", 0),
+        ):
+            values = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+            try:
+                if not isinstance(values, list | tuple) or not values:
+                    raise ValueError
+                for value in values:
+                    check_number(name, value, above=above)
+            except ValueError:
+                raise ValueError(
+                    f"{name}: expected {kind} numbers, one per channel, got {brief(given)}"
+                ) from None
+            setattr(self, name, tuple(map(float, values)))
+        if len(self.mean) != len(self.std):
             raise ValueError(
-                f"std: expected one number for each of mean's {len(self.mean)}, got {self.std}"
+                f"std: expected one number for each of mean's {len(self.mean)}, got {brief(std)}"
             )
-        if not all(math.isfinite(x) for x in self.mean):
-            raise ValueError(f"mean: expected finite numbers, got {self.mean}")
-        if not all(0 < x < math.inf for x in self.std):
-            raise ValueError(f"std: expected positive numbers, got {self.std}")
 
     @classmethod
     def of_channels(cls, channels: int) -> Preprocess:
@@ -54,6 +68,10 @@ class Preprocess(nn.Module):
         return cls(*((value,) * channels for value in grey))
 
     def forward(self, image: Tensor) -> Tensor:
+        if not isinstance(image, Tensor) or image.dim() < 3:
+            raise TypeError(f"image: expected a tensor (..., C, H, W), got {describe(image)}")
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise TypeError(f"image: expected uint8, or floats of 0 to 1, got {describe(image)}")
         values = image.float() / 255 if image.dtype == torch.uint8 else image.float()
         given, channels = values.shape[-3], len(self.mean)
         if (given, channels) == (3, 1):
@@ -95,8 +113,7 @@ def configured(
 
 
 def _check_head(head: str) -> None:
-    if head not in HEADS:
-        raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {head!r}")
+    check_option("head", head, tuple(HEADS))
 
 
 def _check_options(options: Mapping[str, object], known: Mapping[str, list[str]]) -> None:
@@ -145,8 +162,21 @@ class Model(nn.Module):
         super().__init__()
         _check_head(head)
         _check_options(head_options, {f"head {head!r}": options_of(head)})
-        if task is not None and task not in TASKS:
-            raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        check_options(head, head_options)
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected text, got {describe(name)}")
+        if not isinstance(config, AFFConfig | SwinConfig | GridBackbone):
+            raise TypeError(
+                f"config: expected AFFConfig, SwinConfig or GridBackbone, got {describe(config)}"
+            )
+        check_count("num_classes", num_classes)
+        check_option("impl", impl, IMPLS)
+        check_option("task", task, (*TASKS, None))
+        if categories is not None and not (
+            isinstance(categories, list | tuple)
+            and all(isinstance(category, Category) for category in categories)
+        ):
+            raise TypeError(f"categories: expected a list of Category, got {describe(categories)}")
         dense = {None, "semantic"} | ({"instance"} if num_classes == 3 else set())
         possible = {"mask2former": {None, *TASKS}, "hcformer": {None, *TASKS}, "dense": dense}
         if task not in possible.get(head, {None}):
@@ -215,7 +245,12 @@ class Model(nn.Module):
 
     def _check(self, images: Tensor | Sequence[Tensor]) -> None:
         channels = self.config.in_channels
-        given = [images] if isinstance(images, Tensor) else list(images)
+        if not isinstance(images, Tensor | list | tuple):
+            raise TypeError(
+                f"images: expected (B, {channels}, H, W) or a list of ({channels}, H, W), got "
+                f"{describe(images)}"
+            )
+        given = [images] if isinstance(images, Tensor) else images
         dims = 4 if isinstance(images, Tensor) else 3
         if not given:
             raise ValueError("images: expected at least one image, got an empty list")

@@ -19,6 +19,8 @@ class DeformableAttention(nn.Module):
         self, dim: int, heads: int, levels: int, points: int, power: float, learn_power: bool
     ) -> None:
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim: expected a multiple of {heads}, the heads, got {dim}")
         self.shape = (heads, levels, points)
         places = heads * levels * points
         self.offsets = nn.Linear(dim, places * 2)

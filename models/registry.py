@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pointformer._checks import brief, check_flags, describe
 from pointformer.annotations import Category
 from pointformer.models.checkpoints import load_model
 from pointformer.models.config import CONFIGS
@@ -16,6 +17,7 @@ _WEIGHTS = Path(__file__).parent / "weights"
 def list_models(pretrained: bool = False) -> list[str]:
     """Names that `create_model` knows; with `pretrained`, those whose weights are in the package
     (as "name.tag")."""
+    check_flags(pretrained=pretrained)
     if pretrained:
         return sorted(path.stem for path in _WEIGHTS.glob("*.safetensors"))
     return sorted(CONFIGS)
@@ -50,10 +52,13 @@ def create_model(
     Raises:
         ValueError, TypeError: unknown name, tag or option; the message lists the known ones.
     """
-    if name not in CONFIGS:
-        raise ValueError(f"unknown model {name!r}; known models: {', '.join(list_models())}")
+    if not isinstance(name, str) or name not in CONFIGS:
+        known = ", ".join(list_models())
+        raise ValueError(f"name: unknown model {brief(name)}; known models: {known}")
+    if not isinstance(pretrained, bool | str):
+        raise TypeError(f"pretrained: expected True, False or a tag, got {describe(pretrained)}")
     if not pretrained:
-        head = head or "classification"
+        head = "classification" if head is None else head
         config, options = configured(name, CONFIGS[name], head, overrides)
         num_classes = 1000 if num_classes is None else num_classes
         return Model(name, config, head, num_classes, impl, task, categories, **options)
@@ -61,7 +66,9 @@ def create_model(
     tag = next(iter(weights), None) if pretrained is True else pretrained
     if tag not in weights:
         known = ", ".join(list_models(pretrained=True))
-        raise ValueError(f"{name}: no weights tagged {tag!r} in the package; there are: {known}")
+        raise ValueError(
+            f"{name}: no weights tagged {brief(tag)} in the package (pretrained); known: {known}"
+        )
     path = weights[tag]
     model = load_model(path, impl=impl, **overrides)
     for given, own, what in (

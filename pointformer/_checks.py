@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -13,23 +13,43 @@ import torch
 from torch import Tensor
 
 _LARGEST = 2.0**62  # squared distances of larger positions may overflow
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
 _CERTAINLY = 16  # sizes as many as tokens are no sizes from here on
 
-_repr = reprlib.Repr()
+_LARGEST_NUMBER = torch.finfo(torch.float32).max  # kernels compute in float32
+_LARGEST_COUNT = 2**31 - 1  # kernels count in int32
+_LARGEST_SIDE = 2.0**64  # of a canvas: it holds any positions
+
+
+class _Repr(reprlib.Repr):
+    """Arrays by what they are, not by what is in them; integers of any length."""
+
+    def repr1(self, x: object, level: int) -> str:
+        if isinstance(x, Tensor):
+            name = str(x.dtype).removeprefix("torch.")
+            return f"a {name} tensor of shape {tuple(x.shape)} on {x.device}"
+        if isinstance(x, np.ndarray):
+            return f"a {x.dtype} array of shape {x.shape}"
+        if isinstance(x, int) and x.bit_length() > 128:
+            return f"an integer of {x.bit_length()} bits"
+        return super().repr1(x, level)
+
+
+_repr = _Repr()
 _repr.maxlevel, _repr.maxtuple, _repr.maxlist, _repr.maxstring, _repr.maxother = 3, 8, 8, 60, 60
 
 
 def brief(value: object) -> str:
     """`value` in at most a line, however long: for error messages and `repr`."""
-    text = _repr.repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    text = " ".join(_repr.repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def describe(value: object) -> str:
-    """Type, shape and dtype of `value` in a few words, for error messages."""
-    if isinstance(value, Tensor):
-        name = str(value.dtype).removeprefix("torch.")
-        return f"a {name} tensor of shape {tuple(value.shape)} on {value.device}"
+    """Type of `value` and what is in it in a few words, for error messages."""
+    if value is None or isinstance(value, Tensor | np.ndarray):
+        return brief(value)
     return f"{type(value).__name__} {brief(value)}"
 
 
@@ -42,7 +62,8 @@ def check_tensor(
 ) -> Tensor:
     """Return `value` if it is a tensor of that shape (ints are fixed, other entries free)."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+        remedy = f"; use torch.as_tensor({name})" if isinstance(value, np.ndarray) else ""
+        raise TypeError(f"{name}: expected a tensor, got {describe(value)}{remedy}")
     if shape is not None:
         fits = value.dim() == len(shape) and all(
             not isinstance(want, int) or have == want
@@ -77,34 +98,52 @@ def check_positions(name: str, positions: object, dimensions: int | None = None)
     return positions
 
 
-def check_sizes(name: str, sizes: Sequence[int] | None, total: int) -> tuple[int, ...]:
-    """Tokens per sample as a tuple; `None` means one sample. They must add up to `total`."""
-    if sizes is None:
+def check_sizes(name: str, sizes: Sequence[int] | None, total: int | None) -> tuple[int, ...]:
+    """Tokens per sample as a tuple; `None` means one sample. They must add up to `total`.
+
+    Without a `total` they must be given, and may add up to anything.
+    """
+    if sizes is None and total is not None:
         return (total,)
+    given = sizes
     if isinstance(sizes, Tensor | np.ndarray):
         sizes = sizes.tolist()
     try:
-        sizes = tuple(s if isinstance(s, int | torch.SymInt) else operator.index(s) for s in sizes)
+        if not isinstance(sizes, list | tuple | range | Sequence):  # the first ones are fast
+            raise TypeError
+        sizes = tuple(
+            s if type(s) is int or isinstance(s, torch.SymInt) else _index(s) for s in sizes
+        )
     except TypeError:
         raise TypeError(
-            f"{name}: expected integers, the number of tokens of each sample, got {brief(sizes)}"
+            f"{name}: expected integers, the number of tokens of each sample, got {brief(given)}"
         ) from None
     if any(s < 0 for s in sizes):
         raise ValueError(f"{name}: sizes must not be negative, got {brief(sizes)}")
+    added = sum(sizes)
+    if total is None:
+        total = added
     if _is_batch_vector(sizes, total):
         raise ValueError(
             f"{name}: expected the number of tokens of each sample, got {brief(sizes)}, which "
             f"looks like the sample of each of the {total} tokens; use "
             f"{name}=pointformer.sizes_from_batch(batch)"
         )
-    if sum(sizes) != total:
+    if added != total:
         remedy = ""
         if len(sizes) > 1 and sizes[0] == 0 and sizes[-1] == total and _ascend(sizes):
             remedy = "; these look like offsets, sizes are the differences between them"
         raise ValueError(
-            f"{name}: sizes {brief(sizes)} add up to {sum(sizes)}, expected {total} tokens{remedy}"
+            f"{name}: sizes {brief(sizes)} add up to {brief(added)}, expected {total} tokens"
+            f"{remedy}"
         )
     return sizes
+
+
+def _index(value: object) -> int:
+    if isinstance(value, bool | np.bool_ | str):
+        raise TypeError
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 def _is_batch_vector(sizes: tuple[int, ...], total: int) -> bool:
@@ -129,11 +168,88 @@ def as_int32(index: Tensor) -> Tensor:
     return index.clamp(limits.min, limits.max).int() if index.dtype == torch.int64 else index
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise if `value` is no integer of at least `least`."""
-    if not isinstance(value, int | torch.SymInt | np.integer) or not value >= least:
-        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ValueError(f"{name}: expected {wanted}, got {brief(value)}")
+def check_count(name: str, value: object, least: int = 1, most: int = _LARGEST_COUNT) -> None:
+    """Raise if `value` is no integer from `least` to `most`."""
+    if type(value) is int or isinstance(value, torch.SymInt | np.integer):
+        if least <= value <= most:
+            return
+        if value > least:
+            raise ValueError(f"{name}: expected at most {most}, got {brief(value)}")
+    wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+    raise ValueError(f"{name}: expected {wanted}, got {_given(value)}")
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    least: float = -_LARGEST_NUMBER,
+    most: float = _LARGEST_NUMBER,
+) -> None:
+    """Raise if `value` is no finite number of the host above `above` and from `least` to `most`."""
+    real = isinstance(value, _NUMBERS) and type(value) is not bool
+    if real and least <= value <= most and (above is None or value > above):  # type: ignore[operator]
+        return
+    lowest = least if above is None else above
+    wanted = "a finite number"
+    if most != _LARGEST_NUMBER:
+        wanted = f"a number in {'[' if above is None else '('}{lowest:g}, {most:g}]"
+    elif above == 0:
+        wanted = "a positive number"
+    elif lowest != -_LARGEST_NUMBER:
+        wanted = f"a number {'of at least' if above is None else 'above'} {lowest:g}"
+    if isinstance(value, int | float) and _LARGEST_NUMBER < abs(value) < math.inf:
+        wanted += " that float32 holds"
+    raise ValueError(f"{name}: expected {wanted}, got {_given(value)}")
+
+
+_NUMBERS = (float, int, torch.SymInt, torch.SymFloat, np.integer, np.floating)
+
+
+def check_power(power: object, device: torch.device) -> None:
+    """Raise if `power` is no positive number and no floating tensor of one element.
+
+    What is in a tensor is not looked at, which would wait for the device.
+    """
+    if not isinstance(power, Tensor):
+        check_number("power", power, above=0)
+        return
+    check_tensor("power", power, dtypes=FLOATS, device=device)
+    if power.numel() != 1:
+        raise ValueError(f"power: expected one number, got {describe(power)}")
+
+
+def check_option(name: str, value: object, known: Sequence[str | None]) -> None:
+    """Raise if `value` is none of a few names."""
+    if not (value is None or isinstance(value, str)) or value not in known:
+        names = ", ".join(str(option) for option in known)
+        raise ValueError(f"{name}: expected one of {names}, got {brief(value)}")
+
+
+def check_flags(**flags: object) -> None:
+    """Raise if one of them, by its name, is neither True nor False."""
+    for name, value in flags.items():
+        if value is not True and value is not False:
+            raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+
+
+def check_device(device: object) -> torch.device | None:
+    """The device that this is or names."""
+    if device is None or isinstance(device, torch.device):
+        return device
+    try:
+        if isinstance(device, str | int) and not isinstance(device, bool):
+            return torch.device(device)
+    except (RuntimeError, TypeError, ValueError, OverflowError):  # as its text or number is wrong
+        pass
+    raise ValueError(f"device: expected one such as 'cpu' or 'cuda', got {brief(device)}")
+
+
+def _given(value: object) -> str:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return f"{brief(value)}; use .item()"
+    return brief(value)
 
 
 def can_read(values: Tensor) -> bool:
@@ -170,28 +286,37 @@ def check_finite(
 
 
 def check_per_sample(
-    name: str, value: object, samples: int, dimensions: int, least: float = -math.inf
+    name: str, value: object, samples: int | None, dimensions: int, least: float = -_LARGEST_SIDE
 ) -> tuple[tuple[float, ...], ...]:
     """B rows of D finite host numbers of at least `least`, from one row for all samples, B rows, or
-    a tensor.
+    a tensor. Without a number of samples as many rows as there are, one for a single row.
     """
+    given = value
     if isinstance(value, Tensor | np.ndarray):
         value = value.tolist()
-    if not isinstance(value, Sequence):
-        raise TypeError(f"{name}: expected {dimensions} numbers per sample, got {describe(value)}")
-    rows = list(value)
-    if rows and not isinstance(rows[0], list | tuple | Tensor | np.ndarray):
-        rows = [rows] * samples
-    if len(rows) != samples or any(len(row) != dimensions for row in rows):
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name}: expected {dimensions} numbers per sample, got {describe(given)}")
+    rows = [row.tolist() if isinstance(row, Tensor | np.ndarray) else row for row in value]
+    if rows and not isinstance(rows[0], list | tuple):
+        rows = [rows] * (1 if samples is None else samples)
+    if (samples is not None and len(rows) != samples) or any(
+        not isinstance(row, list | tuple) or len(row) != dimensions for row in rows
+    ):
+        of_all = "each sample" if samples is None else f"{samples} samples"
         raise ValueError(
-            f"{name}: expected {dimensions} numbers per sample for {samples} samples, "
-            f"got {brief(value)}"
+            f"{name}: expected {dimensions} numbers per sample for {of_all}, got {brief(given)}"
         )
-    rows = [tuple(row.tolist() if isinstance(row, Tensor | np.ndarray) else row) for row in rows]
-    for row in set(rows):
+    checked: tuple[tuple[float, ...], ...] = tuple(tuple(row) for row in rows)
+    try:
+        different: Collection[tuple[float, ...]] = set(checked)
+    except TypeError:  # there is no hash of lists
+        different = checked
+    for row in different:
         for number in row:
-            known = isinstance(number, int | float | torch.SymInt | torch.SymFloat | np.number)
-            if not known or not (-math.inf < number < math.inf and number >= least):
-                wanted = "finite numbers" if least == -math.inf else f"finite numbers >= {least:g}"
+            known = isinstance(number, _NUMBERS) and type(number) is not bool
+            if not known or not least <= number <= _LARGEST_SIDE:
+                wanted = (
+                    "finite numbers" if least == -_LARGEST_SIDE else f"finite numbers >= {least:g}"
+                )
                 raise ValueError(f"{name}: expected {wanted}, got {brief(row)}")
-    return tuple(rows)
+    return checked

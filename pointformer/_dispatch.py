@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from pointformer._checks import brief
+
 
 def choose(
     op: str,
@@ -33,11 +35,13 @@ def choose(
     if chosen is None:
         native = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
         chosen = native if native in lacks else "reference"
-    if chosen == "reference":
+    if isinstance(chosen, str) and chosen == "reference":
         return chosen
-    if chosen not in lacks:
+    if not isinstance(chosen, str) or chosen not in lacks:
         known = ", ".join(repr(name) for name in ("reference", *lacks))
-        raise ValueError(f"{op}: impl={impl!r} does not exist, expected one of {known} or None")
+        raise ValueError(
+            f"{op}: impl={brief(impl)} does not exist, expected one of {known} or None"
+        )
     reason = _device_lacks(chosen, device) or lacks[chosen]()
     if reason is not None:
         raise ValueError(

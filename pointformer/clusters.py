@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import pointformer.kernels.attention  # noqa: F401  (registers the plan)
-from pointformer._checks import check_tensor, describe
+from pointformer._checks import INTEGERS, check_flags, check_tensor, describe
 from pointformer._dispatch import choose, everything
 from pointformer.kernels.tables import from_host, starts_of
 
@@ -26,6 +26,10 @@ def check_neighborhoods(neighborhoods: object, tokens: int, device: torch.device
     """Raise if these are not the neighborhoods of so many tokens, on this device."""
     if not isinstance(neighborhoods, Neighborhoods):
         raise TypeError(f"neighborhoods: expected Neighborhoods, got {describe(neighborhoods)}")
+    if not isinstance(neighborhoods.clusters, Clusters):
+        raise TypeError(
+            f"neighborhoods: expected Clusters in it, got {describe(neighborhoods.clusters)}"
+        )
     if neighborhoods.num_queries != tokens or neighborhoods.clusters.num_tokens != tokens:
         raise ValueError(f"neighborhoods: expected those of {tokens} tokens, got {neighborhoods!r}")
     check_tensor("neighborhoods", neighborhoods.cluster_index, ("T", "R"), (torch.int32,), device)
@@ -118,6 +122,7 @@ class Neighborhoods:
         Raises:
             ValueError: `impl` does not exist or cannot run here.
         """
+        check_flags(training=training)
         index, clusters = self.cluster_index, self.clusters
         lacks = {"cpu": everything, "triton": self.triton_lacks}
         chosen = choose("Neighborhoods.with_plan", impl, lacks, index.device)
@@ -137,6 +142,7 @@ class Neighborhoods:
 
     def select(self, rows: Tensor) -> Neighborhoods:
         """The neighbourhoods of some queries, by row index (Q',); clusters stay as they are."""
+        check_tensor("rows", rows, ("Q'",), INTEGERS, self.cluster_index.device)
         return Neighborhoods(self.cluster_index[rows], self.clusters)
 
     def members(self) -> tuple[Tensor, Tensor]:

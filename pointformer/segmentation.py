@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 import torch
 
+from pointformer._checks import check_count, check_number, describe
 from pointformer.annotations import Category, Objects, Segment, SegmentMap
 from pointformer.data.images import Picture, Reading, open_picture
 from pointformer.tiling import Tile, stitch, stitch_objects, windows_of
@@ -68,6 +69,7 @@ class Segmentation:
 
     def class_name(self, id: int) -> str:
         """Name of an object's class, or its number where the model has no names."""
+        check_count("id", id, most=len(self.classes))
         number = self.classes[id - 1]
         return str(number) if self.categories is None else self.categories[number].name
 
@@ -131,6 +133,12 @@ def segment(
         ValueError, TypeError: the image is unreadable or no picture, it needs a choice or more
             memory than there is, or the model has another head.
     """
+    from pointformer.models.model import Model
+
+    if not isinstance(model, Model):
+        raise TypeError(f"model: expected one of create_model(), got {describe(model)}")
+    if min_score is not None:
+        check_number("min_score", min_score, least=0, most=1)
     factor = _scale(model, scale, diameter)
     picture = open_picture(image, **reading)
     seen = picture.scaled(factor)
@@ -232,8 +240,8 @@ def _check_memory(model: Model, name: str, window: Tile) -> None:
 def _scale(model: Model, scale: float | None, diameter: float | None) -> float:
     """Side of what the network sees over that of the picture."""
     for name, value in (("scale", scale), ("diameter", diameter)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name}: expected a positive number, got {value}")
+        if value is not None:
+            check_number(name, value, above=0)
     if diameter is None:
         return 1.0 if scale is None else scale
     if scale is not None:

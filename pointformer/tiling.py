@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pointformer._checks import check_count
 from pointformer.annotations import Mask, Objects
 
 
@@ -60,8 +61,9 @@ def windows_of(height: int, width: int, tile: int | None, overlap: int | None) -
     """
     if tile is None:
         return tiles(height, width, max(height, width), 0)
-    if tile < 1:
-        raise ValueError(f"tile: expected at least 1 pixel, got {tile}")
+    check_count("tile", tile)
+    if overlap is not None:
+        check_count("overlap", overlap, least=0)
     return tiles(height, width, tile, default_overlap(tile) if overlap is None else overlap)
 
 

@@ -12,9 +12,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pointformer._checks import (
+    INTEGERS,
     brief,
     can_read,
+    check_device,
     check_finite,
+    check_flags,
+    check_number,
     check_per_sample,
     check_positions,
     check_sizes,
@@ -105,6 +109,10 @@ class TokenSet:
             extent = check_per_sample("extent", extent, len(sizes), dimensions, least=0)
         if origin is not None:
             check_tensor("origin", origin, (len(sizes), dimensions), (torch.float64,))
+        if clusters is not None and not isinstance(clusters, Clusters):
+            raise TypeError(
+                f"clusters: expected Clusters, as tokens.cluster() makes, got {describe(clusters)}"
+            )
         if clusters is not None and clusters.sizes != sizes:
             raise ValueError(f"clusters: expected samples of {brief(sizes)} tokens, got {clusters}")
         for name, value in (
@@ -163,7 +171,19 @@ class TokenSet:
         )
 
     def select(self, index: Tensor, sizes: Sequence[int]) -> TokenSet:
-        """The rows `index` (T',), grouped by sample, `sizes` of them per sample; no clusters."""
+        """The rows `index` (T',), grouped by sample, `sizes` of them per sample; no clusters.
+
+        Raises:
+            TypeError, ValueError: `index` is no int32 or int64 vector, or `sizes` do not fit it.
+            IndexError: there is no such row.
+        """
+        check_tensor("index", index, ("T'",), INTEGERS, self.device)
+        sizes = check_sizes("sizes", sizes, len(index))
+        known = self.extent is not None or self.origin is not None
+        if known and len(sizes) != self.batch_size:
+            raise ValueError(
+                f"sizes: expected {self.batch_size} samples, as in the set, got {brief(sizes)}"
+            )
         return TokenSet(
             self.positions[index], self.features[index], sizes, self.extent, self.origin
         )
@@ -242,6 +262,11 @@ class TokenSet:
             origin = _lower_corners(positions, sizes).cpu()
         else:
             check_tensor("origin", origin, None, (torch.float64,))
+            if origin.shape not in ((dimensions,), (len(sizes), dimensions)):
+                raise ValueError(
+                    f"origin: expected shape ({len(sizes)}, {dimensions}) or ({dimensions},), got "
+                    f"{describe(origin)}"
+                )
             origin = origin.cpu().broadcast_to(len(sizes), dimensions).clone()
         sample = batch_from_sizes(sizes, positions.device)
         local = (positions - origin.to(positions.device)[sample]).float()
@@ -255,9 +280,10 @@ class TokenSet:
             return positions
         return positions + self.origin.to(self.device)[self.sample_index]
 
-    def with_origin(self, origin: Tensor) -> TokenSet:
-        """The same tokens relative to another origin, (B, D) or (D,) float64: to use the positions
-        of two sets together, give one the other's. Clusters and a canvas, which moves, are dropped.
+    def with_origin(self, origin: Tensor | None) -> TokenSet:
+        """The same tokens relative to another origin, (B, D) or (D,) float64, `None` as for
+        `from_world`: to use the positions of two sets together, give one the other's. Clusters and
+        a canvas, which moves, are dropped.
         """
         return TokenSet.from_world(self.world_positions(), self.features, self.sizes, origin=origin)
 
@@ -271,6 +297,13 @@ class TokenSet:
             raise ValueError(
                 f"maps: expected (B, C, H, W) or (B, C, Z, H, W), got {describe(maps)}"
             )
+        if not isinstance(maps, Tensor | list | tuple):
+            raise TypeError(
+                f"maps: expected (B, C, H, W), or a list of (C, H, W), got {describe(maps)}"
+            )
+        for sample in [maps] if isinstance(maps, Tensor) else maps:
+            if isinstance(sample, Tensor) and not sample.is_floating_point():
+                raise TypeError(f"maps: expected a floating dtype, got {describe(sample)}")
         if isinstance(maps, Tensor):
             batch, _, *shape = maps.shape
             grid = _cells(shape, maps.device)
@@ -283,6 +316,11 @@ class TokenSet:
                 raise ValueError(
                     f"maps: expected (C, H, W) or (C, Z, H, W), got {describe(sample)}"
                 )
+            if sample.shape[0] != maps[0].shape[0] or sample.dim() != maps[0].dim():
+                raise ValueError(
+                    f"maps: expected one number of axes and channels, got {describe(maps[0])} and "
+                    f"{describe(sample)}"
+                )
         shapes = [tuple(sample.shape[1:]) for sample in maps]
         grids = {shape: _cells(shape, maps[0].device) for shape in set(shapes)}
         return cls(
@@ -293,8 +331,8 @@ class TokenSet:
         )
 
     def to_grid(self, fill: float = 0.0, *, check_values: bool = True) -> Tensor | list[Tensor]:
-        """Feature maps (B, C, H, W) or (B, C, Z, H, W) with each token in the cell of its (integer)
-        position and `fill` in cells without one; a list of maps if the extents differ.
+        """Feature maps (B, C, H, W) or (B, C, Z, H, W) with each token in the cell that it lies
+        in and `fill` in cells without one; a list of maps if the extents differ.
 
         Args:
             check_values: whether to look for tokens outside of the canvas, which waits for the
@@ -305,6 +343,9 @@ class TokenSet:
         """
         if self.extent is None:
             raise ValueError("to_grid: this token set has no extent, so the map's size is unknown")
+        check_flags(check_values=check_values)
+        if not (isinstance(fill, float) and not math.isfinite(fill)):  # those may fill, too
+            check_number("fill", fill)
         shapes = [tuple(int(side) for side in reversed(extent)) for extent in self.extent]
         volumes = [math.prod(shape) for shape in shapes]
         sample = self.sample_index
@@ -313,12 +354,14 @@ class TokenSet:
         cell = torch.zeros_like(sample)
         for axis in range(self.dimensions):  # of the map: the last position first
             side = shapes[0][axis] if sides is None else sides[:, axis]
-            place = self.positions[:, -1 - axis].long()
-            if check_values and can_read(place) and bool(((place < 0) | (place >= side)).any()):
-                raise ValueError(
-                    f"to_grid: a token lies outside of its canvas {brief(self.extent)}"
-                )
-            cell = cell * side + place
+            place = self.positions[:, -1 - axis]
+            if check_values and can_read(place):
+                inside = (place >= 0) & (place < side)  # NaN is not
+                if not bool(inside.all()):
+                    raise ValueError(
+                        f"to_grid: a token lies outside of its canvas {brief(self.extent)}"
+                    )
+            cell = cell * side + place.long()
         cell += offsets_of(volumes, self.device)[sample]
         flat = self.features.new_full((sum(volumes), self.channels), fill)
         flat = flat.index_copy(0, cell, self.features)
@@ -334,8 +377,14 @@ class TokenSet:
     @classmethod
     def from_list(cls, sets: Sequence[TokenSet]) -> TokenSet:
         """Pack several token sets into one batch, in order; clusters are dropped."""
+        if not isinstance(sets, list | tuple) or not all(isinstance(s, TokenSet) for s in sets):
+            raise TypeError(f"sets: expected a list of TokenSets, got {describe(sets)}")
         if not sets:
             raise ValueError("sets: expected at least one token set, got none")
+        for name in ("dimensions", "channels", "device"):
+            found = [getattr(s, name) for s in sets]
+            if len(set(found)) > 1:
+                raise ValueError(f"sets: expected all of the same {name}, got {brief(found)}")
         sets = [s.input_order() for s in sets]
         extent = None
         if all(s.extent is not None for s in sets):
@@ -379,6 +428,9 @@ class TokenSet:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> TokenSet:
         """Move all tensors to `device`; cast the features (never the positions) to `dtype`."""
+        device = check_device(device)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating dtype, got {describe(dtype)}")
         clusters = self.clusters
         if clusters is not None:
             clusters = Clusters(

@@ -344,7 +344,7 @@ def test_selection_compiles_in_one_graph(lattice):
         ({"rate": 1.5}, r"rate: expected a number in \(0, 1\], got 1.5"),
         ({"scores": torch.zeros(9)}, r"scores: expected shape \(16\), got a float32 tensor"),
         ({"scores": torch.full((16,), math.nan)}, "scores: expected numbers, got NaN in 16 of 16"),
-        ({"prior": "density"}, "prior: expected 'adaptive', 'grid' or None, got 'density'"),
+        ({"prior": "density"}, "prior: expected one of adaptive, grid, None, got 'density'"),
         ({"stride": 1.5}, "stride: expected a positive integer, got 1.5"),
         ({"extent": (4, 3)}, r"positions: sample 0 has \[0.0, 3.0\] in row 12, which is not on"),
         ({"positions": full_lattice((4, 4)) / 2}, r"sample 0 has \[0.5, 0.0\] in row 1.*lattice="),

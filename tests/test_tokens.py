@@ -228,7 +228,7 @@ def test_edges_are_the_neighborhoods():
         (
             (np.zeros((3, 2)), torch.zeros(3, 1)),
             TypeError,
-            "positions: expected a tensor, got ndarray",
+            r"positions: expected a tensor, got a float64 array .*; use torch.as_tensor",
         ),
     ],
     ids=["4-D", "float64", "rows", "sizes", "negative", "extent", "numpy"],

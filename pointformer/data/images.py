@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 import numpy as np
 from PIL import Image
 
+from pointformer._checks import brief, check_count, check_option, describe
 from pointformer.data import intensities as levels
 from pointformer.data.pillow import StoredPillow
 from pointformer.data.stored import Layout, PictureError, Stored, decoding, stored_array
@@ -192,12 +193,9 @@ def open_picture(
             choice, or the choice is not in it; it is larger than `max_pixels`.
         TypeError: `source` is nothing of the above.
     """
-    for name, value, known in (
-        ("project", project, (None, *_PROJECTIONS)),
-        ("intensities", intensities, _INTENSITIES),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {known}, got {value!r}")
+    check_option("project", project, (None, *_PROJECTIONS))
+    check_option("intensities", intensities, _INTENSITIES)
+    check_count("max_pixels", max_pixels, most=2**62)
     stored, planes = _choose_planes(_stored(source, max_pixels), plane, project)
     channels = _choose_channels(stored.name, stored.layout, channel)
     return Picture(stored, channels, planes, project, intensities)
@@ -282,7 +280,7 @@ def _stored(source: PictureSource, max_pixels: int, numbers: bool = False) -> Se
     if not isinstance(source, np.ndarray):
         raise TypeError(
             "image: expected a file, an array, a tensor or a picture of Pillow, "
-            f"got {type(source).__name__}"
+            f"got {describe(source)}"
         )
     return [stored_array(source)]
 
@@ -362,9 +360,9 @@ def _plane_numbers(name: str, plane: int | str | None) -> int | dict[str, int]:
                     return numbers
         except ValueError:
             pass
-    if isinstance(plane, int) and not isinstance(plane, bool) and plane >= 0:
+    if isinstance(plane, int) and not isinstance(plane, bool) and 0 <= plane < 2**63:
         return plane
-    raise ValueError(f'plane: expected a number from 0, or as "z=3,t=0", got {plane!r}')
+    raise ValueError(f'plane: expected a number from 0, or as "z=3,t=0", got {brief(plane)}')
 
 
 def _described(layout: Layout) -> str:
@@ -387,11 +385,16 @@ def _choose_channels(
             f"{name}: it has {_named(names)}; choose one with channel (--channel), 0 to "
             f"{count - 1}{three}"
         )
-    items = [channel] if isinstance(channel, int | str) else list(channel)
+    items: list = list(channel) if isinstance(channel, list | tuple) else [channel]
     if isinstance(channel, str) and channel.strip().lower() not in map(str.lower, names):
         items = list(channel.split(","))
-    if len(items) not in (1, 3):
-        raise ValueError(f"channel: expected one, or three as red, green and blue, got {channel!r}")
+    known = all(
+        isinstance(item, str) or (type(item) is int and abs(item) < 2**63) for item in items
+    )
+    if len(items) not in (1, 3) or not known:
+        raise ValueError(
+            f"channel: expected one, or three as red, green and blue, got {brief(channel)}"
+        )
     return [_channel_number(name, names, item) for item in items]
 
 
@@ -402,7 +405,7 @@ def _channel_number(name: str, names: Sequence[str], item: int | str) -> int:
         return lower.index(text)
     if text.isdecimal() and int(text) < len(names):
         return int(text)
-    raise PictureError(f"{name}: it has {_named(names)}, there is no channel {item!r}")
+    raise PictureError(f"{name}: it has {_named(names)}, there is no channel {brief(item)}")
 
 
 def _named(channels: Sequence[str]) -> str:

@@ -129,7 +129,9 @@ def decoding(name: str | os.PathLike[str]) -> Iterator[None]:
     except PictureError:
         raise
     except Exception as error:
+        path = os.fspath(name)
         if not os.path.exists(name):
+            path = path if len(path) <= 200 else f"...{path[-200:]}"
             reason = "there is no such file"
         elif os.path.isdir(name):
             reason = "this is a folder"
@@ -138,7 +140,7 @@ def decoding(name: str | os.PathLike[str]) -> Iterator[None]:
         else:
             text = " ".join(str(error).split())[:300] or type(error).__name__
             reason = f"it cannot be decoded: {text}"
-        raise PictureError(f"{os.fspath(name)}: expected a picture, but {reason}") from None
+        raise PictureError(f"{path}: expected a picture, but {reason}") from None
 
 
 def rgb_from_cmyk(values: np.ndarray) -> np.ndarray:

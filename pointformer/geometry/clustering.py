@@ -12,6 +12,8 @@ from torch import Tensor
 from pointformer._checks import (
     check_count,
     check_finite,
+    check_flags,
+    check_option,
     check_per_sample,
     check_positions,
     check_sizes,
@@ -97,9 +99,9 @@ def balanced_cluster(
     dimensions = positions.shape[1]
     check_count("cluster_size", cluster_size)
     check_count("global_size", global_size, least=0)
-    for name, value, known in (("curve", curve, CURVES), ("remainder", remainder, _REMAINDERS)):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    check_option("curve", curve, CURVES)
+    check_option("remainder", remainder, _REMAINDERS)
+    check_flags(anchors=anchors, check_values=check_values)
     if check_values:
         check_finite("positions", positions, sizes)
     if extent is None:

@@ -11,9 +11,12 @@ from torch import Tensor
 from pointformer._checks import (
     check_count,
     check_finite,
+    check_flags,
+    check_option,
     check_positions,
     check_sizes,
     check_tensor,
+    describe,
 )
 from pointformer._dispatch import choose, everything
 from pointformer.clusters import Clusters, Neighborhoods, offsets_of
@@ -72,7 +75,7 @@ def nearest_clusters(
     positions = check_positions("positions", positions).detach()
     tokens, dimensions = positions.shape
     if not isinstance(clusters, Clusters):
-        raise TypeError(f"clusters: expected Clusters, got {type(clusters).__name__}")
+        raise TypeError(f"clusters: expected Clusters, got {describe(clusters)}")
     if tokens != clusters.num_tokens:
         raise ValueError(
             f"positions: expected {clusters.num_tokens} rows as in clusters, got {tokens}"
@@ -86,8 +89,8 @@ def nearest_clusters(
         ("global_size", global_size, 0),
     ):
         check_count(name, value, least)
-    if scope not in _SCOPES:
-        raise ValueError(f"scope: expected one of {', '.join(_SCOPES)}, got {scope!r}")
+    check_option("scope", scope, _SCOPES)
+    check_flags(include_own=include_own, check_values=check_values)
     sizes, counts = clusters.sizes, clusters.counts
     if check_values:
         check_finite("positions", positions, sizes)
@@ -192,6 +195,9 @@ def knn(
     """
     positions = check_positions("positions", positions).detach()
     sizes = check_sizes("sizes", sizes, positions.shape[0])
+    check_flags(
+        include_self=include_self, return_distance=return_distance, check_values=check_values
+    )
     if check_values:
         check_finite("positions", positions, sizes)
     check_count("k", k)

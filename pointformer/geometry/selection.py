@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 from pointformer._checks import (
+    FLOATS,
+    brief,
     can_read,
     check_finite,
+    check_flags,
+    check_number,
+    check_option,
     check_per_sample,
     check_positions,
     check_sizes,
@@ -28,6 +33,7 @@ from pointformer.reference import selection as reference
 _CELLS_PER_TOKEN = 1024  # emptier lattices are searched with `knn`
 _KEY_BITS = 30  # what the score and the reserved flag leave of a 64-bit key for (sample, row)
 _LONGEST_SIDE = 1 << 31  # of a lattice on GPUs: coordinates are integers of 32 bits
+_LARGEST_STRIDE = 2.0**60  # twice of it fits int64, and squared float32
 _PRIORS = ("adaptive", "grid", None)
 
 
@@ -67,7 +73,7 @@ def select_centers(
     full lattice gives the same result either way.
 
     Args:
-        scores: (T,) importance of each token, usually in (0, 1).
+        scores: (T,) floating, importance of each token, usually in (0, 1).
         positions: (T, D) float32, D = 2 or 3, rows of a sample in any order, not negative.
         sizes: tokens per sample, B host integers; `None` for one sample.
         extent: sides of each sample's canvas, B x D host numbers, or D for all samples. `None`
@@ -93,15 +99,19 @@ def select_centers(
     """
     positions = check_positions("positions", positions).detach()
     tokens, dimensions = positions.shape
-    scores = check_tensor("scores", scores, (tokens,), device=positions.device).detach().float()
+    scores = check_tensor("scores", scores, (tokens,), FLOATS, positions.device).detach().float()
     sizes = check_sizes("sizes", sizes, tokens)
-    if not 0 < rate <= 1:
-        raise ValueError(f"rate: expected a number in (0, 1], got {rate!r}")
-    if prior not in _PRIORS:
-        raise ValueError(f"prior: expected 'adaptive', 'grid' or None, got {prior!r}")
-    if stride <= 0 or (lattice and stride != int(stride)):
-        wanted = "a positive integer" if lattice else "a positive number"
-        raise ValueError(f"stride: expected {wanted}, got {stride!r}")
+    check_number("rate", rate, above=0, most=1)
+    check_number("alpha", alpha)
+    check_option("prior", prior, _PRIORS)
+    check_flags(reserve=reserve, lattice=lattice, check_values=check_values)
+    check_number("stride", stride, above=0)
+    if stride > _LARGEST_STRIDE:
+        raise ValueError(f"stride: expected at most {_LARGEST_STRIDE:g}, got {brief(stride)}")
+    if lattice and stride != int(stride):
+        raise ValueError(
+            f"stride: expected a positive integer, got {stride}; use lattice=False for others"
+        )
     if check_values:
         check_finite("positions", positions, sizes)
         _check_scores(scores)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pointformer._checks import check_sizes, check_tensor
+from pointformer._checks import check_count, check_device, check_sizes, check_tensor
 from pointformer.clusters import offsets_of
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -27,6 +27,8 @@ def sizes_from_batch(batch: Tensor, batch_size: int | None = None) -> tuple[int,
         TypeError, ValueError: `batch` is no such vector, or has samples from `batch_size` on.
     """
     batch = check_tensor("batch", batch, ("T",), _INTEGERS).long()
+    if batch_size is not None:
+        check_count("batch_size", batch_size, least=0)
     if len(batch):
         if bool((batch.diff() < 0).any()):
             raise ValueError(
@@ -42,9 +44,12 @@ def sizes_from_batch(batch: Tensor, batch_size: int | None = None) -> tuple[int,
 
 
 def batch_from_sizes(sizes: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """The sample of each token, (T,) int64, from the tokens per sample."""
-    sizes = tuple(sizes)
-    total = sum(sizes)
-    lengths = offsets_of(check_sizes("sizes", sizes, total), device).diff()
+    """The sample of each token, (T,) int64, from the tokens per sample, B host integers.
+
+    Raises:
+        TypeError, ValueError: `sizes` are no such integers, or `device` is none.
+    """
+    sizes, device = check_sizes("sizes", sizes, None), check_device(device)
+    lengths = offsets_of(sizes, device).diff()
     samples = torch.arange(len(sizes), device=device)
-    return torch.repeat_interleave(samples, lengths, output_size=total)
+    return torch.repeat_interleave(samples, lengths, output_size=sum(sizes))

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 import pointformer.kernels.attention  # noqa: F401  (registers the fused op)
-from pointformer._checks import check_positions, check_tensor, describe
+from pointformer._checks import FLOATS, check_number, check_positions, check_tensor, describe
 from pointformer._dispatch import choose
 from pointformer.clusters import Neighborhoods, check_neighborhoods
 from pointformer.reference import attention as reference
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def neighborhood_attention(
@@ -59,7 +57,7 @@ def neighborhood_attention(
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device, or `impl`
             cannot run the arguments; the message names the argument.
     """
-    query = check_tensor("query", query, ("T", "H", "d"), _FLOATS)
+    query = check_tensor("query", query, ("T", "H", "d"), FLOATS)
     tokens, heads, channels = query.shape
     device = query.device
     for name, tensor in (("key", key), ("value", value)):
@@ -70,7 +68,7 @@ def neighborhood_attention(
     check_neighborhoods(neighborhoods, tokens, device)
     if position_weight is not None:
         features = (dimensions, 5 if dimensions == 2 else 7)
-        check_tensor("position_weight", position_weight, (heads, "F"), _FLOATS, device)
+        check_tensor("position_weight", position_weight, (heads, "F"), FLOATS, device)
         if position_weight.shape[1] not in features:
             raise ValueError(
                 f"position_weight: expected shape ({heads}, {features[0]}) or "
@@ -78,15 +76,17 @@ def neighborhood_attention(
                 f"got {describe(position_weight)}"
             )
     if position_bias is not None:
-        check_tensor("position_bias", position_bias, (heads,), _FLOATS, device)
+        check_tensor("position_bias", position_bias, (heads,), FLOATS, device)
     if (blank_key is None) != (blank_value is None):
         missing = "blank_key" if blank_key is None else "blank_value"
         raise ValueError(f"{missing}: expected a tensor, because the other blank one is given")
     for name, blank in (("blank_key", blank_key), ("blank_value", blank_value)):
         if blank is not None:
-            check_tensor(name, blank, (heads, channels), _FLOATS, device)
+            check_tensor(name, blank, (heads, channels), FLOATS, device)
     if scale is None:
         scale = channels**-0.5 if channels else 1.0
+    else:
+        check_number("scale", scale)
 
     lacks = {
         "cpu": lambda: _fused_lacks(query),

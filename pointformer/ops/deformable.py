@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pointformer._checks import (
+    FLOATS,
+    INTEGERS,
     as_int32,
     brief,
+    check_number,
     check_per_sample,
     check_positions,
+    check_power,
     check_tensor,
     describe,
 )
@@ -20,8 +25,6 @@ from pointformer.clusters import offsets_of
 from pointformer.kernels.deformable import fused_deformable
 from pointformer.reference.deformable import deformable_attention as reference
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGERS = (torch.int32, torch.int64)
 _MOST = 2**31 - 1  # rows of heads, and places, have int32 numbers on GPUs
 
 
@@ -68,28 +71,20 @@ def deformable_attention(
         TypeError, ValueError: an argument's type, shape, dtype, device or value does not fit.
         IndexError: a row of `lookup` does not exist; on GPUs it is left out.
     """
-    tokens, heads, _ = check_tensor("value", value, ("T", "H", "d"), _FLOATS).shape
+    tokens, heads, _ = check_tensor("value", value, ("T", "H", "d"), FLOATS).shape
     device = value.device
     positions = check_positions("positions", positions, 2).detach()
     check_tensor("positions", positions, (tokens, 2), device=device)
-    check_tensor("offsets", offsets, ("Q", heads, "L", "P", 2), _FLOATS, device)
+    check_tensor("offsets", offsets, ("Q", heads, "L", "P", 2), FLOATS, device)
     queries, _, levels, points, _ = offsets.shape
-    check_tensor("weights", weights, (queries, heads, levels, points), _FLOATS, device)
+    check_tensor("weights", weights, (queries, heads, levels, points), FLOATS, device)
     query_positions = check_positions("query_positions", query_positions, 2).detach()
     check_tensor("query_positions", query_positions, (queries, 2), device=device)
     check_tensor("query_sample", query_sample, (queries,), (torch.int64,), device)
-    check_tensor("lookup", lookup, ("cells", levels, "k"), _INTEGERS, device)
+    check_tensor("lookup", lookup, ("cells", levels, "k"), INTEGERS, device)
     canvas = _canvas(extent, lookup, device)
-    if isinstance(power, Tensor):
-        check_tensor("power", power, dtypes=_FLOATS, device=device)
-        if power.numel() != 1:
-            raise ValueError(f"power: expected one number, got {describe(power)}")
-    elif not power > 0:
-        raise ValueError(f"power: expected a positive number, got {power}")
-    else:
-        power = torch.full((), power, dtype=torch.float32, device=device)
-    if not eps > 0:
-        raise ValueError(f"eps: expected a positive number, got {eps}")
+    check_power(power, device)
+    check_number("eps", eps, above=0)
 
     def lacks() -> str | None:
         return "value is float64" if value.dtype == torch.float64 else None
@@ -104,6 +99,8 @@ def deformable_attention(
     fast = {"cpu": lacks, "triton": triton_lacks}
     chosen = choose("deformable_attention", impl, fast, device)
     canvas = canvas[query_sample]
+    if not isinstance(power, Tensor):
+        power = torch.full((), power, dtype=torch.float32, device=device)
     if chosen == "reference":
         return reference(
             value, positions, offsets, weights, query_positions, canvas, lookup, power, eps
@@ -115,10 +112,12 @@ def deformable_attention(
 
 def _canvas(extent: Sequence, lookup: Tensor, device: torch.device) -> Tensor:
     """(B, 3) int64: first cell, width and height of each sample's canvas."""
-    samples = len(extent)
-    if samples == 2 and not isinstance(extent[0], Sequence | Tensor):  # one pair for all samples
-        samples = lookup.shape[0] // max(int(extent[0]) * int(extent[1]), 1)
-    shapes = [(int(w), int(h)) for w, h in check_per_sample("extent", extent, samples, 2, 0)]
+    sides = check_per_sample("extent", extent, None, 2, 0)
+    shapes = [(int(width), int(height)) for width, height in sides]
+    if any(shape != side for shape, side in zip(shapes, sides, strict=True)):
+        raise ValueError(f"extent: expected whole columns and rows, got {brief(sides)}")
+    if len(shapes) == 1:  # maybe one pair for all samples
+        shapes *= lookup.shape[0] // max(math.prod(shapes[0]), 1)
     cells = [width * height for width, height in shapes]
     if sum(cells) != lookup.shape[0]:
         raise ValueError(
@@ -127,6 +126,6 @@ def _canvas(extent: Sequence, lookup: Tensor, device: torch.device) -> Tensor:
         )
     first = offsets_of(cells, device)[:-1, None]
     if len(set(shapes)) == 1:  # no copy from the host
-        sides = [torch.full_like(first, side) for side in shapes[0]]
-        return torch.cat([first, *sides], 1)
+        columns, rows = (torch.full_like(first, side) for side in shapes[0])
+        return torch.cat([first, columns, rows], 1)
     return torch.cat([first, torch.tensor(shapes, device=device).view(-1, 2)], 1)

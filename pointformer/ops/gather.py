@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pointformer._checks import as_int32, check_tensor
+from pointformer._checks import FLOATS, INTEGERS, as_int32, check_tensor
 from pointformer._dispatch import choose
 from pointformer.kernels.gather import fused_gather
 from pointformer.reference.gather import weighted_gather as reference
 
 _MOST = 2**31 - 64  # rows and entries have int32 numbers
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def weighted_gather(
@@ -36,10 +35,10 @@ def weighted_gather(
         TypeError, ValueError: an argument's type, shape, dtype or device does not fit.
         IndexError: a row of `index` does not exist; on GPUs it is left out.
     """
-    check_tensor("features", features, ("T", "C"), _FLOATS)
+    check_tensor("features", features, ("T", "C"), FLOATS)
     device = features.device
-    check_tensor("index", index, ("Q", "k"), (torch.int32, torch.int64), device)
-    check_tensor("weights", weights, tuple(index.shape), _FLOATS, device)
+    check_tensor("index", index, ("Q", "k"), INTEGERS, device)
+    check_tensor("weights", weights, tuple(index.shape), FLOATS, device)
 
     def lacks() -> str | None:
         if max(index.numel(), len(features)) > _MOST:

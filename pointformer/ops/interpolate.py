@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from pointformer._checks import (
+    FLOATS,
+    INTEGERS,
     as_int32,
+    check_count,
     check_finite,
+    check_flags,
+    check_number,
     check_positions,
+    check_power,
     check_sizes,
     check_tensor,
-    describe,
 )
 from pointformer._dispatch import choose
 from pointformer.geometry.neighbors import knn
@@ -21,7 +26,6 @@ from pointformer.kernels.interpolate import fused_interpolate
 from pointformer.reference.interpolate import interpolate as reference_interpolate
 
 _MOST = 2**31 - 64  # rows and entries have int32 numbers
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def interpolate(
@@ -71,7 +75,7 @@ def interpolate(
         TypeError, ValueError: an argument's type, shape, dtype, device or value does not fit.
         IndexError: a row of `neighbor_index` does not exist; on GPUs it is left out.
     """
-    check_tensor("features", features, ("T", "C"), _FLOATS)
+    check_tensor("features", features, ("T", "C"), FLOATS)
     tokens, device = features.shape[0], features.device
     check_positions("positions", positions)
     check_tensor("positions", positions, (tokens, "D"), device=device)
@@ -80,17 +84,13 @@ def interpolate(
     queries = query_positions.shape[0]
     sizes = check_sizes("sizes", sizes, tokens)
     query_sizes = check_sizes("query_sizes", query_sizes, queries)
+    check_flags(check_values=check_values)
     if check_values:
         check_finite("positions", positions, sizes)
         check_finite("query_positions", query_positions, query_sizes)
-    if isinstance(power, Tensor):
-        check_tensor("power", power, dtypes=_FLOATS, device=device)
-        if power.numel() != 1:
-            raise ValueError(f"power: expected one number, got {describe(power)}")
-    elif not power > 0:
-        raise ValueError(f"power: expected a positive number, got {power}")
-    if not eps > 0:
-        raise ValueError(f"eps: expected a positive number, got {eps}")
+    check_power(power, device)
+    check_number("eps", eps, above=0)
+    check_count("k", k)
     if neighbor_index is None:
         neighbor_index = knn(
             positions.detach(),
@@ -102,9 +102,7 @@ def interpolate(
             impl=impl,
         )
     else:
-        check_tensor(
-            "neighbor_index", neighbor_index, (queries, "k"), (torch.int32, torch.int64), device
-        )
+        check_tensor("neighbor_index", neighbor_index, (queries, "k"), INTEGERS, device)
 
     def lacks() -> str | None:
         if features.dtype == torch.float64:

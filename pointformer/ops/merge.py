@@ -5,14 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pointformer._checks import as_int32, check_finite, check_positions, check_tensor, describe
+from pointformer._checks import (
+    FLOATS,
+    INTEGERS,
+    as_int32,
+    check_finite,
+    check_flags,
+    check_number,
+    check_positions,
+    check_tensor,
+    describe,
+)
 from pointformer._dispatch import choose
 from pointformer.clusters import Neighborhoods, check_neighborhoods
 from pointformer.kernels.merge import fused_merge
 from pointformer.reference.merge import merge as reference_merge
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGERS = (torch.int32, torch.int64)
 _MOST = 2**31 - 64  # rows and entries have int32 numbers
 
 
@@ -63,13 +71,13 @@ def scored_merge(
         IndexError: a row of `centers` or `cluster_index` does not exist. On GPUs, which do not
             wait to find out, such entries of `cluster_index` are left out.
     """
-    check_tensor("features", features, ("T", "C"), _FLOATS)
+    check_tensor("features", features, ("T", "C"), FLOATS)
     tokens, device = features.shape[0], features.device
-    check_tensor("scores", scores, (tokens,), _FLOATS, device)
+    check_tensor("scores", scores, (tokens,), FLOATS, device)
     positions = _check_positions("positions", positions, tokens, None, device)
-    check_tensor("centers", centers, ("T'",), _INTEGERS, device)
+    check_tensor("centers", centers, ("T'",), INTEGERS, device)
     check_neighborhoods(neighborhoods, tokens, device)
-    _check_weight_net(weight, bias, norm_weight, norm_bias, positions.shape[1], device)
+    _check_weight_net(weight, bias, norm_weight, norm_bias, eps, positions.shape[1], device)
 
     centered = neighborhoods.select(centers)
 
@@ -122,11 +130,12 @@ def point_conv(
             position is NaN or infinite.
         IndexError: a row of `neighbor_index` does not exist; on GPUs it is left out.
     """
-    check_tensor("features", features, ("T", "C"), _FLOATS)
+    check_tensor("features", features, ("T", "C"), FLOATS)
     tokens, device = features.shape[0], features.device
     positions = _check_positions("positions", positions, tokens, None, device)
-    check_tensor("neighbor_index", neighbor_index, ("Q", "k"), _INTEGERS, device)
+    check_tensor("neighbor_index", neighbor_index, ("Q", "k"), INTEGERS, device)
     queries, dimensions = neighbor_index.shape[0], positions.shape[1]
+    check_flags(check_values=check_values)
     if center_positions is None:
         if queries != tokens:
             raise ValueError(
@@ -142,7 +151,7 @@ def point_conv(
             check_finite("center_positions", center_positions, (queries,))
     if check_values:
         check_finite("positions", positions, (tokens,))
-    _check_weight_net(weight, bias, norm_weight, norm_bias, dimensions, device)
+    _check_weight_net(weight, bias, norm_weight, norm_bias, eps, dimensions, device)
 
     def lacks() -> str | None:
         return _fused_lacks(features, weight, neighbor_index)
@@ -191,17 +200,19 @@ def _check_weight_net(
     bias: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
+    eps: float,
     dimensions: int,
     device: torch.device,
 ) -> None:
-    check_tensor("weight", weight, ("M", "F"), _FLOATS, device)
+    check_tensor("weight", weight, ("M", "F"), FLOATS, device)
     if weight.shape[1] not in (dimensions, 2 * dimensions + 1):
         raise ValueError(
             f"weight: expected shape (M, {2 * dimensions + 1}), or (M, {dimensions}) to use only "
             f"the differences of {dimensions}-D positions, got {describe(weight)}"
         )
     for name, value in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        check_tensor(name, value, (weight.shape[0],), _FLOATS, device)
+        check_tensor(name, value, (weight.shape[0],), FLOATS, device)
+    check_number("eps", eps, least=0)
 
 
 def _fused_lacks(features: Tensor, weight: Tensor, lists: Tensor) -> str | None:
