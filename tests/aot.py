@@ -1,6 +1,6 @@
 """Compile Triton kernels for GPUs that are not there, and read what they need.
 
-    python tests/aot.py [MODULE...] [--targets cuda:80,...] [--pairwise] > rows.jsonl
+    python tests/aot.py [MODULE...] [--targets cuda:80,...] [--covering N] > rows.jsonl
 
 Prints one JSON object per line: kernel, constants, target, registers, spills, shared memory. It
 runs in a process of its own, because Triton's interpreter, which the other tests use, must be off.
@@ -91,21 +91,22 @@ def identity(variant):
     return variant.name, json.dumps(traits(variant, ""), sort_keys=True), variant.fp_fusion
 
 
-def pairwise(cases):
-    """A part of (variant, target) cases in which every pair of two traits of a kernel occurs."""
+def covering(cases, number):
+    """A part of (variant, target) cases in which every `number` traits of a kernel that occur
+    together do so: every trait for 1, every pair for 2."""
 
-    def pairs(case):
+    def combinations(case):
         variant, target = case
         items = sorted(traits(variant, target).items(), key=str)
-        return {(variant.name, *pair) for pair in itertools.combinations(items, 2)}
+        return {(variant.name, *some) for some in itertools.combinations(items, number)}
 
-    open_pairs = set().union(*(pairs(case) for case in cases)) if cases else set()
-    remaining = list(cases)
-    while open_pairs:
-        best = max(remaining, key=lambda case: len(pairs(case) & open_pairs))
-        open_pairs -= pairs(best)
+    remaining = [(case, combinations(case)) for case in cases]
+    missing = set().union(*(combined for _, combined in remaining))
+    while missing:
+        best = max(remaining, key=lambda entry: len(entry[1] & missing))
+        missing -= best[1]
         remaining.remove(best)
-        yield best
+        yield best[0]
 
 
 def row(variant, target):
@@ -131,7 +132,7 @@ def main():
     parser.add_argument("modules", nargs="*", help="kernel files; all by default")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument(
-        "--pairwise", action="store_true", help="a subset with every pair of traits"
+        "--covering", type=int, metavar="N", help="a subset with every N traits of a kernel"
     )
     parser.add_argument("--part", default="0/1", help="I/N: every Nth case, beginning with case I")
     arguments = parser.parse_args()
@@ -145,7 +146,7 @@ def main():
             for variant in unique.values()
             for target in arguments.targets.split(",")
         ]
-        chosen = list(pairwise(cases)) if arguments.pairwise else cases
+        chosen = list(covering(cases, arguments.covering)) if arguments.covering else cases
         for variant, target in chosen[part::parts]:
             print(json.dumps(row(variant, target)), flush=True)
 

@@ -1,6 +1,11 @@
 """Options and profiles shared by all tests."""
 
+import functools
+import gc
+import inspect
 import os
+import sys
+import types
 from pathlib import Path
 
 # Before torch is imported. Workers share the cores: threads that wait must not spin.
@@ -79,3 +84,46 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=f"{why}: run with --{mark}"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish():
+    """What is loaded by now stays: the garbage collector need not look through it again."""
+    if "triton.runtime.interpreter" in sys.modules:
+        _list_members_once(sys.modules["triton.runtime.interpreter"])
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
+def _list_members_once(interpreter):
+    """Triton's interpreter lists all members of its language at every call of a function, which
+    takes as long as the rest. Their values change, but not which there are."""
+
+    @functools.cache
+    def names(owner):
+        return [name for name, _ in inspect.getmembers(owner)]
+
+    def getmembers(owner):
+        return [(name, getattr(owner, name)) for name in names(owner)]
+
+    interpreter.inspect = types.ModuleType("inspect")
+    vars(interpreter.inspect).update(vars(inspect), getmembers=getmembers)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Calls the test from a frame that is large enough for a block of Python's stack of its own.
+
+    Python 3.11 gets a block from the system and gives it back at every call that crosses the end of
+    a block of 16 KiB, which in a loop can be every call. Here there is room for about 1,000 frames.
+    """
+    test = pyfuncitem.obj
+
+    def call(**arguments):
+        return test(**arguments)
+
+    call.__code__ = call.__code__.replace(co_stacksize=1 << 14)
+    pyfuncitem.obj = call

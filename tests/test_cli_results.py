@@ -606,28 +606,32 @@ def test_a_folder_that_cannot_be_written_is_told_before_computing(capsys, model,
 
 
 @pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_an_ended_run_leaves_nothing_half_done(capsys, model, monkeypatch, signal):
+def test_an_ended_run_leaves_nothing_half_done(capsys, model, monkeypatch, request, signal):
     import signal as signals
+
+    number = getattr(signals, signal)
+    handler = signals.default_int_handler if signal == "SIGINT" else signals.SIG_DFL
+    before = signals.signal(number, handler)  # ignored where pytest runs in the background
+    request.addfinalizer(lambda: signals.signal(number, before))
 
     def end(path, *arguments):
         path.write_text("half")
-        os.kill(os.getpid(), getattr(signals, signal))
+        os.kill(os.getpid(), number)
 
     picture("a.png")
     monkeypatch.setattr(
         "pointformer.segmentation.segment", lambda *a, **k: found(np.ones((4, 6), np.int32))
     )
     monkeypatch.setitem(command._WRITERS, "overlay.png", end)
-    handler = signals.getsignal(getattr(signals, signal))
     arguments = ["segment", "a.png", "--out", "o", "--model", model]
     if signal == "SIGINT":
         assert run(capsys, *arguments)[0] == 130
     else:
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
-        assert ended.value.code == 128 + getattr(signals, signal)
+        assert ended.value.code == 128 + number
     assert os.listdir("o") == []
-    assert signals.getsignal(getattr(signals, signal)) is handler
+    assert signals.getsignal(number) is handler
 
 
 def test_what_an_ended_run_published_is_known_to_the_next(capsys, model, quick, monkeypatch):
