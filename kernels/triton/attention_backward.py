@@ -244,6 +244,15 @@ def learned_gradients_kernel(
     tl.store(grad_blank_value + head * channels + column, total, mask=stored & (column >= 0))
 
 
+def _query_rounds(a):
+    return {"start": (-(-a["counts"] * a["cluster_size"] // a["KEYS"])).double().mean().item()}
+
+
+def _key_rounds(a):
+    start = (-(-a["counts"] // a["QUERIES"])).double().mean().item()
+    return {"following": a["group"] - 1, "start": start}
+
+
 def _query_variant(dtype, axes, width):
     wide = dtype == torch.float32
     return Variant(
@@ -263,6 +272,7 @@ def _query_variant(dtype, axes, width):
         num_warps=_warps(wide, width),
         amd_warps=4 if wide or width > 32 else 2,
         max_registers=255 if width > 64 else None,
+        rounds=_query_rounds,
     )
 
 
@@ -284,6 +294,7 @@ def _key_variant(dtype, axes, width, rows):
         num_warps=_warps(wide, width),
         amd_warps=4 if wide or width > 32 else 2,
         max_registers=255 if width in (16, 128) else None,
+        rounds=_key_rounds,
     )
 
 
@@ -303,11 +314,13 @@ _SUM = Variant(
     sum_shares_kernel,
     (torch.float32, torch.float32, "i32", "i32"),
     {"SPAN": _SPAN, **_BLOCK},
+    rounds=lambda a: {"start": min(a["SPAN"], a["rows"]) / a["ROWS"]},
 )
 _LEARNED = Variant(
     learned_gradients_kernel,
     (torch.float32,) * 5 + ("i32",) * 6,
     _BLOCK,
+    rounds=lambda a: {"start": triton.cdiv(a["rows"], a["ROWS"])},
 )
 
 

@@ -143,12 +143,35 @@ def neighborhood_groups_kernel(
     tl.store(counts + group, found)
 
 
+def _tile_rounds(a):
+    index, size = a["cluster_index"], a["TILE"] * a["radius"]
+    padding = a["counts"].shape[0] * size - index.numel()
+    index = torch.nn.functional.pad(index.flatten(), (0, padding), value=-1)
+    index = index.view(-1, size).sort(1).values
+    new = index >= 0
+    new[:, 1:] &= index[:, 1:] != index[:, :-1]
+    a["counts"].copy_(new.sum(1))
+    passes = new.sum(1).double().mean().item() + 1
+    return {"current": passes, "start": passes * triton.cdiv(a["radius"], a["BLOCK"])}
+
+
+def _group_rounds(a):
+    begins, query = a["begins"].long(), a["entries"] // a["radius"]
+    new = torch.ones_like(query)
+    new[1:] = query[1:] != query[:-1]
+    new[begins[:-1].clamp(max=len(new) - 1)] = 1
+    before = torch.nn.functional.pad(new.cumsum(0), (1, 0))
+    a["counts"].copy_(before[begins[1:]] - before[begins[:-1]])
+    return {"start": (-(-begins.diff() // a["BLOCK"])).double().mean().item()}
+
+
 def _tile_variant(radius):
     return Variant(
         neighborhood_tiles_kernel,
         (torch.int32,) * 6 + ("i32",) * 4,
         {"TILE": TILE, "BLOCK": min(_BLOCK, triton.next_power_of_2(max(radius, 1)))},
         num_warps=1,
+        rounds=_tile_rounds,
     )
 
 
@@ -158,6 +181,7 @@ def _group_variant(group):
         (torch.int32, torch.int64) + (torch.int32,) * 4 + ("i32",),
         {"GROUP": group, "BLOCK": _BLOCK},
         num_warps=1,
+        rounds=_group_rounds,
     )
 
 

@@ -326,6 +326,11 @@ def cluster_centers_fwd_kernel(
         tl.store(centers + 2, tl.div_rn(z, count), mask=stored)
 
 
+def halvings(span):
+    """Rounds of a bisection of so many, as in `sample_of`."""
+    return max(span - 1, 0).bit_length()
+
+
 def _keys_variant(dimensions, curve, anchors, ragged):
     integers = (torch.int32,) * 3 if ragged else ("i32",) * 3
     floats = (torch.float32,) * 6 if ragged else ("fp32",) * 6
@@ -341,6 +346,7 @@ def _keys_variant(dimensions, curve, anchors, ragged):
             "BLOCK": _BLOCK,
         },
         fp_fusion=False,
+        rounds=lambda a: {"step": a["bits"], "span": halvings(a["samples"])},
     )
 
 
@@ -351,6 +357,7 @@ def _centers_variant(dimensions):
         {"D": dimensions, "BLOCK": 64},
         num_warps=2,
         fp_fusion=False,
+        rounds=lambda a: {"member": a["offsets"].diff().max().item()},
     )
 
 

@@ -173,11 +173,13 @@ _PLACES_VARIANT = Variant(
     deformable_places_kernel,
     (*_INPUTS, torch.int32, torch.float32, *_SIZES),
     {"BLOCK": _PLACES},
+    rounds=lambda a: {"j": a["k"]},
 )
 _BACKWARD_VARIANT = Variant(
     deformable_bwd_kernel,
     (torch.float32, *_INPUTS, torch.float32, torch.float32, torch.float32, *_SIZES),
     {"BLOCK": _PLACES},
+    rounds=lambda a: {"j": a["k"]},
 )
 
 

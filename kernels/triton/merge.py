@@ -311,6 +311,27 @@ def sum_partials_kernel(
         tl.store(d_norm_bias + m, total)
 
 
+def _forward_rounds(a):
+    index = a["index"]
+    known = (index >= 0) & (index < a["clusters"])
+    tokens = torch.where(known, a["offsets"].diff()[index.where(known, 0)], 0)
+    pad = -tokens.shape[1] % a["LISTED"]
+    tokens = torch.nn.functional.pad(tokens, (0, pad)).unflatten(1, (-1, a["LISTED"])).sum(2)
+    steps = (-(-tokens // a["STEP"])).sum(1).double().mean().item()
+    span = a["queries"] / triton.cdiv(a["queries"], a["span"])  # centers per program
+    return {"slot": span, "r0": span * tokens.shape[1], "n0": span * steps}
+
+
+def _backward_rounds(a):
+    rows = -(-a["offsets"].diff() // a["ROWS"]).double()
+    listed = -(-a["lists"].diff() // a["CENTERS"]).double()
+    span = a["clusters"] / triton.cdiv(a["clusters"], a["span"])
+    rounds = {"cluster": span, "row0": span * rows.mean().item()}
+    rounds["e0"] = span * (rows * listed).mean().item()
+    rounds["c0"] = rounds["e0"] * triton.cdiv(a["units"] * a["UNIT"], a["CHUNK"])
+    return rounds
+
+
 def _forward_variant(dtype, dimensions, size, ordered, channels):
     """`size`: tokens of a cluster, about."""
     block = _block(channels, 128 if dtype == torch.float32 else 256)
@@ -336,6 +357,7 @@ def _forward_variant(dtype, dimensions, size, ordered, channels):
         num_warps=warps,
         num_stages=1,
         max_registers=128 if dtype == torch.bfloat16 and channels % 16 == 0 else 255,
+        rounds=_forward_rounds,
     )
 
 
@@ -366,6 +388,7 @@ def _backward_variant(dtype, dimensions, size, channels, parts):
         num_warps=2,
         num_stages=1,
         max_registers=255,
+        rounds=_backward_rounds,
     )
 
 
@@ -395,7 +418,12 @@ def _unit(channels):
 def _sum_variant(width):
     f32 = torch.float32
     constants = {"F": width, "BLOCK": 256}
-    return Variant(sum_partials_kernel, (f32, f32, f32, f32, f32, "i32"), constants)
+    return Variant(
+        sum_partials_kernel,
+        (f32, f32, f32, f32, f32, "i32"),
+        constants,
+        rounds=lambda a: {"start": triton.cdiv(a["programs"], a["BLOCK"])},
+    )
 
 
 def variants():

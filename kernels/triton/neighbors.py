@@ -20,6 +20,7 @@ from pointformer.kernels.tables import from_host, starts_of
 from pointformer.kernels.triton.clustering import (
     HILBERT,
     curve_code,
+    halvings,
     of_sample,
     sample_of,
 )
@@ -323,6 +324,17 @@ def nearest_fwd_kernel(
             tl.store(distance + out + listed + place, square, mask=stored)
 
 
+def _search_rounds(a):
+    return {
+        "span": halvings(a["samples"]),
+        "step": a["top"],
+        "seed": a["seeds"],
+        "seed.least": 1.0 * a["seeds"],
+        "level": 1.0,
+        "level.least": 1.0,
+    }
+
+
 def _order_variant(dimensions, ragged, bits):
     return Variant(
         curve_order_fwd_kernel,
@@ -334,6 +346,7 @@ def _order_variant(dimensions, ragged, bits):
             "i32",
         ),
         {"D": dimensions, "BITS": bits, "RAGGED": ragged, "BLOCK": _BLOCK},
+        rounds=lambda a: {"step": a["BITS"] // a["D"], "span": halvings(a["samples"])},
     )
 
 
@@ -366,6 +379,7 @@ def _search_variant(dimensions, width, by_order, aligned, ragged):
         },
         num_warps=1,
         fp_fusion=False,
+        rounds=_search_rounds,
     )
 
 

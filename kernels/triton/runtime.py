@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -37,6 +38,10 @@ class Variant:
         constants: the `tl.constexpr` arguments by name.
         num_warps, num_stages: see Triton. With Triton's warps of 32 threads on NVIDIA, 64 on AMD.
         amd_warps: the number of warps on AMD, if another.
+        rounds: for the cost model, from the arguments and constants of a launch by name: how many
+            rounds of each loop a program makes in all, on average. Loops are named as
+            `pointformer.profiling.machine_code` says. It runs in place of the kernel, on the CPU,
+            so it also writes those results that the rounds of later launches depend on.
         fp_fusion: let the compiler contract a * b + c to one rounding; off where results must equal
             the CPU's bit for bit.
         max_registers: per thread, on NVIDIA. Without it the assembler aims at many warps and
@@ -51,6 +56,9 @@ class Variant:
     fp_fusion: bool = True
     max_registers: int | None = None
     amd_warps: int | None = None
+    rounds: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = field(
+        default=None, compare=False
+    )
 
     def launch(self, grid: tuple[int, ...], *arguments) -> None:
         """Run on the device of the tensors; nothing happens where the grid is empty."""

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from pointformer.kernels.tables import from_host, starts_of
-from pointformer.kernels.triton.clustering import sample_of
+from pointformer.kernels.triton.clustering import halvings, sample_of
 from pointformer.kernels.triton.runtime import Variant
 
 NONE, GRID, ADAPTIVE = (tl.constexpr(prior) for prior in range(3))
@@ -109,6 +109,7 @@ def _keys_variant(dimensions, prior, ragged):
         ),
         {"D": dimensions, "PRIOR": prior, "RAGGED": ragged, "BLOCK": _BLOCK},
         fp_fusion=False,
+        rounds=lambda a: {"span": halvings(a["samples"])},
     )
 
 
@@ -118,6 +119,7 @@ def _rows_variant(ragged):
         selected_rows_fwd_kernel,
         (*(torch.int64,) * 3, table, table, *("i32",) * 3),
         {"RAGGED": ragged, "BLOCK": _BLOCK},
+        rounds=lambda a: {"span": halvings(a["longest"] + 1)},
     )
 
 

@@ -1,0 +1,107 @@
+"""Launches of Triton kernels on a machine without a GPU: which, how often, and what they cost.
+
+Host code runs as it would before a GPU, on CPU tensors; in place of each kernel a note is made of
+it. What kernels compute is missing, so only what was given, and what torch computes, has values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+from unittest import mock
+
+from pointformer import _dispatch
+from pointformer.kernels.triton import runtime
+from pointformer.kernels.triton.runtime import Variant
+from pointformer.profiling.machine_code import TARGET, Code, machine_code
+
+
+@dataclass(frozen=True)
+class Card:
+    """What decides how fast a GPU issues instructions.
+
+    Attributes:
+        processors: streaming multiprocessors, of four schedulers that issue one instruction for a
+            warp in each cycle.
+        clock: cycles per second.
+    """
+
+    processors: int
+    clock: float
+
+    def issue(self, instructions: float) -> float:
+        """Seconds in which all schedulers together can issue so many, of one warp each."""
+        return instructions / (self.processors * 4 * self.clock)
+
+
+# 132 multiprocessors: NVIDIA H100 Tensor Core GPU Architecture, table of the SXM5 card, which the
+# H200 shares. The clock is what they hold under load, of at most 1.98 GHz.
+HOPPER = Card(132, 1.755e9)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch of a kernel.
+
+    Attributes:
+        variant: the kernel and how it is compiled.
+        grid: programs along each axis.
+        rounds: of each loop, per program, on average.
+    """
+
+    variant: Variant
+    grid: tuple[int, ...]
+    rounds: Mapping[str, float]
+
+    def instructions(self) -> float:
+        """What all warps issue together, from the machine code.
+
+        Raises:
+            ValueError: the kernel does not say how many rounds a loop makes.
+        """
+        try:
+            per_warp = code_of(self.variant).issued(self.rounds)
+        except KeyError as error:
+            raise ValueError(
+                f"{self.variant.name}: its `rounds` do not name the loop {error}"
+            ) from None
+        return prod(self.grid) * self.variant.num_warps * per_warp
+
+
+_CODES: dict[str, Code] = {}
+
+
+def code_of(variant: Variant) -> Code:
+    """Machine code for an H100, compiled once.
+
+    Raises:
+        ValueError: kernels are interpreted, so that none can be compiled.
+    """
+    if runtime.INTERPRETED:
+        raise ValueError("TRITON_INTERPRET=1: kernels that are interpreted cannot be compiled")
+    parts = (variant.kernel.cache_key, variant.arguments, sorted(variant.constants.items()))
+    key = repr((*parts, sorted(variant._options("cuda").items())))
+    if key not in _CODES:
+        _CODES[key] = machine_code(variant.compile(TARGET))
+    return _CODES[key]
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Collects the launches of ops with impl="triton" on CPU tensors, instead of launching."""
+    launches: list[Launch] = []
+
+    def record(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:
+        if 0 in grid:
+            return
+        names = [name for name in variant.kernel.arg_names if name not in variant.constants]
+        given = dict(zip(names, arguments, strict=True)) | dict(variant.constants)
+        rounds = variant.rounds(given) if variant.rounds else {}
+        launches.append(Launch(variant, grid, rounds))
+
+    anywhere = mock.patch.object(_dispatch, "_device_lacks", return_value=None)
+    with anywhere, mock.patch.object(Variant, "launch", record):
+        yield launches
