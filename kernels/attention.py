@@ -16,7 +16,7 @@ import torch
 
 from pointformer.kernels.library import LIBRARY, implement
 
-TILE = 32  # consecutive queries that Triton kernels take together: the bits of a member word
+TILE = 16  # consecutive queries that Triton kernels take together: rows of a matrix product
 GROUP_KEYS = 16  # keys of a Triton program's clusters, if they fit: rows of a matrix product
 
 

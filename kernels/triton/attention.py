@@ -1,9 +1,10 @@
 """Neighborhood attention on GPUs, the forward pass.
 
-A program computes one head of a tile, consecutive queries, over the union of their neighborhoods. A
-key row is then read once per tile instead of once per query, about 5 times instead of 48, and
-products are matrix products; in turn about two thirds of the logits belong to no neighborhood and
-are masked out by the words of the plan. Nothing of the size of the neighborhoods is written.
+A program, a single warp, computes one or two heads of a tile, consecutive queries, over the union
+of their neighborhoods. A key row is then read once per tile instead of once per query, about 6
+times instead of 48, and products are matrix products; in turn about half of the logits belong to no
+neighborhood and are masked out by the words of the plan. Nothing of the size of the neighborhoods
+is written.
 
 A key or value that is not finite can reach the other queries of its tile.
 """
@@ -21,6 +22,7 @@ from pointformer.kernels.triton.attention_pairs import (
     WIDTHS,
     division,
     dot,
+    heads_together,
     learned_tensors,
     load_bias,
     load_blank,
@@ -29,6 +31,7 @@ from pointformer.kernels.triton.attention_pairs import (
     load_rows,
     pair_logits,
     readable,
+    relate,
     store_rows,
     width_of,
 )
@@ -52,59 +55,80 @@ def neighborhood_attention_fwd_kernel(
     tokens, heads, octets, features, has_bias, has_blank,
     capacity, cluster_size, reciprocal, shift, scale,
     AXES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % heads
-    row = tl.program_id(0) // heads * QUERIES + tl.arange(0, QUERIES)
-    tile = tl.program_id(0) // heads * QUERIES // TILE
-    exists = row < tokens
-    q = load_rows(query, row, exists, head, query_token, query_head, octets, WIDTH)
-    x, y, z = load_points(positions, row, exists, AXES)
+    parts = heads // HEADS
+    first_head = tl.program_id(0) % parts * HEADS
+    tile = tl.program_id(0) // parts
+    lane = tl.arange(0, TILE)
+    row = tl.minimum(tile * TILE + lane, tokens - 1)
+    x, y, z = load_points(positions, row, AXES)
     point = (x[:, None], y[:, None], z[:, None])
-    weights, bias = load_bias(position_weight, position_bias, head, features, has_bias, AXES)
     log2_scale = scale * LOG2_E
-    own_bit = (1 << row % TILE)[:, None]
+    own_bit = (1 << lane)[:, None]
 
     # The softmax starts with the blank token.
-    blank = load_blank(blank_key, head, octets, has_blank, WIDTH)[None, :]
-    blank_logit = tl.sum(q.to(tl.float32) * blank, 1) * log2_scale
-    largest = tl.where(has_blank != 0, blank_logit, LOWEST)
-    total = tl.zeros((QUERIES,), tl.float32) + has_blank
-    out = tl.zeros((QUERIES, WIDTH), tl.float32)
-    out += load_blank(blank_value, head, octets, has_blank, WIDTH)[None, :]
+    queries, weights, biases, largest, total, out = (), (), (), (), (), ()
+    for h in tl.static_range(HEADS):
+        head = first_head + h
+        q = load_rows(query, row, head, query_token, query_head, octets, WIDTH)
+        weight, bias = load_bias(position_weight, position_bias, head, features, has_bias, AXES)
+        blank = load_blank(blank_key, head, octets, has_blank, WIDTH)[None, :]
+        blank_logit = tl.sum(q.to(tl.float32) * blank, 1) * log2_scale
+        blank = load_blank(blank_value, head, octets, has_blank, WIDTH)[None, :]
+        queries += (q,)
+        weights += (weight,)
+        biases += (bias,)
+        largest += (tl.where(has_blank != 0, blank_logit, LOWEST),)
+        total += (tl.zeros((TILE,), tl.float32) + has_blank,)
+        out += (tl.zeros((TILE, WIDTH), tl.float32) + blank,)
 
-    slots = tl.load(counts + tile) * cluster_size
+    count = tl.load(counts + tile)
     first = tile.to(tl.int64) * capacity
-    for start in range(0, slots, KEYS):
-        k, v, key_point, attending = load_keys(
-            start, slots, rows, lengths, members, first, cluster_size, reciprocal, shift,
-            key, value, positions, head, key_token, key_head, value_token, value_head, octets,
-            AXES, WIDTH, KEYS,
+    for start in range(0, count * cluster_size, KEYS):
+        key_row, key_point, attending = load_keys(
+            start, count, rows + first, lengths + first, members + first,
+            cluster_size, reciprocal, shift, positions, tokens - 1, AXES, KEYS,
         )  # fmt: skip
-        _, logits = pair_logits(q, k, point, key_point, weights, bias, log2_scale, AXES, PRECISION)
-        logits = tl.where((attending & own_bit) != 0, logits, LOWEST)
-        # As long as a row has met no key of its own, it counts others: `fade` is 0 at the first.
-        new_largest = tl.maximum(largest, tl.max(logits, 1))
-        fade = tl.exp2(largest - new_largest)
-        attention = tl.exp2(logits - new_largest[:, None])
-        total = total * fade + tl.sum(attention, 1)
-        out = dot(attention.to(v.dtype), v, out * fade[:, None], PRECISION)
-        largest = new_largest
+        relation = relate(point, key_point, AXES)
+        attends = (attending & own_bit) != 0
+        new_largest, new_total, new_out = (), (), ()
+        for h in tl.static_range(HEADS):
+            head = first_head + h
+            k = load_rows(key, key_row, head, key_token, key_head, octets, WIDTH)
+            v = load_rows(value, key_row, head, value_token, value_head, octets, WIDTH)
+            logits = pair_logits(
+                queries[h], k, relation, weights[h], biases[h], log2_scale, AXES, PRECISION
+            )
+            logits = tl.where(attends, logits, LOWEST)
+            # As long as a row has met no key of its own, it counts others: `fade` is 0 at the
+            # first.
+            peak = tl.maximum(largest[h], tl.max(logits, 1))
+            fade = tl.exp2(largest[h] - peak)
+            attention = tl.exp2(logits - peak[:, None])
+            new_largest += (peak,)
+            new_total += (total[h] * fade + tl.sum(attention, 1),)
+            new_out += (dot(attention.to(v.dtype), v, out[h] * fade[:, None], PRECISION),)
+        largest, total, out = new_largest, new_total, new_out
 
-    empty = (largest <= LOWEST) & (total >= 0)  # not if its logits are NaN
-    factor = tl.where(empty, 0.0, 1.0 / total)
-    out = tl.where(empty[:, None], 0.0, out * factor[:, None])
-    store_rows(output, out, row, exists, head, heads, octets, WIDTH)
-    normal += (row.to(tl.int64) * heads + head) * 2
-    tl.store(normal, largest, mask=exists)
-    tl.store(normal + 1, factor, mask=exists)
+    row = tile * TILE + lane
+    exists = row < tokens
+    for h in tl.static_range(HEADS):
+        head = first_head + h
+        empty = (largest[h] <= LOWEST) & (total[h] >= 0)  # not if its logits are NaN
+        factor = tl.where(empty, 0.0, 1.0 / total[h])
+        result = tl.where(empty[:, None], 0.0, out[h] * factor[:, None])
+        store_rows(output, result, row, exists, head, heads, octets, WIDTH)
+        target = normal + (row.to(tl.int64) * heads + head) * 2
+        tl.store(target, largest[h], mask=exists)
+        tl.store(target + 1, factor, mask=exists)
 
 
 def _rounds(a):
     return {"start": (-(-a["counts"] * a["cluster_size"] // a["KEYS"])).double().mean().item()}
 
 
-def _variant(dtype, axes, width):
+def _variant(dtype, axes, width, heads):
     wide = dtype == torch.float32
     rows = (dtype,) * 3
     floats = (torch.float32,) * 4
@@ -117,12 +141,12 @@ def _variant(dtype, axes, width):
             "AXES": axes,
             "WIDTH": width,
             "TILE": TILE,
-            "QUERIES": 16 if wide and width > 64 else TILE,
+            "HEADS": heads,
             "KEYS": 16 if wide else 32,
             "PRECISION": "bf16x6",
         },
-        num_warps=4 if wide or width > 32 else 2,
-        max_registers=255 if width > 64 else None,
+        num_warps=2 if width > (32 if wide else 64) else 1,
+        max_registers=255,
         rounds=_rounds,
     )
 
@@ -132,7 +156,8 @@ def variants():
     for dtype in DTYPES:
         for axes in (2, 3):
             for width in WIDTHS:
-                yield _variant(dtype, axes, width)
+                for heads in heads_together(dtype, width):
+                    yield _variant(dtype, axes, width, heads)
 
 
 def forward(
@@ -148,9 +173,10 @@ def forward(
         position_weight, position_bias, blank_key, blank_value, absent=normal
     )
     inputs, strides = zip(*(readable(x) for x in (query, key, value)), strict=True)
-    variant = _variant(query.dtype, positions.shape[1], width_of(channels))
-    variant.launch(
-        (triton.cdiv(tokens, variant.constants["QUERIES"]) * heads,),
+    width = width_of(channels)
+    together = max(n for n in heads_together(query.dtype, width) if heads % n == 0)
+    _variant(query.dtype, positions.shape[1], width, together).launch(
+        (triton.cdiv(tokens, TILE) * (heads // together),),
         *(*inputs, positions.contiguous(), *tiles, *learned, output, normal),
         *(number for pair in strides for number in pair),
         *(tokens, heads, channels // 8, *flags),

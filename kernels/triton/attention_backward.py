@@ -14,14 +14,17 @@ import torch
 import triton
 import triton.language as tl
 
-from pointformer.kernels.attention import TILE, clusters_per_group
+from pointformer.kernels.attention import GROUP_KEYS, TILE, clusters_per_group
 from pointformer.kernels.triton.attention_pairs import (
     DTYPES,
     LOG2_E,
     WIDTHS,
-    add_features,
+    relate,
     division,
     dot,
+    fold,
+    fold_keys,
+    heads_together,
     learned_tensors,
     load_bias,
     load_blank,
@@ -29,6 +32,7 @@ from pointformer.kernels.triton.attention_pairs import (
     load_points,
     load_rows,
     pair_logits,
+    position_features,
     readable,
     store_rows,
     width_of,
@@ -56,8 +60,8 @@ def neighborhood_attention_bwd_query_kernel(
     grad_token, grad_head, query_token, query_head, key_token, key_head, value_token, value_head,
     tokens, heads, octets, features, has_bias, has_blank,
     capacity, cluster_size, reciprocal, shift, scale,
-    AXES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    AXES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The mean gradient of a row's logits is that of its output, up to the rounding of both.
 
@@ -65,60 +69,63 @@ def neighborhood_attention_bwd_query_kernel(
     All but the gradient of the query, which is rounded itself, is corrected by it.
     """
     head = tl.program_id(0) % heads
-    row = tl.program_id(0) // heads * QUERIES + tl.arange(0, QUERIES)
-    tile = tl.program_id(0) // heads * QUERIES // TILE
-    exists = row < tokens
-    q = load_rows(query, row, exists, head, query_token, query_head, octets, WIDTH)
-    g = load_rows(grad, row, exists, head, grad_token, grad_head, octets, WIDTH)
-    out = load_rows(output, row, exists, head, heads * octets, octets, octets, WIDTH)
+    tile = tl.program_id(0) // heads
+    lane = tl.arange(0, TILE)
+    row = tl.minimum(tile * TILE + lane, tokens - 1)
+    q = load_rows(query, row, head, query_token, query_head, octets, WIDTH)
+    g = load_rows(grad, row, head, grad_token, grad_head, octets, WIDTH)
+    out = load_rows(output, row, head, heads * octets, octets, octets, WIDTH)
     at = row.to(tl.int64) * heads + head
     mean = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
-    largest = tl.load(normal + at * 2, mask=exists, other=0.0)
-    factor = tl.load(normal + at * 2 + 1, mask=exists, other=0.0)
+    largest = tl.load(normal + at * 2)
+    factor = tl.load(normal + at * 2 + 1)
     scaled_mean = (mean * factor)[:, None]
-
-    x, y, z = load_points(positions, row, exists, AXES)
+    x, y, z = load_points(positions, row, AXES)
     point = (x[:, None], y[:, None], z[:, None])
     weights, bias = load_bias(position_weight, position_bias, head, features, has_bias, AXES)
     log2_scale = scale * LOG2_E
-    own_bit = (1 << row % TILE)[:, None]
-    d_query = tl.zeros((QUERIES, WIDTH), tl.float32)
-    nothing = tl.zeros((QUERIES,), tl.float32)
-    excess = nothing  # of the mean gradient over its estimate
+    own_bit = (1 << lane)[:, None]
+    d_query = tl.zeros((TILE, WIDTH), tl.float32)
+    excess = tl.zeros((TILE, 4), tl.float32)  # of the mean gradient over its estimate
     sums = ()  # of the logits' gradients times each feature
     features_mean = ()  # of the attention, times each feature
     for _ in tl.static_range(2 * AXES + 1):
-        sums += (nothing,)
-        features_mean += (nothing,)
+        sums += (tl.zeros((8, 4), tl.float32),)
+        features_mean += (excess,)
 
-    slots = tl.load(counts + tile) * cluster_size
+    count = tl.load(counts + tile)
     first = tile.to(tl.int64) * capacity
-    for start in range(0, slots, KEYS):
-        k, v, key_point, attending = load_keys(
-            start, slots, rows, lengths, members, first, cluster_size, reciprocal, shift,
-            key, value, positions, head, key_token, key_head, value_token, value_head, octets,
-            AXES, WIDTH, KEYS,
+    for start in range(0, count * cluster_size, KEYS):
+        key_row, key_point, attending = load_keys(
+            start, count, rows + first, lengths + first, members + first,
+            cluster_size, reciprocal, shift, positions, tokens - 1, AXES, KEYS,
         )  # fmt: skip
-        relation, logits = pair_logits(
-            q, k, point, key_point, weights, bias, log2_scale, AXES, PRECISION
-        )
+        k = load_rows(key, key_row, head, key_token, key_head, octets, WIDTH)
+        v = load_rows(value, key_row, head, value_token, value_head, octets, WIDTH)
+        relation = relate(point, key_point, AXES)
+        logits = pair_logits(q, k, relation, weights, bias, log2_scale, AXES, PRECISION)
         attention = tl.exp2(logits - largest[:, None])
         attention = tl.where((attending & own_bit) != 0, attention, 0.0)
-        d_attention = dot(g, tl.trans(v), tl.zeros((QUERIES, KEYS), tl.float32), PRECISION)
+        d_attention = dot(g, tl.trans(v), tl.zeros((TILE, KEYS), tl.float32), PRECISION)
         d_logits = attention * (d_attention * factor[:, None] - scaled_mean)
         d_query = dot(d_logits.to(k.dtype), k, d_query, PRECISION)
-        sums = add_features(sums, d_logits, relation, AXES)
-        excess += tl.sum(d_logits, 1)
-        features_mean = add_features(features_mean, attention, relation, AXES)
+        excess += fold_keys(d_logits)
+        phi = position_features(relation, AXES)
+        new_sums, new_mean = (), ()
+        for f in tl.static_range(2 * AXES + 1):
+            new_sums += (sums[f] + fold(fold_keys(d_logits * phi[f])),)
+            new_mean += (features_mean[f] + fold_keys(attention * phi[f]),)
+        sums, features_mean = new_sums, new_mean
 
     blank = load_blank(blank_key, head, octets, has_blank, WIDTH)[None, :]
     blank_out = load_blank(blank_value, head, octets, has_blank, WIDTH)[None, :]
     blank_logit = tl.sum(q.to(tl.float32) * blank, 1) * log2_scale
-    attention = tl.where(has_blank != 0, tl.exp2(blank_logit - largest) * factor, 0.0)
+    exists = tile * TILE + lane < tokens
+    attention = tl.exp2(blank_logit - largest) * factor
+    attention = tl.where(exists & (has_blank != 0), attention, 0.0)
     d_attention = tl.sum(g.to(tl.float32) * blank_out, 1)
-    d_logit = attention * (d_attention - mean)
-    excess += d_logit
-    mean += excess
+    missing = tl.sum(excess, 1) + attention * (d_attention - mean)
+    mean += missing
     d_logit = attention * (d_attention - mean)
     tl.store(means + at, mean, mask=exists)
     d_query = (d_query + d_logit[:, None] * blank) * scale
@@ -127,8 +134,8 @@ def neighborhood_attention_bwd_query_kernel(
     channels = octets * 8
     shares += tl.program_id(0).to(tl.int64) * (features + has_blank * (1 + 2 * channels))
     for f in tl.static_range(2 * AXES + 1):
-        total = sums[f] - excess * factor * features_mean[f]
-        tl.store(shares + f, tl.sum(total, 0), mask=f < features)
+        total = sums[f] - fold((missing * factor)[:, None] * features_mean[f])
+        tl.store(shares + f, tl.sum(total), mask=f < features)
     tl.store(shares + features, -tl.sum(d_logit, 0), mask=has_blank != 0)
     channel = tl.arange(0, WIDTH)
     stored = channel < channels * has_blank
@@ -145,28 +152,36 @@ def neighborhood_attention_bwd_key_kernel(
     position_weight, position_bias, grad_key, grad_value,
     grad_token, grad_head, query_token, query_head, key_token, key_head, value_token, value_head,
     clusters, heads, octets, features, has_bias, group, scale,
-    AXES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    AXES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS of the keys of one group of clusters, which are consecutive rows."""
-    head = tl.program_id(0) % heads
-    index = tl.program_id(0) // heads
+    parts = heads // HEADS
+    first_head = tl.program_id(0) % parts * HEADS
+    index = tl.program_id(0) // parts
     first = index * group
     row = tl.load(cluster_offsets + first) + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    exists = row < tl.load(cluster_offsets + tl.minimum(first + group, clusters))
+    last = tl.load(cluster_offsets + tl.minimum(first + group, clusters)) - 1
+    exists = row <= last
+    row = tl.maximum(tl.minimum(row, last), 0)
     cluster = tl.zeros((ROWS,), tl.int32)  # within the group
     for following in range(1, group):
         end = tl.load(cluster_offsets + tl.minimum(first + following, clusters))
         cluster += (row >= end).to(tl.int32)
     own_bit = tl.where(exists, 1 << cluster, 0)[:, None]
-    k = load_rows(key, row, exists, head, key_token, key_head, octets, WIDTH)
-    v = load_rows(value, row, exists, head, value_token, value_head, octets, WIDTH)
-    x, y, z = load_points(positions, row, exists, AXES)
+    x, y, z = load_points(positions, row, AXES)
     point = (x[:, None], y[:, None], z[:, None])
-    weights, bias = load_bias(position_weight, position_bias, head, features, has_bias, AXES)
     log2_scale = scale * LOG2_E
-    d_key = tl.zeros((ROWS, WIDTH), tl.float32)
-    d_value = tl.zeros((ROWS, WIDTH), tl.float32)
+    keys, values, weights, biases, d_key, d_value = (), (), (), (), (), ()
+    for h in tl.static_range(HEADS):
+        head = first_head + h
+        keys += (load_rows(key, row, head, key_token, key_head, octets, WIDTH),)
+        values += (load_rows(value, row, head, value_token, value_head, octets, WIDTH),)
+        weight, bias = load_bias(position_weight, position_bias, head, features, has_bias, AXES)
+        weights += (weight,)
+        biases += (bias,)
+        d_key += (tl.zeros((ROWS, WIDTH), tl.float32),)
+        d_value += (tl.zeros((ROWS, WIDTH), tl.float32),)
 
     queries += tl.load(begins + index)
     members += tl.load(begins + index)
@@ -174,28 +189,37 @@ def neighborhood_attention_bwd_key_kernel(
     for start in range(0, count, QUERIES):
         slot = start + tl.arange(0, QUERIES)
         listed = slot < count
-        query_row = tl.load(queries + slot, mask=listed, other=0)
-        attended = tl.load(members + slot, mask=listed, other=0)
-        q = load_rows(query, query_row, listed, head, query_token, query_head, octets, WIDTH)
-        g = load_rows(grad, query_row, listed, head, grad_token, grad_head, octets, WIDTH)
-        at = query_row.to(tl.int64) * heads + head
-        largest = tl.load(normal + at * 2, mask=listed, other=0.0)[None, :]
-        factor = tl.load(normal + at * 2 + 1, mask=listed, other=0.0)[None, :]
-        mean = tl.load(means + at, mask=listed, other=0.0)[None, :]
-        qx, qy, qz = load_points(positions, query_row, listed, AXES)
-        query_point = (qx[None, :], qy[None, :], qz[None, :])
-        _, logits = pair_logits(
-            k, q, query_point, point, weights, bias, log2_scale, AXES, PRECISION
-        )
-        attention = tl.exp2(logits - largest) * factor
-        attention = tl.where((attended[None, :] & own_bit) != 0, attention, 0.0)
-        d_value = dot(attention.to(g.dtype), g, d_value, PRECISION)
-        d_attention = dot(v, tl.trans(g), tl.zeros((ROWS, QUERIES), tl.float32), PRECISION)
-        d_logits = attention * (d_attention - mean)
-        d_key = dot(d_logits.to(q.dtype), q, d_key, PRECISION)
+        slot = tl.minimum(slot, count - 1)
+        query_row = tl.load(queries + slot)
+        attended = tl.where(listed, tl.load(members + slot), 0)
+        qx, qy, qz = load_points(positions, query_row, AXES)
+        relation = relate((qx[None, :], qy[None, :], qz[None, :]), point, AXES)
+        attends = (attended[None, :] & own_bit) != 0
+        new_key, new_value = (), ()
+        for h in tl.static_range(HEADS):
+            head = first_head + h
+            q = load_rows(query, query_row, head, query_token, query_head, octets, WIDTH)
+            g = load_rows(grad, query_row, head, grad_token, grad_head, octets, WIDTH)
+            at = query_row.to(tl.int64) * heads + head
+            largest = tl.load(normal + at * 2)[None, :]
+            factor = tl.load(normal + at * 2 + 1)[None, :]
+            mean = tl.load(means + at)[None, :]
+            logits = pair_logits(
+                keys[h], q, relation, weights[h], biases[h], log2_scale, AXES, PRECISION
+            )
+            attention = tl.where(attends, tl.exp2(logits - largest) * factor, 0.0)
+            new_value += (dot(attention.to(g.dtype), g, d_value[h], PRECISION),)
+            d_attention = dot(
+                values[h], tl.trans(g), tl.zeros((ROWS, QUERIES), tl.float32), PRECISION
+            )
+            d_logits = attention * (d_attention - mean)
+            new_key += (dot(d_logits.to(q.dtype), q, d_key[h], PRECISION),)
+        d_key, d_value = new_key, new_value
 
-    store_rows(grad_key, d_key * scale, row, exists, head, heads, octets, WIDTH)
-    store_rows(grad_value, d_value, row, exists, head, heads, octets, WIDTH)
+    for h in tl.static_range(HEADS):
+        head = first_head + h
+        store_rows(grad_key, d_key[h] * scale, row, exists, head, heads, octets, WIDTH)
+        store_rows(grad_value, d_value[h], row, exists, head, heads, octets, WIDTH)
 
 
 @triton.jit
@@ -265,18 +289,16 @@ def _query_variant(dtype, axes, width):
             "AXES": axes,
             "WIDTH": width,
             "TILE": TILE,
-            "QUERIES": 16 if wide or width > 32 else TILE,
-            "KEYS": 16,
+            "KEYS": 16 if wide else 32,
             "PRECISION": "ieee" if width > 32 else "bf16x6",
         },
-        num_warps=_warps(wide, width),
-        amd_warps=4 if wide or width > 32 else 2,
-        max_registers=255 if width > 64 else None,
+        num_warps=_warps(dtype, width),
+        max_registers=255,
         rounds=_query_rounds,
     )
 
 
-def _key_variant(dtype, axes, width, rows):
+def _key_variant(dtype, axes, width, heads):
     wide = dtype == torch.float32
     return Variant(
         neighborhood_attention_bwd_key_kernel,
@@ -287,27 +309,20 @@ def _key_variant(dtype, axes, width, rows):
         {
             "AXES": axes,
             "WIDTH": width,
-            "ROWS": rows,
+            "ROWS": GROUP_KEYS,
+            "HEADS": heads,
             "QUERIES": 16 if wide or width > 64 else 32,
             "PRECISION": "ieee" if width > 64 else "bf16x6",
         },
-        num_warps=_warps(wide, width),
-        amd_warps=4 if wide or width > 32 else 2,
-        max_registers=255 if width in (16, 128) else None,
+        num_warps=_warps(dtype, width),
+        max_registers=255,
         rounds=_key_rounds,
     )
 
 
-def _warps(wide, width):
-    """As many as the registers need: wide dtypes have no matrix product of their own."""
-    if wide and width > 64:
-        return 8
-    return 4 if wide or width > 32 else 2
-
-
-def _key_rows(dtype):
-    """Keys of a group that a program may take at a time."""
-    return (16,) if dtype == torch.float32 else (16, 32)
+def _warps(dtype, width):
+    """As many as the registers need: float32 has no matrix product of its own."""
+    return max(1, width // (16 if dtype == torch.float32 else 32))
 
 
 _SUM = Variant(
@@ -332,8 +347,8 @@ def variants():
         for axes in (2, 3):
             for width in WIDTHS:
                 yield _query_variant(dtype, axes, width)
-                for rows in _key_rows(dtype):
-                    yield _key_variant(dtype, axes, width, rows)
+                for heads in heads_together(dtype, width):
+                    yield _key_variant(dtype, axes, width, heads)
 
 
 def backward(
@@ -360,7 +375,7 @@ def backward(
     means = torch.empty(tokens, heads, device=device, dtype=torch.float32)
     columns = heads * (features + has_blank * (1 + 2 * channels))
     variant = _query_variant(query.dtype, axes, width)
-    programs = triton.cdiv(tokens, variant.constants["QUERIES"])
+    programs = triton.cdiv(tokens, TILE)
     shares = torch.empty(programs, columns, device=device, dtype=torch.float32)
     variant.launch(
         (programs * heads,),
@@ -370,10 +385,9 @@ def backward(
         *(tiles[1].shape[1], cluster_size, *division(cluster_size), scale),
     )
     group = clusters_per_group(cluster_size)
-    rows = next((n for n in _key_rows(query.dtype) if group * cluster_size <= n), None)
-    rows = rows or _key_rows(query.dtype)[-1]
-    _key_variant(query.dtype, axes, width, rows).launch(
-        (groups[1].shape[0] * heads, triton.cdiv(group * cluster_size, rows)),
+    together = max(n for n in heads_together(query.dtype, width) if heads % n == 0)
+    _key_variant(query.dtype, axes, width, together).launch(
+        (groups[1].shape[0] * (heads // together), triton.cdiv(group * cluster_size, GROUP_KEYS)),
         *(grad, normal, means, *inputs, positions, cluster_offsets, *groups, *learned[:2]),
         *(*d_rows[1:], *strides, clusters, heads, channels // 8, *flags[:2], group, scale),
     )

@@ -31,12 +31,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_rows(data, row, exists, head, token_stride, head_stride, octets, WIDTH: tl.constexpr):
-    """One head's channels of some rows (N,): (N, WIDTH), zeros where there are none."""
+def load_rows(data, row, head, token_stride, head_stride, octets, WIDTH: tl.constexpr):
+    """One head's channels of some rows (N,), all of which exist: (N, WIDTH)."""
     lane = tl.arange(0, WIDTH)
     data += head.to(tl.int64) * (head_stride * 8)
     offset = row.to(tl.int64)[:, None] * (token_stride * 8) + lane[None, :]
-    return tl.load(data + offset, mask=exists[:, None] & (lane < octets * 8)[None, :], other=0.0)
+    return tl.load(data + offset, mask=(lane < octets * 8)[None, :], other=0.0)
 
 
 @triton.jit
@@ -57,13 +57,11 @@ def load_blank(blank, head, octets, has_blank, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_points(positions, row, exists, AXES: tl.constexpr):
+def load_points(positions, row, AXES: tl.constexpr):
     """Coordinates of rows (N,): x, y and z, which in 2-D no one reads."""
     base = positions + row.to(tl.int64) * AXES
-    x = tl.load(base, mask=exists, other=0.0)
-    y = tl.load(base + 1, mask=exists, other=0.0)
-    z = tl.load(base + 2, mask=exists, other=0.0) if AXES == 3 else x
-    return x, y, z
+    x, y = tl.load(base), tl.load(base + 1)
+    return x, y, tl.load(base + 2) if AXES == 3 else x
 
 
 @triton.jit
@@ -85,23 +83,41 @@ def relate(query_point, key_point, AXES: tl.constexpr):
     dx = key_point[0] - query_point[0]
     dy = key_point[1] - query_point[1]
     dz = key_point[2] - query_point[2] if AXES == 3 else dx
-    squared = dx * dx + dy * dy
+    squared = dx * dx + (dy * dy + 1e-36)
     if AXES == 3:
         squared += dz * dz
-    inverse = tl.rsqrt(tl.maximum(squared, 1e-36))
+    inverse = tl.rsqrt(squared)
     return dx, dy, dz, squared * inverse, inverse
 
 
 @triton.jit
-def position_logits(weights, bias, relation, AXES: tl.constexpr):
-    """weights . phi + bias, with the direction's terms folded into those of the differences."""
+def position_features(relation, AXES: tl.constexpr):
+    """phi: differences, distance, direction (in 2-D sine and cosine)."""
     dx, dy, dz, distance, inverse = relation
+    if AXES == 2:
+        phi = (dx, dy, distance, dy * inverse, dx * inverse)
+    else:
+        phi = (dx, dy, dz, distance, dx * inverse, dy * inverse, dz * inverse)
+    return phi
+
+
+@triton.jit
+def pair_logits(
+    a, b, relation, weights, bias, log2_scale, AXES: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Logits of pairs of rows a (N, WIDTH) and b (M, WIDTH), one of them queries, as (N, M).
+
+    The terms of the direction are folded into those of the differences.
+    """
+    dx, dy, dz, distance, inverse = relation
+    logits = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32), PRECISION)
+    logits = logits * log2_scale + bias
     if AXES == 2:  # the sine (y) comes first
-        logits = weights[2] * distance + bias
+        logits += weights[2] * distance
         logits += (weights[1] + weights[3] * inverse) * dy
         logits += (weights[0] + weights[4] * inverse) * dx
     else:
-        logits = weights[3] * distance + bias
+        logits += weights[3] * distance
         logits += (weights[2] + weights[6] * inverse) * dz
         logits += (weights[1] + weights[5] * inverse) * dy
         logits += (weights[0] + weights[4] * inverse) * dx
@@ -109,64 +125,44 @@ def position_logits(weights, bias, relation, AXES: tl.constexpr):
 
 
 @triton.jit
-def pair_logits(
-    a, b, query_point, key_point, weights, bias, log2_scale,
-    AXES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Relations and logits of pairs of rows a (N, WIDTH) and b (M, WIDTH), as (N, M).
+def fold_keys(pairs):
+    """Partial sums over the keys of pairs (N, M): (N, 4).
 
-    One of the two are queries; the points are arranged as `relate` takes them.
+    A thread holds elements 2 i and 2 i + 1 of every eighth column of a matrix product's result, and
+    of every eighth row: these sums, and those of `fold`, need no other thread's.
     """
-    relation = relate(query_point, key_point, AXES)
-    logits = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32), PRECISION)
-    return relation, logits * log2_scale + position_logits(weights, bias, relation, AXES)
+    parts = tl.reshape(pairs, (pairs.shape[0], pairs.shape[1] // 8, 4, 2))
+    parts = tl.permute(parts, (0, 2, 1, 3))
+    return tl.sum(tl.reshape(parts, (pairs.shape[0], 4, pairs.shape[1] // 4)), 2)
 
 
 @triton.jit
-def add_features(sums, values, relation, AXES: tl.constexpr):
-    """Add values (N, K) times each feature of phi, summed over K, to the sums (N,) of features."""
-    dx, dy, dz, distance, inverse = relation
-    x, y, z = values * dx, values * dy, values * dz
-    if AXES == 2:
-        terms = (x, y, values * distance, y * inverse, x * inverse)
-    else:
-        terms = (x, y, z, values * distance, x * inverse, y * inverse, z * inverse)
-    added = ()
-    for f in tl.static_range(2 * AXES + 1):
-        added += (sums[f] + tl.sum(terms[f], 1),)
-    return added
-
-
-@triton.jit
-def list_keys(slot, slots, rows, lengths, members, first, cluster_size, reciprocal, shift):
-    """Rows of a tile's keys, which are counted as if each cluster had `cluster_size` of them.
-
-    Returns:
-        row, whether there is one, and the word of the queries that attend to it.
-    """
-    entry = ((slot.to(tl.int64) * reciprocal) >> shift).to(tl.int32)  # slot // cluster_size
-    within = slot - entry * cluster_size
-    listed = slot < slots
-    row = tl.load(rows + first + entry, mask=listed, other=0) + within
-    exists = listed & (within < tl.load(lengths + first + entry, mask=listed, other=0))
-    return row, exists, tl.load(members + first + entry, mask=exists, other=0)
+def fold(pairs):
+    """Partial sums over all of (N, 4) sums over keys: (8, 4)."""
+    return tl.sum(tl.reshape(pairs, (pairs.shape[0] // 8, 8, 4)), 0)
 
 
 @triton.jit
 def load_keys(
-    start, slots, rows, lengths, members, first, cluster_size, reciprocal, shift,
-    key, value, positions, head, key_token, key_head, value_token, value_head, octets,
-    AXES: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    start, count, rows, lengths, members, cluster_size, reciprocal, shift, positions, last_row,
+    AXES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """KEYS of a tile's keys from place `start`: keys, values, points, and who attends to them."""
+    """KEYS of a tile's keys from place `start`, counted as if each of the `count` listed clusters
+    had `cluster_size` of them.
+
+    Returns:
+        rows (KEYS,), points, and the words (1, KEYS) of the queries that attend to them. A place
+        without a key has some listed row, and no query attends to it: nothing has to be masked.
+    """
     slot = start + tl.arange(0, KEYS)
-    row, exists, attending = list_keys(
-        slot, slots, rows, lengths, members, first, cluster_size, reciprocal, shift
-    )
-    k = load_rows(key, row, exists, head, key_token, key_head, octets, WIDTH)
-    v = load_rows(value, row, exists, head, value_token, value_head, octets, WIDTH)
-    x, y, z = load_points(positions, row, exists, AXES)
-    return k, v, (x[None, :], y[None, :], z[None, :]), attending[None, :]
+    entry = ((slot.to(tl.int64) * reciprocal) >> shift).to(tl.int32)  # slot // cluster_size
+    entry = tl.minimum(entry, count - 1)
+    within = slot - entry * cluster_size
+    exists = within < tl.load(lengths + entry)
+    row = tl.minimum(tl.load(rows + entry) + tl.where(exists, within, 0), last_row)
+    attending = tl.where(exists, tl.load(members + entry), 0)
+    x, y, z = load_points(positions, row, AXES)
+    return row, (x[None, :], y[None, :], z[None, :]), attending[None, :]
 
 
 def division(divisor):
@@ -177,6 +173,11 @@ def division(divisor):
 
 def width_of(channels):
     return max(WIDTHS[0], triton.next_power_of_2(channels))
+
+
+def heads_together(dtype, width):
+    """How many heads a program may compute, which then share all that depends on positions."""
+    return (1, 2) if dtype != torch.float32 and width <= 32 else (1,)
 
 
 def readable(rows):
