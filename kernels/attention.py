@@ -7,7 +7,7 @@ training, offsets (K + 1) and queries (Q * R): for each cluster the queries that
 Triton's is in `kernels.triton.attention_plan`. No cluster may be twice in one neighborhood.
 
 `normal` (T, H, 2) holds the largest logit in units of log2 and the inverse of the softmax's sum,
-0 where there is nothing to sum. Weights and blank tokens are float32. The backward op may use
+0 where there is nothing to sum. Weights and blank tokens are of any dtypes. The backward op may use
 `output` (T, H, d) for the mean gradient of a row's logits: Triton does; the CPU does not, because
 in half precision it is rounded.
 """
@@ -74,7 +74,7 @@ def _forward_fake(query, *arguments):
 @torch.library.register_fake("pointformer::neighborhood_attention_backward", lib=LIBRARY)
 def _backward_fake(grad, output, normal, query, key, value, *arguments):
     rows = [x.new_empty(x.shape) for x in (query, key, value)]
-    learned = [normal.new_empty(0) if x is None else torch.empty_like(x) for x in arguments[-6:-2]]
+    learned = [normal.new_empty(0) if x is None else x.new_empty(x.shape) for x in arguments[-6:-2]]
     return (*rows, *learned)
 
 

@@ -90,6 +90,25 @@ def test_half_precision(blank):
     check_against_float64(inputs, torch.float16, impl="triton", eager=low_precision)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_learned_tensors_of_any_dtype(impl, mixed):
+    """They are read in their dtype, computed with in float32, and their gradients rounded once."""
+    tensors, positions, neighborhoods = make_inputs(sizes=(40, 7), cluster_size=8, channels=24)
+    low = {name: tensor.half() for name, tensor in tensors.items()}
+    if mixed:
+        low["position_bias"] = low["position_bias"].bfloat16()
+    learned = set(low) - {"query", "key", "value"}
+    assert len(learned) == 4
+    high = {n: t.float() if n in learned else t for n, t in low.items()}
+    cotangent = torch.ones_like(low["value"])
+    out, ours = gradients(low, positions, neighborhoods, cotangent, impl=impl)
+    want, theirs = gradients(high, positions, neighborhoods, cotangent, impl=impl)
+    assert torch.equal(out, want)
+    for name, gradient in ours.items():
+        assert torch.equal(gradient, theirs[name].to(low[name].dtype)), name
+
+
 @pytest.mark.parametrize("blank", [False, True])
 def test_gradients_of_a_row_add_up_to_zero(blank):
     """In half precision too, where the output is rounded: learned gradients are as exact as if it

@@ -346,7 +346,7 @@ def backward(
     per_head = (shape.features, 1, shape.channels, shape.channels)
     parts = sums.split([shape.heads * n for n in per_head])
     learned = [
-        torch.empty(0, dtype=torch.float32) if like is None else part.clone().view(like.shape)
+        torch.empty(0) if like is None else part.clone().view(like.shape).to(like.dtype)
         for part, like in zip(
             parts, (position_weight, position_bias, blank_key, blank_value), strict=True
         )

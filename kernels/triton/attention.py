@@ -23,6 +23,7 @@ from pointformer.kernels.triton.attention_pairs import (
     division,
     dot,
     heads_together,
+    learned_dtypes,
     learned_tensors,
     load_bias,
     load_blank,
@@ -128,13 +129,12 @@ def _rounds(a):
     return {"start": (-(-a["counts"] * a["cluster_size"] // a["KEYS"])).double().mean().item()}
 
 
-def _variant(dtype, axes, width, heads):
+def _variant(dtype, learned, axes, width, heads):
     wide = dtype == torch.float32
     rows = (dtype,) * 3
-    floats = (torch.float32,) * 4
     return Variant(
         neighborhood_attention_fwd_kernel,
-        (*rows, torch.float32, *(torch.int32,) * 4, *floats, dtype, torch.float32)
+        (*rows, torch.float32, *(torch.int32,) * 4, *(learned,) * 4, dtype, torch.float32)
         + ("i32",) * len(_INTEGERS)
         + ("fp32",),
         {
@@ -157,7 +157,8 @@ def variants():
         for axes in (2, 3):
             for width in WIDTHS:
                 for heads in heads_together(dtype, width):
-                    yield _variant(dtype, axes, width, heads)
+                    for learned in learned_dtypes(dtype):
+                        yield _variant(dtype, learned, axes, width, heads)
 
 
 def forward(
@@ -169,13 +170,11 @@ def forward(
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     normal = torch.empty((tokens, heads, 2), dtype=torch.float32, device=query.device)
     tiles = plan[:4] or tile_lists(cluster_index, cluster_offsets)
-    learned, flags = learned_tensors(
-        position_weight, position_bias, blank_key, blank_value, absent=normal
-    )
+    learned, flags = learned_tensors(position_weight, position_bias, blank_key, blank_value, query)
     inputs, strides = zip(*(readable(x) for x in (query, key, value)), strict=True)
     width = width_of(channels)
     together = max(n for n in heads_together(query.dtype, width) if heads % n == 0)
-    _variant(query.dtype, positions.shape[1], width, together).launch(
+    _variant(query.dtype, learned[0].dtype, positions.shape[1], width, together).launch(
         (triton.cdiv(tokens, TILE) * (heads // together),),
         *(*inputs, positions.contiguous(), *tiles, *learned, output, normal),
         *(number for pair in strides for number in pair),

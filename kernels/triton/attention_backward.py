@@ -19,12 +19,12 @@ from pointformer.kernels.triton.attention_pairs import (
     DTYPES,
     LOG2_E,
     WIDTHS,
-    relate,
     division,
     dot,
     fold,
     fold_keys,
     heads_together,
+    learned_dtypes,
     learned_tensors,
     load_bias,
     load_blank,
@@ -34,6 +34,7 @@ from pointformer.kernels.triton.attention_pairs import (
     pair_logits,
     position_features,
     readable,
+    relate,
     store_rows,
     width_of,
 )
@@ -277,12 +278,12 @@ def _key_rounds(a):
     return {"following": a["group"] - 1, "start": start}
 
 
-def _query_variant(dtype, axes, width):
+def _query_variant(dtype, learned, axes, width):
     wide = dtype == torch.float32
     return Variant(
         neighborhood_attention_bwd_query_kernel,
         (dtype, dtype, torch.float32, *(dtype,) * 3, torch.float32, *(torch.int32,) * 4)
-        + (*(torch.float32,) * 4, dtype, torch.float32, torch.float32)
+        + (*(learned,) * 4, dtype, torch.float32, torch.float32)
         + ("i32",) * len(_QUERY_INTEGERS)
         + ("fp32",),
         {
@@ -298,12 +299,12 @@ def _query_variant(dtype, axes, width):
     )
 
 
-def _key_variant(dtype, axes, width, heads):
+def _key_variant(dtype, learned, axes, width, heads):
     wide = dtype == torch.float32
     return Variant(
         neighborhood_attention_bwd_key_kernel,
         (dtype, torch.float32, torch.float32, *(dtype,) * 3, torch.float32)
-        + (*(torch.int32,) * 5, torch.float32, torch.float32, dtype, dtype)
+        + (*(torch.int32,) * 5, learned, learned, dtype, dtype)
         + ("i32",) * len(_KEY_INTEGERS)
         + ("fp32",),
         {
@@ -331,24 +332,27 @@ _SUM = Variant(
     {"SPAN": _SPAN, **_BLOCK},
     rounds=lambda a: {"start": min(a["SPAN"], a["rows"]) / a["ROWS"]},
 )
-_LEARNED = Variant(
-    learned_gradients_kernel,
-    (torch.float32,) * 5 + ("i32",) * 6,
-    _BLOCK,
-    rounds=lambda a: {"start": triton.cdiv(a["rows"], a["ROWS"])},
-)
+
+
+def _learned_variant(dtype):
+    return Variant(
+        learned_gradients_kernel,
+        (torch.float32, *(dtype,) * 4) + ("i32",) * 6,
+        _BLOCK,
+    )
 
 
 def variants():
     """Every specialization that `backward` can launch."""
     yield _SUM
-    yield _LEARNED
     for dtype in DTYPES:
+        yield _learned_variant(dtype)
         for axes in (2, 3):
             for width in WIDTHS:
-                yield _query_variant(dtype, axes, width)
-                for heads in heads_together(dtype, width):
-                    yield _key_variant(dtype, axes, width, heads)
+                for learned in learned_dtypes(dtype):
+                    yield _query_variant(dtype, learned, axes, width)
+                    for heads in heads_together(dtype, width):
+                        yield _key_variant(dtype, learned, axes, width, heads)
 
 
 def backward(
@@ -361,9 +365,7 @@ def backward(
     device, clusters = query.device, cluster_offsets.shape[0] - 1
     tiles = plan[:4] or tile_lists(cluster_index, cluster_offsets)
     groups = plan[4:] or group_lists(cluster_index, clusters, cluster_size)
-    learned, flags = learned_tensors(
-        position_weight, position_bias, blank_key, blank_value, absent=normal
-    )
+    learned, flags = learned_tensors(position_weight, position_bias, blank_key, blank_value, query)
     features, _, has_blank = flags
     inputs, strides = zip(*(readable(x) for x in (grad, query, key, value)), strict=True)
     grad, *inputs = inputs
@@ -374,7 +376,7 @@ def backward(
     d_rows = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value)]
     means = torch.empty(tokens, heads, device=device, dtype=torch.float32)
     columns = heads * (features + has_blank * (1 + 2 * channels))
-    variant = _query_variant(query.dtype, axes, width)
+    variant = _query_variant(query.dtype, learned[0].dtype, axes, width)
     programs = triton.cdiv(tokens, TILE)
     shares = torch.empty(programs, columns, device=device, dtype=torch.float32)
     variant.launch(
@@ -386,7 +388,7 @@ def backward(
     )
     group = clusters_per_group(cluster_size)
     together = max(n for n in heads_together(query.dtype, width) if heads % n == 0)
-    _key_variant(query.dtype, axes, width, together).launch(
+    _key_variant(query.dtype, learned[0].dtype, axes, width, together).launch(
         (groups[1].shape[0] * (heads // together), triton.cdiv(group * cluster_size, GROUP_KEYS)),
         *(grad, normal, means, *inputs, positions, cluster_offsets, *groups, *learned[:2]),
         *(*d_rows[1:], *strides, clusters, heads, channels // 8, *flags[:2], group, scale),
@@ -398,8 +400,10 @@ def backward(
 def learned_gradients(shares, given, heads, channels):
     """Sum the shares (programs, columns) and part them: one tensor like each of the given."""
     device, columns = shares.device, shares.shape[1]
+    dtypes = {x.dtype for x in given if x is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES) else torch.float32
     gradients = [
-        torch.empty(0 if x is None else x.shape, dtype=torch.float32, device=device) for x in given
+        torch.empty(0 if x is None else x.shape, dtype=dtype, device=device) for x in given
     ]
     weight, bias, blank_key, _ = given
     if blank_key is None:
@@ -412,7 +416,7 @@ def learned_gradients(shares, given, heads, channels):
         _SUM.launch((blocks, len(sums)), shares, sums, len(shares), columns)
         shares = sums
     flags = (0 if weight is None else weight.shape[1], int(bias is not None))
-    _LEARNED.launch(
+    _learned_variant(dtype).launch(
         (blocks,),
         shares,
         *gradients,
@@ -422,4 +426,6 @@ def learned_gradients(shares, given, heads, channels):
         int(blank_key is not None),
         channels,
     )
-    return gradients
+    return [
+        total if x is None else total.to(x.dtype) for total, x in zip(gradients, given, strict=True)
+    ]

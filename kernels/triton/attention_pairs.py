@@ -53,7 +53,7 @@ def load_blank(blank, head, octets, has_blank, WIDTH: tl.constexpr):
     """The blank token's key or value (WIDTH,), zeros if there is none."""
     lane = tl.arange(0, WIDTH)
     known = octets * 8 * has_blank
-    return tl.load(blank + head * octets * 8 + lane, mask=lane < known, other=0.0)
+    return tl.load(blank + head * octets * 8 + lane, mask=lane < known, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -70,8 +70,9 @@ def load_bias(position_weight, position_bias, head, features, has_bias, AXES: tl
     weights = ()
     for f in tl.static_range(2 * AXES + 1):
         weight = tl.load(position_weight + head * features + f, mask=f < features, other=0.0)
-        weights += (weight * LOG2_E,)
-    return weights, tl.load(position_bias + head, mask=has_bias != 0, other=0.0) * LOG2_E
+        weights += (weight.to(tl.float32) * LOG2_E,)
+    bias = tl.load(position_bias + head, mask=has_bias != 0, other=0.0)
+    return weights, bias.to(tl.float32) * LOG2_E
 
 
 @triton.jit
@@ -187,9 +188,17 @@ def readable(rows):
     return rows, (rows.stride(0) // 8, rows.stride(1) // 8)
 
 
-def learned_tensors(position_weight, position_bias, blank_key, blank_value, absent):
-    """The four as kernels take them, and `features`, `has_bias`, `has_blank`."""
+def learned_dtypes(dtype):
+    """What learned tensors can have: the model's dtype, or float32 under autocast."""
+    return dict.fromkeys((torch.float32, dtype))
+
+
+def learned_tensors(position_weight, position_bias, blank_key, blank_value, query):
+    """The four as kernels take them, of one dtype, and `features`, `has_bias`, `has_blank`."""
     given = (position_weight, position_bias, blank_key, blank_value)
     features = 0 if position_weight is None else position_weight.shape[1]
     flags = (features, int(position_bias is not None), int(blank_key is not None))
-    return [absent if x is None else x.contiguous() for x in given], flags
+    dtypes = {x.dtype for x in given if x is not None} or {query.dtype}
+    dtype = query.dtype if dtypes == {query.dtype} else torch.float32
+    absent = query.new_empty(0, dtype=dtype)
+    return [absent if x is None else x.to(dtype).contiguous() for x in given], flags

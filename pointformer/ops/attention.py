@@ -104,10 +104,10 @@ def neighborhood_attention(
             clusters.offsets,
             clusters.cluster_size,
             list(neighborhoods.plan) if neighborhoods.plan_impl == chosen else [],
-            *(
-                None if tensor is None else tensor.float()
-                for tensor in (position_weight, position_bias, blank_key, blank_value)
-            ),
+            position_weight,
+            position_bias,
+            blank_key,
+            blank_value,
             scale,
             chosen,
         )
