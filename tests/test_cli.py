@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -179,6 +180,17 @@ def test_bad_input_is_one_line_and_a_failure(capsys, tmp_path, picture, model, c
     assert error.count("\n") == 1
     assert message in error
     assert not list(tmp_path.glob("o/*"))
+
+
+def test_closed_streams(tmp_path, picture, model, monkeypatch):
+    """Python has None in the place of a stream that was closed before the start (`>&-`)."""
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    options = ["--out", str(tmp_path / "out"), "--model", model]
+    assert cli.main(["segment", str(picture), *options]) == 0
+    assert cli.main(["models"]) == 0
+    assert cli.main(["segment", str(tmp_path / "none.png"), *options]) == 1
+    assert (sys.stdout, sys.stderr) == (None, None)
 
 
 def test_unknown_command_exits_with_usage(capsys):

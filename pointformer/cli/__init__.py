@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import io
+import os
 import signal
 import sys
 import threading
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 if all was done, 1 if not, 2 for a wrong usage."""
     if arguments is None:  # the process is this command: what was imported stays to its end,
         gc.freeze()  # and searching it for garbage, at the end too, takes 0.7 s
-    with _any_characters(), _orderly_end():
+    with _open_streams(), _any_characters(), _orderly_end():
         options = _parser().parse_args(arguments)
         try:
             code = _COMMANDS[options.command].run(options)
@@ -56,6 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             complain(error, debug=options.debug)
             return 1
+
+
+@contextlib.contextmanager
+def _open_streams() -> Iterator[None]:
+    """Let what is printed vanish where the command was started with a closed stream (`>&-`).
+
+    Python has `None` in its place, and the next file that is opened would take its number.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:
+                setattr(sys, name, stack.enter_context(open(os.devnull, "w", encoding="utf-8")))
+                stack.callback(setattr, sys, name, None)
+        yield
 
 
 @contextlib.contextmanager
