@@ -248,10 +248,17 @@ def _head_of(state: Mapping[str, Tensor]) -> tuple[str | None, int | None]:
     return None, None
 
 
+def _check_file(path: str | os.PathLike) -> None:
+    if not os.path.isfile(path):
+        is_folder = os.path.isdir(path)
+        raise CheckpointError(
+            f"{path}: {'expected a file, this is a folder' if is_folder else 'no such file'}"
+        )
+
+
 def _is_safetensors(path: str | os.PathLike) -> bool:
     """By its name, or by what it begins with: the size of a header of JSON."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: no such file")
+    _check_file(path)
     with open(path, "rb") as file:
         return os.fspath(path).endswith(".safetensors") or file.read(9)[8:] == b"{"
 
@@ -616,13 +623,19 @@ def load_released(
 
 
 def _unpickle(path: str | os.PathLike) -> Mapping:
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: no such file")
+    _check_file(path)
     try:
-        with torch.serialization.safe_globals(_random_state_globals()):
+        with (
+            torch.serialization.safe_globals(_random_state_globals()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of a pickle protocol: it is read, or refused below
             container = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # torch begins with advice to read the file unsafely, and says later what is wrong with it.
+        text = str(error)
+        text = text.partition("WeightsUnpickler error:")[2].strip() or text
+        reason = text.partition(". Please use")[0].partition("\n")[0] or type(error).__name__
         raise CheckpointError(
             f"{path}: not a checkpoint that can be read safely ({reason})"
         ) from None

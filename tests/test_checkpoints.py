@@ -129,8 +129,9 @@ class Harmful:
             pickle.dumps({"model": Harmful()}, protocol=2),
             "not a checkpoint that can be read safely",
         ),
+        (pickle.dumps({"model": Harmful()}), "not a checkpoint that can be read safely"),
     ],
-    ids=["empty", "text", "code"],
+    ids=["empty", "text", "code", "newer"],
 )
 def test_files_that_are_no_checkpoint(tmp_path, capsys, content, message):
     path = tmp_path / "x.pth"
@@ -138,7 +139,14 @@ def test_files_that_are_no_checkpoint(tmp_path, capsys, content, message):
     with pytest.raises(CheckpointError, match=message) as error:
         load_released(path, "aff_mini")
     assert "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)  # no advice to run what is in the file
     assert "must not run" not in capsys.readouterr().out
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    for load in (load_model, load_released):
+        with pytest.raises(CheckpointError, match="expected a file, this is a folder"):
+            load(tmp_path, "aff_mini")
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"model": 3}, {"weights": {"a": 1}}], ids=str)
