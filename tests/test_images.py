@@ -815,7 +815,21 @@ def test_a_truncated_file_is_not_filled_with_zeros(tmp_path):
         path = tmp_path / "a.tif"
         tifffile.imwrite(path, colors, photometric="rgb", **options)
         path.write_bytes(path.read_bytes()[:-300])
-        refusal(path)
+        assert "truncated" in refusal(path)
+
+
+def test_a_tiff_file_without_a_picture(tmp_path):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path):
+        pass
+    assert "the file holds none" in refusal(path)
+
+
+def test_a_picture_is_not_scaled_to_nothing():
+    picture = open_picture(np.zeros((40, 10), np.uint8))
+    assert picture.scaled(0.1).shape == (4, 1)
+    with pytest.raises(ValueError, match=r"image: nothing is left of 40 x 10 pixels"):
+        picture.scaled(0.01)
 
 
 def test_a_truncated_stack_is_not_taken_for_its_first_plane(tmp_path):

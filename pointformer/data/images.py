@@ -96,8 +96,17 @@ class Picture:
         return self[:, :]
 
     def scaled(self, factor: float) -> Picture:
-        """The same with sides `factor` times as long, resampled window by window."""
-        shape = (max(1, round(self.shape[0] * factor)), max(1, round(self.shape[1] * factor)))
+        """The same with sides `factor` times as long, resampled window by window.
+
+        Raises:
+            PictureError: not a pixel would be left.
+        """
+        shape = round(self.shape[0] * factor), round(self.shape[1] * factor)
+        if 0 in shape:
+            raise PictureError(
+                f"{self.name}: nothing is left of {self.shape[0]} x {self.shape[1]} pixels with "
+                f"sides {factor:g} times as long; use a larger scale, or a smaller diameter"
+            )
         return self if shape == self.shape else _Resampled(self, shape)
 
     def _inside(self, window: tuple[slice, slice]) -> tuple[slice, slice]:

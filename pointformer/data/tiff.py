@@ -61,6 +61,8 @@ def stored_tiffs(
         numbers: read the numbers of palette pictures, and of those of less than 8 bits, as stored.
     """
     handle = _Handle(os.fspath(path))
+    if not handle.file.series:
+        raise PictureError(f"{os.fspath(path)}: expected a picture, but the file holds none")
     first, *others = handle.file.series
     described = handle.file.imagej_metadata or {}
     if first.kind != "imagej" and described.get("images", 1) > len(handle.file.pages):
@@ -271,6 +273,9 @@ class StoredTiff:
         if series.transform is None and series.dataoffset is not None and self._page.is_memmappable:
             # The file's own bytes, for one window: what was looked at counts as used memory.
             dtype = np.dtype(series.dtype).newbyteorder(self._handle.file.byteorder)
+            end = series.dataoffset + math.prod(self._shape) * dtype.itemsize
+            if end > self._handle.file.filehandle.size:
+                raise self._truncated()
             return np.memmap(self._handle.path, dtype, "r", series.dataoffset, self._shape)
         if self._whole is None and not self._in_pages():
             check_pixels(self.name, math.prod(self._shape), 1, 4 * self._max_pixels)
@@ -344,11 +349,14 @@ class StoredTiff:
             file.seek(offset)
             data = file.read(length)
             if len(data) < length:
-                raise PictureError(f"{self.name}: expected a picture, but the file is truncated")
+                raise self._truncated()
         values, _, shape = self._page.decode(data, segment, **options)
         if values is None:
             return np.broadcast_to(np.asarray(self._page.nodata, self._page.dtype), shape)
         return values
+
+    def _truncated(self) -> PictureError:
+        return PictureError(f"{self.name}: expected a picture, but the file is truncated")
 
 
 def _put(place: list[int | slice], axes: Sequence[int], numbers: Sequence[np.intp]) -> None:
