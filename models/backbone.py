@@ -41,13 +41,15 @@ def drop_path(x: Tensor, rate: float, tokens: TokenSet, training: bool) -> Tenso
 
 
 def by_rows(function: Callable[..., Tensor], *inputs: Tensor, width: int) -> Tensor:
-    """`function(*inputs)`, at most `HIDDEN / width` rows at a time where no gradient is recorded.
+    """`function(*inputs)`, on CPUs at most `HIDDEN / width` rows at a time at inference.
 
     For functions that treat every row alone. What they need inside would take several times the
-    memory of their result, and on CPUs fresh memory takes longer than the layers that fill it.
+    memory of their result, and on CPUs fresh memory takes longer than the layers that fill it. On
+    GPUs memory is used again, and every part would be a dozen launches more.
     """
     rows, total = max(1, HIDDEN // width), len(inputs[0])
-    if total <= rows or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    whole = total <= rows or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if whole or inputs[0].device.type != "cpu":
         return function(*inputs)
     result = torch.empty(0)
     for first in range(0, total, rows):

@@ -17,7 +17,7 @@ from pointformer.models import (
     create_model,
     list_models,
 )
-from pointformer.models.backbone import drop_path
+from pointformer.models.backbone import HIDDEN, by_rows, drop_path
 from pointformer.models.config import CONFIGS
 
 # Few blocks and channels: the wiring of AFF without its cost.
@@ -319,6 +319,25 @@ def test_hidden_layers_take_a_few_rows_at_a_time(monkeypatch):
         monkeypatch.setattr("pointformer.models.backbone.HIDDEN", 5000)
         torch.testing.assert_close(model(images), whole)
     torch.testing.assert_close(model(images).detach(), whole)
+
+
+def test_rows_are_taken_in_parts_on_cpus_only():
+    """On GPUs every part would be a dozen launches more."""
+
+    def calls(device):
+        made = []
+
+        def function(x):
+            made.append(len(x))
+            return x * 2
+
+        with torch.no_grad():
+            result = by_rows(function, torch.empty(10, 4, device=device), width=HIDDEN // 4)
+        assert result.shape == (10, 4)
+        return made
+
+    assert calls("cpu") == [4, 4, 2]
+    assert calls("meta") == [10]
 
 
 # Wiring, literally ---------------------------------------------------------------------------
