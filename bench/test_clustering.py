@@ -34,6 +34,19 @@ def test_64_samples(compare, curve, size):
     )
 
 
+@pytest.mark.parametrize("samples", [2_000, 10_000])
+@pytest.mark.parametrize("measured", [True, False])
+def test_many_samples(compare, measured, samples):
+    """Goal: at most 2x (2,000) and 3x (10,000 samples) the time of one: at least 0.5x and 0.33x."""
+    positions = points(40_000, 2, 10)
+    sizes = [40_000 // samples - 1, 40_000 // samples + 1] * (samples // 2)
+    sides = [(10 + sample / samples, 11.0) for sample in range(samples)]
+    compare(
+        batch=lambda: balanced_cluster(positions, sizes=sizes, extent=None if measured else sides),
+        one_sample=lambda: balanced_cluster(positions, extent=None if measured else (10, 10)),
+    )
+
+
 @pytest.mark.parametrize("stride", [2, 4])
 def test_select_centers(compare, stride):
     """The first two stages of AutoFocusFormer at 224 px, batch 8."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
 def starts_of(sizes: Sequence[int]) -> list[int]:
     """Where each sample starts in a packed batch, and the end."""
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return starts
+    return [0, *itertools.accumulate(sizes)]
 
 
 def from_host(values: Sequence, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
@@ -20,6 +19,9 @@ def from_host(values: Sequence, dtype: torch.dtype, device: torch.device | None)
 
     A CUDA graph cannot capture that copy: batches whose samples are alike do without.
     """
-    if device is None or device.type != "cuda" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
+    table = torch.from_numpy(np.array(values)).to(dtype)  # faster than torch.tensor of a list
+    if device is None or device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)

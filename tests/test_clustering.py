@@ -1,6 +1,9 @@
 """Balanced clustering: balance, the exact order, and equal bits in every implementation."""
 
+import inspect
 import math
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +130,54 @@ def test_no_axis_has_more_cells_than_curves_can_number(sides):
     for side, cells, length in zip(sides, shape, cell, strict=True):
         assert cells == (2**20 if side else 1)
         assert cells * length == pytest.approx(side or length)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("kind", ["any", "flat", "equal", "integers", "thin"])
+def test_grids_of_all_canvases_are_those_of_each(kind, dimensions):
+    """Bit for bit, for a cell that is rounded otherwise gives another order."""
+    rng = np.random.default_rng(0)
+    sides = rng.random((2000, dimensions)) * 10.0 ** rng.integers(-9, 9, (2000, 1))
+    if kind == "flat":
+        sides[rng.random(sides.shape) < 0.4] = 0
+    elif kind == "equal":
+        sides[:] = sides[:, :1]
+    elif kind == "integers":
+        sides = rng.integers(0, 200, sides.shape).astype(float)
+    elif kind == "thin":
+        sides *= 10.0 ** rng.integers(-5, 5, sides.shape)
+    counts = (10 ** (rng.random(2000) * 6.5)).astype(int)
+    counts[:100] = 0
+    shape, cell = clustering._anchor_grid_arrays(sides, counts)
+    expected = [
+        clustering._anchor_grid(*c) for c in zip(sides.tolist(), counts.tolist(), strict=True)
+    ]
+    assert shape.tolist() == [cells for cells, _ in expected]
+    assert cell.tolist() == [lengths for _, lengths in expected]
+
+
+@pytest.mark.parametrize("anchors", [True, False])
+@pytest.mark.parametrize("measured", [True, False])
+def test_no_function_is_called_for_each_sample(measured, anchors):
+    def calls(samples):
+        rng = np.random.default_rng(0)
+        positions = torch.from_numpy(rng.random((samples * 5, 2), np.float32)) * 30
+        extent = None if measured else (1 + 30 * rng.random((samples, 2))).tolist()
+        sizes, names = rng.multinomial(samples * 5, [1 / samples] * samples).tolist(), Counter()
+
+        def count(frame, event, _):
+            if event == "call" and not frame.f_code.co_flags & inspect.CO_GENERATOR:
+                names[(frame.f_code.co_filename, frame.f_code.co_name)] += 1
+
+        sys.setprofile(count)
+        try:
+            balanced_cluster(positions, sizes=sizes, extent=extent, anchors=anchors)
+        finally:
+            sys.setprofile(None)
+        return names
+
+    calls(50)  # what is done only once
+    assert calls(50) == calls(200)
 
 
 @given(sample=tokens(), options=options)

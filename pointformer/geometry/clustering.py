@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,10 +30,12 @@ from pointformer.kernels.clustering import (
     fused_curve_code,
     fused_curve_keys,
 )
+from pointformer.kernels.tables import from_host
 from pointformer.reference import clustering as reference
 
 _REMAINDERS = ("spread", "last")
-_Rows = Sequence[tuple[float, ...]]
+# Cells per axis and sides of a cell, D numbers per sample, and the longest axis of each canvas.
+_Grids = tuple[list[int], list[float], list[int]]
 _MAX_CELLS = 1 << 20  # per axis: the curves' codes hold 21 bits of each coordinate
 _MOST_TOKENS = 1 << 28  # on GPUs: places along the walk are counted in 32 bits
 _LEVELS = {2: 16, 3: 15}  # bits per axis of the quantisation without anchors
@@ -108,11 +112,19 @@ def balanced_cluster(
         if origin is not None:
             raise ValueError("origin: give extent too, or neither")
         low, high = bounding_boxes(positions, sizes)
-        origin, extent = low, high - low
-    if origin is None:
-        origin = (0.0,) * dimensions
-    corners = check_per_sample("origin", origin, len(sizes), dimensions)
-    sides = check_per_sample("extent", extent, len(sizes), dimensions, least=0)
+        corners, sides = low.flatten().tolist(), (high - low).flatten().tolist()
+        if not all(map(math.isfinite, sides)):
+            raise ValueError("extent: cannot measure it, a position is NaN or infinite")
+    else:
+        if origin is None:
+            origin = (0.0,) * dimensions
+        corners, sides = (
+            list(itertools.chain.from_iterable(rows))
+            for rows in (
+                check_per_sample("origin", origin, len(sizes), dimensions),
+                check_per_sample("extent", extent, len(sizes), dimensions, least=0),
+            )
+        )
 
     device = positions.device
     triton_lacks = partial(_triton_lacks, positions)
@@ -128,8 +140,8 @@ def balanced_cluster(
         if anchors:
             grids = _anchor_grids(counts, sides, in_order)
         else:
-            grids = _fine_grids(sides, in_order)
-        keys = _sort_keys(positions, sizes, corners, sides, grids, curve, anchors, chosen)
+            grids = _fine_grids(sides, dimensions, in_order)
+        keys = _sort_keys(positions, sizes, corners, grids, curve, anchors, chosen)
         order = torch.sort(keys, stable=True).indices
     offsets = _cluster_offsets(sizes, counts, cluster_size, remainder, device)
     centers = centers_of(positions, order, offsets)
@@ -160,53 +172,79 @@ def _anchor_grid(sides: Sequence[float], clusters: int) -> tuple[list[int], list
     return shape, cell
 
 
-def _anchor_grids(
-    counts: tuple[int, ...], sides: _Rows, in_order: Sequence[bool]
-) -> list[tuple[list[int], list[float]]]:
-    """Cells per axis and sides of a cell of each sample's grid of anchors."""
-    dimensions = len(sides[0])
+def _anchor_grids(counts: tuple[int, ...], sides: list[float], in_order: Sequence[bool]) -> _Grids:
+    """The grid of anchors of each sample."""
+    samples = len(counts)
+    dimensions = len(sides) // samples
     tiny = torch.finfo(torch.float32).tiny
-    canvases = list(zip(sides, counts, strict=True))
-    grids = {}
-    for canvas in set(canvases):
-        shape, cell = _anchor_grid(*canvas)
-        grids[canvas] = shape, [max(side, tiny) for side in cell]
     # A sample that keeps its order has one cell of infinite size: all of its tokens tie.
-    endless = ([1] * dimensions, [math.inf] * dimensions)
-    return [
-        endless if still else grids[canvas]
-        for canvas, still in zip(canvases, in_order, strict=True)
-    ]
+    if not torch.compiler.is_compiling():
+        canvases, still = np.array(sides, np.float64).reshape(samples, -1), np.array(in_order)
+        cells, lengths = _anchor_grid_arrays(canvases, np.array(counts))
+        cells[still], lengths[still] = 1, math.inf
+        lengths = np.maximum(lengths, tiny)
+        return cells.ravel().tolist(), lengths.ravel().tolist(), canvases.argmax(1).tolist()
+    shape, cell, longest = [], [], []  # NumPy's operations would become a part of the graph
+    for row, count, keeps in zip(_rows(sides, samples), counts, in_order, strict=True):
+        grid = ([1] * dimensions, [math.inf] * dimensions) if keeps else _anchor_grid(row, count)
+        shape += grid[0]
+        cell += [max(side, tiny) for side in grid[1]]
+        longest.append(row.index(max(row)))
+    return shape, cell, longest
 
 
-def _fine_grids(sides: _Rows, in_order: Sequence[bool]) -> list[tuple[list[int], list[float]]]:
+def _rows(numbers: list, samples: int) -> Iterator[tuple]:
+    """The D numbers of each sample, one by one: many tuples at once keep the collector busy."""
+    dimensions = len(numbers) // samples
+    return zip(*(numbers[axis::dimensions] for axis in range(dimensions)), strict=True)
+
+
+def _anchor_grid_arrays(sides: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`_anchor_grid` of all canvases (B, D) at once, bit for bit: (B, D) each."""
+    samples, dimensions = sides.shape
+    rounded = np.zeros((samples, dimensions))
+    length = np.ones(samples)
+    axes = sides > 0
+    open_ = axes.any(1)
+    with np.errstate(all="ignore"):
+        for _ in range(dimensions):
+            volume = np.where(axes, sides, 1.0).prod(1) / np.maximum(clusters, 1)
+            of_axes = axes.sum(1)
+            roots = np.where(of_axes == 2, np.sqrt(volume), volume)
+            cubes = open_ & (of_axes == 3)  # NumPy's own power is rounded otherwise
+            roots[cubes] = [value ** (1 / 3) for value in volume[cubes].tolist()]
+            length = np.where(open_, roots, length)
+            rounded = np.where(axes, np.rint(sides / length[:, None]), rounded)
+            kept = axes & (rounded > 0)
+            open_ &= (kept != axes).any(1) & kept.any(1)
+            axes = np.where(open_[:, None], kept, axes)
+    shape = np.where(axes, rounded, 1).clip(1, _MAX_CELLS)
+    return shape.astype(np.int64), np.where(sides > 0, sides / shape, length[:, None])
+
+
+def _fine_grids(sides: list[float], dimensions: int, in_order: Sequence[bool]) -> _Grids:
     """The same for the plain order of a curve: fine lattices of cells with equal sides."""
-    dimensions = len(sides[0])
     levels = 1 << _LEVELS[dimensions]
-    grids = []
-    for row, still in zip(sides, in_order, strict=True):
-        side = math.inf if still else max(row) / levels or math.inf
-        grids.append(([levels] * dimensions, [side] * dimensions))
-    return grids
+    cell = []
+    for row, still in zip(_rows(sides, len(in_order)), in_order, strict=True):
+        cell += [math.inf if still else max(row) / levels or math.inf] * dimensions
+    return [levels] * len(cell), cell, [0] * len(in_order)
 
 
 def _sort_keys(
     positions: Tensor,
     sizes: tuple[int, ...],
-    corners: _Rows,
-    sides: _Rows,
-    grids: Sequence[tuple[list[int], list[float]]],
+    corners: list[float],
+    grids: _Grids,
     curve: str,
     anchors: bool,
     chosen: str,
 ) -> Tensor:
     """Integers (T,) int64 that sort into the order of the curve."""
-    longest = [row.index(max(row)) for row in sides]
     if chosen == "triton":
-        shape, cell_size = ([x for row in rows for x in row] for rows in zip(*grids, strict=True))
-        origin = [x for row in corners for x in row]
+        shape, cell_size, longest = grids
         return fused_curve_keys(
-            positions, sizes, origin, cell_size, shape, longest, curve, anchors, chosen
+            positions, sizes, corners, cell_size, shape, longest, curve, anchors, chosen
         )
     code_of, keys_of = curve_code, reference.cluster_keys
     if chosen != "reference":
@@ -214,27 +252,26 @@ def _sort_keys(
         keys_of = partial(fused_cluster_keys, impl=chosen)
     if not anchors:
         return _plain_keys(positions, sizes, corners, grids, curve, code_of)
-    walk = _anchor_walk(corners, grids, longest, curve, code_of, positions.device)
+    walk = _anchor_walk(corners, grids, curve, code_of, positions.device)
     return keys_of(positions, offsets_of(sizes, positions.device), *walk)
 
 
 def _anchor_walk(
-    corners: _Rows,
-    grids: Sequence[tuple[list[int], list[float]]],
-    longest: Sequence[int],
+    corners: list[float],
+    grids: _Grids,
     curve: str,
     code_of: Callable[..., Tensor],
     device: torch.device,
 ) -> tuple[Tensor, ...]:
     """What turns positions into keys: see the arguments of `reference.cluster_keys`."""
-    dimensions = len(corners[0])
-    samples = len(grids)
-    volumes = [math.prod(cells) for cells, _ in grids]
+    cells_of, sides_of, longest = grids
+    samples = len(longest)
+    volumes = list(map(math.prod, _rows(cells_of, samples)))
     first_cell, total = offsets_of(volumes, device), sum(volumes)
-    bits = max(max(cells) for cells, _ in grids).bit_length()
-    shape = torch.tensor([cells for cells, _ in grids], device=device)
-    cell_size = torch.tensor([lengths for _, lengths in grids], dtype=torch.float32, device=device)
-    origin = torch.tensor(corners, dtype=torch.float32, device=device)
+    bits = max(cells_of).bit_length()
+    shape = from_host(cells_of, torch.int64, device).view(samples, -1)
+    cell_size = from_host(sides_of, torch.float32, device).view(samples, -1)
+    origin = from_host(corners, torch.float32, device).view(samples, -1)
     unit = cell_size
     if curve == "snake":
         unit = torch.where(cell_size.isinf(), cell_size, 1.0)
@@ -253,9 +290,9 @@ def _anchor_walk(
         rank[walk] = torch.arange(total, device=device)
         center = cells.float() + 0.5
     anchor_of_cell = rank + 2 * sample + 1
-    anchors = center.new_empty(total + 2 * samples, dimensions)
+    anchors = center.new_empty(total + 2 * samples, shape.shape[1])
     anchors[anchor_of_cell] = center
-    axis = torch.tensor(longest, device=device)
+    axis = from_host(longest, torch.int64, device)
     cell_in_units = (cell_size / unit).nan_to_num(1.0)
     step = torch.zeros_like(origin).scatter(1, axis[:, None], 1.0) * cell_in_units
     _extend_walks(anchors, first_cell, step)
@@ -290,8 +327,8 @@ def _extend_walks(anchors: Tensor, first_cell: Tensor, step: Tensor) -> None:
 def _plain_keys(
     positions: Tensor,
     sizes: tuple[int, ...],
-    corners: _Rows,
-    grids: Sequence[tuple[list[int], list[float]]],
+    corners: list[float],
+    grids: _Grids,
     curve: str,
     code_of: Callable[..., Tensor],
 ) -> Tensor:
@@ -299,11 +336,11 @@ def _plain_keys(
     dimensions, device = positions.shape[1], positions.device
     bits = _LEVELS[dimensions]
     levels = 1 << bits
-    unit = torch.tensor([lengths[0] for _, lengths in grids], dtype=torch.float32, device=device)
+    unit = from_host(grids[1][::dimensions], torch.float32, device)
     samples = torch.arange(len(sizes), device=device)
     lengths = offsets_of(sizes, device).diff()
     sample = torch.repeat_interleave(samples, lengths, output_size=len(positions))
-    origin = torch.tensor(corners, dtype=torch.float32, device=device)
+    origin = from_host(corners, torch.float32, device).view(-1, dimensions)
     positions = positions - origin[sample]
     cells = (positions / unit[sample, None]).floor().clamp(0, levels - 1).long()
     shape = torch.full((dimensions,), levels, device=device)
