@@ -19,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pointformer._checks import brief, check_count, check_option, describe
 from pointformer._files import atomic_path
 from pointformer.annotations import Category
 from pointformer.models.backbone import Backbone
 from pointformer.models.config import GridConfig, config_from
 from pointformer.models.grid import GridBackbone
-from pointformer.models.model import Model, Preprocess, configured
+from pointformer.models.heads import HEADS
+from pointformer.models.model import TASKS, Model, Preprocess, configured
 
 T = TypeVar("T")
 
@@ -151,6 +153,7 @@ def load_model(
         CheckpointError: the file is unreadable, says nothing of its model, or does not fit.
         TypeError: an option that neither the backbone nor the head has.
     """
+    _check_choices(name, key, head, num_classes, task)
     if _is_safetensors(path):
         kind, (weights, description) = "a safetensors file", _read_safetensors(path)
     else:
@@ -207,7 +210,7 @@ def _described(
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its description cannot be read: {error}") from None
     if name not in (None, own_name):
-        raise CheckpointError(f"{path}: holds {own_name}, not {name}")
+        raise CheckpointError(f"{path}: holds {own_name}, not {name[:60]} (name)")
     head = head or own_head
     classes = own_classes if num_classes is None else num_classes
     config, options = configured(own_name, own_config, head, overrides, own_head)
@@ -248,12 +251,25 @@ def _head_of(state: Mapping[str, Tensor]) -> tuple[str | None, int | None]:
     return None, None
 
 
-def _check_file(path: str | os.PathLike) -> None:
+def _check_file(path: object) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected a file, got {describe(path)}")
     if not os.path.isfile(path):
-        is_folder = os.path.isdir(path)
-        raise CheckpointError(
-            f"{path}: {'expected a file, this is a folder' if is_folder else 'no such file'}"
-        )
+        reason = "expected a file, this is a folder" if os.path.isdir(path) else "no such file"
+        name = os.fspath(path)
+        raise CheckpointError(f"{name if len(name) <= 200 else brief(name)}: {reason}")
+
+
+def _check_choices(
+    name: object, key: object, head: object = None, num_classes: object = None, task: object = None
+) -> None:
+    for argument, value in (("name", name), ("key", key)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{argument}: expected text or None, got {describe(value)}")
+    check_option("head", head, (*HEADS, None))
+    check_option("task", task, (*TASKS, None))
+    if num_classes is not None:
+        check_count("num_classes", num_classes)
 
 
 def _is_safetensors(path: str | os.PathLike) -> bool:
@@ -311,7 +327,7 @@ def _state_of(
         matching = matching or [n for n in names if f".{wanted}." in f".{n}."]
         if len(matching) != 1:
             raise CheckpointError(
-                f"{source}: key {key!r} fits {len(matching)} of the weights in it: {names}"
+                f"{source}: key {brief(key)} fits {len(matching)} of the weights in it: {names}"
             )
         return found[matching[0]]
     plain = [n for n in names if not any(word in n.lower() for word in _AVERAGES)]
@@ -595,6 +611,8 @@ def load_released(
     """
     from pointformer.models.registry import create_model
 
+    chosen = (overrides.get(option) for option in ("head", "num_classes", "task"))
+    _check_choices(name, key, *chosen)
     state = _state_of(_unpickle(path), path, key)
     if any(_plain_name(entry).endswith("patch_embed.conv1.weight") for entry in state):
         raise CheckpointError(f"{path}: has this library's own names: use load_model")

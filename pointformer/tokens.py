@@ -352,16 +352,17 @@ class TokenSet:
         same = len(set(shapes)) == 1  # then nothing is copied from the host
         sides = torch.tensor(shapes, device=self.device)[sample] if not same else None
         cell = torch.zeros_like(sample)
+        places = self.positions.floor().long()  # NaN becomes the least integer
+        outside = None
         for axis in range(self.dimensions):  # of the map: the last position first
             side = shapes[0][axis] if sides is None else sides[:, axis]
-            place = self.positions[:, -1 - axis]
+            place = places[:, -1 - axis]
+            cell = cell * side + place
             if check_values and can_read(place):
-                inside = (place >= 0) & (place < side)  # NaN is not
-                if not bool(inside.all()):
-                    raise ValueError(
-                        f"to_grid: a token lies outside of its canvas {brief(self.extent)}"
-                    )
-            cell = cell * side + place.long()
+                there = (place < 0) | (place >= side)
+                outside = there if outside is None else outside | there
+        if outside is not None and bool(outside.any()):
+            raise ValueError(f"to_grid: a token lies outside of its canvas {brief(self.extent)}")
         cell += offsets_of(volumes, self.device)[sample]
         flat = self.features.new_full((sum(volumes), self.channels), fill)
         flat = flat.index_copy(0, cell, self.features)

@@ -7,6 +7,7 @@ value in the place of each of them. What is accepted all the same is in `ACCEPTE
 import inspect
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,6 +92,7 @@ SMALL = Model(**MODEL).eval()
 TRAINED = Model(**MODEL).eval()
 TRAINED.object_diameter = 8.0
 FOREIGN = GridBackbone(nn.Identity(), (8, 8))
+WEIGHTS = Path(pointformer.models.__file__).parent / "weights/aff_nano.nuclei.safetensors"
 PIXELS = np.zeros((16, 16, 3), np.uint8)
 FOUND = Segmentation(open_picture(PIXELS), np.eye(2, dtype=np.int32), (4,), 0.1, (0,), (1.0,))
 
@@ -346,6 +348,13 @@ CALLS = {
             "depths": 1, "heads": 2, "rate": 0.5, "channels": 8,
         },
     ),
+    "models.load_model": (
+        pointformer.models.load_model,
+        {
+            "path": WEIGHTS, "name": "aff_nano", "key": None, "head": "dense", "num_classes": 3,
+            **R, "task": "instance", "categories": MODEL["categories"], "rate": 0.5,
+        },
+    ),
     "models.list_models": (pointformer.models.list_models, {"pretrained": True}),
     "models.token_sets": (
         pointformer.models.token_sets,
@@ -356,7 +365,7 @@ CALLS = {
 # Made by functions, with fields for reading: no one passes arguments to these.
 RESULTS = {"Clusters", "Neighborhoods", "Segmentation", "models.Complexity"}
 # Files: what is wrong with them is tested in test_checkpoints.
-FILES = {"models.load_model", "models.load_released", "models.load_state", "models.save_model"}
+FILES = {"models.load_released", "models.load_state", "models.save_model"}
 NO_FUNCTIONS = {*RESULTS, *FILES, "models.CheckpointError"}
 
 ACCEPTED = {
@@ -459,8 +468,8 @@ def test_wrong_arguments_are_named(name):
             except (TypeError, ValueError) as error:
                 message = str(error)
                 named = re.search(rf"\b{parameter}\b", message)
-                if name == "segment" and parameter == "image" and isinstance(wrong, str):
-                    named = "seven: expected a picture, but there is no such file" in message
+                if parameter in ("image", "path") and isinstance(wrong, str):
+                    named = named or re.search("seven'?: .*no such file", message)
                 if len(message) > 300 or "\n" in message or not named:
                     faults.append(f"{parameter} {kind}: {message[:200]!r}")
             except Exception as error:
