@@ -176,3 +176,5 @@ class Neighborhoods:
 
 for _cls, _name in ((Clusters, "Clusters"), (Neighborhoods, "Neighborhoods")):
     torch.export.register_dataclass(_cls, serialized_type_name=f"pointformer.{_name}")
+# Lets `torch.load` read them without running other code.
+torch.serialization.add_safe_globals([Clusters, Neighborhoods])

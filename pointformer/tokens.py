@@ -483,4 +483,4 @@ pytree.register_pytree_node(
     ),
 )
 # Lets `torch.load` and `torch.export.load` read token sets without running other code.
-torch.serialization.add_safe_globals([TokenSet, Clusters])
+torch.serialization.add_safe_globals([TokenSet])

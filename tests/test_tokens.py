@@ -204,6 +204,21 @@ def test_is_a_pytree_and_survives_export():
     assert torch.equal(compiled(plain).features, plain.features * 2)
 
 
+def test_saved_and_loaded_without_running_code():
+    tokens = TokenSet.from_world(torch.rand(20, 2).double() + 5e6, torch.rand(20, 3), (12, 8))
+    tokens = tokens.cluster(4)
+    around = nearest_clusters(tokens.positions, tokens.clusters, 2).with_plan()
+    buffer = io.BytesIO()
+    torch.save({"tokens": tokens, "around": around}, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=True)
+    assert torch.equal(again["tokens"].world_positions(), tokens.world_positions())
+    assert again["tokens"].clusters.counts == tokens.clusters.counts
+    assert torch.equal(again["around"].cluster_index, around.cluster_index)
+    assert again["around"].plan_impl == "cpu"
+    assert all(map(torch.equal, again["around"].plan, around.plan))
+
+
 def test_edges_are_the_neighborhoods():
     tokens = ragged(30, 9).cluster(8)
     neighborhoods = nearest_clusters(tokens.positions, tokens.clusters, 2)
