@@ -83,9 +83,22 @@ def test_counts_add_up_fall_with_the_threshold_and_mirror(predicted, annotated):
     ("predicted", "thresholds", "message"),
     [
         (np.zeros((2, 3), int), (0.5,), r"one shape .*\(2, 3\) and \(3, 2\)"),
+        (np.zeros((3, 3), int), (0.5,), r"one shape .*\(3, 3\) and \(3, 2\)"),
         (np.zeros((3, 2), int), (0.0,), r"thresholds: expected values in \(0, 1\]"),
+        (np.zeros((3, 2), int), (0.5, 1.01), r"thresholds: expected values in \(0, 1\]"),
     ],
 )
 def test_bad_arguments(predicted, thresholds, message):
     with pytest.raises(ValueError, match=message):
         match_instances(predicted, np.zeros((3, 2), int), thresholds)
+
+
+def test_two_lists_of_ids_are_no_maps():
+    with pytest.raises(ValueError, match=r"two maps of one shape \(H, W\), got \(4,\)"):
+        match_instances(np.ones(4, int), np.ones(4, int))
+
+
+def test_only_identical_masks_match_at_threshold_one():
+    annotated = np.array([[1, 1, 2, 2, 2]])
+    predicted = np.array([[5, 5, 7, 7, 0]])
+    np.testing.assert_array_equal(match_instances(predicted, annotated, (1.0,)), [[1, 1, 1]])
