@@ -13,6 +13,7 @@ from pointformer import (
     knn,
     nearest_clusters,
     neighborhood_attention,
+    point_conv,
     scored_merge,
     select_centers,
     sizes_from_batch,
@@ -46,6 +47,55 @@ def test_unchecked_nan_gives_lists_that_stay_inside(tokens):
     nearest = knn(positions, 4, check_values=False)
     assert nearest.min() >= -1
     assert nearest.max() < 60
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("impl", ["reference", *CPU_AND_TRITON])
+def test_directions_do_not_depend_on_units(impl, dimensions):
+    """Down to the border of what float32 can square; attention on GPUs adds 1e-36 to squares."""
+    torch.manual_seed(0)
+    places = torch.cartesian_prod(*[torch.arange(8.0 if dimensions == 2 else 4.0)] * dimensions)
+    tokens = TokenSet(places, torch.randn(len(places), 16)).cluster(8)
+    around = nearest_clusters(tokens.positions, tokens.clusters, 3)
+    rows = tokens.features.view(-1, 2, 8)
+    directions = torch.arange(2 * dimensions + 1) > dimensions  # not what has a unit
+    bias = torch.randn(2, 2 * dimensions + 1) * directions
+    net = {"weight": torch.randn(4, 2 * dimensions + 1) * directions}
+    net |= {name: torch.randn(4) for name in ("bias", "norm_weight", "norm_bias")}
+    scores, centers = torch.rand(len(places)), torch.arange(0, len(places), 5)
+
+    def attend(scale):
+        where = (tokens.positions * scale, around)
+        return neighborhood_attention(rows, rows, rows, *where, position_weight=bias, impl=impl)
+
+    def merge(scale):
+        where = (tokens.positions * scale, centers, around)
+        return scored_merge(tokens.features, scores, *where, **net, impl=impl)
+
+    for run, scales in ((attend, (2.0**-48, 2.0**58)), (merge, (2.0**-62, 2.0**58))):
+        expected = run(1.0)
+        for scale in scales:
+            torch.testing.assert_close(run(scale), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_the_row_after_the_last_does_not_exist(impl):
+    g = torch.Generator().manual_seed(0)
+    value, positions = torch.randn(10, 1, 8, generator=g), torch.rand(10, 2, generator=g)
+    features, index = value[:, 0], torch.tensor([[3, 10]])
+    net = {name: torch.randn(4) for name in ("bias", "norm_weight", "norm_bias")}
+    net["weight"] = torch.randn(4, 5)
+    place = torch.zeros(1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1), positions[:1], torch.zeros(1).long()
+    for run in (
+        lambda: weighted_gather(features, index, torch.rand(1, 2), impl=impl),
+        lambda: interpolate(features, positions, positions[:1], neighbor_index=index, impl=impl),
+        lambda: point_conv(
+            features, positions, index, center_positions=positions[:1], **net, impl=impl
+        ),
+        lambda: deformable_attention(value, positions, *place, index[None], (1, 1), impl=impl),
+    ):
+        with pytest.raises(IndexError):
+            run()
 
 
 @pytest.mark.parametrize("row", [12, 2**31 - 1, 2**32 + 5])

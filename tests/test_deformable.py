@@ -176,6 +176,24 @@ def test_places_far_away_and_on_tokens(impl):
         assert error <= 2e-5 * value.abs().max(), name
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+def test_nothing_to_look_at(impl):
+    """No tokens, or no sample and so no canvas and no query."""
+    case = make_case()
+    nothing = {
+        "value": case["value"][:0],
+        "positions": case["positions"][:0],
+        "lookup": torch.full_like(case["lookup"], -1),
+    }
+    assert deformable_attention(**case | nothing, impl=impl).eq(0).all()
+    nothing["lookup"] = nothing["lookup"][:0]
+    nothing["extent"] = (7, 5)
+    names = ("offsets", "weights", "query_positions", "query_sample")
+    nothing |= {name: case[name][:0] for name in names}
+    shape = (0, *case["value"].shape[1:])
+    assert deformable_attention(**case | nothing, impl=impl).shape == shape
+
+
 def test_opcheck():
     case = make_case()
     canvas = torch.zeros(13, 3, dtype=torch.int32)

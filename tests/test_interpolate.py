@@ -185,6 +185,23 @@ def test_units_do_not_matter(impl, exponent):
             assert error < 3e-6 * exponent * exact[name].abs().max()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_distances_whose_squares_vanish_count_as_zero(impl):
+    """The border of what the units do not matter for: 2**-63, the root of the smallest normal."""
+    features = torch.tensor([[1.0], [5.0], [20.0]])
+    places = torch.tensor([[1.0, 0.0], [0.0, 2.0], [9.0, 0.0]])
+    for scale, exponent, expected in (
+        (2.0**-62, 1.0, (1.0 + 5.0 / 2 + 20.0 / 9) / (1 + 1 / 2 + 1 / 9)),
+        (2.0**-63, 1.0, 1.0),  # the first is at the border, the next just above
+        (2.0**-64, 1.0, (1.0 + 5.0) / 2),
+        (2.0**-70, 6.0, (1.0 + 5.0 + 20.0) / 3),
+    ):
+        out = interpolate(
+            features, places * scale, torch.zeros(1, 2), power=exponent, k=3, impl=impl
+        )
+        torch.testing.assert_close(out, torch.tensor([[expected]]), rtol=1e-6, atol=0.0)
+
+
 def test_positions_far_apart_have_finite_gradients():
     case = make_case(drop=0.0)
     far = {name: case[name] * 2.0**50 for name in ("positions", "query_positions")}

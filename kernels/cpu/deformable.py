@@ -84,7 +84,7 @@ def _share(squared, there, nearest, softness, shares, places, k, exponent, eps):
 def _log_gradient(dx, dy):
     """Of the logarithm of dx * dx + dy * dy."""
     square = dx * dx + dy * dy
-    scale = f32(2.0) / square if square >= TINY else f32(0.0)
+    scale = f32(2.0) / square if square > TINY else f32(0.0)
     return scale * dx, scale * dy
 
 

@@ -43,7 +43,8 @@ def neighborhood_attention(
             `neighborhoods.with_plan()` saves every call the work of preparing them.
         position_weight: (H, F) weights of the relative position features. F = 5 in 2-D: dx, dy,
             distance, sine, cosine. F = 7 in 3-D: dx, dy, dz, distance, unit vector. F = D: only
-            the differences. In the units of `positions`; `None` means no such term.
+            the differences. In the units of `positions`; `None` means no such term. Below 1.1e-19,
+            where squares vanish (on GPUs below 1e-15), distance and direction are inexact.
         position_bias: (H,) or `None`.
         blank_key, blank_value: (H, d), both or neither.
         scale: factor of the products of query and key, d ** -0.5 if `None`.

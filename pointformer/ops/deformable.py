@@ -47,7 +47,8 @@ def deformable_attention(
     Each head of a query looks at P places per level, `query_positions + offsets`. A value there is
     interpolated from the level's tokens that `lookup` lists for the nearest cell of the canvas,
     under the weights `1 / (distance ** power + eps)`, normalized to sum 1, with distances from the
-    place itself, however large or small. Places outside the canvas use its border cells.
+    place itself, however large; those up to 1.1e-19, the root of the smallest normal number, count
+    as 0. Places outside the canvas use its border cells.
 
     Args:
         value: (T, H, d) floating: the tokens of all levels.
@@ -58,7 +59,8 @@ def deformable_attention(
         query_sample: (Q,) int64, the sample of each query.
         lookup: (cells, L, k) int32 or int64: for each cell of each sample's canvas, row by row, the
             rows of `value` that lie nearest to it on each level, -1 where there are fewer.
-        extent: columns and rows of the canvas, one pair for all samples or one for each.
+        extent: columns and rows of the canvas, at least 1: one pair for all samples, or each its
+            own.
         power: of the distance, a positive number, or a tensor of one element to learn it.
         eps: positive, in units of distance ** power.
         impl: "reference" (differentiable twice), "cpu" or "triton" (float32 arithmetic), or `None`
@@ -112,7 +114,7 @@ def deformable_attention(
 
 def _canvas(extent: Sequence, lookup: Tensor, device: torch.device) -> Tensor:
     """(B, 3) int64: first cell, width and height of each sample's canvas."""
-    sides = check_per_sample("extent", extent, None, 2, 0)
+    sides = check_per_sample("extent", extent, None, 2, 1)
     shapes = [(int(width), int(height)) for width, height in sides]
     if any(shape != side for shape, side in zip(shapes, sides, strict=True)):
         raise ValueError(f"extent: expected whole columns and rows, got {brief(sides)}")
@@ -128,4 +130,4 @@ def _canvas(extent: Sequence, lookup: Tensor, device: torch.device) -> Tensor:
     if len(set(shapes)) == 1:  # no copy from the host
         columns, rows = (torch.full_like(first, side) for side in shapes[0])
         return torch.cat([first, columns, rows], 1)
-    return torch.cat([first, torch.tensor(shapes, device=device).view(-1, 2)], 1)
+    return torch.cat([first, torch.tensor(shapes, dtype=torch.int64, device=device).view(-1, 2)], 1)

@@ -49,7 +49,8 @@ def interpolate(
         w_j = 1 / ((distance_j / distance of the nearest) ** power + eps),
 
     normalized to sum 1 over the neighbors; a query at the place of tokens gets the mean of those.
-    Other units of the positions give the same result.
+    Other units of the positions give the same result where distances stay above 1.1e-19, the root
+    of the smallest normal number: shorter ones count as 0, there their squares vanish.
 
     Args:
         features: (T, C) floating.

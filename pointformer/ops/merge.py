@@ -46,7 +46,8 @@ def scored_merge(
         out[m * C + c] = sum over j of w_j[m] * scores[j] * features[j, c]
 
     without normalization over j. phi is the relative position (dx, dy, distance, dy/distance,
-    dx/distance) in 2-D, (dx, dy, dz, distance, unit vector) in 3-D, zeros at distance 0. The
+    dx/distance) in 2-D, (dx, dy, dz, distance, unit vector) in 3-D, zeros at distance 0. (Below
+    1.1e-19, where squares vanish, distance and direction lose digits or are zero.) The
     LayerNorm(M * C) and Linear(M * C, C') that follow in the paper's downsampling are the model's.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pointformer.reference.gather import rows_or_zeros
 from pointformer.reference.interpolate import inverse_distance_shares
 
 
@@ -33,11 +34,11 @@ def deformable_attention(
     row = torch.minimum(y.clamp(min=0), height - 1).long()
     level = torch.arange(levels, device=lookup.device)[:, None]
     index = lookup[first + row * width + column, level].long()  # (Q, H, L, P, k)
-    known = index >= 0
-    index = index.clamp(min=0)
-    squared = (place[..., None, :] - positions[index].to(dtype)).square().sum(-1)
-    share = inverse_distance_shares(squared, known, power, eps, relative=False)
+    squared = (place[..., None, :] - rows_or_zeros(positions.to(dtype), index)).square().sum(-1)
+    share = inverse_distance_shares(squared, index >= 0, power, eps, relative=False)
     share = share * weights[..., None].to(dtype)
+    # A row of `value` per token and head, (Q, H, L, P, k, d).
     head = torch.arange(heads, device=lookup.device)[:, None, None, None]
-    sampled = value.to(dtype)[index, head]  # (Q, H, L, P, k, d)
+    index = torch.where(index >= 0, index * heads + head, -1)
+    sampled = rows_or_zeros(value.to(dtype).flatten(0, 1), index)
     return torch.einsum("qhlpk,qhlpkd->qhd", share, sampled).to(value.dtype)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pointformer.reference.gather import rows_or_zeros
+
 _FINEST = 1e-20  # of the nearest distance ** power, in units of eps: less makes no difference
 
 
@@ -16,7 +18,7 @@ def inverse_distance_shares(
 ) -> Tensor:
     """Weights `1 / ((distance / nearest distance) ** power + eps)`, normalized over the last axis.
 
-    Divided by the nearest one, distances of any size neither overflow nor vanish. Squares below the
+    Divided by the nearest one, distances of any size neither overflow nor vanish. Squares up to the
     smallest normal number count as 0; there the gradient is zero.
 
     Args:
@@ -27,13 +29,13 @@ def inverse_distance_shares(
     tiny = torch.finfo(squared.dtype).tiny
     least = F.pad(squared.masked_fill(~known, torch.inf), (0, 1), value=torch.inf)
     least = least.amin(-1, keepdim=True)
-    hit = least < tiny
+    hit = least <= tiny
     # Where something has no derivative, or an infinite one, constants take its place.
     nearest = torch.where(hit | least.isinf(), 1.0, least)
-    square = torch.where(known & (squared >= tiny) & ~hit, squared, 1.0)
+    square = torch.where(known & (squared > tiny) & ~hit, squared, 1.0)
     exponent = power.reshape(()).to(squared) / 2 if isinstance(power, Tensor) else power / 2
     closeness = (nearest / square).clamp(tiny, 1.0) ** exponent
-    closeness = torch.where(hit, (squared < tiny).to(squared), closeness)
+    closeness = torch.where(hit, (squared <= tiny).to(squared), closeness)
     softening = eps * closeness
     if not relative:
         logarithm = exponent * nearest.log()  # of distance ** power, which may overflow
@@ -57,12 +59,8 @@ def interpolate(
     gradients are zero.
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
-    known = neighbor_index >= 0
-    rows = torch.where(known, neighbor_index, features.shape[0])  # an extra token of zeros
-    extended, positions = (
-        torch.cat([x.to(dtype), x.new_zeros(1, x.shape[1], dtype=dtype)])
-        for x in (features, positions)
-    )
-    squared = (positions[rows] - query_positions[:, None].to(dtype)).square().sum(-1)
-    weights = inverse_distance_shares(squared, known, power, eps)
-    return (weights[..., None] * extended[rows]).sum(1).to(features.dtype)
+    near = rows_or_zeros(positions.to(dtype), neighbor_index)  # (Q, k, D)
+    squared = (near - query_positions[:, None].to(dtype)).square().sum(-1)
+    weights = inverse_distance_shares(squared, neighbor_index >= 0, power, eps)
+    listed = rows_or_zeros(features.to(dtype), neighbor_index)
+    return (weights[..., None] * listed).sum(1).to(features.dtype)

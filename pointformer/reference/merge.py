@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pointformer.reference.gather import rows_or_zeros
 from pointformer.reference.relative_position import relative_position
 
 
@@ -37,15 +38,14 @@ def merge(
     """
     out_dtype = features.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
-    rows = torch.where(mask, rows, features.shape[0])  # an extra token of zeros, with score 0
+    rows = torch.where(mask, rows, -1)
     features, scores, positions = (
-        torch.cat([x.to(dtype), x.new_zeros(1, *x.shape[1:], dtype=dtype)])
-        for x in (features, scores, positions)
+        rows_or_zeros(x.to(dtype), rows) for x in (features, scores, positions)
     )
-    delta = positions[rows] - center_positions[:, None].to(dtype)
+    delta = positions - center_positions[:, None].to(dtype)
     phi = relative_position(delta, full=weight.shape[1] > delta.shape[-1])
     with torch.autocast(features.device.type, enabled=False):
         logits = F.linear(phi, weight.to(dtype), bias.to(dtype))
         logits = F.layer_norm(logits, bias.shape, norm_weight.to(dtype), norm_bias.to(dtype), eps)
-        weights = F.gelu(logits) * scores[rows][..., None]
-        return torch.einsum("qsm,qsc->qmc", weights, features[rows]).flatten(1).to(out_dtype)
+        weights = F.gelu(logits) * scores[..., None]
+        return torch.einsum("qsm,qsc->qmc", weights, features).flatten(1).to(out_dtype)

@@ -16,7 +16,8 @@ def relative_position(delta: Tensor, full: bool = True) -> Tensor:
     Returns:
         (..., F). For D = 2, F = 5: dx, dy, distance, sine = dy/distance, cosine = dx/distance. For
         D = 3, F = 7: dx, dy, dz, distance, unit vector (x, y, z). At distance 0 all are zero, and
-        so are the gradients of distance and direction.
+        so are the gradients of distance and direction. Below 1.1e-19 (the root of the smallest
+        normal float32 number) both lose digits with their squares, and may be zero.
     """
     if not full:
         return delta
