@@ -9,6 +9,7 @@ plain matrix product on this device. An op's name profiles that op only, as --mo
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shlex
 import sys
@@ -46,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--predict",
         action="store_true",
-        help="time nothing: bytes and operations, and the bytes that the Triton kernels' tiles "
-        "take from the L2 cache",
+        help="time nothing: bytes and operations, the bytes that the Triton kernels' tiles take "
+        "from the L2 cache, and the time in which an H100 issues their instructions",
     )
     parser.add_argument(
         "--bandwidth", type=float, metavar="GB/S", help="for the floor, instead of measuring"
@@ -66,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    gpu = torch.cuda.is_available() and not options.predict
+    device = torch.device(options.device or ("cuda" if gpu else "cpu"))
     dtype = getattr(torch, DTYPES[options.dtype])
     model, only = _model(options)
     side = model.config.image_size
@@ -84,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
             only=only,
             warm=options.warm,
             graph=options.graph,
+            instructions=options.predict,
         )
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -132,6 +135,10 @@ def _check(options: argparse.Namespace) -> None:
         for name in ("repeats", "warm", "graph"):
             if getattr(options, name):
                 raise ValueError(f"--{name}: --predict times nothing")
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("--predict: Triton is not installed (pip install triton)")
+        if options.device == "cuda":
+            raise ValueError("--device: --predict counts on the CPU")
     gpu = torch.cuda.is_available()
     if options.device == "cuda" and not gpu:
         raise ValueError("--device: torch sees no GPU here")

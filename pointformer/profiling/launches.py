@@ -1,22 +1,27 @@
 """Launches of Triton kernels on a machine without a GPU: which, how often, and what they cost.
 
 Host code runs as it would before a GPU, on CPU tensors; in place of each kernel a note is made of
-it. What kernels compute is missing, so only what was given, and what torch computes, has values.
+it. What kernels would compute is zero: only what was given, and what torch computes, has values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 from unittest import mock
 
-from pointformer import _dispatch
+import torch
+from torch import Tensor
+
+from pointformer import Neighborhoods, _dispatch
 from pointformer.kernels.triton import runtime
 from pointformer.kernels.triton.runtime import Variant
 from pointformer.profiling.machine_code import TARGET, Code, machine_code
+from pointformer.profiling.ops import BACKWARD, FORWARD, Call
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,44 @@ class Launch:
         return prod(self.grid) * self.variant.num_warps * per_warp
 
 
+def issue_times(
+    name: str, arguments: Mapping[str, Any], passes: Iterable[str], card: Card = HOPPER
+) -> dict[str, float]:
+    """Seconds to issue the instructions of an op's Triton kernels, for each of the passes.
+
+    Args:
+        name: a key of `OPS`.
+        arguments: of the call by name, on the CPU. Their values decide how long lists are.
+    """
+    return {
+        direction: card.issue(sum(launch.instructions() for launch in launches))
+        for direction, launches in launches_of(name, arguments, passes).items()
+    }
+
+
+def launches_of(
+    name: str, arguments: Mapping[str, Any], passes: Iterable[str]
+) -> dict[str, list[Launch]]:
+    """Launches of a call of an op, by pass."""
+    given = {**arguments, "impl": "triton"}
+    training = BACKWARD in passes
+    if name != "plan":  # made once for the whole stage, which is not this call's work
+        for key, value in given.items():
+            if isinstance(value, Neighborhoods):
+                with recorded():
+                    given[key] = value.with_plan(training=training, impl="triton")
+    call = Call(name, "", {}, {}, given)
+    with recorded() as forward:
+        call.run()
+    found = {FORWARD: forward}
+    if training:
+        with recorded():
+            run = call.differentiable().backward()
+        with recorded() as found[BACKWARD]:
+            run()
+    return found
+
+
 _CODES: dict[str, Code] = {}
 
 
@@ -102,6 +145,22 @@ def recorded() -> Iterator[list[Launch]]:
         rounds = variant.rounds(given) if variant.rounds else {}
         launches.append(Launch(variant, grid, rounds))
 
-    anywhere = mock.patch.object(_dispatch, "_device_lacks", return_value=None)
-    with anywhere, mock.patch.object(Variant, "launch", record):
+    with ExitStack() as patches:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            made = mock.patch.object(owner, name, _zeroed(getattr(owner, name)))
+            patches.enter_context(made)
+        patches.enter_context(mock.patch.object(_dispatch, "_device_lacks", return_value=None))
+        patches.enter_context(mock.patch.object(Variant, "launch", record))
         yield launches
+
+
+def _zeroed(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Memory that no kernel fills holds zeros, written by no op of torch that would be counted."""
+
+    def zeros(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = make(*args, **kwargs)
+        if tensor.device.type == "cpu" and tensor.nbytes:
+            ctypes.memset(tensor.data_ptr(), 0, tensor.nbytes)
+        return tensor
+
+    return zeros

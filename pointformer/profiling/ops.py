@@ -113,6 +113,7 @@ class Call:
         name: a key of `OPS` or `LAYERS`.
         stage: "1", "2", ... of the backbone, "embedding" or "head"; "backbone" for a foreign one.
         work, traffic: of each pass of one call.
+        issue: least seconds to issue the instructions of a pass' Triton kernels, where counted.
         arguments: by name, to run it again; empty where they were not kept.
         count: how many calls of the same shapes the stage made; the arguments are the first's.
     """
@@ -123,6 +124,7 @@ class Call:
     traffic: Mapping[str, Traffic]
     arguments: Mapping[str, Any]
     count: int = 1
+    issue: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def op(self) -> Op:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
 
@@ -16,7 +16,12 @@ from pointformer.profiling.ops import FORWARD, LAYERS, OPS, Call
 
 
 def record(
-    model: Model, images: Tensor, *, backward: bool = False, keep: bool = True
+    model: Model,
+    images: Tensor,
+    *,
+    backward: bool = False,
+    keep: bool = True,
+    instructions: Collection[str] = (),
 ) -> list[Call]:
     """The calls of the public ops and of Linear and convolution layers in one forward pass.
 
@@ -31,7 +36,11 @@ def record(
         images: (B, C, H, W), normalized.
         backward: also count the backward passes, and make what they need (the plan).
         keep: keep arguments, to run the calls again.
+        instructions: names of ops whose Triton kernels' instructions are counted, on a CPU; see
+            `pointformer.profiling.launches`. Compiling them takes a minute the first time.
     """
+    if instructions:
+        from pointformer.profiling.launches import issue_times
     calls: dict[tuple, Call] = {}
     stages = getattr(model.backbone, "stages", ())  # a foreign backbone tells none
     stage = "embedding" if stages else "backbone"
@@ -47,7 +56,8 @@ def record(
             passes = [p for p in op.work if backward or p == FORWARD]
             work = {p: op.work[p](arguments, output) for p in passes}
             traffic = {p: op.traffic[p](arguments, output) for p in passes if p in op.traffic}
-        calls[key] = Call(name, stage, work, traffic, arguments if keep else {})
+        issue = issue_times(name, arguments, passes) if name in instructions else {}
+        calls[key] = Call(name, stage, work, traffic, arguments if keep else {}, issue=issue)
 
     def layer(module: nn.Module, args: tuple, named: dict[str, Tensor], output: Tensor) -> None:
         name = "linear" if isinstance(module, nn.Linear) else "convolution"

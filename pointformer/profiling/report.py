@@ -13,12 +13,14 @@ from pointformer.models import Model
 from pointformer.models.inference import unmoved
 from pointformer.models.mask2former import MaskPredictions
 from pointformer.profiling.machine import Limits
-from pointformer.profiling.ops import BACKWARD, FORWARD, Call
+from pointformer.profiling.ops import BACKWARD, FORWARD, OPS, Call
 from pointformer.profiling.record import record
 from pointformer.profiling.timing import Times, captured, time_call
 from pointformer.profiling.work import Work
 
 REST, TOTAL = "rest", "total"
+# Of an H100's or H200's L2 cache, as published microbenchmarks measure it for reads.
+L2_BANDWIDTH = 5.5e12
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Row:
         times: of all calls; the sums of the quantiles of each. `None` if not timed.
         floor: least seconds by the device's limits, of each call the longer of moving and
             computing. `None` without limits.
+        issue: least seconds in which an H100 issues the instructions of the Triton kernels, or
+            `None`.
     """
 
     stage: str
@@ -49,6 +53,14 @@ class Row:
     rows: float | None = None
     times: Times | None = None
     floor: float | None = None
+    issue: float | None = None
+
+    @property
+    def bound(self) -> float | None:
+        """Of memory, arithmetic, L2 cache and issue the longest, as far as they are known."""
+        cache = self.traffic and self.traffic / L2_BANDWIDTH
+        known = [time for time in (self.floor, cache, self.issue) if time]
+        return max(known, default=None)
 
     @property
     def ratio(self) -> float | None:
@@ -65,6 +77,7 @@ class Row:
             rows=None,
             times=_sum(self.times, other.times),
             floor=_sum(self.floor, other.floor),
+            issue=_sum(self.issue, other.issue),
         )
 
     def as_dict(self) -> dict[str, object]:
@@ -81,6 +94,8 @@ class Row:
             "predicted_rows_per_token": _rounded(self.rows),
             "time_us": None if times is None else [_rounded(1e6 * t) for t in times.quantiles],
             "floor_us": _rounded(floor and 1e6 * floor),
+            "issue_us": _rounded(self.issue and 1e6 * self.issue),
+            "bound_us": _rounded(self.bound and 1e6 * self.bound) if self.issue else None,
             "ratio": _rounded(self.ratio),
         }
         return {name: value for name, value in values.items() if value is not None}
@@ -105,6 +120,7 @@ def profile(
     only: str | None = None,
     warm: bool = False,
     graph: bool = False,
+    instructions: bool = False,
 ) -> list[Row]:
     """Count and time the calls of a forward pass, and of the backward pass.
 
@@ -118,6 +134,7 @@ def profile(
         only: name of the only op to list, without rest and total.
         warm: time with the L2 cache as the call itself left it; see `time_call`.
         graph: time the whole forward pass as a CUDA graph.
+        instructions: also count what the Triton kernels issue; see `record`.
 
     Returns:
         One `Row` per stage, op and pass in the order of the calls, then rest and total of each
@@ -125,7 +142,9 @@ def profile(
     """
     rows: dict[tuple, Row] = {}
     with unmoved(model):
-        for call in record(model, images, backward=backward, keep=repeats > 0):
+        keep = repeats > 0
+        counted = [name for name in OPS if instructions and only in (None, name)]
+        for call in record(model, images, backward=backward, keep=keep, instructions=counted):
             if only not in (None, call.name):
                 continue
             for direction, work in call.work.items():
@@ -145,6 +164,7 @@ def profile(
                     None if traffic is None else traffic.rows,
                     times,
                     None if limits is None else limits.floor(work) * call.count,
+                    call.issue[direction] * call.count if direction in call.issue else None,
                 )
                 key = (call.stage, call.name, direction)
                 rows[key] = rows[key] + row if key in rows else row
@@ -176,7 +196,7 @@ def _whole(
     if not parts:
         return []
     total = sum(parts[1:], parts[0])
-    total = replace(total, stage="", op=TOTAL, calls=1, traffic=None)
+    total = replace(total, stage="", op=TOTAL, calls=1, traffic=None, issue=None)
     if not repeats:
         return [total]
     with torch.set_grad_enabled(training):
@@ -218,6 +238,7 @@ def table(rows: Sequence[Row]) -> str:
     """The rows for people: columns of what is known of any row."""
     times = any(row.times for row in rows)
     floors = any(row.floor for row in rows)
+    issue = any(row.issue for row in rows)
     # Title, whether to print, and how.
     columns: list[tuple[str, bool, Callable[[Row], str]]] = [
         ("stage", True, lambda row: row.stage),
@@ -232,6 +253,8 @@ def table(rows: Sequence[Row]) -> str:
         ("floor ms", floors, lambda row: _number(row.floor and 1e3 * row.floor)),
         ("ratio", times and floors, lambda row: _number(row.ratio)),
         ("L2 MB", not times, lambda row: _number(row.traffic and row.traffic / 1e6)),
+        ("issue ms", issue, lambda row: _number(row.issue and 1e3 * row.issue)),
+        ("bound ms", issue, lambda row: _number(row.bound and 1e3 * row.bound)),
         ("rows/token", not times, lambda row: _number(row.rows)),
     ]
     shown = [(title, text) for title, condition, text in columns if condition]
