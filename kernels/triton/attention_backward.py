@@ -339,6 +339,7 @@ def _learned_variant(dtype):
         learned_gradients_kernel,
         (torch.float32, *(dtype,) * 4) + ("i32",) * 6,
         _BLOCK,
+        rounds=lambda a: {"start": triton.cdiv(a["rows"], a["ROWS"])},
     )
 
 
