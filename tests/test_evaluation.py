@@ -329,7 +329,7 @@ def test_unreadable_pictures_are_skipped_and_not_counted(folder, tmp_path, capsy
     ("options", "message"),
     [
         (["--scales", "-1"], "scales: expected positive numbers"),
-        (["--tile", "0"], "tile: expected at least 1 pixel, got 0"),
+        (["--tile", "0"], "tile: expected a positive integer, got 0"),
         (["--device", "nowhere"], "--device: nowhere cannot be used"),
     ],
 )

@@ -355,7 +355,7 @@ def test_command_predicts_and_profiles_one_op(run, monkeypatch):
         (["aff_nano", "--rate", "0"], "--rate: expected a positive number"),
         (["aff_nano", "--predict", "--rate", "1"], "give both"),
         (["aff_nano", "--device", "cpu", "--warm"], "--warm: is for GPUs"),
-        (["aff_nano", "--size", "32", "--impl", "fast", *map(str, LIMITS)], "impl='fast'"),
+        (["aff_nano", "--size", "32", "--impl", "fast", *map(str, LIMITS)], "impl: expected"),
         (["interpolate", "--model", "aff_nano", "--predict", "--size", "32"], "does not call it"),
         (["aff_nano.none"], "no weights tagged 'none'"),
     ],
