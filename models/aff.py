@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from pointformer import (
@@ -37,8 +36,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, expanded_position: bool, blank_token: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)  # per head: the key's channels, then the value's
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.position = nn.Linear(position_features(expanded_position), heads)
         self.proj = nn.Linear(dim, dim)
         if blank_token:
@@ -52,10 +50,8 @@ class Attention(nn.Module):
         self, x: Tensor, tokens: TokenSet, neighborhoods: Neighborhoods, impl: str | None
     ) -> Tensor:
         """(T, C), before the output projection `proj`, which is the block's to run."""
-        query = rearrange(self.q(x), "t (h d) -> t h d", h=self.heads)
-        key, value = rearrange(self.kv(x), "t (h two d) -> two t h d", h=self.heads, two=2).unbind(
-            0
-        )
+        # Split by `unbind`, whose gradient is one copy.
+        query, key, value = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
         blank_key = blank_value = None
         if self.blank_key is not None:
             blank_key = self.blank_key.view(self.heads, -1)

@@ -23,7 +23,7 @@ from pointformer._checks import brief, check_count, check_option, describe
 from pointformer._files import atomic_path
 from pointformer.annotations import Category
 from pointformer.models.backbone import Backbone
-from pointformer.models.config import GridConfig, config_from
+from pointformer.models.config import AFFConfig, GridConfig, config_from
 from pointformer.models.grid import GridBackbone
 from pointformer.models.heads import HEADS
 from pointformer.models.model import TASKS, Model, Preprocess, configured
@@ -453,7 +453,7 @@ _BACKBONE_NAMES = (
         r"layers.\1.blocks.\2.attn.pos_embed.\3",
     ),
     (
-        r"stages\.(\d+)\.blocks\.(\d+)\.((?:attn\.(?:q|kv|proj)|norm1|norm2|mlp\.fc1|mlp\.fc2)"
+        r"stages\.(\d+)\.blocks\.(\d+)\.((?:attn\.(?:qkv|proj)|norm1|norm2|mlp\.fc1|mlp\.fc2)"
         r"\.(?:weight|bias)|gamma1|gamma2)",
         r"layers.\1.blocks.\2.\3",
     ),
@@ -548,12 +548,49 @@ _RELEASED_NAMES = {
 }
 
 
-def released_name(key: str, head: str = "classification") -> str:
-    """The released checkpoint's name for an entry of our state dict."""
+def _released_name(key: str, head: str) -> str:
+    """The released checkpoint's name for an entry of our state dict, but for joined projections."""
     for pattern, replacement in _RELEASED_NAMES.get(head, ()):
         if re.fullmatch(pattern, key):
             return re.sub(pattern, replacement, key)
     raise KeyError(f"no released name is known for {key} of head {head!r}")
+
+
+# Of the released attention, whose query has a projection of its own.
+_JOINED = re.compile(r"((?:backbone\.)?layers\.(\d+)\.blocks\.\d+\.attn)\.qkv\.(weight|bias)")
+
+
+def _factor(own: str) -> float | list[float]:
+    """What turns an entry of theirs into ours, where conventions differ."""
+    if own.endswith("attn.power"):  # theirs is the exponent of the squared distance
+        return 2
+    if own == "head.pixel_decoder.conv.weight_net.0.weight":
+        # Theirs looks from the neighbor to the center: only the distance keeps its sign.
+        return [-1, -1, 1, -1, -1]
+    return 1
+
+
+def to_released(
+    state: Mapping[str, Tensor], config: AFFConfig, head: str = "classification"
+) -> dict[str, Tensor]:
+    """An AFF's state dict, or a part of it, under the released names and conventions.
+
+    Raises:
+        KeyError: the released models have no such entry.
+    """
+    released = {}
+    for own, value in state.items():
+        name = _released_name(own, head)
+        joined = _JOINED.fullmatch(name)
+        if joined:  # per head: the key's channels, then the value's
+            attention, stage, kind = joined.groups()
+            query, key, val = value.unflatten(0, (3, config.heads[int(stage)], -1)).unbind(0)
+            released[f"{attention}.q.{kind}"] = query.flatten(0, 1)
+            released[f"{attention}.kv.{kind}"] = torch.stack([key, val], 1).flatten(0, 2)
+        else:
+            factor = _factor(own)
+            released[name] = value if factor == 1 else value / value.new_tensor(factor)
+    return released
 
 
 def from_released(
@@ -567,20 +604,28 @@ def from_released(
     head = head or model.head_name
     names = [_plain_name(name) for name in model.state_dict()]
     shared = [name for name in names if head == model.head_name or name.startswith("backbone.")]
-    ours = {released_name(name, head): name for name in shared}
-    renamed = {}
-    for key, value in state.items():
+    ours = {_released_name(name, head): name for name in shared}
+    left, renamed = dict(state), {}
+    for name, own in ours.items():
+        joined = _JOINED.fullmatch(name)
+        if joined is None:
+            continue
+        attention, stage, kind = joined.groups()
+        parts = [f"{attention}.{part}.{kind}" for part in ("q", "kv")]
+        if all(part in left for part in parts):
+            query, pairs = (left.pop(part) for part in parts)
+            if len(query) * 2 == len(pairs) and len(query) % model.config.heads[int(stage)] == 0:
+                pairs = pairs.unflatten(0, (model.config.heads[int(stage)], 2, -1))
+                pairs = pairs.transpose(0, 1).flatten(0, 2)
+            renamed[own] = torch.cat([query, pairs])
+    for key, value in left.items():
         if key.endswith("static_query.weight"):  # the old name
             key = key.replace("static_query", "query_feat")
         own = ours.get(key, key)
         if head != model.head_name and re.match(r"backbone\.norm\d", own):  # the head's, with us
             own = own.removeprefix("backbone.")
-        if own.endswith("attn.power"):  # theirs is the exponent of the squared distance
-            value = 2 * value
-        if own == "head.pixel_decoder.conv.weight_net.0.weight":
-            # Theirs looks from the neighbor to the center: only the distance keeps its sign.
-            value = value * value.new_tensor([-1, -1, 1, -1, -1])
-        renamed[own] = value
+        factor = _factor(own)
+        renamed[own] = value if factor == 1 else value * value.new_tensor(factor)
     return renamed
 
 

@@ -8,6 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pointformer.kernels.triton.runtime import Variant
+
 
 class _NoTransfers(TorchDispatchMode):
     """Fails where host and device exchange values; a fake tensor has none to read."""
@@ -21,6 +23,34 @@ class _NoTransfers(TorchDispatchMode):
         if len(devices) > 1 and op.namespace != "pointformer":
             raise AssertionError(f"{op.name()} copies between host and device")
         return result
+
+
+class _Launches(TorchDispatchMode):
+    """Runs the launchers of registered ops, and notes what a GPU would have to start."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if op.namespace == "pointformer":
+            with self, _WithoutDevice():
+                return op.redispatch(_CUDA, *args, **kwargs)
+        if op.namespace != "prim" and not op.is_view and op._opname not in _NOTHING:
+            self.names.append(op._opname)
+        return op(*args, **kwargs)
+
+    def launch(self, variant, grid, *arguments):
+        if 0 not in grid:
+            self.names.append(variant.name)
+
+
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+_NOTHING = {  # ops that start nothing, beside views
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("detach", "lift_fresh", "_unsafe_view", "_reshape_alias", "sym_size", "_assert_async"),
+}
 
 
 class _WithoutDevice(TorchFunctionMode):
@@ -71,11 +101,17 @@ def fake_gpu():
     """Tensors on "cuda" have shapes but no values here, and a CUDA graph seems to be captured.
 
     What a capture does not allow is an error: copies between host and device, and whatever needs a
-    value of the device. Ops run as far as their fakes; no kernel is launched.
+    value of the device. The launchers of registered ops run too, up to their kernels.
+
+    Yields:
+        a list that grows: the names of what is launched, kernels and torch's ops (some of those,
+        such as sorts, are several kernels).
     """
+    launches = _Launches()
     capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
-    with capturing, FakeTensorMode(), _NoTransfers(), _WithoutDevice():
-        yield
+    kernels = mock.patch.object(Variant, "launch", lambda *given: launches.launch(*given))
+    with capturing, kernels, FakeTensorMode(), _NoTransfers(), launches, _WithoutDevice():
+        yield launches.names
 
 
 @contextlib.contextmanager

@@ -19,10 +19,20 @@ from pointformer.models import (
     load_state,
     save_model,
 )
-from pointformer.models.checkpoints import released_name
+from pointformer.models.checkpoints import from_released, to_released
 from pointformer.models.config import CONFIGS
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
+
+
+def made_up(state):
+    return {key: torch.randn_like(value.float()).to(value.dtype) for key, value in state.items()}
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
 
 
 @pytest.fixture
@@ -33,10 +43,7 @@ def released(tmp_path, monkeypatch):
     monkeypatch.setitem(CONFIGS, "aff_tiny", SMALL.override(depths=(1, 2, 1, 1)))
     torch.manual_seed(0)
     model = create_model("aff_mini", num_classes=10)
-    state = {
-        released_name(k): torch.randn_like(v.float()).to(v.dtype)
-        for k, v in model.state_dict().items()
-    }
+    state = made_up(to_released(model.state_dict(), model.config))
     container = {
         "model": state,
         "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]},
@@ -60,8 +67,21 @@ def test_released_container_loads(released):
     assert not model.training
     assert model.config.rate == 0.2
     assert model.num_classes == 10
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, state[released_name(key)])
+    assert_same(to_released(model.state_dict(), model.config), state)
+
+
+def test_released_projections_are_joined_and_parted(listed):
+    """Theirs: one of the query, one of key and value side by side in each head."""
+    model = create_model("small", num_classes=3)
+    theirs = to_released(model.state_dict(), model.config)
+    name, heads = "layers.1.blocks.0.attn", model.config.heads[1]
+    for kind in ("weight", "bias"):
+        joined = getattr(model.backbone.stages[1].blocks[0].attn.qkv, kind)
+        assert torch.equal(theirs[f"{name}.q.{kind}"], joined[: len(joined) // 3])
+        pairs = theirs[f"{name}.kv.{kind}"].unflatten(0, (heads, 2, -1))
+        split = joined[len(joined) // 3 :].unflatten(0, (2, heads, -1))
+        assert torch.equal(pairs.transpose(0, 1), split)
+    assert_same(from_released(theirs, model), model.state_dict())
 
 
 def test_bare_state_dict_loads(released, tmp_path):
@@ -85,8 +105,9 @@ def test_fine_tuning_from_a_released_backbone(released, options):
     with pytest.warns(UserWarning, match=r"the head of aff_mini is new: \d+ \(head\."):
         model = load_released(path, "aff_mini", **options)
     assert model.num_classes == options.get("num_classes", 1000)
-    for key, value in model.backbone.state_dict().items():
-        assert torch.equal(value, state[released_name(f"backbone.{key}")])
+    own = {f"backbone.{key}": value for key, value in model.backbone.state_dict().items()}
+    own = to_released(own, model.config)
+    assert_same(own, {key: state[key] for key in own})
     if "num_classes" in options:  # what fits is taken
         assert torch.equal(model.head.norm.weight, state["norm.weight"])
 
@@ -96,10 +117,7 @@ def test_fine_tuning_from_a_released_segmentation_model(tmp_path, listed):
     torch.manual_seed(0)
     options = {"dim": 16, "hidden": 16, "pixel_hidden": 16}
     model = create_model("small", head="mask2former", num_classes=19, queries=7, **options)
-    state = {
-        released_name(k, "mask2former"): torch.randn_like(v.float()).to(v.dtype)
-        for k, v in model.state_dict().items()
-    }
+    state = made_up(to_released(model.state_dict(), model.config, "mask2former"))
     path = tmp_path / "s.pth"
     torch.save({"model": {**state, "criterion.empty_weight": torch.ones(20)}}, path)
     whole = load_released(path, "small", task="instance", **options)
@@ -111,8 +129,9 @@ def test_fine_tuning_from_a_released_segmentation_model(tmp_path, listed):
     assert torch.equal(fewer.head.decoder.query, state["sem_seg_head.predictor.query_feat.weight"])
     with pytest.warns(UserWarning, match="the head of small is new"):
         dense = load_released(path, "small", head="dense", num_classes=4)
-    for key, value in dense.backbone.state_dict().items():
-        assert torch.equal(value, state[released_name(f"backbone.{key}", "mask2former")])
+    own = {f"backbone.{key}": value for key, value in dense.backbone.state_dict().items()}
+    own = to_released(own, dense.config, "mask2former")
+    assert_same(own, {key: state[key] for key in own})
 
 
 class Harmful:

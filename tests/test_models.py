@@ -468,7 +468,7 @@ def test_a_block_is_its_definition(layer_scale):
 
 
 def test_attention_is_its_definition():
-    """Key and value of a head lie side by side; every option of the op is passed."""
+    """Query, key, value, each head by head; every option of the op is passed."""
     torch.manual_seed(0)
     attention = tiny("features").backbone.stages[2].blocks[0].attn
     tokens = TokenSet.from_grid(torch.randn(1, 32, 7, 9)).cluster(8)
@@ -476,8 +476,7 @@ def test_attention_is_its_definition():
     x = tokens.features
     rows, known = neighborhoods.members()
     with torch.no_grad():
-        query = attention.q(x).view(-1, 4, 8)
-        key, value = attention.kv(x).view(-1, 4, 2, 8).unbind(2)
+        query, key, value = (part.view(-1, 4, 8) for part in attention.qkv(x).chunk(3, 1))
         step = tokens.positions[rows.clamp(min=0).long()] - tokens.positions[:, None]
         far = step.norm(dim=2, keepdim=True)
         unit = torch.where(far > 0, step / far, 0.0)

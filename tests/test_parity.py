@@ -8,7 +8,7 @@ import torch
 from parity.recipe import checksum, load_shapes, make_image, make_state_dict
 
 from pointformer.models import aff, create_model
-from pointformer.models.checkpoints import load_state, released_name
+from pointformer.models.checkpoints import from_released, load_state, to_released
 
 PARITY = Path(__file__).parent / "parity"
 CASES = {
@@ -27,8 +27,8 @@ def loaded(case):
     assert checksum(state) == stored["state_crc32"]
     assert checksum({"image": image}) == stored["image_crc32"]
     model = create_model(name).eval()
-    ours = {released_name(key): key for key in model.state_dict()}
-    load_state(model, {ours[k]: torch.from_numpy(np.asarray(v)) for k, v in state.items()}, name)
+    tensors = {key: torch.from_numpy(np.asarray(value)) for key, value in state.items()}
+    load_state(model, from_released(tensors, model), name)
     return stored, model, torch.from_numpy(image)
 
 
@@ -159,5 +159,6 @@ def test_other_rounding_passes_and_another_order_does_not(monkeypatch):
 @pytest.mark.parametrize("name", ["aff_mini", "aff_mini_1_5th", "aff_tiny", "aff_small"])
 def test_state_dict_has_the_released_keys(name):
     released = load_shapes(PARITY / f"shapes/{name}.json")
-    own = {released_name(k): tuple(v.shape) for k, v in create_model(name).state_dict().items()}
-    assert own == released
+    model = create_model(name)
+    own = to_released(model.state_dict(), model.config)
+    assert {key: tuple(value.shape) for key, value in own.items()} == released

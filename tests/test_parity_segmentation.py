@@ -8,7 +8,7 @@ import torch
 from parity.recipe import checksum, load_shapes, make_image, make_state_dict
 
 from pointformer.models import create_model
-from pointformer.models.checkpoints import from_released, load_state, released_name
+from pointformer.models.checkpoints import from_released, load_state, to_released
 from pointformer.models.mask2former import MaskDecoder
 from pointformer.models.postprocess import semantic_scores
 
@@ -100,6 +100,6 @@ def test_decoder(case, monkeypatch):
 def test_state_dict_has_the_released_keys():
     released = load_shapes(PARITY / "shapes/seg_ade20k_mini.json")
     model = create_model("aff_mini", head="mask2former", num_classes=150)
-    own = {released_name(k, "mask2former"): tuple(v.shape) for k, v in model.state_dict().items()}
-    assert own == released
+    own = to_released(model.state_dict(), model.config, "mask2former")
+    assert {key: tuple(value.shape) for key, value in own.items()} == released
     assert sum(p.numel() for p in model.parameters()) == 25_800_296
