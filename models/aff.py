@@ -175,7 +175,7 @@ class Stage(nn.Module):
         neighborhoods = neighborhoods.with_plan(training=torch.is_grad_enabled(), impl=impl)
         inputs = tokens
         for block in self.blocks:
-            tokens = block(tokens, neighborhoods, impl)
+            tokens = block(tokens, neighborhoods, impl=impl)
         if isinstance(self.merge, AdaptiveMerge):
             scores = self.merge.scores(tokens.features)
             merged = self.merge(tokens, neighborhoods, scores, config, impl)

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from pointformer import TokenSet
+from pointformer import TokenSet, add_norm
 from pointformer.models.config import AFFConfig, SwinConfig
 from pointformer.models.layers import GELU, FeedForward
 
@@ -36,8 +36,11 @@ def drop_path(x: Tensor, rate: float, tokens: TokenSet, training: bool) -> Tenso
     """Zero a residual branch (T, C) for whole samples with probability `rate`, rescale the rest."""
     if not training or rate == 0:
         return x
-    keep = torch.rand(tokens.batch_size, 1, device=x.device) >= rate
-    return x * (keep.to(x.dtype) / (1 - rate))[tokens.sample_index]
+    factor = x.new_empty(tokens.batch_size, 1).bernoulli_(1 - rate).div_(1 - rate)
+    if tokens.is_uniform and tokens.batch_size:
+        samples = x.view(tokens.batch_size, -1, x.shape[1])
+        return (samples * factor[:, None]).view(x.shape)
+    return x * factor[tokens.sample_index]
 
 
 def by_rows(function: Callable[..., Tensor], *inputs: Tensor, width: int) -> Tensor:
@@ -94,8 +97,9 @@ class Block(nn.Module):
     """Pre-norm transformer block on a token set.
 
     Args:
-        attention: called as `attention(x, tokens, *where)` with normalized features x (T, C). It
-            leaves its output projection `proj` to the block, which runs it on a few rows.
+        attention: called as `attention(x, tokens, *where, impl=impl)` with normalized features
+            x (T, C). It leaves its output projection `proj` to the block, which runs it on a few
+            rows.
         dim, hidden: channels C, and hidden ones of the feed-forward layer.
         layer_scale: initial value of the residual branches' scale; 0 means no scale.
         drop_path_rate: of the residual branches.
@@ -122,22 +126,25 @@ class Block(nn.Module):
             scale = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
             self.register_parameter(name, scale)
 
-    def forward(self, tokens: TokenSet, *where: object) -> TokenSet:
+    def forward(self, tokens: TokenSet, *where: object, impl: str | None = None) -> TokenSet:
         """`where` tells the attention who sees whom."""
         x = tokens.features
-        attended = self.attn(self.norm1(x), tokens, *where)
+        attended = self.attn(self.norm1(x), tokens, *where, impl=impl)
 
         def rest(x: Tensor, attended: Tensor) -> Tensor:
-            x = x + self._scaled(self.attn.proj(attended), self.gamma1, tokens)
-            return x + self._scaled(self.mlp(self.norm2(x)), self.gamma2, tokens)
+            branch = self._dropped(self.attn.proj(attended), tokens)
+            norm = self.norm2
+            x, normed = add_norm(
+                x, branch, norm.weight, norm.bias, scale=self.gamma1, eps=norm.eps, impl=impl
+            )
+            branch = self._dropped(self.mlp(normed), tokens)
+            return x + branch if self.gamma2 is None else torch.addcmul(x, branch, self.gamma2)
 
         if self.training:  # paths are dropped for whole samples
             return tokens.with_features(rest(x, attended))
         return tokens.with_features(by_rows(rest, x, attended, width=self.mlp.fc1.out_features))
 
-    def _scaled(self, branch: Tensor, gamma: Tensor | None, tokens: TokenSet) -> Tensor:
-        if gamma is not None:
-            branch = branch * gamma
+    def _dropped(self, branch: Tensor, tokens: TokenSet) -> Tensor:
         return drop_path(branch, self.drop_path_rate, tokens, self.training)
 
 

@@ -175,7 +175,7 @@ def _layer(module: nn.Linear | nn.Conv2d, args: tuple, output: Tensor) -> dict[s
 
 
 def _attention(module: Attention, args: tuple, output: Tensor) -> dict[str, int]:
-    _, _, neighborhoods, _ = args
+    _, _, neighborhoods = args
     pairs = int(neighborhoods.members()[1].sum())
     blanks = 0 if module.blank_key is None else output.shape[0]
     bias_weights = module.position.weight.numel()

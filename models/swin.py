@@ -92,7 +92,7 @@ class WindowAttention(nn.Module):
         down, right = (x.reshape(-1, 1) - x.reshape(1, -1) + size - 1 for x in (row, column))
         self.register_buffer("index", down * (2 * size - 1) + right, persistent=False)
 
-    def forward(self, x: Tensor, tokens: TokenSet, windows: Windows) -> Tensor:
+    def forward(self, x: Tensor, tokens: TokenSet, windows: Windows, impl: str | None) -> Tensor:
         """(T, C) in raster order, before the output projection `proj`, which is the block's."""
         maps = self.qkv(x).view(tokens.batch_size, *windows.sides, -1)
         query, key, value = rearrange(
@@ -127,7 +127,7 @@ class Stage(nn.Module):
         last = stage + 1 == len(config.dims)
         self.merge = None if last else PatchMerge(config, stage)
 
-    def forward(self, tokens: TokenSet) -> tuple[StageOutput, TokenSet | None]:
+    def forward(self, tokens: TokenSet, impl: str | None) -> tuple[StageOutput, TokenSet | None]:
         assert tokens.extent is not None
         width, height = (math.ceil(side / self.stride) for side in tokens.extent[0])
         windows = [
@@ -136,7 +136,7 @@ class Stage(nn.Module):
         ]
         inputs = tokens
         for i, block in enumerate(self.blocks):
-            tokens = block(tokens, windows[i % 2])
+            tokens = block(tokens, windows[i % 2], impl=impl)
         merged = None if self.merge is None else self.merge(tokens)
         return StageOutput(tokens, inputs, None), merged
 
@@ -163,6 +163,6 @@ class Swin(Backbone):
         tokens = self.patch_embed(images)
         outputs = []
         for stage in self.stages:
-            output, tokens = stage(tokens)
+            output, tokens = stage(tokens, self.impl)
             outputs.append(output)
         return outputs

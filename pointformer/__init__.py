@@ -8,6 +8,7 @@ from pointformer.clusters import Clusters, Neighborhoods
 from pointformer.geometry import balanced_cluster, knn, nearest_clusters, select_centers
 from pointformer.graph import batch_from_sizes, sizes_from_batch
 from pointformer.ops import (
+    add_norm,
     deformable_attention,
     interpolate,
     neighborhood_attention,
@@ -25,6 +26,7 @@ __all__ = [
     "Neighborhoods",
     "Segmentation",
     "TokenSet",
+    "add_norm",
     "balanced_cluster",
     "batch_from_sizes",
     "deformable_attention",

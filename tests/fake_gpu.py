@@ -50,6 +50,7 @@ _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 _NOTHING = {  # ops that start nothing, beside views
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("detach", "lift_fresh", "_unsafe_view", "_reshape_alias", "sym_size", "_assert_async"),
+    "promote_types",
 }
 
 

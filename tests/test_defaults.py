@@ -45,6 +45,7 @@ DEFAULTS = {
         "eps": 1e-11,
     },
     "weighted_gather": {},
+    "add_norm": {"scale": None, "eps": 1e-5},
     "deformable_attention": {"power": 6.0, "eps": 1e-11},
     "knn": {"query": None, "query_sizes": None, "include_self": True, "return_distance": False},
     "sizes_from_batch": {"batch_size": None},

@@ -45,20 +45,20 @@ def assert_at_most(limit, launches):
 def test_inference():
     """AFF-Tiny: 30 blocks in four stages."""
     forward, _ = launches_of("aff_tiny", 224, 64)
-    assert_at_most(401, forward)
+    assert_at_most(431, forward)
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_a_block(stage):
-    """LayerNorms, the four projections and their activation, attention, two sums."""
+    """LayerNorm, four projections, attention, a sum with LayerNorm, activation, a sum."""
     depths = [1, 1, 1, 1]
     fewer, _ = launches_of("aff_tiny", 224, 2, depths=tuple(depths))
     depths[stage] = 2
     more, _ = launches_of("aff_tiny", 224, 2, depths=tuple(depths))
-    assert_at_most(10, list((Counter(more) - Counter(fewer)).elements()))
+    assert_at_most(9, list((Counter(more) - Counter(fewer)).elements()))
 
 
 def test_a_training_step():
     forward, backward = launches_of("aff_tiny", 224, 64, training=True)
-    assert_at_most(452, forward)
+    assert_at_most(658, forward)
     assert_at_most(1500, backward)

@@ -401,10 +401,11 @@ def test_a_reconfigured_model_is_one_made_so(change):
     assert before.shape != after.shape or not torch.allclose(before, after)
 
 
-def test_drop_path_drops_whole_samples():
+@pytest.mark.parametrize("sizes", [(3, 1), (2, 2)])
+def test_drop_path_drops_whole_samples(sizes):
     """One draw per sample, not per batch or token; the mean stays."""
     torch.manual_seed(0)
-    sizes = tuple([3, 1] * 2000)
+    sizes *= 2000
     tokens = TokenSet(torch.zeros(sum(sizes), 2), torch.zeros(sum(sizes), 2), sizes)
     x = torch.ones(sum(sizes), 2)
     y = drop_path(x, 0.2, tokens, True)
@@ -446,7 +447,7 @@ def test_a_block_is_its_definition(layer_scale):
     attended = torch.randn(6, 48)
     seen = []
 
-    def attention(x, *where):
+    def attention(x, *where, impl):
         seen.append((x, where))
         return attended
 
@@ -457,7 +458,7 @@ def test_a_block_is_its_definition(layer_scale):
             torch.manual_seed(1)
             out = block(tokens, "here").features
             torch.manual_seed(1)
-            drops = [(torch.rand(6, 1) >= 0.5) * 2.0 if training else 1.0 for _ in range(2)]
+            drops = [torch.empty(6, 1).bernoulli_(0.5) * 2.0 if training else 1.0 for _ in range(2)]
             x = tokens.features
             middle = x + drops[0] * gammas[0] * block.attn.proj(attended)
             hidden = torch.nn.functional.gelu(block.mlp.fc1(block.norm2(middle)))

@@ -308,6 +308,13 @@ CALLS = {
         pointformer.weighted_gather,
         {"features": FEATURES, "index": INDEX, "weights": torch.ones(24, 3), **R},
     ),
+    "add_norm": (
+        pointformer.add_norm,
+        {
+            "x": FEATURES, "branch": FEATURES, "weight": FEATURES[0], "bias": FEATURES[0],
+            "scale": FEATURES[0], "eps": 1e-5, **R,
+        },
+    ),
     "models.AFFConfig": (AFFConfig, AFF),
     "models.SwinConfig": (SwinConfig, {**SWIN, "window_size": 4}),
     "models.GridBackbone": (
@@ -382,6 +389,7 @@ ACCEPTED = {
     "interpolate": "power fraction, eps fraction",
     "interpolate (learned power)": "power fraction, power shape",
     "point_conv": "eps fraction",
+    "add_norm": "eps fraction",
     "scored_merge": "eps fraction",
     "select_centers (free)": "stride fraction",
     "segment": "scale fraction",
