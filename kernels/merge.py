@@ -1,7 +1,8 @@
 """Fused neighborhood merging: the registered op and its gradients.
 
-Tensors are float32, but Triton takes features, and so the output and their gradients, in bfloat16
-and float16, too.
+Scores and positions are float32, the weight net is of any dtypes. So are features, but Triton takes
+them, and so the output and their gradients, in bfloat16 and float16, too. No cluster has more than
+`cluster_size` tokens.
 """
 
 import torch
@@ -12,7 +13,8 @@ from pointformer.kernels.library import LIBRARY, implement
 _INPUTS = (
     "Tensor features, Tensor scores, Tensor positions, Tensor center_positions, "
     "Tensor cluster_offsets, Tensor cluster_index, "
-    "Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, str impl"
+    "Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, "
+    "int cluster_size, float eps, str impl"
 )
 _GRADIENTS = ", ".join(["Tensor"] * 6)  # features, scores and the four of the weight net
 LIBRARY.define(f"scored_merge({_INPUTS}) -> Tensor")
@@ -28,7 +30,7 @@ def _fake(features, scores, positions, center_positions, offsets, index, weight,
 
 @torch.library.register_fake("pointformer::scored_merge_backward", lib=LIBRARY)
 def _fake_backward(grad, features, scores, positions, centers, offsets, index, *net_and_options):
-    *net, _, _ = net_and_options
+    *net, _, _, _ = net_and_options
     return tuple(x.new_empty(x.shape) for x in (features, scores, *net))
 
 
@@ -37,14 +39,15 @@ implement("scored_merge_backward", "merge.backward")
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.impl = inputs
+    *tensors, ctx.cluster_size, ctx.eps, ctx.impl = inputs
     ctx.save_for_backward(*tensors)
 
 
 @once_differentiable
 def _differentiate(ctx, grad):
-    features, scores, *net = _backward(grad, *ctx.saved_tensors, ctx.eps, ctx.impl)
-    return features, scores, None, None, None, None, *net, None, None
+    options = (ctx.cluster_size, ctx.eps, ctx.impl)
+    features, scores, *net = _backward(grad, *ctx.saved_tensors, *options)
+    return features, scores, None, None, None, None, *net, None, None, None
 
 
 torch.library.register_autograd(

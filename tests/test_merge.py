@@ -347,13 +347,29 @@ def test_empty_inputs(impl):
     assert torch.equal(out, torch.zeros(5, 28))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_weight_net_may_have_any_dtype(dtype):
+    case = make_case(full=False)
+    net = [case.pop(name).to(dtype) for name in NET]
+    results = []
+    for leaves in (net, [x.float() for x in net]):
+        leaves = [x.requires_grad_() for x in leaves]
+        out = scored_merge(**case, **dict(zip(NET, leaves, strict=True)), impl="cpu")
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for low, full in zip(*results, strict=True):
+        assert torch.equal(low, full.to(low.dtype))
+    assert {x.dtype for x in results[0][1:]} == {dtype}
+
+
 def test_opcheck():
     case = make_case()
     chosen = case["neighborhoods"].select(case["centers"])
     positions = case["positions"], case["positions"][case["centers"]]
     lists = chosen.clusters.offsets, chosen.cluster_index
     floats = [case[n].requires_grad_() for n in ("features", "scores", *NET)]
-    torch.library.opcheck(fused_merge, (*floats[:2], *positions, *lists, *floats[2:], 1e-5, "cpu"))
+    torch.library.opcheck(
+        fused_merge, (*floats[:2], *positions, *lists, *floats[2:], 8, 1e-5, "cpu")
+    )
 
 
 def test_second_derivative_is_an_error():

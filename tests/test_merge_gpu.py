@@ -170,7 +170,7 @@ def test_offsets_beyond_32_bits():
     results = []
     for arguments in lists:
         leaf = arguments[0].requires_grad_()
-        out = fused_merge(leaf, *arguments[1:], *net, 1e-5, "triton")
+        out = fused_merge(leaf, *arguments[1:], *net, 8, 1e-5, "triton")
         (grad,) = torch.autograd.grad(out.float().square().sum(), leaf)
         results.append((out.detach(), grad[-800:].clone()))
         del grad

@@ -135,6 +135,19 @@ def test_samples_do_not_see_each_other():
     assert features.grad[:20].isfinite().all()
 
 
+def test_centers_do_not_see_each_other():
+    """Where one has fewer tokens than the other, and where it has none."""
+    case = make_case((24,), cluster_size=8)
+    index = case["neighborhoods"].cluster_index
+    index[:] = torch.tensor([0, -1, -1])
+    expected = scored_merge(**case, impl="triton")
+    case["features"][8:] = float("nan")
+    index[case["centers"][::2]] = torch.tensor([1, 2, 0], dtype=torch.int32)
+    assert torch.equal(scored_merge(**case, impl="triton")[1::2], expected[1::2])
+    index[case["centers"][1::2]] = -1
+    assert scored_merge(**case, impl="triton")[1::2].eq(0).all()
+
+
 def test_entries_out_of_range_are_left_out():
     case = make_case()
     index = case["neighborhoods"].cluster_index
@@ -159,6 +172,20 @@ def test_half_precision_is_rounded_once():
     assert grads["features"].dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_weight_net_is_read_in_its_dtype(dtype):
+    case = make_case(full=False) | {"features": torch.randn(47, 16)}
+    case |= {name: case[name].to(dtype) for name in ("features", *NET)}
+    expected = value_and_gradients(scored_merge, case, NET, impl="triton")
+    result = value_and_gradients(scored_merge, case, NET, dtype, impl="triton")
+    assert torch.equal(result["out"], expected["out"])
+    for name in NET:  # the interpreter cuts numbers off where a GPU rounds them
+        assert result[name].dtype == dtype
+        torch.testing.assert_close(
+            result[name].float(), expected[name], rtol=torch.finfo(dtype).eps, atol=0
+        )
+
+
 def test_empty_inputs():
     for case in (make_case((0,)), make_case((0, 0)), make_case(channels=0), make_case(radius=0)):
         with dirty_memory():
@@ -180,7 +207,8 @@ def fused_arguments(case, impl):
     positions = case["positions"], case["positions"][case["centers"]]
     lists = chosen.clusters.offsets, chosen.cluster_index
     floats = [case[name].requires_grad_() for name in MERGED]
-    return (*floats[:2], *positions, *lists, *floats[2:], 1e-5, impl)
+    size = chosen.clusters.cluster_size
+    return (*floats[:2], *positions, *lists, *floats[2:], size, 1e-5, impl)
 
 
 def test_registered_op():
@@ -215,7 +243,7 @@ def test_a_uniform_batch_can_be_captured(large):
         chosen = neighborhoods.select(centers)
         inputs = (
             cells.features, scores, cells.positions, cells.positions[centers],
-            cells.clusters.offsets, chosen.cluster_index, *net.values(), 1e-5,
+            cells.clusters.offsets, chosen.cluster_index, *net.values(), 8, 1e-5,
         )  # fmt: skip
         out = kernels.forward(*inputs)
         grads = kernels.backward(out, *inputs)

@@ -362,9 +362,9 @@ def _prepare(features, scores, positions, center_positions, offsets, index, weig
     centers = center_positions.new_zeros(center_positions.shape[0], 3)
     centers[:, :dimensions] = center_positions
     columns = list(_COLUMNS[dimensions, weight.shape[1]])
-    net = weight.new_zeros(7, 4)
-    net[columns] = weight.T
-    net = torch.cat([net.flatten(), *vectors])
+    net = torch.zeros(7, 4)
+    net[columns] = weight.float().T
+    net = torch.cat([net.flatten(), *(x.float() for x in vectors)])
     offsets = offsets.contiguous().numpy()
     largest = int(np.diff(offsets).max(initial=0))
     arrays = (_flat(features), _flat(planar), _flat(centers), offsets)
@@ -373,9 +373,12 @@ def _prepare(features, scores, positions, center_positions, offsets, index, weig
 
 def forward(
     features, scores, positions, center_positions, offsets, index,
-    weight, bias, norm_weight, norm_bias, eps,
+    weight, bias, norm_weight, norm_bias, cluster_size, eps,
 ):  # fmt: skip
-    """(Q, 4 * C), see `scored_merge`; all tensors float32, lists int32."""
+    """(Q, 4 * C), see `scored_merge`; the weight net of any dtypes, the rest float32, lists int32.
+
+    How large clusters are at most is counted here: `cluster_size` is what GPUs cannot wait for.
+    """
     arrays, net, _, stride, largest = _prepare(
         features, scores, positions, center_positions, offsets, index,
         weight, bias, norm_weight, norm_bias,
@@ -394,7 +397,7 @@ def forward(
 
 def backward(
     grad, features, scores, positions, center_positions, offsets, index,
-    weight, bias, norm_weight, norm_bias, eps,
+    weight, bias, norm_weight, norm_bias, cluster_size, eps,
 ):  # fmt: skip
     """Gradients of features, scores, weight, bias, norm_weight and norm_bias."""
     arrays, net, columns, stride, largest = _prepare(
@@ -414,7 +417,8 @@ def backward(
     )  # fmt: skip
     # NumPy adds in a fixed order; float64, for the chunks' sums may cancel.
     total = partial.reshape(chunks, _PARAMETERS, LANES).sum(axis=(0, 2), dtype=np.float64)
-    total = torch.from_numpy(total).to(weight.dtype)
-    d_weight = total[:_BIAS].view(7, 4)[columns].T.contiguous()
-    d_net = [total[i : i + 4].clone() for i in (_BIAS, _SCALE, _SHIFT)]
+    total = torch.from_numpy(total)
+    d_weight = total[:_BIAS].view(7, 4)[columns].T.contiguous().to(weight.dtype)
+    vectors = zip((_BIAS, _SCALE, _SHIFT), (bias, norm_weight, norm_bias), strict=True)
+    d_net = [total[i : i + 4].to(x.dtype, copy=True) for i, x in vectors]
     return d_features, d_scores, d_weight, *d_net

@@ -166,9 +166,9 @@ def load_keys(
     return row, (x[None, :], y[None, :], z[None, :]), attending[None, :]
 
 
-def division(divisor):
-    """(reciprocal, shift): i // divisor is i * reciprocal >> shift for i below 2**29."""
-    shift = 29 + divisor.bit_length()
+def division(divisor, bits=29):
+    """(reciprocal, shift): i // divisor is i * reciprocal >> shift for i below 2**bits."""
+    shift = bits + divisor.bit_length()
     return -(-(1 << shift) // divisor), shift
 
 

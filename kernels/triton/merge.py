@@ -3,11 +3,12 @@
 A *pair* is a center and a token of its neighborhood. Bytes per token where a quarter of the tokens
 are centers of six clusters of eight, in units of one token's C features:
 
-* Forward, a program takes centers one after the other and multiplies the 48 tokens of each by their
-  48 x 4 weights. The floor is one read of the features and a write of 4 C per center, 2 C. Reads of
-  a row by several centers, 12 C in all, should meet in a cache. Centers come in the order of their
-  scores; where the features do not fit the L2 cache they are taken in the order of their first
-  clusters instead, and those of a program then share rows in L1, too.
+* Forward, a program, a single warp, takes two centers at a time and 16 tokens of each: a thread
+  computes the four weights of a pair, which a matrix product then applies to the features. The
+  floor is one read of the features and a write of 4 C per center, 2 C. Reads of a row by several
+  centers, 12 C in all, should meet in a cache. Centers come in the order of their scores; where the
+  features do not fit the L2 cache they are taken in the order of their first clusters instead, and
+  those of a program then share rows in L1, too.
 * Backward, a program owns clusters and reads the gradient's rows of the centers that list one, 6 C
   in all where the floor is 1 C, beside 2 C for the features and their gradient. Above 64 channels,
   and in float32 and float16, a second kernel reads both again: registers do not hold all sums.
@@ -17,18 +18,52 @@ import torch
 import triton
 import triton.language as tl
 
+from pointformer.kernels.triton.attention_pairs import DTYPES, division, learned_dtypes
 from pointformer.kernels.triton.inverse import inverse_lists
 from pointformer.kernels.triton.runtime import INTERPRETED, Variant
 
-_CENTERS = 8  # of a list, in the backward pass at a time
 _MAX_TOGETHER = 64  # channels up to which one of its kernels computes all gradients
+_WIDEST = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 128}  # of its forward kernel
 _CACHE = 32 << 20  # bytes of features from which on the order of centers matters
 _ENOUGH_PROGRAMS = 2048  # more centers or clusters than these share programs
-_FEATURES = (torch.float32, torch.bfloat16, torch.float16)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_BACKWARD_INTEGERS = (
+    "clusters", "reciprocal", "shift", "columns", "units", "span",
+)  # fmt: skip
+_FORWARD_INTEGERS = (
+    "tokens", "queries", "radius", "clusters", "cluster_size", "reciprocal", "shift", "columns",
+    "units", "span",
+)  # fmt: skip
 # Of products of float32, on any matrix unit, to 24 and to 16 bits.
 _FULL = tl.constexpr("ieee" if INTERPRETED else "bf16x6")
 _HALF = tl.constexpr("ieee" if INTERPRETED else "bf16x3")
+
+
+@triton.jit
+def _load_points(positions, row, D: tl.constexpr):
+    """Coordinates of rows (N,), a tuple of D."""
+    point = ()
+    for axis in tl.static_range(D):
+        point += (tl.load(positions + row * D + axis),)
+    return point
+
+
+@triton.jit
+def _differences(a, b, D: tl.constexpr):
+    delta = ()
+    for axis in tl.static_range(D):
+        delta += (a[axis] - b[axis],)
+    return delta
+
+
+@triton.jit
+def _add_products(left, right, acc):
+    """acc + left (N, C) @ right (K, C) transposed, in float32."""
+    if left.dtype == tl.bfloat16 and _INTERPRETED:  # it multiplies the bits
+        acc = tl.dot(left.to(tl.float32), tl.trans(right.to(tl.float32)), acc)
+    else:
+        acc = tl.dot(left, tl.trans(right), acc, input_precision=_FULL)
+    return acc
 
 
 @triton.jit
@@ -37,8 +72,8 @@ def _position_features(delta, D: tl.constexpr):
     squared = delta[0] * delta[0] + delta[1] * delta[1]
     if D == 3:
         squared += delta[2] * delta[2]
-    apart = squared >= 1.1754944e-38  # the root below takes smaller numbers for zero
-    inverse = tl.where(apart, tl.rsqrt(tl.where(apart, squared, 1.0)), 0.0)
+    least = 1.1754944e-38  # roots take smaller numbers for zero
+    inverse = tl.where(squared >= least, tl.rsqrt(tl.maximum(squared, least)), 0.0)
     phi = delta
     if D == 2:
         phi += (squared * inverse, delta[1] * inverse, delta[0] * inverse)
@@ -49,246 +84,300 @@ def _position_features(delta, D: tl.constexpr):
 
 
 @triton.jit
-def _normalized(phi, weight, bias, eps, F: tl.constexpr, AXIS: tl.constexpr):
-    """LayerNorm of the four logits before scale and shift, and 1 / standard deviation.
+def _load_net(weight, bias, norm_weight, norm_bias, columns, D: tl.constexpr):
+    """The weight net's numbers as a tuple: 2 D + 1 columns of the weight and the bias, three each,
+    then four each of norm_weight and norm_bias. Columns that the weight lacks are zero.
 
-    `weight`, `bias` point to one number for each place along AXIS, where phi has size 1.
+    Means are taken off columns, as LayerNorm will of logits: a fourth number is minus the others.
     """
-    logits = tl.load(bias) + tl.load(weight) * phi[0]
-    for f in tl.static_range(1, F):
-        logits += tl.load(weight + f) * phi[f]
-    logits -= tl.sum(logits, AXIS, keep_dims=True) * 0.25
-    inverse = tl.rsqrt(tl.sum(logits * logits, AXIS, keep_dims=True) * 0.25 + eps)
-    return logits * inverse, inverse
+    net = ()
+    for f in tl.static_range(2 * D + 2):
+        column = ()
+        for m in tl.static_range(4):
+            if f == 2 * D + 1:
+                number = tl.load(bias + m)
+            else:
+                number = tl.load(weight + m * columns + f, mask=f < columns, other=0.0)
+            column += (number.to(tl.float32),)
+        mean = (column[0] + column[1] + (column[2] + column[3])) * 0.25
+        net += (column[0] - mean, column[1] - mean, column[2] - mean)
+    for m in tl.static_range(4):
+        net += (tl.load(norm_weight + m).to(tl.float32),)
+    for m in tl.static_range(4):
+        net += (tl.load(norm_bias + m).to(tl.float32),)
+    return net
+
+
+@triton.jit
+def _normalized(net, phi, eps, D: tl.constexpr):
+    """LayerNorm of the four logits before scale and shift, and 1 / standard deviation."""
+    F: tl.constexpr = 2 * D + 1
+    logits = ()
+    for m in tl.static_range(3):
+        logit = net[3 * F + m] + net[m] * phi[0]
+        for f in tl.static_range(1, F):
+            logit += net[3 * f + m] * phi[f]
+        logits += (logit,)
+    a, b, c = logits
+    d = -(a + b + c)
+    inverse = tl.rsqrt((a * a + b * b + (c * c + d * d)) * 0.25 + eps)
+    return (a * inverse, b * inverse, c * inverse, d * inverse), inverse
+
+
+@triton.jit
+def _together(numbers):
+    """Four (N,) as (N, 4)."""
+    a, b, c, d = numbers
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], 4))
+
+
+@triton.jit
+def _affine(net, normalized, m: tl.constexpr, D: tl.constexpr):
+    """After scale and shift."""
+    return normalized[m] * net[6 * D + 6 + m] + net[6 * D + 10 + m]
 
 
 @triton.jit
 def _distribution(x):
-    """Of a standard normal variable: GELU(x) is x times it."""
-    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+    """Of a standard normal variable, absolute error 1e-7, and its density times sqrt(2 pi): GELU(x)
+    is x times the former.
+
+    Abramowitz and Stegun 7.1.26: 1 - erf(y) = t * P(t) * exp(-y**2), t = 1 / (1 + 0.3275911 y).
+    """
+    root = tl.rsqrt(tl.abs(x) * 0.23164189 + 1.0)  # cheaper than a division
+    t = root * root
+    bell = tl.exp2(x * x * -0.7213475204444817)
+    p = (0.5307027145 * t - 0.7265760135) * t + 0.7107068705
+    p = (p * t - 0.142248368) * t + 0.127414796
+    tail = p * t * bell
+    return tl.where(x < 0, tail, 1.0 - tail), bell
+
+
+@triton.jit
+def _four(numbers):
+    """(N, 4) as four (N,)."""
+    even, odd = tl.split(tl.reshape(numbers, (numbers.shape[0], 2, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _no_sums(B: tl.constexpr, C: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
+    """Zeros for `_add_weighted` to begin with, where values are of that dtype."""
+    parts: tl.constexpr = 2 if dtype == tl.bfloat16 and not _INTERPRETED else 1
+    return tl.zeros((B, C, N * parts), tl.float32)
 
 
 @triton.jit
 def _add_weighted(values, weights, acc):
-    """acc (C, N) + values (K, C) transposed @ weights (K, N), float32 weights hardly rounded."""
-    if weights.shape[1] == 1:
-        acc += tl.sum(values.to(tl.float32) * weights, 0)[:, None]
-    elif values.dtype == tl.bfloat16 and not _INTERPRETED:  # the interpreter multiplies bits
+    """acc + values (B, K, C) transposed @ weights (B, K, N), float32 weights hardly rounded: of
+    bfloat16 they are two numbers, which `_sums` adds up."""
+    values = tl.permute(values, (0, 2, 1))
+    if acc.shape[2] > weights.shape[2]:
         high = weights.to(tl.bfloat16)
         low = (weights - high.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(tl.trans(values), low, acc)
-        acc = tl.dot(tl.trans(values), high, acc)
+        both = tl.join(high, low)
+        acc = tl.dot(values, tl.reshape(both, (acc.shape[0], both.shape[1], acc.shape[2])), acc)
     elif values.dtype == tl.float16:
-        values = tl.trans(values.to(tl.float32))
-        acc = tl.dot(values, weights, acc, input_precision=_HALF)
+        acc = tl.dot(values.to(tl.float32), weights, acc, input_precision=_HALF)
     else:
-        values = tl.trans(values.to(tl.float32))
-        acc = tl.dot(values, weights, acc, input_precision=_FULL)
+        acc = tl.dot(values.to(tl.float32), weights, acc, input_precision=_FULL)
     return acc
 
 
 @triton.jit
-def _products(left, right):
-    """left (N, C) @ right (K, C) transposed, in float32."""
-    if right.shape[0] == 1:
-        product = tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)[:, None]
-    elif left.dtype == tl.bfloat16 and _INTERPRETED:
-        product = tl.dot(left.to(tl.float32), tl.trans(right.to(tl.float32)))
-    else:
-        product = tl.dot(left, tl.trans(right), input_precision=_FULL)
-    return product
+def _sums(acc, N: tl.constexpr):
+    """What `_add_weighted` added up: (B, C, N)."""
+    return tl.sum(tl.reshape(acc, (acc.shape[0], acc.shape[1], N, acc.shape[2] // N)), 3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_FORWARD_INTEGERS)
 def scored_merge_fwd_kernel(
     features, scores, positions, centers, offsets, index, order,
     weight, bias, norm_weight, norm_bias, out,
-    queries, radius, clusters, units, span, eps,
-    D: tl.constexpr, ORDERED: tl.constexpr, LISTED: tl.constexpr,
-    STEP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, UNIT: tl.constexpr,
+    tokens, queries, radius, clusters, cluster_size, reciprocal: tl.int64, shift, columns,
+    units, span, eps,
+    D: tl.constexpr, ORDERED: tl.constexpr,
+    CENTERS: tl.constexpr, PLACES: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """One program: `span` centers one by one, CHUNKS times CHUNK channels. LISTED clusters of a
-    list are looked up together, their tokens summed STEP at a time."""
-    F: tl.constexpr = 2 * D + 1
+    """One program: `span` times CENTERS centers and CHUNK channels, by PLACES of each center's
+    tokens, which are counted as if every listed cluster had `cluster_size` of them."""
     channels = units * UNIT
-    first_channel = tl.program_id(1) * (CHUNK * CHUNKS)
+    channel = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    net = _load_net(weight, bias, norm_weight, norm_bias, columns, D)
+    pair = tl.arange(0, CENTERS * PLACES)
     m = tl.arange(0, 4)
-    first_slot = tl.program_id(0) * span
-    for slot in range(first_slot, tl.minimum(first_slot + span, queries)):
-        center = slot
-        if ORDERED:
-            center = tl.load(order + slot).to(tl.int32)
-        sums = ()
-        for _ in tl.static_range(CHUNKS):
-            sums += (tl.zeros((CHUNK, 4), tl.float32),)
-        for r0 in range(0, radius, LISTED):
-            r = r0 + tl.arange(0, LISTED)  # (LISTED,)
-            cluster = tl.load(index + center * radius + r, mask=r < radius, other=-1)
-            known = (cluster >= 0) & (cluster < clusters)
-            begin = tl.load(offsets + cluster, mask=known, other=0)
-            length = tl.load(offsets + cluster + 1, mask=known, other=0) - begin
-            stop = tl.cumsum(length, 0)
-            start = stop - length
-            total = tl.sum(length, 0)
-            for n0 in range(0, total, STEP):
-                n = n0 + tl.arange(0, STEP)  # (STEP,)
-                within = (n[:, None] >= start[None, :]) & (n[:, None] < stop[None, :])
-                row = n + tl.sum(tl.where(within, (begin - start)[None, :], 0), 1)
-                row = row.to(tl.int64)
-                inside = n < total
-                delta = ()
-                for axis in tl.static_range(D):
-                    position = tl.load(positions + row * D + axis, mask=inside, other=0.0)
-                    delta += ((position - tl.load(centers + center * D + axis))[:, None],)
-                phi = _position_features(delta, D)  # of (STEP, 1)
-                normalized, inverse = _normalized(  # noqa: RUF059 - types of `_` would differ
-                    phi, (weight + m * F)[None, :], (bias + m)[None, :], eps, F, 1
-                )
-                x = normalized * tl.load(norm_weight + m)[None, :] + tl.load(norm_bias + m)[None, :]
-                score = tl.load(scores + row, mask=inside, other=0.0)
-                weights = tl.where(inside[:, None], x * _distribution(x) * score[:, None], 0.0)
-                added = ()
-                for i in tl.static_range(CHUNKS):
-                    channel = first_channel + i * CHUNK + tl.arange(0, CHUNK)
-                    values = tl.load(
-                        features + row[:, None] * channels + channel[None, :],
-                        mask=inside[:, None] & (channel < channels)[None, :],
-                        other=0.0,
-                    )  # (STEP, CHUNK)
-                    added += (_add_weighted(values, weights, sums[i]),)
-                sums = added
-        for i in tl.static_range(CHUNKS):
-            channel = first_channel + i * CHUNK + tl.arange(0, CHUNK)
-            tl.store(
-                out + (center.to(tl.int64) * 4 + m)[None, :] * channels + channel[:, None],
-                sums[i],
-                mask=(channel < channels)[:, None],
+    first = tl.program_id(0) * span
+    for group in range(first, tl.minimum(first + span, tl.cdiv(queries, CENTERS))):
+        slot = tl.minimum(group * CENTERS + pair // PLACES, queries - 1)
+        center = tl.load(order + slot).to(tl.int64) if ORDERED else slot.to(tl.int64)
+        origin = _load_points(centers, center, D)
+        sums = _no_sums(CENTERS, CHUNK, 4, features.dtype.element_ty)
+        for n0 in range(0, radius * cluster_size, PLACES):
+            n = n0 + pair % PLACES
+            r = ((n.to(tl.int64) * reciprocal) >> shift).to(tl.int32)  # n // cluster_size
+            cluster = tl.load(index + center * radius + tl.minimum(r, radius - 1))
+            listed = (r < radius) & (cluster >= 0) & (cluster < clusters)
+            cluster = tl.minimum(tl.maximum(cluster, 0), clusters - 1)
+            row = tl.load(offsets + cluster) + (n - r * cluster_size)
+            exists = listed & (row < tl.load(offsets + cluster + 1))
+            row = tl.minimum(row, tokens - 1).to(tl.int64)
+            delta = _differences(_load_points(positions, row, D), origin, D)
+            normalized = _normalized(net, _position_features(delta, D), eps, D)[0]
+            score = tl.where(exists, tl.load(scores + row), 0.0)
+            weights = ()
+            for i in tl.static_range(4):
+                x = _affine(net, normalized, i, D)
+                weights += (tl.where(exists, x * _distribution(x)[0] * score, 0.0),)
+            values = tl.load(
+                features + row[:, None] * channels + channel[None, :],
+                mask=exists[:, None] & (channel < channels)[None, :],
+                other=0.0,
             )
+            sums = _add_weighted(
+                tl.reshape(values, (CENTERS, PLACES, CHUNK)),
+                tl.reshape(_together(weights), (CENTERS, PLACES, 4)),
+                sums,
+            )
+        slot = group * CENTERS + tl.arange(0, CENTERS)
+        exists = (slot < queries)[:, None, None] & (channel < channels)[None, :, None]
+        slot = tl.minimum(slot, queries - 1)
+        center = tl.load(order + slot).to(tl.int64) if ORDERED else slot.to(tl.int64)
+        line = (center[:, None] * 4 + m[None, :])[:, None, :]
+        tl.store(out + line * channels + channel[None, :, None], _sums(sums, 4), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BACKWARD_INTEGERS)
 def scored_merge_bwd_kernel(
     grad, features, scores, positions, centers, offsets, lists, entries,
     weight, bias, norm_weight, norm_bias, d_features, d_scores, partial,
-    radius, clusters, units, span, eps,
+    clusters, reciprocal: tl.int64, shift, columns, units, span, eps,
     D: tl.constexpr, FEATURES: tl.constexpr, NET: tl.constexpr,
-    ROWS: tl.constexpr, CENTERS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    UNIT: tl.constexpr,
+    ROWS: tl.constexpr, CENTERS: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: `span` clusters one by one, ROWS of a cluster's tokens and CENTERS of the
-    centers that list it at a time. With FEATURES, the gradient of CHUNKS times CHUNK channels;
-    with NET, that of the scores and a partial sum for the weight net, which needs all channels.
+    centers that list it at a time. With FEATURES, the gradient of CHUNK channels; with NET, that
+    of the scores and a partial sum for the weight net, which needs all channels.
 
-    Numbers of pairs are (CENTERS, 4, ROWS) or have size 1 where they are the same for all four m;
-    `line` counts rows of the gradient, four per center.
+    A token or center that is missing is computed as the last one, and counts nothing.
     """
     F: tl.constexpr = 2 * D + 1
-    LINES: tl.constexpr = 4 * CENTERS
+    LINES: tl.constexpr = 4 * CENTERS  # of the gradient
     channels = units * UNIT
     program = tl.program_id(0).to(tl.int64)
-    first_channel = tl.program_id(1) * (CHUNK * CHUNKS)
-    m = tl.arange(0, 4)[None, :, None]
+    channel = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
+    net = _load_net(weight, bias, norm_weight, norm_bias, columns, D)
+    pair = tl.arange(0, CENTERS * ROWS)
     line = tl.arange(0, LINES)
-    sums = ()  # of F columns of the weight, bias, norm_weight, norm_bias
+    sums = ()  # of the net's numbers
     if NET:
-        for _ in tl.static_range(F + 3):
-            sums += (tl.zeros((CENTERS, 4), tl.float32),)
+        for _ in tl.static_range(3 * F + 11):
+            sums += (tl.zeros((CENTERS * ROWS,), tl.float32),)
     for cluster in range(program * span, tl.minimum(program * span + span, clusters)):
         end = tl.load(offsets + cluster + 1)
         list_begin = tl.load(lists + cluster)
         list_end = tl.load(lists + cluster + 1)
         for row0 in range(tl.load(offsets + cluster), end, ROWS):
-            row = (row0 + tl.arange(0, ROWS)).to(tl.int64)  # (ROWS,)
-            inside = row < end
-            score = tl.load(scores + row, mask=inside, other=0.0)[None, None, :]
-            d_score = tl.zeros((CENTERS, 4, ROWS), tl.float32)
-            d_values = ()
-            if FEATURES:
-                for _ in tl.static_range(CHUNKS):
-                    d_values += (tl.zeros((CHUNK, ROWS), tl.float32),)
+            row = tl.minimum(row0 + pair % ROWS, end - 1).to(tl.int64)
+            point = _load_points(positions, row, D)
+            score = tl.load(scores + row)
+            inside = row0 + pair % ROWS < end
+            tile_row = row0 + tl.arange(0, ROWS)
+            tile = features + tl.minimum(tile_row, end - 1).to(tl.int64)[:, None] * channels
+            d_score = tl.zeros((CENTERS * ROWS,), tl.float32)
+            d_values = _no_sums(1, CHUNK, ROWS, features.dtype.element_ty)
             for e0 in range(list_begin, list_end, CENTERS):
-                e = e0 + tl.arange(0, CENTERS)  # (CENTERS,)
-                entry = tl.load(entries + e, mask=e < list_end, other=0).to(tl.int32)
-                query = (entry // radius).to(tl.int64)
-                pair = (e < list_end)[:, None, None] & inside[None, None, :]
-                delta = ()
-                for axis in tl.static_range(D):
-                    own = tl.load(positions + row * D + axis, mask=inside, other=0.0)
-                    difference = (
-                        own[None, None, :] - tl.load(centers + query * D + axis)[:, None, None]
-                    )
-                    delta += (tl.where(pair, difference, 0.0),)
+                e = e0 + pair // ROWS
+                exists = inside & (e < list_end)
+                entry = tl.load(entries + tl.minimum(e, list_end - 1))
+                center = (entry * reciprocal) >> shift  # entry // radius
+                delta = _differences(point, _load_points(centers, center, D), D)
                 phi = _position_features(delta, D)
-                normalized, inverse = _normalized(phi, weight + m * F, bias + m, eps, F, 1)
-                scale = tl.load(norm_weight + m)
-                x = normalized * scale + tl.load(norm_bias + m)
-                below = _distribution(x)
+                normalized, inverse = _normalized(net, phi, eps, D)
+                weights, slope = (), ()
+                for i in tl.static_range(4):
+                    x = _affine(net, normalized, i, D)
+                    less, bell = _distribution(x)
+                    weights += (tl.where(exists, x * less, 0.0),)
+                    slope += (tl.where(exists, less + x * 0.3989422804014327 * bell, 0.0),)
 
-                entry = tl.load(entries + e0 + line // 4, mask=e0 + line // 4 < list_end, other=0)
-                owner = (entry.to(tl.int32) // radius).to(tl.int64)
-                slopes = grad + (owner * 4 + line % 4)[:, None] * channels  # (LINES, 1)
-                listed = (e0 + line // 4 < list_end)[:, None]
+                entry = tl.load(entries + tl.minimum(e0 + line // 4, list_end - 1))
+                owner = (entry * reciprocal) >> shift
+                lines = grad + (owner * 4 + line % 4)[:, None] * channels  # (LINES, 1)
                 dot = tl.zeros((LINES, ROWS), tl.float32)
                 if FEATURES:
-                    weights = tl.where(pair, x * below * score, 0.0)
-                    weights = tl.reshape(weights, (LINES, ROWS))
-                    added = ()
-                    for i in tl.static_range(CHUNKS):
-                        channel = first_channel + i * CHUNK + tl.arange(0, CHUNK)
-                        some = (channel < channels)[None, :]
-                        slope = tl.load(slopes + channel[None, :], mask=listed & some, other=0.0)
-                        added += (_add_weighted(slope, weights, d_values[i]),)
-                        if NET:
-                            at = row[:, None] * channels + channel[None, :]
-                            mask = inside[:, None] & some
-                            value = tl.load(features + at, mask=mask, other=0.0)  # (ROWS, CHUNK)
-                            dot += _products(slope, value)
-                    d_values = added
-                else:
+                    scored = ()
+                    for i in tl.static_range(4):
+                        scored += (weights[i] * score,)
+                    factors = tl.reshape(_together(scored), (CENTERS, ROWS, 4))
+                    factors = tl.reshape(tl.permute(factors, (0, 2, 1)), (1, LINES, ROWS))
+                    grads = tl.load(lines + channel, mask=channel < channels, other=0.0)
+                    d_values = _add_weighted(
+                        tl.reshape(grads, (1, LINES, CHUNK)), factors, d_values
+                    )
+                if NET and FEATURES:
+                    value = tl.load(tile + channel, mask=channel < channels, other=0.0)
+                    dot = _add_products(grads, value, dot)
+                elif NET:
                     for c0 in range(0, channels, CHUNK):
-                        channel = c0 + tl.arange(0, CHUNK)
-                        some = (channel < channels)[None, :]
-                        slope = tl.load(slopes + channel[None, :], mask=listed & some, other=0.0)
-                        at = row[:, None] * channels + channel[None, :]
-                        value = tl.load(features + at, mask=inside[:, None] & some, other=0.0)
-                        dot += _products(slope, value)
+                        some = c0 + channel < channels
+                        grads = tl.load(lines + (c0 + channel), mask=some, other=0.0)
+                        value = tl.load(tile + (c0 + channel), mask=some, other=0.0)
+                        dot = _add_products(grads, value, dot)
                 if NET:
-                    dot = tl.where(pair, tl.reshape(dot, (CENTERS, 4, ROWS)), 0.0)
-                    d_score += dot * x * below
-                    density = 0.3989422804014327 * tl.exp2(x * x * -0.7213475204444817)
-                    d_affine = dot * (below + x * density) * score
-                    d_logit = d_affine * scale
-                    mean = tl.sum(d_logit, 1, keep_dims=True) * 0.25
-                    along = tl.sum(d_logit * normalized, 1, keep_dims=True) * 0.25
-                    d_logit = (d_logit - mean - normalized * along) * inverse
+                    dot = tl.permute(tl.reshape(dot, (CENTERS, 4, ROWS)), (0, 2, 1))
+                    dots = _four(tl.reshape(dot, (CENTERS * ROWS, 4)))
+                    d_affine, d_logit = (), ()
+                    mean = tl.zeros((CENTERS * ROWS,), tl.float32)
+                    along = mean
+                    for i in tl.static_range(4):
+                        d_score += tl.where(exists, dots[i] * weights[i], 0.0)
+                        d = tl.where(exists, dots[i] * slope[i] * score, 0.0)
+                        d_affine += (d,)
+                        d *= net[3 * F + 3 + i]
+                        d_logit += (d,)
+                        mean += d
+                        along += d * normalized[i]
                     added = ()
-                    for f in tl.static_range(F):
-                        added += (sums[f] + tl.sum(d_logit * phi[f], 2),)
-                    added += (tl.sum(d_logit, 2) + sums[F],)
-                    added += (tl.sum(d_affine * normalized, 2) + sums[F + 1],)
-                    added += (tl.sum(d_affine, 2) + sums[F + 2],)
+                    mean *= 0.25
+                    along *= 0.25
+                    for f in tl.static_range(F + 1):
+                        for i in tl.static_range(3):
+                            # Those of the four logits add up to 0.
+                            d = (d_logit[i] - mean - normalized[i] * along) * inverse
+                            added += (sums[3 * f + i] + (d * phi[f] if f < F else d),)
+                    for i in tl.static_range(4):
+                        added += (sums[3 * F + 3 + i] + d_affine[i] * normalized[i],)
+                    for i in tl.static_range(4):
+                        added += (sums[3 * F + 7 + i] + d_affine[i],)
                     sums = added
             if NET:
-                total = tl.sum(tl.sum(d_score, 1), 0)
-                tl.store(d_scores + row, total, mask=inside)
+                total = tl.sum(tl.reshape(d_score, (CENTERS, ROWS)), 0)
+                tl.store(d_scores + tile_row, total, mask=tile_row < end)
             if FEATURES:
-                for i in tl.static_range(CHUNKS):
-                    channel = first_channel + i * CHUNK + tl.arange(0, CHUNK)
-                    tl.store(
-                        d_features + row[None, :] * channels + channel[:, None],
-                        d_values[i],
-                        mask=inside[None, :] & (channel < channels)[:, None],
-                    )
+                at = tile_row.to(tl.int64)[:, None] * channels + channel
+                total = tl.trans(tl.reshape(_sums(d_values, ROWS), (CHUNK, ROWS)))
+                exists = (tile_row < end)[:, None] & (channel < channels)
+                tl.store(d_features + at, total, mask=exists)
     if NET:
-        number = tl.arange(0, 4)
-        for i in tl.static_range(F + 3):
-            total = tl.sum(sums[i], 0)  # (4,)
-            tl.store(partial + (i * 4 + number) * tl.num_programs(0).to(tl.int64) + program, total)
+        partial += program
+        programs = tl.num_programs(0).to(tl.int64)
+        for f in tl.static_range(F + 1):
+            rest = 0.0
+            for i in tl.static_range(3):
+                total = tl.sum(sums[3 * f + i], 0)
+                rest -= total
+                tl.store(partial + (4 * f + i) * programs, total)
+            tl.store(partial + (4 * f + 3) * programs, rest)
+        for i in tl.static_range(8):
+            total = tl.sum(sums[3 * F + 3 + i], 0)
+            tl.store(partial + (4 * F + 4 + i) * programs, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("columns", "programs"))
 def sum_partials_kernel(
-    partial, d_weight, d_bias, d_norm_weight, d_norm_bias, programs,
+    partial, d_weight, d_bias, d_norm_weight, d_norm_bias, columns, programs,
     F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: one number of the weight net, its partial sums in a fixed order."""
@@ -302,7 +391,7 @@ def sum_partials_kernel(
     total = tl.sum(total, 0).to(tl.float32)
     column, m = number // 4, number % 4
     if column < F:
-        tl.store(d_weight + m * F + column, total)
+        tl.store(d_weight + m * columns + column, total, mask=column < columns)
     elif column == F:
         tl.store(d_bias + m, total)
     elif column == F + 1:
@@ -312,14 +401,10 @@ def sum_partials_kernel(
 
 
 def _forward_rounds(a):
-    index = a["index"]
-    known = (index >= 0) & (index < a["clusters"])
-    tokens = torch.where(known, a["offsets"].diff()[index.where(known, 0)], 0)
-    pad = -tokens.shape[1] % a["LISTED"]
-    tokens = torch.nn.functional.pad(tokens, (0, pad)).unflatten(1, (-1, a["LISTED"])).sum(2)
-    steps = (-(-tokens // a["STEP"])).sum(1).double().mean().item()
-    span = a["queries"] / triton.cdiv(a["queries"], a["span"])  # centers per program
-    return {"slot": span, "r0": span * tokens.shape[1], "n0": span * steps}
+    groups = triton.cdiv(a["queries"], a["CENTERS"])
+    span = groups / triton.cdiv(groups, a["span"])  # groups of centers per program
+    steps = triton.cdiv(a["radius"] * a["cluster_size"], a["PLACES"])
+    return {"group": span, "n0": span * steps}
 
 
 def _backward_rounds(a):
@@ -332,39 +417,35 @@ def _backward_rounds(a):
     return rounds
 
 
-def _forward_variant(dtype, dimensions, size, ordered, channels):
-    """`size`: tokens of a cluster, about."""
-    block = _block(channels, 128 if dtype == torch.float32 else 256)
-    warps = 4 if block > 64 else 2
-    chunk = min(block, warps * (16 if dtype == torch.float32 else 32))
+def _forward_variant(dtype, learned, dimensions, ordered, channels):
     f32, i32 = torch.float32, torch.int32
     return Variant(
         scored_merge_fwd_kernel,
         (
             *(dtype, f32, f32, f32, i32, i32, torch.int64 if ordered else i32),
-            *(f32, f32, f32, f32, dtype),
-            *("i32", "i32", "i32", "i32", "i32", "fp32"),
+            *((learned,) * 4),
+            dtype,
+            *("i32" if name != "reciprocal" else "i64" for name in _FORWARD_INTEGERS),
+            "fp32",
         ),
         {
             "D": dimensions,
             "ORDERED": ordered,
-            "LISTED": 16 if size <= 1 else 8,
-            "STEP": 16 if size <= 1 else 32,
-            "CHUNK": chunk,
-            "CHUNKS": block // chunk,
+            "CENTERS": 2,
+            "PLACES": 16,
+            "CHUNK": _block(channels, _WIDEST[dtype]),
             "UNIT": _unit(channels),
         },
-        num_warps=warps,
+        num_warps=1,
         num_stages=1,
-        max_registers=128 if dtype == torch.bfloat16 and channels % 16 == 0 else 255,
+        max_registers=255,
         rounds=_forward_rounds,
     )
 
 
-def _backward_variant(dtype, dimensions, size, channels, parts):
-    """`size`: tokens of a cluster, about; `parts`: "features", "net" or "both"."""
-    block = _block(channels, 64 if dtype == torch.float32 else 128)
-    chunk = min(block, 32 if dtype == torch.float32 or size <= 1 else 64)
+def _backward_variant(dtype, learned, dimensions, size, channels, parts):
+    """`size`: tokens of a cluster, at most; `parts`: "features", "net" or "both"."""
+    chunk = _block(channels, 32 if dtype == torch.float32 else 64)
     if parts == "net" and (dtype == torch.float32 or _unit(channels) == 1):
         chunk = 16
     f32, i32 = torch.float32, torch.int32
@@ -372,20 +453,21 @@ def _backward_variant(dtype, dimensions, size, channels, parts):
         scored_merge_bwd_kernel,
         (
             *(dtype, dtype, f32, f32, f32, i32, i32, torch.int64),
-            *(f32, f32, f32, f32, dtype, f32, f32),
-            *("i32", "i32", "i32", "i32", "fp32"),
+            *((learned,) * 4),
+            *(dtype, f32, f32),
+            *("i32" if name != "reciprocal" else "i64" for name in _BACKWARD_INTEGERS),
+            "fp32",
         ),
         {
             "D": dimensions,
             "FEATURES": parts != "net",
             "NET": parts != "features",
-            "ROWS": 1 if size <= 1 else 8 if size <= 8 and dtype != torch.float32 else 16,
-            "CENTERS": _CENTERS,
+            "ROWS": 1 if size == 1 else 8,
+            "CENTERS": 8 if size == 1 else 4,
             "CHUNK": chunk,
-            "CHUNKS": block // chunk if parts != "net" else 1,
             "UNIT": _unit(channels),
         },
-        num_warps=2,
+        num_warps=1,
         num_stages=1,
         max_registers=255,
         rounds=_backward_rounds,
@@ -401,13 +483,8 @@ def _backward_parts(dtype, channels):
 def _block(channels, most):
     """Channels of a program."""
     if _unit(channels) == 1:
-        return 64  # the slow path: one width for all
+        return min(64, most)  # the slow path: one width for all
     return min(max(triton.next_power_of_2(channels), 16), most)
-
-
-def _blocks(variant, channels):
-    """Programs for all channels."""
-    return triton.cdiv(channels, variant.constants["CHUNK"] * variant.constants["CHUNKS"])
 
 
 def _unit(channels):
@@ -415,13 +492,11 @@ def _unit(channels):
     return 16 if channels % 16 == 0 else 1
 
 
-def _sum_variant(width):
-    f32 = torch.float32
-    constants = {"F": width, "BLOCK": 256}
+def _sum_variant(learned, dimensions):
     return Variant(
         sum_partials_kernel,
-        (f32, f32, f32, f32, f32, "i32"),
-        constants,
+        (torch.float32, *((learned,) * 4), "i32", "i32"),
+        {"F": 2 * dimensions + 1, "BLOCK": 256},
         rounds=lambda a: {"start": triton.cdiv(a["programs"], a["BLOCK"])},
     )
 
@@ -429,74 +504,94 @@ def _sum_variant(width):
 def variants():
     """Every specialization that the launchers below can choose."""
     for dimensions in (2, 3):
-        yield _sum_variant(2 * dimensions + 1)
-        for dtype in _FEATURES:
-            for channels in (1, 16, 32, 64, 128, 256):
-                for size, ordered in ((1, False), (8, False), (8, True)):
-                    yield _forward_variant(dtype, dimensions, size, ordered, channels)
-                for size in (1, 8, 16):
-                    for parts in _backward_parts(dtype, channels):
-                        yield _backward_variant(dtype, dimensions, size, channels, parts)
+        for dtype in DTYPES:
+            yield _sum_variant(dtype, dimensions)
+            for learned in learned_dtypes(dtype):
+                for channels in (1, 16, 32, 64, 128):
+                    for ordered in (False, True):
+                        yield _forward_variant(dtype, learned, dimensions, ordered, channels)
+                    for size in (1, 8):
+                        for parts in _backward_parts(dtype, channels):
+                            yield _backward_variant(
+                                dtype, learned, dimensions, size, channels, parts
+                            )
 
 
 def forward(
     features, scores, positions, center_positions, offsets, index,
-    weight, bias, norm_weight, norm_bias, eps,
+    weight, bias, norm_weight, norm_bias, cluster_size, eps,
 ):  # fmt: skip
     """(Q, 4 * C) in the features' dtype, see `scored_merge`; entries out of range are left out."""
     (tokens, channels), dimensions = features.shape, positions.shape[1]
     (queries, radius), clusters = index.shape, offsets.shape[0] - 1
     out = torch.empty(queries, 4 * channels, dtype=features.dtype, device=features.device)
-    size = triton.cdiv(tokens, max(clusters, 1))
+    if index.numel() == 0 or features.numel() == 0:
+        return out.zero_()
     # Lists of single tokens belong to queries that are tokens in their own order.
-    ordered = size > 1 and radius > 0 and features.numel() * features.element_size() > _CACHE
+    ordered = cluster_size > 1 and features.numel() * features.element_size() > _CACHE
     order = torch.sort(index[:, 0], stable=True).indices if ordered else index
-    variant = _forward_variant(features.dtype, dimensions, size, ordered, channels)
-    span = min(max(queries // _ENOUGH_PROGRAMS, 1), 4)
-    grid = triton.cdiv(queries, span), _blocks(variant, channels)
+    net = _net(weight, bias, norm_weight, norm_bias, features)
+    variant = _forward_variant(features.dtype, net[0].dtype, dimensions, ordered, channels)
+    constants = variant.constants
+    groups = triton.cdiv(queries, constants["CENTERS"])
+    span = min(max(groups // _ENOUGH_PROGRAMS, 1), 8)
     arrays = (features, scores, positions, center_positions, offsets, index, order)
-    net = (_all_weights(weight, dimensions), bias, norm_weight, norm_bias)
-    sizes = (queries, radius, clusters, channels // variant.constants["UNIT"], span)
-    variant.launch(grid, *_contiguous(*arrays, *net), out, *sizes, eps)
+    cluster_size = min(cluster_size, tokens)
+    variant.launch(
+        (triton.cdiv(groups, span), triton.cdiv(channels, constants["CHUNK"])),
+        *(*_contiguous(*arrays), *net, out),
+        *(tokens, queries, radius, clusters, cluster_size, *division(cluster_size, 31)),
+        *(weight.shape[1], channels // constants["UNIT"], span, eps),
+    )
     return out
 
 
 def backward(
     grad, features, scores, positions, center_positions, offsets, index,
-    weight, bias, norm_weight, norm_bias, eps,
+    weight, bias, norm_weight, norm_bias, cluster_size, eps,
 ):  # fmt: skip
     """Gradients of features, scores, weight, bias, norm_weight and norm_bias."""
-    (tokens, channels), dimensions = features.shape, positions.shape[1]
+    channels, dimensions = features.shape[1], positions.shape[1]
     radius, clusters = index.shape[1], offsets.shape[0] - 1
-    given = weight.shape[1]
-    net = (_all_weights(weight, dimensions), bias, norm_weight, norm_bias)
+    learned = (weight, bias, norm_weight, norm_bias)
     if index.numel() == 0 or features.numel() == 0:
-        learned = (weight, bias, norm_weight, norm_bias)
         return tuple(torch.zeros_like(x) for x in (features, scores, *learned))
     lists = inverse_lists(index, clusters)
+    net = _net(*learned, features)
     # Several clusters per program where there are enough: sums cost as much as a cluster.
-    span = min(max(clusters // _ENOUGH_PROGRAMS, 1), 8)
+    span = min(max(clusters // _ENOUGH_PROGRAMS, 1), 16)
     programs = triton.cdiv(clusters, span)
     d_features, d_scores, *d_net = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (features, scores, *net)
     )
-    width = 2 * dimensions + 1
-    partial = torch.empty(4 * width + 12, programs, device=weight.device, dtype=torch.float32)
-    arrays = (grad, features, scores, positions, center_positions, offsets, *lists, *net)
-    outputs = (d_features, d_scores, partial)
-    size = triton.cdiv(tokens, clusters)
+    partial = torch.empty(
+        8 * dimensions + 16, programs, dtype=torch.float32, device=features.device
+    )
+    arrays = _contiguous(grad, features, scores, positions, center_positions, offsets, *lists)
     for parts in _backward_parts(features.dtype, channels):
-        variant = _backward_variant(features.dtype, dimensions, size, channels, parts)
-        blocks = _blocks(variant, channels) if parts != "net" else 1
-        sizes = (radius, clusters, channels // variant.constants["UNIT"], span)
-        variant.launch((programs, blocks), *_contiguous(*arrays), *outputs, *sizes, eps)
-    _sum_variant(width).launch((4 * width + 12,), partial, *d_net, programs)
-    return d_features, d_scores, d_net[0][:, :given].contiguous(), *d_net[1:]
+        variant = _backward_variant(
+            features.dtype, net[0].dtype, dimensions, cluster_size, channels, parts
+        )
+        constants = variant.constants
+        blocks = triton.cdiv(channels, constants["CHUNK"]) if parts != "net" else 1
+        variant.launch(
+            (programs, blocks),
+            *(*arrays, *net, d_features, d_scores, partial),
+            *(clusters, *division(radius, 31), weight.shape[1], channels // constants["UNIT"]),
+            *(span, eps),
+        )
+    variant = _sum_variant(net[0].dtype, dimensions)
+    variant.launch((len(partial),), partial, *d_net, weight.shape[1], programs)
+    d_net = (d.to(x.dtype) for d, x in zip(d_net, learned, strict=True))
+    return d_features, d_scores, *d_net
 
 
-def _all_weights(weight, dimensions):
-    """(4, 2 D + 1): zeros where those of distance and direction are absent."""
-    return torch.nn.functional.pad(weight, (0, 2 * dimensions + 1 - weight.shape[1]))
+def _net(weight, bias, norm_weight, norm_bias, features):
+    """The four as kernels take them, of one dtype: the features' or float32."""
+    given = (weight, bias, norm_weight, norm_bias)
+    same = all(x.dtype == features.dtype for x in given)
+    dtype = features.dtype if same else torch.float32
+    return [x.to(dtype).contiguous() for x in given]
 
 
 def _contiguous(*tensors):

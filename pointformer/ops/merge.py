@@ -91,7 +91,8 @@ def scored_merge(
         rows, mask = centered.members()
         inputs = (features, scores, positions, positions[centers], rows, mask)
         return reference_merge(*inputs, *net, eps)
-    lists = (centered.clusters.offsets, centered.cluster_index)
+    clusters = centered.clusters
+    lists = (clusters.offsets, centered.cluster_index, clusters.cluster_size)
     return _fused(features, scores, positions, positions[centers], *lists, net, eps, chosen)
 
 
@@ -166,7 +167,7 @@ def point_conv(
         return reference_merge(*inputs, *net, eps)
     # Every token is a cluster of its own.
     offsets = torch.arange(tokens + 1, dtype=torch.int32, device=device)
-    lists = (offsets, as_int32(neighbor_index))
+    lists = (offsets, as_int32(neighbor_index), 1)
     scores = torch.ones(tokens, dtype=torch.float32, device=device)
     return _fused(features, scores, positions, center_positions, *lists, net, eps, chosen)
 
@@ -178,14 +179,14 @@ def _fused(
     center_positions: Tensor,
     offsets: Tensor,
     cluster_index: Tensor,
+    cluster_size: int,
     net: tuple[Tensor, ...],
     eps: float,
     impl: str,
 ) -> Tensor:
     lists = (positions, center_positions, offsets, cluster_index)
-    net = tuple(x.float() for x in net)
     rows = features if impl == "triton" else features.float()
-    merged = fused_merge(rows, scores.float(), *lists, *net, eps, impl)
+    merged = fused_merge(rows, scores.float(), *lists, *net, cluster_size, eps, impl)
     return merged.to(features.dtype)
 
 
