@@ -15,7 +15,8 @@ LIBRARY.define(
 LIBRARY.define("curve_code(str curve, Tensor cells, Tensor shape, int bits, str impl) -> Tensor")
 # Grids as flat lists with D numbers per sample: corner of the canvas, sides of a cell, cells per
 # axis; `longest` is the axis along which a single anchor has its virtual neighbors. Without
-# `anchors`, keys are places along the curve and the grids have 2**16 (2-D) or 2**15 cells per axis.
+# `anchors`, keys are places along the curve, and Hilbert's and Morton's grids have 2**`plain_bits`
+# cells per axis.
 LIBRARY.define(
     "curve_keys(Tensor positions, SymInt[] sizes, float[] origin, float[] cell_size, "
     "SymInt[] shape, SymInt[] longest, str curve, bool anchors, str impl) -> Tensor"

@@ -25,3 +25,10 @@ def from_host(values: Sequence, dtype: torch.dtype, device: torch.device | None)
     if device is None or device.type != "cuda":
         return table.to(device)
     return table.pin_memory().to(device, non_blocking=True)
+
+
+def plain_bits(dimensions: int, samples: int) -> int:
+    """Bits per axis of a curve's fine lattice: D times as many and the sample fill 63 bits."""
+    if dimensions == 2:
+        return 16
+    return 15 if samples <= 1 << 18 else 12  # multiples of D, or the Hilbert curve is turned

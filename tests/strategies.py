@@ -43,12 +43,23 @@ def _sample(rng, kind, size, dimensions):
         return few[rng.integers(0, len(few), size)], extent
     if kind == "blob":
         return extent * (0.5 + 0.02 * rng.random((size, dimensions))), extent
+    if kind == "stray":
+        positions = rng.random((size, dimensions)) * extent
+        positions[: size // 20 + 1] *= 10.0 ** rng.integers(2, 15)
+        return positions, extent
+    if kind == "blobs":
+        middles = rng.random((3, dimensions)) * 1e4
+        return middles[rng.integers(0, 3, size)] + rng.normal(size=(size, dimensions)), extent
+    if kind == "nested":  # a third of the points in each part of a tenth of the size
+        scale = 10.0 ** -rng.geometric(0.3, (size, 1)).clip(max=30)
+        return rng.normal(size=(size, dimensions)) * scale, extent
     if kind == "flat":
         extent[rng.integers(dimensions)] = 0.0
     return rng.random((size, dimensions)) * extent, extent
 
 
 KINDS = ("uniform", "lattice", "row", "equal", "duplicates", "blob", "flat")
+UNEVEN = ("stray", "blobs", "nested")  # their extents hold no more than a part of the points
 
 
 @st.composite

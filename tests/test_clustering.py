@@ -1,6 +1,7 @@
 """Balanced clustering: balance, the exact order, and equal bits in every implementation."""
 
 import inspect
+import itertools
 import math
 import sys
 from collections import Counter
@@ -11,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import KINDS, Tokens, full_lattice, tokens
+from strategies import KINDS, UNEVEN, Tokens, full_lattice, scattered, tokens
 
-from pointformer import balanced_cluster
+from pointformer import balanced_cluster, nearest_clusters
 from pointformer.geometry import clustering, hilbert_code, morton_code, snake_code
 from pointformer.kernels.clustering import fused_cluster_centers, fused_cluster_keys
 from pointformer.reference import clustering as reference
@@ -37,8 +38,8 @@ def cluster(sample: Tokens, **kwargs):
     return balanced_cluster(sample.positions, sizes=sample.sizes, extent=sample.extent, **kwargs)
 
 
-def expected_order(positions, extent, cluster_size, curve):
-    """The stated order of one sample, one token at a time in numpy float32."""
+def expected_keys(positions, extent, cluster_size, curve):
+    """The stated keys (anchor, ratio, row) of one sample, one token at a time in numpy float32."""
     f32 = np.float32
     n, dimensions = positions.shape
     k = math.ceil(n / cluster_size)
@@ -98,7 +99,26 @@ def expected_order(positions, extent, cluster_size, curve):
         rank = rank_of[where]
         ratio = squared(point, centers[rank]) / (squared(point, centers[rank + 2]) + f32(1e-5))
         keys.append((rank, ratio, row))
-    return [row for *_, row in sorted(keys)]
+    return sorted(keys)
+
+
+def expected_order(positions, extent, cluster_size, curve):
+    return [row for *_, row in expected_keys(positions, extent, cluster_size, curve)]
+
+
+def expected_measured_order(positions, cluster_size, curve):
+    """The same in the bounding box, where a cell's tokens are ordered again if they are many."""
+    low = positions.amin(0)
+    extent = (positions.amax(0) - low).tolist()
+    order = []
+    keys = expected_keys(positions - low, extent, cluster_size, curve)
+    for _, cell in itertools.groupby(keys, lambda key: key[0]):
+        rows = [row for *_, row in cell]
+        if 4 * cluster_size < len(rows) < len(positions):
+            again = expected_measured_order(positions[rows], cluster_size, curve)
+            rows = [rows[i] for i in again]
+        order += rows
+    return order
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -112,6 +132,84 @@ def test_order_is_the_stated_one(impl, sample, curve):
             expected += [start + row for row in order]
         start += part.sizes[0]
     assert result.order.tolist() == expected
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@given(
+    sample=tokens(kinds=KINDS + UNEVEN, max_size=40, max_samples=2), curve=st.sampled_from(CURVES)
+)
+def test_measured_order_is_the_stated_one(impl, sample, curve):
+    result = balanced_cluster(sample.positions, 2, sizes=sample.sizes, curve=curve, impl=impl)
+    start, expected = 0, []
+    for part in sample.samples():
+        if part.sizes[0]:
+            expected += [start + row for row in expected_measured_order(part.positions, 2, curve)]
+        start += part.sizes[0]
+    assert result.order.tolist() == expected
+
+
+def share_of_nearest(positions, skip=(), **options):
+    """Share of the 48 nearest tokens that are in the default neighborhoods, every fifth token's."""
+    clusters = balanced_cluster(positions, **options)
+    ordered = positions[clusters.order].double()
+    members, known = nearest_clusters(ordered.float(), clusters).members()
+    rows = torch.tensor([r for r in range(0, len(ordered), 5) if clusters.order[r] not in skip])
+    nearest = torch.cdist(ordered[rows], ordered).topk(48, largest=False).indices
+    found = (nearest[:, :, None] == members[rows, None]) & known[rows, None]
+    return found.any(2).double().mean()
+
+
+@pytest.mark.parametrize("anchors", [True, False])
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_neighborhoods_hold_the_nearest_at_any_density(dimensions, curve, anchors):
+    options = {"curve": curve, "anchors": anchors}
+    even = share_of_nearest(scattered("even", 3000, dimensions), **options)
+    default = curve == "hilbert" and anchors
+    if default:
+        assert even > (0.75 if dimensions == 2 else 0.65)
+    for kind in ("strays", "blobs"):
+        share = share_of_nearest(scattered(kind, 3000, dimensions), **options)
+        assert share > even - 0.1
+        assert not default or share > 0.65
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_stray_point_costs_nothing(dimensions):
+    positions = scattered("even", 3000, dimensions)
+    before = share_of_nearest(positions)
+    for exponent in range(2, 19, 4):
+        for axes in (slice(None), 0):
+            positions[5, axes] = 10.0**exponent
+            assert share_of_nearest(positions, skip=(5,)) > before - 0.02
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("anchors", [True, False])
+@pytest.mark.parametrize("curve", CURVES)
+def test_cells_are_divided_until_points_are_equal(curve, anchors, impl):
+    """Sizes over all of float32's range, and equal points in one of the smallest cells."""
+    rng = np.random.default_rng(0)
+    nested = np.concatenate([rng.random((40, 3)) * 10.0**-n for n in range(-17, 40)])
+    nested = np.concatenate([nested, nested[:1].repeat(300, 0)]).astype(np.float32)
+    sizes = [len(nested) - 300, len(nested)]
+    positions = torch.from_numpy(np.concatenate([nested[:-300], nested]))
+    result = balanced_cluster(positions, sizes=sizes, curve=curve, anchors=anchors, impl=impl)
+    for part in result.order.split(sizes):
+        assert torch.equal(part.sort().values, torch.arange(len(part)) + part.min())
+    equal = (positions == positions[sizes[0]]).all(1).nonzero()[1:, 0]
+    places = result.inverse_order[equal]
+    assert torch.equal(places, places[0] + torch.arange(301))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_more_samples_than_a_fine_curve_can_number(impl):
+    """In 3-D: the place on the curve and the sample share 63 bits."""
+    positions = torch.rand(2 * 300_000, 3, generator=torch.Generator().manual_seed(0))
+    result = balanced_cluster(
+        positions, sizes=[2] * 300_000, extent=(1, 1, 1), anchors=False, impl=impl
+    )
+    assert torch.equal(result.order // 2, torch.arange(600_000) // 2)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -180,9 +278,10 @@ def test_no_function_is_called_for_each_sample(measured, anchors):
     assert calls(50) == calls(200)
 
 
-@given(sample=tokens(), options=options)
-def test_clusters_are_balanced_and_cover_each_sample(sample, options):
-    result = cluster(sample, **options)
+@given(sample=tokens(kinds=KINDS + UNEVEN), options=options, measured=st.booleans())
+def test_clusters_are_balanced_and_cover_each_sample(sample, options, measured):
+    extent = None if measured else sample.extent
+    result = balanced_cluster(sample.positions, sizes=sample.sizes, extent=extent, **options)
     size = options["cluster_size"]
     assert result.sizes == sample.sizes
     assert result.counts == tuple(-(-n // size) for n in sample.sizes)
@@ -210,7 +309,7 @@ def test_clusters_are_balanced_and_cover_each_sample(sample, options):
     torch.testing.assert_close(result.centers.double(), means, rtol=1e-6, atol=1e-4)
 
 
-@given(sample=tokens(), options=options, measured=st.booleans())
+@given(sample=tokens(kinds=KINDS + UNEVEN), options=options, measured=st.booleans())
 def test_implementations_agree_bit_for_bit(sample, options, measured):
     extent = None if measured else sample.extent
     first, second = (
@@ -222,7 +321,7 @@ def test_implementations_agree_bit_for_bit(sample, options, measured):
     assert torch.equal(first.centers, second.centers)
 
 
-@given(sample=tokens(), options=options, measured=st.booleans())
+@given(sample=tokens(kinds=KINDS + UNEVEN), options=options, measured=st.booleans())
 def test_a_ragged_batch_equals_its_samples(sample, options, measured):
     def run(part):
         extent = None if measured else part.extent

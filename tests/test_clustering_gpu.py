@@ -36,7 +36,7 @@ def test_equal_to_the_cpu(dimensions, sizes, curve, anchors):
 
 
 @pytest.mark.parametrize("curve", CURVES)
-@pytest.mark.parametrize("layout", ["equal", "blob", "row"])
+@pytest.mark.parametrize("layout", ["equal", "blob", "row", "stray"])
 def test_uneven_density(layout, curve):
     generator = torch.Generator().manual_seed(1)
     positions = torch.rand(100_000, 2, generator=generator)
@@ -44,6 +44,8 @@ def test_uneven_density(layout, curve):
         positions[:] = 0.25
     elif layout == "blob":
         positions[:90_000] *= 0.1
+    elif layout == "stray":
+        positions[7] = 1e9
     else:
         positions *= torch.tensor([4096.0, 1.0])
     kwargs = {"extent": None, "curve": curve}

@@ -9,7 +9,7 @@ import torch
 from fake_gpu import dirty_memory, fake_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import full_lattice, tokens
+from strategies import KINDS, UNEVEN, full_lattice, tokens
 
 from pointformer import TokenSet, balanced_cluster
 from pointformer.kernels.clustering import fused_cluster_centers, fused_curve_keys
@@ -48,7 +48,11 @@ def assert_equal(first, second):
     assert torch.equal(first.centers, second.centers)
 
 
-@given(sample=tokens(max_size=35, max_samples=3), options=options, measured=st.booleans())
+@given(
+    sample=tokens(kinds=KINDS + UNEVEN, max_size=35, max_samples=3),
+    options=options,
+    measured=st.booleans(),
+)
 def test_clusters_are_those_of_the_cpu(sample, options, measured):
     extent = None if measured else sample.extent
 

@@ -16,12 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from pointformer.kernels.tables import from_host, starts_of
+from pointformer.kernels.tables import from_host, plain_bits, starts_of
 from pointformer.kernels.triton.runtime import Variant
 
 HILBERT, MORTON, SNAKE = (tl.constexpr(curve) for curve in range(3))
 _CURVES = {"hilbert": HILBERT.value, "morton": MORTON.value, "snake": SNAKE.value}
-_LEVELS = {2: 16, 3: 15}  # bits per axis without anchors
 _BLOCK = 128
 
 
@@ -386,7 +385,7 @@ def curve_keys(positions, sizes, origin, cell_size, shape, longest, curve, ancho
     keys = torch.empty(tokens, dtype=torch.int64, device=positions.device)
     if tokens == 0:
         return keys
-    bits = _LEVELS[dimensions]
+    bits = plain_bits(dimensions, len(sizes))
     if anchors:
         bits = max(shape).bit_length()
         bits += -bits % dimensions  # a leading zero turns the curve

@@ -30,7 +30,7 @@ from pointformer.kernels.clustering import (
     fused_curve_code,
     fused_curve_keys,
 )
-from pointformer.kernels.tables import from_host
+from pointformer.kernels.tables import from_host, plain_bits
 from pointformer.reference import clustering as reference
 
 _REMAINDERS = ("spread", "last")
@@ -38,7 +38,7 @@ _REMAINDERS = ("spread", "last")
 _Grids = tuple[list[int], list[float], list[int]]
 _MAX_CELLS = 1 << 20  # per axis: the curves' codes hold 21 bits of each coordinate
 _MOST_TOKENS = 1 << 28  # on GPUs: places along the walk are counted in 32 bits
-_LEVELS = {2: 16, 3: 15}  # bits per axis of the quantisation without anchors
+_CROWDED = 4  # a cell with more clusters than this is divided; even density makes hardly any
 
 
 def balanced_cluster(
@@ -72,18 +72,24 @@ def balanced_cluster(
     its anchors lie half a unit below the centers of the cells. The other curves measure in cells,
     so that the order does not depend on the unit of the positions.
 
+    Without `extent` the order adapts to density, and points far away cost nothing: where a cell of
+    the bounding box holds more than four times `cluster_size` tokens but not all of the sample's,
+    these are ordered among themselves as a sample of their own is, in their own bounding box, and
+    so on. Equal ones keep the order of their rows.
+
     Args:
         positions: (T, D) float32, D = 2 or 3, axes (x, y[, z]), samples one after the other.
         cluster_size: no cluster gets more tokens than this.
         sizes: tokens per sample, B host integers; `None` for one sample.
         extent: sides of each sample's canvas, B x D host numbers in the units of `positions`, or D
             numbers for all samples; tokens outside belong to the nearest cells. `None` measures the
-            bounding boxes, which waits for the device.
+            bounding boxes, and divides crowded cells again; both wait for the device.
         origin: lower corner of each sample's canvas, like `extent`; 0 by default. Without `extent`
             it is the lower corner of the bounding box and cannot be given.
         curve: "hilbert", "morton" or "snake".
-        anchors: `False` for the plain order of the curve over a fine lattice (65,536 levels along
-            the longest axis in 2-D, 32,768 in 3-D), ties by input row.
+        anchors: `False` for the plain order of the curve, ties by input row: of "hilbert" and
+            "morton" over a fine lattice (65,536 levels along the longest axis in 2-D, 32,768 in
+            3-D, 4,096 for more than 262,144 samples), of "snake" over the cells described above.
         remainder: "spread" for ceil(n / cluster_size) clusters whose sizes differ by at most one,
             larger ones first; "last" for full clusters, where a sample's last may be short.
         global_size: samples with at most this many tokens keep the order of their rows.
@@ -108,23 +114,15 @@ def balanced_cluster(
     check_flags(anchors=anchors, check_values=check_values)
     if check_values:
         check_finite("positions", positions, sizes)
-    if extent is None:
-        if origin is not None:
-            raise ValueError("origin: give extent too, or neither")
-        low, high = bounding_boxes(positions, sizes)
-        corners, sides = low.flatten().tolist(), (high - low).flatten().tolist()
-        if not all(map(math.isfinite, sides)):
-            raise ValueError("extent: cannot measure it, a position is NaN or infinite")
-    else:
+    canvas = None
+    if extent is not None:
         if origin is None:
             origin = (0.0,) * dimensions
-        corners, sides = (
-            list(itertools.chain.from_iterable(rows))
-            for rows in (
-                check_per_sample("origin", origin, len(sizes), dimensions),
-                check_per_sample("extent", extent, len(sizes), dimensions, least=0),
-            )
-        )
+        corners = check_per_sample("origin", origin, len(sizes), dimensions)
+        sides = check_per_sample("extent", extent, len(sizes), dimensions, least=0)
+        canvas = [*itertools.chain(*corners)], [*itertools.chain(*sides)]
+    elif origin is not None:
+        raise ValueError("origin: give extent too, or neither")
 
     device = positions.device
     triton_lacks = partial(_triton_lacks, positions)
@@ -137,15 +135,69 @@ def balanced_cluster(
     if all(in_order):
         order = torch.arange(positions.shape[0], device=device)
     else:
-        if anchors:
-            grids = _anchor_grids(counts, sides, in_order)
-        else:
-            grids = _fine_grids(sides, dimensions, in_order)
-        keys = _sort_keys(positions, sizes, corners, grids, curve, anchors, chosen)
-        order = torch.sort(keys, stable=True).indices
+        order = _curve_order(
+            positions, sizes, canvas, in_order, cluster_size, curve, anchors, chosen
+        )
     offsets = _cluster_offsets(sizes, counts, cluster_size, remainder, device)
     centers = centers_of(positions, order, offsets)
     return Clusters(order, offsets, centers, sizes, counts, cluster_size)
+
+
+def _curve_order(
+    positions: Tensor,
+    sizes: tuple[int, ...],
+    canvas: tuple[list[float], list[float]] | None,
+    in_order: Sequence[bool],
+    cluster_size: int,
+    curve: str,
+    anchors: bool,
+    chosen: str,
+) -> Tensor:
+    """Rows (T,) int64 sorted by sample, along the curve in each.
+
+    `canvas` has the corners and sides of the canvases, D numbers per sample. Without it they are
+    measured, and crowded cells are divided again, those of all samples together. Each time the
+    longest side of a box is at least halved, so that float32's range bounds the depth.
+    """
+    measured = canvas is None
+    corners, sides = canvas or _measured_canvas(positions, sizes)
+    if anchors or curve == "snake":
+        counts = tuple(-(-size // cluster_size) for size in sizes)
+        grids = _anchor_grids(counts, sides, in_order)
+    else:
+        grids = _fine_grids(sides, positions.shape[1], in_order)
+    keys = _sort_keys(positions, sizes, corners, grids, curve, anchors, chosen)
+    keys, order = torch.sort(keys, stable=True)
+    if not measured:
+        return order
+    cells = keys >> reference.RATIO_BITS if anchors else keys
+    most = _CROWDED * cluster_size
+    if not bool((cells[most:] == cells[:-most]).any()):
+        return order
+    run = torch.unique_consecutive(cells, return_counts=True)[1]
+    starts = offsets_of(sizes, positions.device)
+    sample = torch.searchsorted(starts, run.cumsum(0) - 1, right=True) - 1
+    # All of a sample in one cell: equal points, or one that keeps its order.
+    crowded = (run > most) & (run < starts.diff()[sample])
+    lengths = tuple(run[crowded].tolist())
+    if lengths:
+        inside = torch.repeat_interleave(crowded, run, output_size=len(order)).nonzero()[:, 0]
+        rows = order.index_select(0, inside)
+        again = _curve_order(
+            positions.index_select(0, rows), lengths, None, [False] * len(lengths), cluster_size,
+            curve, anchors, chosen,
+        )  # fmt: skip
+        order[inside] = rows.index_select(0, again)
+    return order
+
+
+def _measured_canvas(positions: Tensor, sizes: tuple[int, ...]) -> tuple[list[float], list[float]]:
+    """Corners and sides of the samples' bounding boxes, D numbers per sample."""
+    low, high = bounding_boxes(positions, sizes)
+    sides = (high - low).flatten().tolist()
+    if not all(map(math.isfinite, sides)):
+        raise ValueError("extent: cannot measure it, a position is NaN or infinite")
+    return low.flatten().tolist(), sides
 
 
 def _triton_lacks(positions: Tensor) -> str | None:
@@ -224,7 +276,7 @@ def _anchor_grid_arrays(sides: np.ndarray, clusters: np.ndarray) -> tuple[np.nda
 
 def _fine_grids(sides: list[float], dimensions: int, in_order: Sequence[bool]) -> _Grids:
     """The same for the plain order of a curve: fine lattices of cells with equal sides."""
-    levels = 1 << _LEVELS[dimensions]
+    levels = 1 << plain_bits(dimensions, len(in_order))
     cell = []
     for row, still in zip(_rows(sides, len(in_order)), in_order, strict=True):
         cell += [math.inf if still else max(row) / levels or math.inf] * dimensions
@@ -332,18 +384,18 @@ def _plain_keys(
     curve: str,
     code_of: Callable[..., Tensor],
 ) -> Tensor:
-    """Sort keys (T,) int64 without anchors: (sample, place on the curve over a fine lattice)."""
+    """Sort keys (T,) int64 without anchors: (sample, place of the cell on the curve)."""
     dimensions, device = positions.shape[1], positions.device
-    bits = _LEVELS[dimensions]
-    levels = 1 << bits
-    unit = from_host(grids[1][::dimensions], torch.float32, device)
+    bits = plain_bits(dimensions, len(sizes))
     samples = torch.arange(len(sizes), device=device)
     lengths = offsets_of(sizes, device).diff()
     sample = torch.repeat_interleave(samples, lengths, output_size=len(positions))
-    origin = from_host(corners, torch.float32, device).view(-1, dimensions)
-    positions = positions - origin[sample]
-    cells = (positions / unit[sample, None]).floor().clamp(0, levels - 1).long()
-    shape = torch.full((dimensions,), levels, device=device)
+    cell, origin = (
+        from_host(numbers, torch.float32, device).view(-1, dimensions)[sample]
+        for numbers in (grids[1], corners)
+    )
+    shape = from_host(grids[0], torch.int64, device).view(-1, dimensions)[sample]
+    cells = ((positions - origin) / cell).floor().clamp(min=0).minimum((shape - 1).float()).long()
     return (sample << (bits * dimensions)) | code_of(curve, cells, shape, bits)
 
 
