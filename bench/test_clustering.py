@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pointformer import balanced_cluster, select_centers
+from pointformer import balanced_cluster, knn, nearest_clusters, select_centers
 
 
 def points(count, dimensions, side):
@@ -45,6 +45,46 @@ def test_many_samples(compare, measured, samples):
         batch=lambda: balanced_cluster(positions, sizes=sizes, extent=None if measured else sides),
         one_sample=lambda: balanced_cluster(positions, extent=None if measured else (10, 10)),
     )
+
+
+def cloud(kind, count, dimensions):
+    """Points on all scales, or on a sphere, or even ones with points far away or in five blobs."""
+    even = points(count, dimensions, 100)
+    generator = torch.Generator().manual_seed(1)
+    normal = torch.randn(count, dimensions, generator=generator)
+    if kind == "stray":
+        even[count // 2] = 1e12
+    elif kind == "strays":
+        even[::100] *= 1e6
+    elif kind == "blobs":
+        even = (points(5, dimensions, 1e4) + 5 * normal.view(-1, 5, dimensions)).flatten(0, 1)
+    elif kind == "heavy tails":
+        even = normal / torch.randn(count, 1, generator=generator)
+    elif kind == "sphere":
+        even = normal / normal.norm(dim=1, keepdim=True)
+    return even[torch.randperm(count, generator=generator)]
+
+
+@pytest.mark.parametrize("kind", ["even", "stray", "strays", "blobs", "heavy tails", "sphere"])
+@pytest.mark.parametrize("curve", ["hilbert", "morton", "snake"])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_any_density(compare, dimensions, curve, kind):
+    """Goals: at most 2x the time of even density: even at least 0.5x; at least 0.65 of the 48
+    nearest tokens in a neighborhood along the Hilbert curve, 0.75 in 2-D.
+    """
+
+    def run(positions):
+        clusters = balanced_cluster(positions, curve=curve)
+        ordered = positions[clusters.order]
+        return ordered, nearest_clusters(ordered, clusters)
+
+    uneven, even = cloud(kind, 50_000, dimensions), cloud("even", 50_000, dimensions)
+    ordered, neighborhoods = run(uneven)
+    members, known = neighborhoods.select(torch.arange(0, len(ordered), 100)).members()
+    nearest = knn(ordered, 48, query=ordered[::100])
+    found = (nearest[:, :, None] == members[:, None]) & known[:, None]
+    print(f"\nshare of the 48 nearest: {found.any(2).float().mean():.3f}")
+    compare(cpu=lambda: run(uneven), even=lambda: run(even))
 
 
 @pytest.mark.parametrize("stride", [2, 4])

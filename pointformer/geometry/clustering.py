@@ -135,60 +135,84 @@ def balanced_cluster(
     if all(in_order):
         order = torch.arange(positions.shape[0], device=device)
     else:
-        order = _curve_order(
-            positions, sizes, canvas, in_order, cluster_size, curve, anchors, chosen
+        along_curve = partial(
+            _along_curve, cluster_size=cluster_size, curve=curve, anchors=anchors, impl=chosen
         )
+        if canvas is None:
+            ratio_bits = reference.RATIO_BITS if anchors else 0
+            most = _CROWDED * cluster_size
+            order = _adaptive_order(along_curve, positions, sizes, in_order, ratio_bits, most)
+        else:
+            order = along_curve(positions, sizes, canvas, in_order)[1]
     offsets = _cluster_offsets(sizes, counts, cluster_size, remainder, device)
     centers = centers_of(positions, order, offsets)
     return Clusters(order, offsets, centers, sizes, counts, cluster_size)
 
 
-def _curve_order(
+def _adaptive_order(
+    along_curve: Callable[..., tuple[Tensor, Tensor]],
     positions: Tensor,
     sizes: tuple[int, ...],
-    canvas: tuple[list[float], list[float]] | None,
     in_order: Sequence[bool],
+    ratio_bits: int,
+    most: int,
+) -> Tensor:
+    """Rows (T,) int64 along the curve in bounding boxes, cells of more than `most` tokens divided.
+
+    Those of all samples at once. Each time the longest side of a box is at least halved, so that
+    the range of float32 bounds the number of rounds.
+    """
+    keys, order = along_curve(positions, sizes, _measured_canvas(positions, sizes), in_order)
+    places, sizes = _crowded(keys >> ratio_bits, sizes, most)
+    while sizes:
+        rows = order.index_select(0, places)
+        part = positions.index_select(0, rows)
+        canvas, still = _measured_canvas(part, sizes), [False] * len(sizes)
+        keys, again = along_curve(part, sizes, canvas, still)
+        order[places] = rows.index_select(0, again)
+        inside, sizes = _crowded(keys >> ratio_bits, sizes, most)
+        places = places.index_select(0, inside)
+    return order
+
+
+def _along_curve(
+    positions: Tensor,
+    sizes: tuple[int, ...],
+    canvas: tuple[list[float], list[float]],
+    in_order: Sequence[bool],
+    *,
     cluster_size: int,
     curve: str,
     anchors: bool,
-    chosen: str,
-) -> Tensor:
-    """Rows (T,) int64 sorted by sample, along the curve in each.
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Sorted keys (T,) and the row that each is of, (T,) int64.
 
-    `canvas` has the corners and sides of the canvases, D numbers per sample. Without it they are
-    measured, and crowded cells are divided again, those of all samples together. Each time the
-    longest side of a box is at least halved, so that float32's range bounds the depth.
+    `canvas` has the corners and the sides of the canvases, D numbers per sample.
     """
-    measured = canvas is None
-    corners, sides = canvas or _measured_canvas(positions, sizes)
+    corners, sides = canvas
     if anchors or curve == "snake":
         counts = tuple(-(-size // cluster_size) for size in sizes)
         grids = _anchor_grids(counts, sides, in_order)
     else:
         grids = _fine_grids(sides, positions.shape[1], in_order)
-    keys = _sort_keys(positions, sizes, corners, grids, curve, anchors, chosen)
-    keys, order = torch.sort(keys, stable=True)
-    if not measured:
-        return order
-    cells = keys >> reference.RATIO_BITS if anchors else keys
-    most = _CROWDED * cluster_size
-    if not bool((cells[most:] == cells[:-most]).any()):
-        return order
-    run = torch.unique_consecutive(cells, return_counts=True)[1]
-    starts = offsets_of(sizes, positions.device)
+    keys = _sort_keys(positions, sizes, corners, grids, curve, anchors, impl)
+    return torch.sort(keys, stable=True)
+
+
+def _crowded(cells: Tensor, sizes: tuple[int, ...], most: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Rows (int64) in cells with more than `most` tokens, and how many are in each such cell.
+
+    But for cells with all of a sample: its points are equal, or it keeps its order.
+    """
+    run = cells[:0]
+    if (cells[most:] == cells[:-most]).any():
+        run = torch.unique_consecutive(cells, return_counts=True)[1]
+    starts = offsets_of(sizes, cells.device)
     sample = torch.searchsorted(starts, run.cumsum(0) - 1, right=True) - 1
-    # All of a sample in one cell: equal points, or one that keeps its order.
     crowded = (run > most) & (run < starts.diff()[sample])
-    lengths = tuple(run[crowded].tolist())
-    if lengths:
-        inside = torch.repeat_interleave(crowded, run, output_size=len(order)).nonzero()[:, 0]
-        rows = order.index_select(0, inside)
-        again = _curve_order(
-            positions.index_select(0, rows), lengths, None, [False] * len(lengths), cluster_size,
-            curve, anchors, chosen,
-        )  # fmt: skip
-        order[inside] = rows.index_select(0, again)
-    return order
+    inside = torch.repeat_interleave(crowded, run).nonzero()[:, 0]
+    return inside, tuple(run[crowded].tolist())
 
 
 def _measured_canvas(positions: Tensor, sizes: tuple[int, ...]) -> tuple[list[float], list[float]]:
