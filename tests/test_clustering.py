@@ -166,8 +166,8 @@ def test_neighborhoods_hold_the_nearest_at_any_density(dimensions, curve, anchor
     options = {"curve": curve, "anchors": anchors}
     even = share_of_nearest(scattered("even", 3000, dimensions), **options)
     default = curve == "hilbert" and anchors
-    if default:
-        assert even > (0.75 if dimensions == 2 else 0.65)
+    assert even > (0.7 if dimensions == 2 else 0.6)
+    assert not default or even > (0.75 if dimensions == 2 else 0.65)
     for kind in ("strays", "blobs"):
         share = share_of_nearest(scattered(kind, 3000, dimensions), **options)
         assert share > even - 0.1
