@@ -114,8 +114,9 @@ def neighborhood_attention_bwd_query_kernel(
         phi = position_features(relation, AXES)
         new_sums, new_mean = (), ()
         for f in tl.static_range(2 * AXES + 1):
-            new_sums += (sums[f] + fold(fold_keys(d_logits * phi[f])),)
             new_mean += (features_mean[f] + fold_keys(attention * phi[f]),)
+        for f in tl.static_range(2 * AXES + 1):
+            new_sums += (sums[f] + fold(fold_keys(d_logits * phi[f])),)
         sums, features_mean = new_sums, new_mean
 
     blank = load_blank(blank_key, head, octets, has_blank, WIDTH)[None, :]
@@ -290,11 +291,13 @@ def _query_variant(dtype, learned, axes, width):
             "AXES": axes,
             "WIDTH": width,
             "TILE": TILE,
-            "KEYS": 16 if wide else 32,
+            # 3-D has two features more: with 32 keys they spill on sm_100.
+            "KEYS": 16 if wide or (axes == 3 and width > 16) else 32,
             "PRECISION": "ieee" if width > 32 else "bf16x6",
         },
         num_warps=_warps(dtype, width),
         num_stages=1 if wide else 2,  # registers
+        amd_warps=min(4, _warps(dtype, width)),
         max_registers=255,
         rounds=_query_rounds,
     )
