@@ -145,7 +145,7 @@ def _variant(dtype, learned, axes, width, heads):
             "KEYS": 16 if wide else 32,
             "PRECISION": "bf16x6",
         },
-        num_warps=2 if width > (32 if wide else 64) else 1,
+        num_warps=max(1, width // (32 if wide else 64)),
         max_registers=255,
         rounds=_rounds,
     )

@@ -296,7 +296,7 @@ def _query_variant(dtype, learned, axes, width):
             "PRECISION": "ieee" if width > 32 else "bf16x6",
         },
         num_warps=_warps(dtype, width),
-        num_stages=1 if wide else 2,  # registers
+        num_stages=1 if wide and width == 16 else 2,  # registers
         amd_warps=min(4, _warps(dtype, width)),
         max_registers=255,
         rounds=_query_rounds,
