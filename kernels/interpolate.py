@@ -1,7 +1,7 @@
 """Fused inverse-distance interpolation: the registered op and its gradients.
 
-Tensors are float32, but Triton takes features, and so the output and their gradients, in bfloat16
-and float16, too.
+Tensors are float32, but the power is of any dtype, and Triton takes features, and so the output and
+their gradients, in bfloat16 and float16, too.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Fused neighborhood merging: the registered op and its gradients.
 
-Scores and positions are float32, the weight net is of any dtypes. So are features, but Triton takes
-them, and so the output and their gradients, in bfloat16 and float16, too. No cluster has more than
-`cluster_size` tokens.
+Tensors are float32, but the weight net is of any dtypes, and Triton takes features, and so the
+output and their gradients, in bfloat16 and float16, too. No cluster has more than `cluster_size`
+tokens.
 """
 
 import torch

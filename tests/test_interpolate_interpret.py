@@ -88,6 +88,21 @@ def test_half_precision_is_rounded_once():
     assert grads["features"].dtype == torch.float16
 
 
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_power_may_have_any_dtype(dtype, impl):
+    case = make_case(exponent=5.5)
+    if impl == "triton" and dtype != torch.float64:
+        case["features"] = case["features"].to(dtype)
+    results = []
+    for power in (case.pop("power").to(dtype), torch.tensor(5.5)):
+        out = interpolate(**case, power=power.requires_grad_(), impl=impl)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), power)))
+    (low, low_slope), (full, slope) = results
+    assert torch.equal(low, full)
+    assert torch.equal(low_slope.float(), slope.to(dtype).float())
+
+
 @pytest.mark.parametrize("change", [{"tokens": 0}, {"queries": 0}, {"k": 0}, {"channels": 0}])
 def test_empty_inputs(change):
     with dirty_memory():

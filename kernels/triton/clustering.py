@@ -299,7 +299,7 @@ def curve_keys_fwd_kernel(
     tl.store(keys + row, key, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("clusters",))
 def cluster_centers_fwd_kernel(
     positions, order, offsets, centers, clusters, D: tl.constexpr, BLOCK: tl.constexpr
 ):

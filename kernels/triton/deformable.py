@@ -15,6 +15,7 @@ from pointformer.kernels.triton.runtime import Variant
 
 _PLACES = 128  # per program
 _FINEST = tl.constexpr(1e-20)  # of the nearest distance ** power, in units of eps
+_INTEGERS = ("places", "tokens", "heads", "levels", "points", "k")
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _log_gradient(squared):
     return tl.where(squared > TINY, 2.0 / squared, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_INTEGERS)
 def deformable_places_kernel(
     positions, offsets, weights, query_positions, canvas, lookup, power, rows, factors,
     places, tokens, heads, levels, points, k, eps, BLOCK: tl.constexpr,
@@ -113,7 +114,7 @@ def deformable_places_kernel(
         tl.store(factors + place * k + j, weight * scale, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_INTEGERS)
 def deformable_bwd_kernel(
     d_factors, positions, offsets, weights, query_positions, canvas, lookup, power,
     d_offsets, d_weights, d_power,

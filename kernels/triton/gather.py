@@ -8,14 +8,15 @@ from pointformer.kernels.triton.inverse import inverse_lists
 from pointformer.kernels.triton.runtime import Variant
 
 _ROWS = 16  # queries per program, or entries of a token's list at a time
-_WIDTHS = (16, 32, 64, 128)  # channels at a time
+_LEAST, _MOST = 16, 128  # channels at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("queries", "tokens", "k", "units"))
 def gather_fwd_kernel(
-    features, index, weights, output, queries, tokens, k, channels,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    features, index, weights, output, queries, tokens, k, units,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    channels = units * UNIT
     query = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     here = query < queries
@@ -31,11 +32,12 @@ def gather_fwd_kernel(
     tl.store(target, total, mask=here[:, None] & (channel < channels)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("queries", "tokens", "k", "units"))
 def gather_bwd_weights_kernel(
-    grad, features, index, d_weights, queries, tokens, k, channels,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    grad, features, index, d_weights, queries, tokens, k, units,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
+    channels = units * UNIT
     query = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     here = query < queries
     for j in range(k):
@@ -52,12 +54,13 @@ def gather_bwd_weights_kernel(
         tl.store(d_weights + query * k + j, total, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("k", "units"))
 def gather_bwd_features_kernel(
-    grad, weights, begins, entries, d_features, k, channels,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    grad, weights, begins, entries, d_features, k, units,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One token: the queries that listed it, in ascending order."""
+    channels = units * UNIT
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     begin = tl.load(begins + token)
@@ -67,7 +70,8 @@ def gather_bwd_features_kernel(
         at = start + tl.arange(0, ROWS)
         entry = tl.load(entries + at, mask=at < end, other=0)
         weight = tl.load(weights + entry, mask=at < end, other=0.0)
-        source = grad + (entry // k)[:, None] * channels + channel[None, :]
+        query = (entry.to(tl.int32) // k).to(tl.int64)  # there are fewer than 2**31 entries
+        source = grad + query[:, None] * channels + channel[None, :]
         inside = (at < end)[:, None] & (channel < channels)[None, :]
         slope = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         total += tl.sum(weight[:, None] * slope, 0)
@@ -80,32 +84,31 @@ _FLOAT, _INT = torch.float32, torch.int32
 def _rounds(a):
     if "begins" in a:
         return {"start": (-(-a["begins"].diff() // a["ROWS"])).double().mean().item()}
-    return {"j": a["k"], "start": a["k"] * triton.cdiv(a["channels"], a["WIDTH"])}
+    return {"j": a["k"], "start": a["k"] * triton.cdiv(a["units"] * a["UNIT"], a["WIDTH"])}
 
 
-def _variant(kernel, dtype, width):
+def _variant(kernel, dtype, channels):
     types = {
         gather_fwd_kernel: (dtype, _INT, _FLOAT, dtype, *("i32",) * 4),
         gather_bwd_weights_kernel: (dtype, dtype, _INT, _FLOAT, *("i32",) * 4),
         gather_bwd_features_kernel: (dtype, _FLOAT, _INT, torch.int64, dtype, "i32", "i32"),
     }
-    constants = {"ROWS": _ROWS, "WIDTH": width}
+    unit = 8 if channels % 8 == 0 else 1  # divides the channels: 16-byte loads need it
+    # Other numbers of channels are the slow path: one width for all.
+    width = 32 if unit == 1 else min(max(_LEAST, triton.next_power_of_2(channels)), _MOST)
+    constants = {"ROWS": _ROWS, "WIDTH": width, "UNIT": unit}
     return Variant(kernel, types[kernel], constants, num_warps=max(1, width // 32), rounds=_rounds)
-
-
-def _width(channels):
-    return min(max(_WIDTHS[0], triton.next_power_of_2(channels)), _WIDTHS[-1])
 
 
 def forward(features, index, weights):
     """(Q, C) in the dtype of `features`, see `weighted_gather`."""
     (queries, k), channels = index.shape, features.shape[1]
     output = features.new_empty(queries, channels)
-    width = _width(channels)
-    _variant(gather_fwd_kernel, features.dtype, width).launch(
-        (-(-queries // _ROWS), -(-channels // width)),
+    variant = _variant(gather_fwd_kernel, features.dtype, channels)
+    variant.launch(
+        (-(-queries // _ROWS), -(-channels // variant.constants["WIDTH"])),
         *(features.contiguous(), index.contiguous(), weights.contiguous(), output),
-        *(queries, len(features), k, channels),
+        *(queries, len(features), k, channels // variant.constants["UNIT"]),
     )
     return output
 
@@ -114,16 +117,18 @@ def backward(grad, features, index, weights):
     """Gradients of features and weights."""
     (queries, k), (tokens, channels) = index.shape, features.shape
     grad, index, weights = grad.contiguous(), index.contiguous(), weights.contiguous()
-    width = _width(channels)
     d_features, d_weights = features.new_empty(features.shape), weights.new_empty(weights.shape)
-    _variant(gather_bwd_weights_kernel, features.dtype, width).launch(
+    variant = _variant(gather_bwd_weights_kernel, features.dtype, channels)
+    units = channels // variant.constants["UNIT"]
+    variant.launch(
         (-(-queries // _ROWS),),
-        *(grad, features.contiguous(), index, d_weights, queries, tokens, k, channels),
+        *(grad, features.contiguous(), index, d_weights, queries, tokens, k, units),
     )
     begins, entries = inverse_lists(index, tokens)
-    _variant(gather_bwd_features_kernel, features.dtype, width).launch(
-        (tokens, -(-channels // width)),
-        *(grad, weights, begins, entries, d_features, k, channels),
+    variant = _variant(gather_bwd_features_kernel, features.dtype, channels)
+    variant.launch(
+        (tokens, -(-channels // variant.constants["WIDTH"])),
+        *(grad, weights, begins, entries, d_features, k, units),
     )
     return d_features, d_weights
 
@@ -132,5 +137,5 @@ def variants():
     """Every specialization that the functions above can launch."""
     for kernel in (gather_fwd_kernel, gather_bwd_weights_kernel, gather_bwd_features_kernel):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for width in _WIDTHS:
-                yield _variant(kernel, dtype, width)
+            for channels in (1, 16, 32, 64, 128):
+                yield _variant(kernel, dtype, channels)

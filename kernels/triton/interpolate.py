@@ -10,14 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from pointformer.kernels.triton.attention_pairs import DTYPES, learned_dtypes
 from pointformer.kernels.triton.inverse import inverse_lists
 from pointformer.kernels.triton.runtime import Variant
 
-_ELEMENTS = 1024  # queries times channels of a program
-_MAX_CHANNELS = 256  # per program
-_ENTRIES = 16  # of a token's list at a time
+_QUERIES = 32  # of a program, one per thread
+_ENTRIES = 32  # of a token's list at a time
 TINY = tl.constexpr(2.0**-126)  # squares below count as this: powers take normal numbers
-_FEATURES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -89,7 +88,7 @@ def _normal(positions, index, query, stored, own, h, eps, k, tokens, D: tl.const
     return nearest, normal, slopes * normal
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("queries", "k", "tokens", "units"))
 def interpolate_fwd_kernel(
     features, positions, query_positions, index, power, out, queries, k, tokens, units, eps,
     D: tl.constexpr, QUERIES: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr,
@@ -99,7 +98,7 @@ def interpolate_fwd_kernel(
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
     query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)  # (QUERIES,)
     stored = query < queries
-    h = tl.load(power) * 0.5
+    h = tl.load(power).to(tl.float32) * 0.5
     own = ()
     for axis in tl.static_range(D):
         own += (tl.load(query_positions + query * D + axis, mask=stored, other=0.0),)
@@ -117,7 +116,7 @@ def interpolate_fwd_kernel(
     tl.store(out + at, acc, mask=stored[:, None] & (channel < channels)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("queries", "k", "tokens", "units"))
 def interpolate_bwd_query_kernel(
     grad, features, positions, query_positions, index, power, normals, nearests, partial,
     queries, k, tokens, units, eps,
@@ -131,7 +130,7 @@ def interpolate_bwd_query_kernel(
     """
     query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)  # (QUERIES,)
     stored = query < queries
-    h = tl.load(power) * 0.5
+    h = tl.load(power).to(tl.float32) * 0.5
     own = ()
     for axis in tl.static_range(D):
         own += (tl.load(query_positions + query * D + axis, mask=stored, other=0.0),)
@@ -158,7 +157,7 @@ def interpolate_bwd_query_kernel(
         tl.store(partial + program, tl.sum(tl.sum(acc, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("k", "units"))
 def interpolate_bwd_token_kernel(
     grad, positions, query_positions, power, normals, nearests, lists, entries, d_features,
     k, units, eps,
@@ -169,7 +168,7 @@ def interpolate_bwd_token_kernel(
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
     token = tl.program_id(0).to(tl.int64)
     end = tl.load(lists + token + 1)
-    h = tl.load(power) * 0.5
+    h = tl.load(power).to(tl.float32) * 0.5
     own = ()
     for axis in tl.static_range(D):
         own += (tl.load(positions + token * D + axis),)
@@ -195,49 +194,53 @@ def _rounds(a):
     return {"j": a["k"]}
 
 
-def _constants(dimensions, channels):
+def _constants(dtype, dimensions, channels):
     unit = 16 if channels % 16 == 0 else 1  # divides the channels: 16-byte loads need it
+    widest = 32 if dtype == torch.float32 else 64
     # Other numbers of channels are the slow path: one width for all.
-    block = 64 if unit == 1 else min(max(triton.next_power_of_2(channels), 16), _MAX_CHANNELS)
+    block = widest if unit == 1 else min(max(triton.next_power_of_2(channels), 16), widest)
     return {"D": dimensions, "BLOCK_C": block, "UNIT": unit}
 
 
-def _forward_variant(dtype, dimensions, channels):
-    constants = _constants(dimensions, channels)
+def _forward_variant(dtype, learned, dimensions, channels):
+    constants = _constants(dtype, dimensions, channels)
     f32, i32 = torch.float32, torch.int32
     return Variant(
         interpolate_fwd_kernel,
-        (dtype, f32, f32, i32, f32, dtype, "i32", "i32", "i32", "i32", "fp32"),
-        {**constants, "QUERIES": _ELEMENTS // constants["BLOCK_C"]},
-        num_warps=2,
+        (dtype, f32, f32, i32, learned, dtype, "i32", "i32", "i32", "i32", "fp32"),
+        {**constants, "QUERIES": _QUERIES},
+        num_warps=1,
         num_stages=1,
         max_registers=255,
         rounds=_rounds,
     )
 
 
-def _query_variant(dtype, dimensions, channels, learn):
-    constants = _constants(dimensions, channels if learn else 16)  # none are read otherwise
+def _query_variant(dtype, learned, dimensions, channels, learn):
+    constants = _constants(dtype, dimensions, channels if learn else 16)  # none are read otherwise
     f32, i32 = torch.float32, torch.int32
     return Variant(
         interpolate_bwd_query_kernel,
-        (dtype, dtype, f32, f32, i32, f32, f32, f32, f32, "i32", "i32", "i32", "i32", "fp32"),
-        {**constants, "LEARN": learn, "QUERIES": _ELEMENTS // constants["BLOCK_C"]},
-        num_warps=2,
+        (dtype, dtype, f32, f32, i32, learned, f32, f32, f32, *("i32",) * 4, "fp32"),
+        {**constants, "LEARN": learn, "QUERIES": _QUERIES},
+        num_warps=1,
         num_stages=1,
         max_registers=255,
         rounds=_rounds,
     )
 
 
-def _token_variant(dtype, dimensions, channels):
-    constants = _constants(dimensions, channels)
+def _token_variant(dtype, learned, dimensions, channels):
+    constants = _constants(dtype, dimensions, channels)
     f32 = torch.float32
     return Variant(
         interpolate_bwd_token_kernel,
-        (dtype, f32, f32, f32, f32, f32, torch.int32, torch.int64, dtype, "i32", "i32", "fp32"),
+        (
+            *(dtype, f32, f32, learned, f32, f32, torch.int32, torch.int64, dtype),
+            *("i32", "i32", "fp32"),
+        ),
         {**constants, "ENTRIES": _ENTRIES},
-        num_warps=max(1, constants["BLOCK_C"] // 64),
+        num_warps=1,
         num_stages=1,
         max_registers=255,
         rounds=_rounds,
@@ -246,19 +249,22 @@ def _token_variant(dtype, dimensions, channels):
 
 def variants():
     """Every specialization that the launchers below can choose."""
-    for dtype in _FEATURES:
-        for dimensions in (2, 3):
-            yield _query_variant(dtype, dimensions, 16, False)
-            for channels in (1, 16, 32, 64, 128, 256):
-                yield _forward_variant(dtype, dimensions, channels)
-                yield _query_variant(dtype, dimensions, channels, True)
-                yield _token_variant(dtype, dimensions, channels)
+    for dtype in DTYPES:
+        for learned in learned_dtypes(dtype):
+            for dimensions in (2, 3):
+                kind = (dtype, learned, dimensions)
+                yield _query_variant(*kind, 16, False)
+                for channels in (1, 16, 32, 64):
+                    yield _forward_variant(*kind, channels)
+                    yield _query_variant(*kind, channels, True)
+                    yield _token_variant(*kind, channels)
 
 
 def forward(features, positions, query_positions, neighbor_index, power, eps):
     """(Q, C) in the features' dtype, see `interpolate`; entries out of range are left out."""
     (tokens, channels), (queries, k) = features.shape, neighbor_index.shape
-    variant = _forward_variant(features.dtype, positions.shape[1], channels)
+    power = _readable(power, features)
+    variant = _forward_variant(features.dtype, power.dtype, positions.shape[1], channels)
     constants = variant.constants
     out = torch.empty(queries, channels, dtype=features.dtype, device=features.device)
     variant.launch(
@@ -272,17 +278,20 @@ def forward(features, positions, query_positions, neighbor_index, power, eps):
 def backward(grad, features, positions, query_positions, neighbor_index, power, eps, learn_power):
     """Gradients of features and power, the latter zero unless `learn_power`."""
     (tokens, channels), (queries, k) = features.shape, neighbor_index.shape
-    dtype, dimensions = features.dtype, positions.shape[1]
+    like, power = power, _readable(power, features)
+    kind = (features.dtype, power.dtype, positions.shape[1])
     if neighbor_index.numel() == 0 or features.numel() == 0:
-        return torch.zeros_like(features), torch.zeros_like(power)
+        return torch.zeros_like(features), torch.zeros_like(like)
     grad, features, positions, query_positions, neighbor_index, power = _contiguous(
         grad, features, positions, query_positions, neighbor_index, power
     )
-    variant = _query_variant(dtype, dimensions, channels, learn_power)
+    variant = _query_variant(*kind, channels, learn_power)
     constants = variant.constants
     blocks = triton.cdiv(channels, constants["BLOCK_C"]) if learn_power else 1
     grid = triton.cdiv(queries, constants["QUERIES"]), blocks
-    normals, nearests = torch.empty(2, queries, device=features.device, dtype=torch.float32)
+    normals, nearests = (
+        torch.empty(queries, device=features.device, dtype=torch.float32) for _ in range(2)
+    )
     partial = torch.empty(grid, device=features.device, dtype=torch.float32)
     variant.launch(
         grid,
@@ -290,9 +299,9 @@ def backward(grad, features, positions, query_positions, neighbor_index, power, 
         *(normals, nearests, partial),
         *(queries, k, tokens, channels // constants["UNIT"], eps),
     )
-    variant = _token_variant(dtype, dimensions, channels)
+    variant = _token_variant(*kind, channels)
     constants = variant.constants
-    d_features = torch.empty(features.shape, dtype=dtype, device=features.device)
+    d_features = torch.empty(features.shape, dtype=features.dtype, device=features.device)
     variant.launch(
         (tokens, triton.cdiv(channels, constants["BLOCK_C"])),
         *(grad, positions, query_positions, power, normals, nearests),
@@ -300,9 +309,14 @@ def backward(grad, features, positions, query_positions, neighbor_index, power, 
         *(d_features, k, channels // constants["UNIT"], eps),
     )
     if not learn_power:
-        return d_features, torch.zeros_like(power)
+        return d_features, torch.zeros_like(like)
     total = partial.sum(dtype=torch.float64)  # similar terms, which may cancel
-    return d_features, total.to(power.dtype).reshape(power.shape)
+    return d_features, total.to(like.dtype).reshape(like.shape)
+
+
+def _readable(power, features):
+    """As kernels take it: of the features' dtype or float32."""
+    return power if power.dtype == features.dtype else power.to(torch.float32)
 
 
 def _contiguous(*tensors):

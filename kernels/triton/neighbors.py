@@ -55,7 +55,7 @@ def _even(x, center, reach):
     return tl.where(offset < 0, -within - beyond, within + beyond)
 
 
-@triton.jit(do_not_specialize=("tokens", "samples"))
+@triton.jit(do_not_specialize=("starts", "tokens", "samples"))
 def curve_order_fwd_kernel(
     positions, low, high, center, reach, keys, starts, tokens, samples,
     D: tl.constexpr, BITS: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,

@@ -121,7 +121,7 @@ def interpolate(
             features, positions, query_positions, neighbor_index, power, eps
         )
     power = (
-        power.float()
+        power
         if isinstance(power, Tensor)
         else torch.full((), power, dtype=torch.float32, device=device)
     )
