@@ -1,17 +1,13 @@
 """AutoFocusFormer and its heads, built from the public ops."""
 
-from pointformer.models.checkpoints import (
-    CheckpointError,
-    load_model,
-    load_released,
-    load_state,
-    save_model,
-)
 from pointformer.models.complexity import Complexity, count
 from pointformer.models.config import AFFConfig, SwinConfig
+from pointformer.models.files import load_model, save_model
 from pointformer.models.grid import GridBackbone, token_sets
 from pointformer.models.model import Model, Preprocess
 from pointformer.models.registry import create_model, list_models
+from pointformer.models.released import load_released
+from pointformer.models.state import CheckpointError, load_state
 
 __all__ = [
     "AFFConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 from pointformer._checks import brief, check_count, check_flags, check_number, check_option
 from pointformer.geometry.curves import CURVES
@@ -188,7 +188,7 @@ def config_from(values: Mapping[str, object]) -> AFFConfig | SwinConfig:
 
 
 # The released models pin the order that their weights were trained with.
-_RELEASED = {"curve": "snake", "remainder": "last"}
+_RELEASED: dict[str, Any] = {"curve": "snake", "remainder": "last"}
 _MINI = AFFConfig(
     dims=(32, 128, 256, 384), depths=(2, 2, 6, 2), heads=(2, 4, 8, 16), mlp_ratio=2.0, **_RELEASED
 )
@@ -240,3 +240,11 @@ CONFIGS: dict[str, AFFConfig | SwinConfig] = {
     "swin_tiny": _on_a_grid(_TINY),
     "swin_small": _on_a_grid(_SMALL),
 }
+
+
+def config_of(name: str) -> AFFConfig | SwinConfig:
+    """The configuration of a model; an unknown name is an error that lists the known."""
+    if not isinstance(name, str) or name not in CONFIGS:
+        known = ", ".join(sorted(CONFIGS))
+        raise ValueError(f"name: unknown model {brief(name)}; known models: {known}")
+    return CONFIGS[name]

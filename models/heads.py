@@ -294,3 +294,12 @@ HEADS: dict[str, type[nn.Module]] = {
     "hcformer": HCFormerHead,
     "mask2former": Mask2FormerHead,
 }
+
+# The module of a head that gives the classes' scores, as its weights are called.
+CLASSIFIERS: dict[str, tuple[str, ...]] = {
+    "classification": ("linear",),
+    "dense": ("classify.1",),
+    "features": (),
+    "hcformer": ("decoder.classify",),
+    "mask2former": ("decoder.classify",),
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from pointformer._checks import brief, check_count, check_number, check_option, describe
 from pointformer.annotations import Category
 from pointformer.models.aff import AFF
-from pointformer.models.config import AFFConfig, GridConfig, SwinConfig
+from pointformer.models.config import AFFConfig, GridConfig, SwinConfig, config_of
 from pointformer.models.grid import GridBackbone
 from pointformer.models.heads import HEADS, check_options, options_of
 from pointformer.models.swin import Swin
@@ -146,6 +147,7 @@ class Model(nn.Module):
         preprocess: normalization of raw images, see `Preprocess`; not applied by `forward`. For
             other values: `model.preprocess = Preprocess(mean, std)`.
         object_diameter: typical diameter in pixels of the objects in the training data, or `None`.
+        trained: how it was trained, as `save_model` was told, or `None`.
     """
 
     def __init__(
@@ -210,6 +212,7 @@ class Model(nn.Module):
         self.categories = None if categories is None else tuple(categories)
         self.preprocess = Preprocess.of_channels(self.config.in_channels)
         self.object_diameter: float | None = None
+        self.trained: dict[str, Any] | None = None
 
     @property
     def config(self) -> AFFConfig | SwinConfig | GridConfig:
@@ -271,3 +274,19 @@ class Model(nn.Module):
                     f"images: expected a float tensor, got {image.dtype}; "
                     "use model.preprocess(image) first"
                 )
+
+
+def new_model(
+    name: str,
+    head: str | None = None,
+    num_classes: int | None = None,
+    impl: str | None = None,
+    task: str | None = None,
+    categories: Sequence[Category] | None = None,
+    **overrides: object,
+) -> Model:
+    """A model by name with random weights; see `create_model`."""
+    head = "classification" if head is None else head
+    config, options = configured(name, config_of(name), head, overrides)
+    num_classes = 1000 if num_classes is None else num_classes
+    return Model(name, config, head, num_classes, impl, task, categories, **options)

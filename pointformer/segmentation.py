@@ -113,7 +113,7 @@ def segment(
 
     Args:
         model: with the head "dense" and three classes (background, inside, border), such as
-            `create_model("aff_nano", pretrained="nuclei")`, with the head "dense" and the task
+            `create_model("aff_nano.nuclei")`, with the head "dense" and the task
             "semantic", or with a mask head and a task.
         image: a file, an array, a tensor or a picture of Pillow, see `open_picture`.
         tile: side of the largest window, in pixels of what the network sees, for pictures larger

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pointformer import cli
+from pointformer.annotations import Category
 from pointformer.models import AFFConfig, Model, load_model, save_model
 from pointformer.segmentation import to_tensor
 
@@ -124,6 +125,31 @@ def test_models_lists_counts(capsys):
     assert " 1.067" in text
 
 
+def test_models_shows_what_a_file_says(capsys, tmp_path):
+    path = tmp_path / "a model of a long\nname.safetensors"
+    categories = [Category(1, "cell"), Category(2, "glass", False)]
+    model = Model("small", SMALL, "dense", 2, task="semantic", categories=categories, channels=8)
+    model.object_diameter = 12.5
+    trained = {"steps": 7, "scores": {"AP": 0.5}, "data": "a\x1b[2Jb"}
+    save_model(model, path, trained=trained)
+    code, text, error = run(capsys, "models", path, "--size", 64)
+    assert (code, error) == (0, "")
+    heading, row, _, name, *lines = text.splitlines()
+    assert row.startswith(name)
+    assert name == str(path).replace("\n", "\\n")
+    assert len(heading) == len(row)
+    for line in (
+        "  model: small", "    name: dense", "    classes: 2", "    channels: 8",
+        "  task: semantic", '  categories: ["cell", "glass (uncountable)"]',
+        "  mean of inputs: [0.485, 0.456, 0.406]", "  diameter of objects: 12.5 pixels",
+        "  trained:", "    steps: 7", "    scores:", "      AP: 0.5", "    data: a\\x1b[2Jb",
+    ):  # fmt: skip
+        assert line in lines, line
+    code, text, error = run(capsys, "models", path, "--size", 64, "--head", "classification")
+    assert (code, error) == (0, "")
+    assert "  trained: not said" in text.splitlines()
+
+
 def bad_inputs(tmp_path, picture, model):
     text = tmp_path / "notes.txt"
     text.write_text("no picture")
@@ -135,6 +161,15 @@ def bad_inputs(tmp_path, picture, model):
         "missing": (["segment", tmp_path / "none.png", "--out", tmp_path / "o"], "none.png"),
         "no picture": (["segment", text, "--out", tmp_path / "o", "--model", model], "notes.txt"),
         "out is a file": (["segment", picture, "--out", blocked, "--model", model], "file"),
+        "no weights": (
+            ["segment", picture, "--out", tmp_path / "o", "--model", "aff_mini"],
+            "aff_mini: has no weights in the package",
+        ),
+        "no such tag": (
+            ["focus", picture, "--out", tmp_path / "o.png", "--model", "aff_nano.cells"],
+            "aff_nano.cells: there are no such weights; those of aff_nano: aff_nano.nuclei",
+        ),
+        "head of the default": (["warmup", "--head", "dense"], "--head: needs --model NAME"),
         "rate": (
             ["segment", picture, "--out", tmp_path / "o", "--model", model, "--rate", 2],
             "rate: expected a number in (0, 1], got 2.0",
@@ -169,6 +204,7 @@ def bad_inputs(tmp_path, picture, model):
     [
         "missing", "no picture", "out is a file", "rate", "no model", "not a model",
         "unknown model", "another head", "threads", "focus suffix", "focus folder",
+        "no weights", "no such tag", "head of the default",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_a_failure(capsys, tmp_path, picture, model, case, monkeypatch):

@@ -26,7 +26,7 @@ class Reached(Exception):
 class FakeModel:
     """Tells a record of calls what is done with it."""
 
-    name, task, categories, num_classes, backbone = "fake", None, None, 3, None
+    name, head_name, task, categories, num_classes, backbone = "fake", "dense", None, None, 3, None
     config = SimpleNamespace(image_size=64, in_channels=3, patch_stride=4)
 
     def __init__(self, seen):
@@ -71,7 +71,6 @@ def seen(tmp_path, monkeypatch):
         return SimpleNamespace(scores={"AP": 0.5}, pictures=1)
 
     spy(pointformer.models, "create_model", lambda *a, **k: FakeModel(seen))
-    spy(pointformer.models, "load_model", lambda *a, **k: FakeModel(seen))
     spy(torch, "set_num_threads")
     spy(pointformer.segmentation, "segment", stop)
     spy(pointformer.evaluation, "evaluate", draw)
@@ -123,9 +122,8 @@ BASE = {
     "warmup": [],
 }
 MODEL = [
-    (["--model", "aff_tiny.tag"], argument("create_model", 0), "aff_tiny"),
-    (["--model", "aff_tiny.tag"], option("create_model", "pretrained"), "tag"),
-    (["--model", "m.safetensors"], lambda seen: seen.get("load_model"), (("m.safetensors",), {})),
+    (["--model", "aff_tiny.tag"], argument("create_model", 0), "aff_tiny.tag"),
+    (["--model", "m.safetensors"], argument("create_model", 0), "m.safetensors"),
     (["--rate", "0.5"], option("create_model", "rate"), 0.5),
     (["--alpha", "0"], option("create_model", "alpha"), 0.0),
     (["--device", "cuda:1"], lambda seen: seen["to"], ["cuda:1"]),
@@ -228,8 +226,8 @@ TABLE = {
     ],
     "models": [
         (["aff_mini"], argument("create_model", 0), "aff_mini"),
-        (["--head", "mask2former"], option("create_model", "head"), "mask2former"),
-        (["--classes", "5"], option("create_model", "num_classes"), 5),
+        (["--head", "mask2former"], argument("create_model", 3), "mask2former"),
+        (["--classes", "5"], argument("create_model", 2), "5"),
         (["--size", "96"], lambda seen: seen["count"][0][1:], (96, 96)),
         (["--debug"], lambda seen: "print_exception" in seen, True),
     ],

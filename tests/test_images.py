@@ -32,7 +32,7 @@ COUNT = 69  # objects in docs/nuclei.png
 
 @pytest.fixture(scope="module")
 def model():
-    return create_model("aff_nano", pretrained="nuclei").eval()
+    return create_model("aff_nano.nuclei").eval()
 
 
 @pytest.fixture(scope="module")

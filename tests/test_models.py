@@ -244,8 +244,6 @@ def test_bad_names_and_options_say_what_is_known():
         create_model("aff_nano", rate=1.5)
     with pytest.raises(ValueError, match="head: expected one of"):
         create_model("aff_nano", head="boxes")
-    with pytest.raises(ValueError, match="aff_mini: no weights"):
-        create_model("aff_mini", pretrained=True)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from parity.recipe import checksum, load_shapes, make_image, make_state_dict
 
-from pointformer.models import aff, create_model
-from pointformer.models.checkpoints import from_released, load_state, to_released
+from pointformer.models import aff, create_model, load_state
+from pointformer.models.released import from_released, to_released
 
 PARITY = Path(__file__).parent / "parity"
 CASES = {

@@ -7,10 +7,10 @@ import pytest
 import torch
 from parity.recipe import checksum, load_shapes, make_image, make_state_dict
 
-from pointformer.models import create_model
-from pointformer.models.checkpoints import from_released, load_state, to_released
+from pointformer.models import create_model, load_state
 from pointformer.models.mask2former import MaskDecoder
 from pointformer.models.postprocess import semantic_scores
+from pointformer.models.released import from_released, to_released
 
 PARITY = Path(__file__).parent / "parity"
 CASES = {"seg_mini_ade_128x128": 1, "seg_mini_ade_128x128_b2": 2}

@@ -9,7 +9,7 @@ import torch
 from pointformer import TokenSet, segment
 from pointformer.data import Category, read_image, read_instances
 from pointformer.metrics import average_precision
-from pointformer.models import create_model, list_models
+from pointformer.models import create_model
 from pointformer.models.mask2former import MaskPredictions
 from pointformer.pictures import focus_picture, heat, outline, overlay
 from pointformer.segmentation import to_tensor
@@ -20,7 +20,7 @@ TRUTH = Path(__file__).parent / "data/nuclei_instances.png"
 
 @pytest.fixture(scope="module")
 def nuclei_model():
-    return create_model("aff_nano", pretrained="nuclei").eval()
+    return create_model("aff_nano.nuclei").eval()
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +63,9 @@ def test_same_picture_in_every_form(nuclei_model, result):
 
 
 def test_rate_and_alpha_can_change_after_training(result):
-    model = create_model("aff_nano", pretrained=True, rate=0.4, alpha=1.0).eval()
+    model = create_model("aff_nano.nuclei", rate=0.4, alpha=1.0).eval()
     assert model.config.rate == 0.4
     assert segment(model, EXAMPLE).tokens[1] == int(0.4 * result.tokens[0])
-
-
-def test_pretrained_weights_are_listed():
-    assert "aff_nano.nuclei" in list_models(pretrained=True)
-    with pytest.raises(ValueError, match=r"num_classes: the weights aff_nano.nuclei have 3, not"):
-        create_model("aff_nano", pretrained="nuclei", num_classes=5)
-    with pytest.raises(ValueError, match=r"task: the weights aff_nano.nuclei have None, not"):
-        create_model("aff_nano", pretrained="nuclei", task="semantic")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from pointformer.data import Sample
 from pointformer.instances import instance_target
+from pointformer.metrics import average_precision
 from pointformer.models import create_model
 from pointformer.train.nuclei import (
     Budget,
@@ -157,13 +159,17 @@ def test_the_average_is_scored_and_saved(tmp_path, monkeypatch):
     assert seen["scored"] is run.averaged
     monkeypatch.setattr("pointformer.train.nuclei.load_split", lambda *_: blobs(1))
     monkeypatch.setattr(
-        "pointformer.train.nuclei.train", lambda trainer, *_, **__: seen.update(trainer=trainer)
+        "pointformer.train.nuclei.train",
+        lambda trainer, *_, **__: seen.update(trainer=trainer) or average_precision([]),
     )
     monkeypatch.setattr(
-        "pointformer.train.nuclei.save_model", lambda model, path: seen.update(saved=model)
+        "pointformer.train.nuclei.save_model",
+        lambda model, path, trained: seen.update(saved=model, trained=trained),
     )
     assert main(["--data", "x", "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
     assert seen["saved"] is seen["trainer"].averaged
+    assert seen["trained"]["recipe"] == asdict(Recipe())
+    assert (seen["trained"]["data"], seen["trained"]["steps"]) == ("x", 0)
 
 
 def test_training_learns_logs_and_scores(tmp_path):
@@ -242,7 +248,7 @@ def test_mask_heads_train_and_are_scored(head):
 
 def test_backbone_starts_from_weights():
     started = Recipe(pretrained="nuclei", pretrained_stages=2).create().backbone
-    trained = create_model("aff_nano", pretrained="nuclei").backbone
+    trained = create_model("aff_nano.nuclei").backbone
     random = Recipe().create().backbone
     assert same(started.patch_embed.state_dict(), trained.patch_embed.state_dict())
     for stage in range(4):

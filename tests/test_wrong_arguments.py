@@ -362,7 +362,9 @@ CALLS = {
             **R, "task": "instance", "categories": MODEL["categories"], "rate": 0.5,
         },
     ),
-    "models.list_models": (pointformer.models.list_models, {"pretrained": True}),
+    "models.list_models": (
+        pointformer.models.list_models, {"filter": "aff_*", "pretrained": True},
+    ),
     "models.token_sets": (
         pointformer.models.token_sets,
         {"maps": [torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2)]},
@@ -371,7 +373,7 @@ CALLS = {
 
 # Made by functions, with fields for reading: no one passes arguments to these.
 RESULTS = {"Clusters", "Neighborhoods", "Segmentation", "models.Complexity"}
-# Files: what is wrong with them is tested in test_checkpoints.
+# Files: what is wrong with them is tested in test_model_files.
 FILES = {"models.load_released", "models.load_state", "models.save_model"}
 NO_FUNCTIONS = {*RESULTS, *FILES, "models.CheckpointError"}
 
@@ -396,6 +398,7 @@ ACCEPTED = {
     "segment (diameter)": "diameter None, diameter fraction",
     "models.AFFConfig": "prior None, mlp_ratio fraction, alpha fraction, layer_scale fraction",
     "models.SwinConfig": "mlp_ratio fraction, layer_scale fraction",
+    "models.list_models": "filter text, filter long text",
     # A model can have any name.
     "models.Model": "name text, name long text",
     "models.Model (mask2former)": "power fraction, name text, name long text",

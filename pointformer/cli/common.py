@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from pointformer.data.images import Reading
     from pointformer.models import Model
 
+DEFAULT_MODEL = "aff_nano.nuclei"
 _SMALL = 2**22  # pixels
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        default="aff_nano.nuclei",
+        default=DEFAULT_MODEL,
         help="NAME.TAG of weights in the package, or a .safetensors file (default: %(default)s)",
     )
     parser.add_argument("--rate", type=float, help="share of tokens kept by each merge, in (0, 1]")
@@ -103,15 +104,22 @@ def is_small(pictures: Sequence[str | os.PathLike[str]]) -> bool:
         return True
 
 
-def model_from(options: argparse.Namespace, *, small: bool = False) -> Model:
+def model_from(
+    options: argparse.Namespace,
+    *,
+    small: bool = False,
+    pretrained: bool | None = True,
+    **changes: object,
+) -> Model:
     """The model that `--model`, `--rate` and `--alpha` ask for, in eval mode.
 
+    `pretrained` and `changes` are those of `create_model`.
     Sets the number of threads too. What is small runs on one thread unless `--threads` says more:
     on a first run, compiling the kernels for several threads takes longer than it saves.
     """
     import torch
 
-    from pointformer.models import create_model, load_model
+    from pointformer.models import create_model
 
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"--threads: expected at least 1, got {options.threads}")
@@ -123,11 +131,7 @@ def model_from(options: argparse.Namespace, *, small: bool = False) -> Model:
         for name in ("rate", "alpha")
         if getattr(options, name) is not None
     }
-    if os.path.sep in options.model or options.model.endswith(".safetensors"):
-        model = load_model(options.model, **overrides)
-    else:
-        name, _, tag = options.model.partition(".")
-        model = create_model(name, pretrained=tag or True, **overrides).eval()
+    model = create_model(options.model, pretrained, **changes, **overrides).eval()  # type: ignore[arg-type]
     try:
         return model.to(options.device)
     except (RuntimeError, AssertionError) as error:

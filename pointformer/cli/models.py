@@ -1,25 +1,41 @@
-"""List the models with parameters and multiply-adds.
+"""List the models with parameters and multiply-adds; of trained ones also what they are for.
 
 Billions of multiply-adds for one picture: of the Linear and convolution layers ("dense"), the
 backbone's attention and merges, and what heads add: attention of their queries, sums over near
 tokens ("points"), and queries times mask features. "as papers" are those that the paper's tools
 count, beside its own figure (Tables 2 and 3, where it has one): without the attention of
 neighborhoods, the merges and the points, but for masks with the semantic map made of them.
+
+Of NAME.TAG and FILE follow the head, the task, the classes, the normalization and how the model
+was trained, as the file says.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pointformer.cli.common import printable
+
+if TYPE_CHECKING:
+    from pointformer.models import Model
 
 _COLUMNS = ("dense", "attention", "merge", "decoder", "points", "masks", "total")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help="models to list (default: all)")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME[.TAG]|FILE",
+        help="models to list (default: all by NAME)",
+    )
     parser.add_argument(
         "--head",
-        default="classification",
-        help="classification (default), dense, features, mask2former or hcformer",
+        help="classification, dense, features, mask2former or hcformer (default: of trained models "
+        "their own, otherwise classification)",
     )
     parser.add_argument(
         "--size",
@@ -28,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="side of the picture (default: the model's own for classification, otherwise 512)",
     )
     parser.add_argument(
-        "--classes", type=int, help="default: 1000 for classification, otherwise 150"
+        "--classes",
+        type=int,
+        help="default: of trained models their own, otherwise 1000 for classification and 150",
     )
 
 
@@ -36,29 +54,73 @@ def run(options: argparse.Namespace) -> int:
     from pointformer.models import count, create_model, list_models
     from pointformer.models.complexity import PUBLISHED
 
-    classifies = options.head == "classification"
     for name in ("size", "classes"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: expected at least 1, got {value}")
-    classes = options.classes or (1000 if classifies else 150)
+    untrained = list_models()
+    names = options.names or untrained
+    width = max(18, *(len(printable(name)) for name in names))
     print(
-        f"{'model':18}{'pixels':>8}{'parameters':>14}"
+        f"{'model':{width}}{'pixels':>8}{'parameters':>14}"
         + "".join(f"{column:>11}" for column in _COLUMNS)
         + f"{'as papers':>11}{'paper':>8}"
     )
-    for name in options.names or list_models():
-        model = create_model(name, head=options.head, num_classes=classes)
+    trained = {}
+    for name in names:
+        head, classes = options.head, options.classes
+        if name in untrained:
+            head = head or "classification"
+            classes = classes or (1000 if head == "classification" else 150)
+        # With another head it is not the trained model.
+        pretrained = False if head or classes else None
+        model = create_model(name, pretrained, classes, head)
+        if name not in untrained:
+            trained[name] = model
+        classifies = model.head_name == "classification"
         size = options.size or (model.config.image_size if classifies else 512)
         c = count(model, size, size)
-        published = PUBLISHED.get((name, options.head))
-        if (size, classes) != ((224, 1000) if classifies else (512, 150)):
+        published = PUBLISHED.get((name, model.head_name))
+        if (size, model.num_classes) != ((224, 1000) if classifies else (512, 150)):
             published = None
         print(
-            f"{name:18}{size:>8}{c.parameters:>14,}"
+            f"{printable(name):{width}}{size:>8}{c.parameters:>14,}"
             + "".join(f"{getattr(c, column) / 1e9:>11.3f}" for column in _COLUMNS)
             + f"{c.published / 1e9:>11.3f}{published or '-':>8}"
         )
+    for name, model in trained.items():
+        print(f"\n{printable(name)}")
+        for line in _lines(_described(model), "  "):
+            print(line)
     weights = list_models(pretrained=True)
-    print(f"weights in the package: {', '.join(weights) or 'none'}")
+    print(f"\nweights in the package: {', '.join(weights) or 'none'}")
     return 0
+
+
+def _described(model: Model) -> dict[str, object]:
+    """What its file says of a model, without the configuration."""
+    categories = [
+        category.name if category.is_thing else f"{category.name} (uncountable)"
+        for category in model.categories or ()
+    ]
+    return {
+        "model": model.name,
+        "head": {"name": model.head_name, "classes": model.num_classes, **model.head_options},
+        "task": model.task,
+        "categories": categories or None,
+        "mean of inputs": list(model.preprocess.mean),
+        "deviation of inputs": list(model.preprocess.std),
+        "diameter of objects": model.object_diameter and f"{model.object_diameter:g} pixels",
+        "trained": model.trained or "not said",
+    }
+
+
+def _lines(values: dict[str, object], indent: str) -> Iterator[str]:
+    """Names and values, what is in values one step deeper."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{printable(name)}:"
+            yield from _lines(value, f"{indent}  ")
+        elif value is not None:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield f"{indent}{printable(name)}: {printable(text)}"

@@ -1,9 +1,10 @@
 """Show where the time of a model goes, beside the least time that the device needs.
 
-Runs a model of random weights (or NAME.TAG of the package) on a random picture, times its ops and
-layers one by one, and prints for each the bytes that it must at least move, the operations that it
-must at least do, and the floor that these give at the bandwidth of a plain copy and the rate of a
-plain matrix product on this device. An op's name profiles that op only, as --model calls it.
+Runs a model of random weights (or NAME.TAG of the package, or a FILE) on a random picture, times
+its ops and layers one by one, and prints for each the bytes that it must at least move, the
+operations that it must at least do, and the floor that these give at the bandwidth of a plain copy
+and the rate of a plain matrix product on this device. An op's name profiles that op only, as
+--model calls it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import shlex
 import sys
 from typing import TYPE_CHECKING
@@ -27,7 +29,9 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="MODEL_OR_OP", help="a model's name, or an op's")
+    parser.add_argument(
+        "target", metavar="MODEL_OR_OP", help="a model's name or file, or an op's name"
+    )
     parser.add_argument("--model", help="the model that calls the op (default: aff_tiny)")
     parser.add_argument("--head", help="of the model, for example dense (default: classification)")
     parser.add_argument("--size", help="pixels: 512, or HEIGHTxWIDTH (default: the model's)")
@@ -160,13 +164,12 @@ def _model(options: argparse.Namespace) -> tuple[Model, str | None]:
         name, only = options.model or "aff_tiny", name
     elif options.model is not None:
         raise ValueError(f"--model: is for an op as the target, not for {name!r}")
-    base, _, tag = name.partition(".")
-    if base not in list_models():
+    if name.partition(".")[0] not in list_models() and not os.path.exists(name):
         raise ValueError(
             f"{name}: no such model or op; models: {', '.join(list_models())}; "
             f"ops: {', '.join([*OPS, *LAYERS])}"
         )
-    model = create_model(base, pretrained=tag or False, head=options.head, impl=options.impl)
+    model = create_model(name, head=options.head, impl=options.impl)
     return model.train(options.backward), only
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pointformer.cli.common import add_model_arguments, model_from
+from pointformer.cli.common import DEFAULT_MODEL, add_model_arguments, model_from
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +28,9 @@ SIDES = ((64, 64), (192, 256))  # all tokens attend to all in some stages, and i
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    parser.set_defaults(model=None)
     parser.add_argument(
-        "--head", help="a new head for a model by NAME, as for training (default: the model's own)"
+        "--head", help="a new head for --model NAME, as for training (default: the model's own)"
     )
     parser.add_argument("--training", action="store_true", help="also what training needs")
 
@@ -82,14 +83,15 @@ def compile_for(model: Model, training: bool = False) -> None:
 
 
 def _model(options: argparse.Namespace) -> Model:
-    from pointformer.models import create_model
-
     if options.head is None:
+        options.model = options.model or DEFAULT_MODEL
         return model_from(options)
-    task = "instance" if options.head in ("mask2former", "hcformer") else None
-    return create_model(options.model, head=options.head, num_classes=2, task=task).to(
-        options.device
-    )
+    if options.model is None:
+        raise ValueError(
+            "--head: needs --model NAME, as in --model aff_nano: the default, "
+            f"{DEFAULT_MODEL}, has a head"
+        )
+    return model_from(options, pretrained=None, head=options.head, num_classes=2)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

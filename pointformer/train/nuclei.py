@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import pointformer
 from pointformer._files import atomic_path
 from pointformer.data import Category, Sample, load_split, random_colors, random_crop
 from pointformer.metrics import AveragePrecision, average_precision
@@ -59,7 +60,7 @@ class Recipe:
         average: decay per step of the weights' moving average.
         border_weight, inside_weight: see `DenseObjective`.
         points: see `MaskObjective`.
-        pretrained: weights whose backbone to start from, see `create_model`; empty for random ones.
+        pretrained: tag of the weights whose backbone to start from; empty for random ones.
         pretrained_stages: how many of its stages to take. The deep ones of a model with a dense
             head, which hardly needs them, can be worse than random ones.
     """
@@ -105,7 +106,7 @@ class Recipe:
                 f"pretrained_stages: expected 0 to {stages}, got {self.pretrained_stages}"
             )
         if self.pretrained:
-            trained = create_model(self.model, pretrained=self.pretrained)
+            trained = create_model(f"{self.model}.{self.pretrained}")
             model.backbone.patch_embed.load_state_dict(trained.backbone.patch_embed.state_dict())
             for stage in range(self.pretrained_stages):
                 weights = trained.backbone.stages[stage].state_dict()
@@ -391,14 +392,22 @@ def _run(arguments: argparse.Namespace) -> None:
     trainer = Trainer(model, load_split(arguments.data, "train"), recipe, budget)
     if arguments.resume:
         trainer.load(checkpoint)
-    train(
+    scores = train(
         trainer,
         load_split(arguments.data, "val"),
         arguments.out,
         checkpoint_minutes=arguments.checkpoint_minutes,
         evaluation_minutes=arguments.evaluation_minutes,
     )
-    save_model(trainer.averaged, weights)
+    trained = {
+        "recipe": asdict(recipe),
+        "data": arguments.data.resolve().name,
+        "steps": trainer.steps,
+        "minutes": round(trainer.seconds / 60, 1),
+        "scores": {"AP50": scores.at(0.5), "AP": scores.mean},
+        "pointformer": pointformer.__version__,
+    }
+    save_model(trainer.averaged, weights, trained=trained)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
