@@ -12,6 +12,7 @@ from test_interpolate import assert_as_accurate, make_case, with_gradients
 
 from pointformer import interpolate
 from pointformer.kernels.interpolate import fused_interpolate
+from pointformer.kernels.triton import gather
 from pointformer.kernels.triton import interpolate as kernels
 from pointformer.kernels.triton.runtime import INTERPRETED, Variant
 
@@ -70,6 +71,28 @@ def test_neighbors_that_are_not_listed_do_not_matter():
     assert torch.equal(interpolate(**case, impl="triton"), expected)
     case["neighbor_index"][case["neighbor_index"] < 0] = 99
     assert torch.equal(interpolate(**case, impl="triton"), expected)
+
+
+def test_features_beyond_2_31_elements():
+    """In memory that is reserved only, of which the last rows are touched."""
+    rows = (1 << 31) // 16 + 8
+    try:
+        features = torch.empty(rows, 16, dtype=torch.float16)
+        positions = torch.empty(rows, 2)
+    except RuntimeError:
+        pytest.skip("needs 6 GB of address space")
+    features[-8:] = torch.randn(8, 16)
+    positions[-8:] = torch.rand(8, 2)
+    index = torch.arange(rows - 8, rows, dtype=torch.int32).view(2, 4)
+    queries, power = torch.rand(2, 2), torch.tensor(6.0)
+    results = []
+    for first in (0, rows - 8):
+        tensors = [x[rows - 8 - first :] for x in (features, positions)]
+        lists = index - (rows - 8) + first
+        interpolated = kernels.forward(*tensors, queries, lists, power, 1e-11)
+        results.append((interpolated, gather.forward(tensors[0], lists, torch.ones(2, 4))))
+    for small, large in zip(*results, strict=True):
+        assert torch.equal(small, large)
 
 
 def test_values_at_tokens_are_kept():

@@ -157,6 +157,31 @@ def test_entries_out_of_range_are_left_out():
     assert torch.equal(scored_merge(**case, impl="triton"), expected)
 
 
+def test_features_beyond_2_31_elements():
+    """In memory that is reserved only: the merge of the last cluster touches 8 rows of it."""
+    rows = (1 << 31) // 16 + 8
+    g = torch.Generator().manual_seed(0)
+    try:
+        features = torch.empty(rows, 16, dtype=torch.float16)
+        scores, positions = torch.empty(rows), torch.empty(rows, 2)
+    except RuntimeError:
+        pytest.skip("needs 6 GB of address space")
+    for tensor in (features, scores, positions):
+        tensor[-8:] = torch.randn(tensor[-8:].shape, generator=g)
+    net = random_net(g, 5).values()
+    rest = (torch.zeros(3, 1, dtype=torch.int32), *net, 8, 1e-5)
+    results = []
+    for first in (0, rows - 8):
+        tensors = [x[rows - 8 - first :] for x in (features, scores, positions)]
+        offsets = torch.tensor([first, first + 8], dtype=torch.int32)
+        arguments = (*tensors, positions[-3:], offsets, *rest)
+        out = kernels.forward(*arguments)
+        grads = kernels.backward(out, *arguments)
+        results.append((out, *(x[-8:] for x in grads)))
+    for small, large in zip(*results, strict=True):
+        assert torch.equal(small, large)
+
+
 def test_translation_changes_nothing():
     case = make_case()
     moved = case | {"positions": case["positions"] + torch.tensor([64.0, -32.0])}
