@@ -35,9 +35,9 @@ CONFIG = AFFConfig(dims=(16, 16, 32, 32), depths=(2, 1, 3, 1), heads=(2, 2, 2, 2
 CPU = torch.device("cpu")
 
 
-def made(head="classification", impl=None, size=64, batch=2):
+def made(head="classification", impl=None, size=64, batch=2, **changes):
     torch.manual_seed(0)
-    model = Model("small", CONFIG, head, 5, impl)
+    model = Model("small", CONFIG.override(**changes), head, 5, impl)
     return model, torch.randn(batch, 3, size, size)
 
 
@@ -445,9 +445,10 @@ def test_a_small_run_of_every_op():
 
 def test_kept_tensors_show_a_score_matrix():
     """The fused path keeps nothing of tokens by neighbors; the reference does, and it is seen."""
-    model, images = made()
+    dims = (32, 32, 32, 32)  # no layer is as wide as a neighborhood, of 48 tokens
+    model, images = made(dims=dims)
     fused = parts.kept_tensors(model, images)
     assert fused["tokens_by_neighbors"] == []
     assert fused["kept"] > fused["linear_inputs"] > 0
-    model, images = made(impl="reference")
+    model, images = made(impl="reference", dims=dims)
     assert parts.kept_tensors(model, images)["tokens_by_neighbors"]
