@@ -24,10 +24,18 @@ LIBRARY.define(
 LIBRARY.define(
     "cluster_centers(Tensor positions, Tensor order, Tensor offsets, str impl) -> Tensor"
 )
+# Ranges of the rows and centers of clusters where all samples are alike: each has `size` tokens in
+# `count` clusters, of which `longer` have `length` + 1 tokens, the others `length`, the last maybe
+# fewer. For GPUs, where every step of it would be a launch.
+LIBRARY.define(
+    "cluster_ranges(Tensor positions, Tensor order, SymInt samples, SymInt size, SymInt count, "
+    "SymInt length, SymInt longer, str impl) -> (Tensor offsets, Tensor centers)"
+)
 fused_curve_code = torch.ops.pointformer.curve_code.default
 fused_cluster_keys = torch.ops.pointformer.cluster_keys.default
 fused_curve_keys = torch.ops.pointformer.curve_keys.default
 fused_cluster_centers = torch.ops.pointformer.cluster_centers.default
+fused_cluster_ranges = torch.ops.pointformer.cluster_ranges.default
 
 
 @torch.library.register_fake("pointformer::curve_code", lib=LIBRARY)
@@ -50,7 +58,15 @@ def _fake_centers(positions, order, offsets, impl):
     return positions.new_empty(offsets.shape[0] - 1, positions.shape[1])
 
 
+@torch.library.register_fake("pointformer::cluster_ranges", lib=LIBRARY)
+def _fake_ranges(positions, order, samples, size, count, length, longer, impl):
+    clusters = samples * count
+    offsets = positions.new_empty(clusters + 1, dtype=torch.int32)
+    return offsets, positions.new_empty(clusters, positions.shape[1])
+
+
 implement("curve_code", "clustering.curve_code")
 implement("cluster_keys", "clustering.keys")
 implement("curve_keys", "clustering.curve_keys")
 implement("cluster_centers", "clustering.centers")
+implement("cluster_ranges", "clustering.ranges")

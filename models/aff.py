@@ -20,7 +20,7 @@ from pointformer import (
     scored_merge,
     select_centers,
 )
-from pointformer.models.backbone import Backbone, Block, PatchMerge, StageOutput
+from pointformer.models.backbone import Backbone, Block, PatchMerge, StageOutput, run_blocks
 from pointformer.models.config import AFFConfig
 from pointformer.models.layers import WeightNet
 
@@ -110,6 +110,7 @@ class AdaptiveMerge(nn.Module):
             # On the full grid of the first stage both priors are the same.
             prior="grid" if first and config.prior == "adaptive" else config.prior,
             reserve=config.reserve,
+            along_curve=True,
             check_values=not scores.is_cuda,  # which would wait for it
             impl=impl,
         )
@@ -174,8 +175,7 @@ class Stage(nn.Module):
         )
         neighborhoods = neighborhoods.with_plan(training=torch.is_grad_enabled(), impl=impl)
         inputs = tokens
-        for block in self.blocks:
-            tokens = block(tokens, neighborhoods, impl=impl)
+        tokens = run_blocks(self.blocks, tokens, [(neighborhoods,)] * len(self.blocks), impl)
         if isinstance(self.merge, AdaptiveMerge):
             scores = self.merge.scores(tokens.features)
             merged = self.merge(tokens, neighborhoods, scores, config, impl)

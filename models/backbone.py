@@ -14,6 +14,8 @@ from pointformer import TokenSet, add_norm
 from pointformer.models.config import AFFConfig, SwinConfig
 from pointformer.models.layers import GELU, FeedForward
 
+# A residual branch (T, C) and its scale (C,), if it has one, before they are added.
+Branch = tuple[Tensor, Tensor | None]
 HIDDEN = 1 << 22  # numbers that a hidden layer holds at a time at inference
 
 
@@ -41,6 +43,12 @@ def drop_path(x: Tensor, rate: float, tokens: TokenSet, training: bool) -> Tenso
         samples = x.view(tokens.batch_size, -1, x.shape[1])
         return (samples * factor[:, None]).view(x.shape)
     return x * factor[tokens.sample_index]
+
+
+def add_branch(x: Tensor, branch: Branch) -> Tensor:
+    """(T, C) with the branch."""
+    rows, scale = branch
+    return x + rows if scale is None else torch.addcmul(x, rows, scale)
 
 
 def by_rows(function: Callable[..., Tensor], *inputs: Tensor, width: int) -> Tensor:
@@ -126,26 +134,57 @@ class Block(nn.Module):
             scale = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
             self.register_parameter(name, scale)
 
-    def forward(self, tokens: TokenSet, *where: object, impl: str | None = None) -> TokenSet:
-        """`where` tells the attention who sees whom."""
-        x = tokens.features
-        attended = self.attn(self.norm1(x), tokens, *where, impl=impl)
+    def forward(
+        self,
+        tokens: TokenSet,
+        *where: object,
+        pending: Branch | None = None,
+        impl: str | None = None,
+    ) -> tuple[TokenSet, Branch | None]:
+        """Tokens whose features lack a last branch, which is left to the next block's LayerNorm.
 
-        def rest(x: Tensor, attended: Tensor) -> Tensor:
-            branch = self._dropped(self.attn.proj(attended), tokens)
-            norm = self.norm2
-            x, normed = add_norm(
-                x, branch, norm.weight, norm.bias, scale=self.gamma1, eps=norm.eps, impl=impl
-            )
-            branch = self._dropped(self.mlp(normed), tokens)
-            return x + branch if self.gamma2 is None else torch.addcmul(x, branch, self.gamma2)
+        Args:
+            where: tells the attention who sees whom.
+            pending: what the block before left; `None` for none.
+        """
+        x, normed = tokens.features, None
+        if pending is None:
+            normed = self.norm1(x)
+        else:
+            x, normed = self._add_norm(x, pending, self.norm1, impl)
+        attended = self.attn(normed, tokens, *where, impl=impl)
 
-        if self.training:  # paths are dropped for whole samples
-            return tokens.with_features(rest(x, attended))
-        return tokens.with_features(by_rows(rest, x, attended, width=self.mlp.fc1.out_features))
+        def branches(x: Tensor, attended: Tensor) -> tuple[Tensor, Branch]:
+            branch = self._dropped(self.attn.proj(attended), tokens), self.gamma1
+            x, normed = self._add_norm(x, branch, self.norm2, impl)
+            return x, (self._dropped(self.mlp(normed), tokens), self.gamma2)
+
+        if self.training or x.device.type != "cpu":  # paths are dropped for whole samples
+            x, pending = branches(x, attended)
+            return tokens.with_features(x), pending
+        width = self.mlp.fc1.out_features
+        x = by_rows(lambda *rows: add_branch(*branches(*rows)), x, attended, width=width)
+        return tokens.with_features(x), None
+
+    @staticmethod
+    def _add_norm(
+        x: Tensor, branch: Branch, norm: nn.LayerNorm, impl: str | None
+    ) -> tuple[Tensor, Tensor]:
+        rows, scale = branch
+        return add_norm(x, rows, norm.weight, norm.bias, scale=scale, eps=norm.eps, impl=impl)
 
     def _dropped(self, branch: Tensor, tokens: TokenSet) -> Tensor:
         return drop_path(branch, self.drop_path_rate, tokens, self.training)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, tokens: TokenSet, where: Sequence[tuple], impl: str | None
+) -> TokenSet:
+    """The tokens after all blocks, each with its part of `where`."""
+    pending = None
+    for block, seen in zip(blocks, where, strict=True):
+        tokens, pending = block(tokens, *seen, pending=pending, impl=impl)
+    return tokens if pending is None else tokens.with_features(add_branch(tokens.features, pending))
 
 
 class PatchMerge(nn.Module):

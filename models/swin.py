@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pointformer import TokenSet
-from pointformer.models.backbone import Backbone, Block, PatchMerge, StageOutput
+from pointformer.models.backbone import Backbone, Block, PatchMerge, StageOutput, run_blocks
 from pointformer.models.config import SwinConfig
 from pointformer.models.grid import by_shape
 
@@ -135,8 +135,8 @@ class Stage(nn.Module):
             for shifted in (False, True)
         ]
         inputs = tokens
-        for i, block in enumerate(self.blocks):
-            tokens = block(tokens, windows[i % 2], impl=impl)
+        where = [(windows[i % 2],) for i in range(len(self.blocks))]
+        tokens = run_blocks(self.blocks, tokens, where, impl)
         merged = None if self.merge is None else self.merge(tokens)
         return StageOutput(tokens, inputs, None), merged
 

@@ -33,11 +33,13 @@ from pointformer.graph import batch_from_sizes
 Extent = tuple[tuple[float, ...], ...]
 
 
-def _cells(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Cell indices (x, y[, z]) of a grid of shape ([Z,] H, W), x fastest: float32."""
-    axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
-    mesh = torch.meshgrid(*axes, indexing="ij")
-    return torch.stack([axis.reshape(-1) for axis in reversed(mesh)], dim=1)
+def _cells(samples: int, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Cell indices (x, y[, z]) of `samples` grids of shape ([Z,] H, W), x fastest: float32."""
+    cells = torch.empty(samples, *shape, len(shape), device=device)
+    for axis, side in enumerate(reversed(shape)):
+        index = torch.arange(side, dtype=torch.float32, device=device)
+        cells[..., axis] = index.view(-1, *[1] * axis)
+    return cells.view(-1, len(shape))
 
 
 def _lower_corners(positions: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -212,14 +214,10 @@ class TokenSet:
             check_values=check_values,
             impl=impl,
         )
-        return TokenSet(
-            self.positions[clusters.order],
-            self.features[clusters.order],
-            self.sizes,
-            self.extent,
-            self.origin,
-            clusters,
-        )
+        positions, features = self.positions, self.features
+        if any(size > global_size for size in self.sizes):  # the others keep their order
+            positions, features = positions[clusters.order], features[clusters.order]
+        return TokenSet(positions, features, self.sizes, self.extent, self.origin, clusters)
 
     def input_order(self) -> TokenSet:
         """Undo `cluster`: the tokens in the order they had before, without clusters."""
@@ -306,9 +304,9 @@ class TokenSet:
                 raise TypeError(f"maps: expected a floating dtype, got {describe(sample)}")
         if isinstance(maps, Tensor):
             batch, _, *shape = maps.shape
-            grid = _cells(shape, maps.device)
-            features = maps.flatten(2).transpose(1, 2).reshape(batch * len(grid), -1)
-            return cls(grid.repeat(batch, 1), features, [len(grid)] * batch, shape[::-1])
+            positions = _cells(batch, shape, maps.device)
+            features = maps.flatten(2).transpose(1, 2).flatten(0, 1)
+            return cls(positions, features, [math.prod(shape)] * batch, shape[::-1])
         if not maps:
             raise ValueError("maps: expected at least one feature map, got none")
         for sample in maps:
@@ -322,7 +320,7 @@ class TokenSet:
                     f"{describe(sample)}"
                 )
         shapes = [tuple(sample.shape[1:]) for sample in maps]
-        grids = {shape: _cells(shape, maps[0].device) for shape in set(shapes)}
+        grids = {shape: _cells(1, shape, maps[0].device) for shape in set(shapes)}
         return cls(
             torch.cat([grids[shape] for shape in shapes]),
             torch.cat([sample.flatten(1).T for sample in maps]),

@@ -36,6 +36,7 @@ DEFAULTS = {
         "prior": "adaptive",
         "reserve": True,
         "lattice": True,
+        "along_curve": False,
     },
     "interpolate": {
         "query_sizes": None,
@@ -47,7 +48,13 @@ DEFAULTS = {
     "weighted_gather": {},
     "add_norm": {"scale": None, "eps": 1e-5},
     "deformable_attention": {"power": 6.0, "eps": 1e-11},
-    "knn": {"query": None, "query_sizes": None, "include_self": True, "return_distance": False},
+    "knn": {
+        "query": None,
+        "query_sizes": None,
+        "include_self": True,
+        "return_distance": False,
+        "along_curve": False,
+    },
     "sizes_from_batch": {"batch_size": None},
     "batch_from_sizes": {"device": None},
     "TokenSet.cluster": CLUSTERS,

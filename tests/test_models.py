@@ -17,7 +17,7 @@ from pointformer.models import (
     create_model,
     list_models,
 )
-from pointformer.models.backbone import HIDDEN, by_rows, drop_path
+from pointformer.models.backbone import HIDDEN, add_branch, by_rows, drop_path
 from pointformer.models.config import CONFIGS
 
 # Few blocks and channels: the wiring of AFF without its cost.
@@ -454,7 +454,9 @@ def test_a_block_is_its_definition(layer_scale):
         for training in (False, True):
             block.train(training)
             torch.manual_seed(1)
-            out = block(tokens, "here").features
+            out, pending = block(tokens, "here")
+            out = out.features if pending is None else add_branch(out.features, pending)
+            assert (pending is None) != training  # on CPUs
             torch.manual_seed(1)
             drops = [torch.empty(6, 1).bernoulli_(0.5) * 2.0 if training else 1.0 for _ in range(2)]
             x = tokens.features
@@ -464,6 +466,11 @@ def test_a_block_is_its_definition(layer_scale):
             torch.testing.assert_close(out, expected)
             torch.testing.assert_close(seen[-1][0], block.norm1(x))
             assert seen[-1][1] == (tokens, "here")
+            torch.manual_seed(1)
+            less = tokens.with_features(x - 2 * attended)
+            rest, pending = block(less, "here", pending=(attended, torch.full((48,), 2.0)))
+            rest = rest.features if pending is None else add_branch(rest.features, pending)
+            torch.testing.assert_close(rest, out)
 
 
 def test_attention_is_its_definition():

@@ -52,6 +52,7 @@ def test_knn_is_that_of_the_cpu(sample, k, scale, data):
         query = torch.rand(sum(sizes), sample.dimensions) * 40 * scale
         kwargs = {"query": query, "query_sizes": sizes}
     kwargs |= {"sizes": sample.sizes, "return_distance": True}
+    kwargs["along_curve"] = data.draw(st.booleans())
     with mock.patch.multiple(kernels, _IN_LIST=8, _LISTS=(4, 8)):  # longer ones take two passes
         assert_same(lambda impl: knn(positions, k, impl=impl, **kwargs))
 

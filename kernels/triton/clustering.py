@@ -299,14 +299,26 @@ def curve_keys_fwd_kernel(
     tl.store(keys + row, key, mask=stored)
 
 
-@triton.jit(do_not_specialize=("clusters",))
+@triton.jit(do_not_specialize=("clusters", "size", "per_sample", "length", "longer"))
 def cluster_centers_fwd_kernel(
-    positions, order, offsets, centers, clusters, D: tl.constexpr, BLOCK: tl.constexpr
-):
+    positions, order, offsets, centers, clusters, size, per_sample, length, longer,
+    D: tl.constexpr, UNIFORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Ranges of rows are read, or computed and written where samples are alike."""
     cluster = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     stored = cluster < clusters
-    start = tl.load(offsets + cluster, mask=stored, other=0)
-    end = tl.load(offsets + cluster + 1, mask=stored, other=0)
+    if UNIFORM:
+        sample = cluster // per_sample
+        place = cluster - sample * per_sample
+        start = sample * size + place * length + tl.minimum(place, longer)
+        end = tl.minimum(start + length + (place < longer).to(tl.int32), (sample + 1) * size)
+        start = tl.where(stored, start, 0)
+        end = tl.where(stored, end, 0)
+        tl.store(offsets + cluster, start, mask=stored)
+        tl.store(offsets + cluster + 1, end, mask=cluster == clusters - 1)
+    else:
+        start = tl.load(offsets + cluster, mask=stored, other=0)
+        end = tl.load(offsets + cluster + 1, mask=stored, other=0)
     x = tl.zeros((BLOCK,), tl.float32)
     y = tl.zeros((BLOCK,), tl.float32)
     z = tl.zeros((BLOCK,), tl.float32)
@@ -349,14 +361,23 @@ def _keys_variant(dimensions, curve, anchors, ragged):
     )
 
 
-def _centers_variant(dimensions):
+def _centers_rounds(a):
+    if a["UNIFORM"]:
+        cluster = torch.arange(a["clusters"] + 1)
+        sample, place = cluster // a["per_sample"], cluster % a["per_sample"]
+        start = sample * a["size"] + place * a["length"]
+        a["offsets"].copy_(start + place.clamp(max=a["longer"]))
+    return {"member": a["offsets"].diff().max().item()}
+
+
+def _centers_variant(dimensions, uniform):
     return Variant(
         cluster_centers_fwd_kernel,
-        (torch.float32, torch.int64, torch.int32, torch.float32, "i32"),
-        {"D": dimensions, "BLOCK": 64},
+        (torch.float32, torch.int64, torch.int32, torch.float32, *("i32",) * 5),
+        {"D": dimensions, "UNIFORM": uniform, "BLOCK": 64},
         num_warps=2,
         fp_fusion=False,
-        rounds=lambda a: {"member": a["offsets"].diff().max().item()},
+        rounds=_centers_rounds,
     )
 
 
@@ -366,7 +387,8 @@ def variants():
             for anchors in (True, False):
                 for ragged in (False, True):
                     yield _keys_variant(dimensions, curve, anchors, ragged)
-        yield _centers_variant(dimensions)
+        for uniform in (False, True):
+            yield _centers_variant(dimensions, uniform)
 
 
 def _split(values, dimensions):
@@ -413,9 +435,20 @@ def curve_keys(positions, sizes, origin, cell_size, shape, longest, curve, ancho
 
 
 def centers(positions, order, offsets):
+    """(K, D) float32, see `pointformer.kernels.clustering`."""
+    return _centers(positions, order, offsets, (0, 1, 0, 0), False)
+
+
+def ranges(positions, order, samples, size, count, length, longer):
+    """Offsets (K + 1,) int32 and centers (K, D), see `pointformer.kernels.clustering`."""
+    offsets = torch.empty(samples * count + 1, dtype=torch.int32, device=positions.device)
+    return offsets, _centers(positions, order, offsets, (size, count, length, longer), True)
+
+
+def _centers(positions, order, offsets, sizes, uniform):
     clusters, dimensions = offsets.shape[0] - 1, positions.shape[1]
     out = torch.empty(clusters, dimensions, device=positions.device, dtype=torch.float32)
-    variant = _centers_variant(dimensions)
+    variant = _centers_variant(dimensions, uniform)
     grid = (triton.cdiv(clusters, variant.constants["BLOCK"]),)
-    variant.launch(grid, positions.contiguous(), order, offsets, out, clusters)
+    variant.launch(grid, positions.contiguous(), order, offsets, out, clusters, *sizes)
     return out

@@ -27,6 +27,7 @@ from pointformer.geometry.curves import CURVES, curve_code
 from pointformer.kernels.clustering import (
     fused_cluster_centers,
     fused_cluster_keys,
+    fused_cluster_ranges,
     fused_curve_code,
     fused_curve_keys,
 )
@@ -127,9 +128,6 @@ def balanced_cluster(
     device = positions.device
     triton_lacks = partial(_triton_lacks, positions)
     chosen = choose("balanced_cluster", impl, {"cpu": everything, "triton": triton_lacks}, device)
-    centers_of = reference.cluster_centers
-    if chosen != "reference":
-        centers_of = partial(fused_cluster_centers, impl=chosen)
     counts = tuple(-(-size // cluster_size) for size in sizes)
     in_order = [size <= global_size for size in sizes]
     if all(in_order):
@@ -144,7 +142,16 @@ def balanced_cluster(
             order = _adaptive_order(along_curve, positions, sizes, in_order, ratio_bits, most)
         else:
             order = along_curve(positions, sizes, canvas, in_order)[1]
+    if chosen == "triton" and sum(counts) and _all_equal(sizes):
+        lengths = _cluster_lengths(sizes[0], counts[0], cluster_size, remainder)
+        offsets, centers = fused_cluster_ranges(
+            positions, order, len(sizes), sizes[0], counts[0], *lengths, chosen
+        )
+        return Clusters(order, offsets, centers, sizes, counts, cluster_size)
     offsets = _cluster_offsets(sizes, counts, cluster_size, remainder, device)
+    centers_of = reference.cluster_centers
+    if chosen != "reference":
+        centers_of = partial(fused_cluster_centers, impl=chosen)
     centers = centers_of(positions, order, offsets)
     return Clusters(order, offsets, centers, sizes, counts, cluster_size)
 
@@ -423,6 +430,18 @@ def _plain_keys(
     return (sample << (bits * dimensions)) | code_of(curve, cells, shape, bits)
 
 
+def _all_equal(sizes: tuple[int, ...]) -> bool:
+    return all(other == sizes[0] for other in sizes[1:])
+
+
+def _cluster_lengths(size: int, count: int, cluster_size: int, remainder: str) -> tuple[int, int]:
+    """Tokens in each of a sample's clusters (maybe fewer in its last one), and how many of the
+    first ones have one more."""
+    if remainder == "spread" or size % cluster_size == 0:
+        return size // count, size % count
+    return cluster_size, 0
+
+
 def _cluster_offsets(
     sizes: tuple[int, ...],
     counts: tuple[int, ...],
@@ -433,12 +452,9 @@ def _cluster_offsets(
     """(K+1,) int32, the row where each cluster starts, and T."""
     total = sum(counts)
     size, count = (sizes[0], counts[0]) if sizes else (0, 0)
-    if count and all(other == size for other in sizes[1:]):  # no copy from the host
+    if count and _all_equal(sizes):  # no copy from the host
         index = torch.arange(total + 1, dtype=torch.int32, device=device)
-        if remainder == "spread" or size % cluster_size == 0:
-            length, longer = size // count, size % count
-        else:
-            length, longer = cluster_size, 0
+        length, longer = _cluster_lengths(size, count, cluster_size, remainder)
         if count * length == size:
             return index * length
         sample = index.div(count, rounding_mode="floor")

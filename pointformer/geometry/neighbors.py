@@ -134,6 +134,7 @@ def knn(
     query_sizes: Sequence[int] | None = ...,
     include_self: bool = ...,
     return_distance: Literal[False] = ...,
+    along_curve: bool = ...,
     check_values: bool = ...,
     impl: str | None = ...,
 ) -> Tensor: ...
@@ -149,6 +150,7 @@ def knn(
     query_sizes: Sequence[int] | None = ...,
     include_self: bool = ...,
     return_distance: Literal[True],
+    along_curve: bool = ...,
     check_values: bool = ...,
     impl: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -163,6 +165,7 @@ def knn(
     query_sizes: Sequence[int] | None = None,
     include_self: bool = True,
     return_distance: bool = False,
+    along_curve: bool = False,
     check_values: bool = True,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -179,6 +182,8 @@ def knn(
         query_sizes: queries per sample, B host integers; `None` for one sample.
         include_self: `False` leaves each point out of its own list; only without `query`.
         return_distance: also return the distances.
+        along_curve: whether the rows of each sample follow a space-filling curve, as in cluster
+            order, so that no such order has to be found. The result is the same in any case.
         check_values: whether to look for positions that are not finite, which waits for the device.
             Never done under `torch.compile` and while a CUDA graph is captured.
         impl: "reference", "cpu" or "triton"; `None` chooses by device. "torch_cluster" for
@@ -196,7 +201,10 @@ def knn(
     positions = check_positions("positions", positions).detach()
     sizes = check_sizes("sizes", sizes, positions.shape[0])
     check_flags(
-        include_self=include_self, return_distance=return_distance, check_values=check_values
+        include_self=include_self,
+        return_distance=return_distance,
+        along_curve=along_curve,
+        check_values=check_values,
     )
     if check_values:
         check_finite("positions", positions, sizes)
@@ -224,7 +232,7 @@ def knn(
         asking = positions if query is None else query
         index, distance = reference.nearest(asking, positions, query_sizes, sizes, limits, width)
     else:
-        options = (query_sizes, sizes, limits, width, False, chosen)
+        options = (query_sizes, sizes, limits, width, along_curve, chosen)
         index, distance = fused_nearest(query, positions, *options)
     if not include_self:
         own = torch.arange(positions.shape[0], dtype=torch.int32, device=positions.device)

@@ -49,6 +49,7 @@ def select_centers(
     prior: str | None = "adaptive",
     reserve: bool = True,
     lattice: bool = True,
+    along_curve: bool = False,
     check_values: bool = True,
     impl: str | None = None,
 ) -> tuple[Tensor, tuple[int, ...]]:
@@ -85,6 +86,8 @@ def select_centers(
         prior: "adaptive", "grid" or `None`.
         reserve: keep the coarse lattice.
         lattice: whether positions are integers; `False` accepts any.
+        along_curve: whether the rows of each sample follow a space-filling curve, as in cluster
+            order, see `knn`. The result is the same in any case.
         check_values: whether to look for scores and positions that do not fit, which waits for the
             device. Never done under `torch.compile` and while a CUDA graph is captured.
         impl: "reference", "cpu" or "triton"; `None` chooses by device.
@@ -104,7 +107,9 @@ def select_centers(
     check_number("rate", rate, above=0, most=1)
     check_number("alpha", alpha)
     check_option("prior", prior, _PRIORS)
-    check_flags(reserve=reserve, lattice=lattice, check_values=check_values)
+    check_flags(
+        reserve=reserve, lattice=lattice, along_curve=along_curve, check_values=check_values
+    )
     check_number("stride", stride, above=0)
     if stride > _LARGEST_STRIDE:
         raise ValueError(f"stride: expected at most {_LARGEST_STRIDE:g}, got {brief(stride)}")
@@ -128,7 +133,9 @@ def select_centers(
     chosen = choose(
         "select_centers", impl, {"cpu": everything, "triton": triton_lacks}, positions.device
     )
-    search = partial(knn, positions, sizes=sizes, check_values=False, impl=chosen)
+    search = partial(
+        knn, positions, sizes=sizes, along_curve=along_curve, check_values=False, impl=chosen
+    )
     if chosen == "triton" and lattice:
         pair = search(2) if prior == "adaptive" else None
         options = (alpha, int(stride), prior == "grid", reserve, chosen)
