@@ -87,6 +87,8 @@ def _save(ctx, inputs, output):
         inputs
     )
     learned = (weight, bias, blank_key, blank_value)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for it would be a launch
     ctx.rows, ctx.planned = len(tensors), len(plan)
     ctx.save_for_backward(*output, *tensors, *learned, *plan)
 

@@ -30,6 +30,7 @@ def _save(ctx, inputs, output):
     x, branch, scale, weight, bias, _, _ = inputs
     total, _, mean, inverse = output
     ctx.mark_non_differentiable(mean, inverse)
+    ctx.set_materialize_grads(False)  # each would be a launch
     ctx.dtypes = x.dtype, branch.dtype
     ctx.save_for_backward(
         total, mean, inverse, weight, bias, scale, None if scale is None else branch
@@ -39,11 +40,13 @@ def _save(ctx, inputs, output):
 @once_differentiable
 def _differentiate(ctx, grad, grad_normed, *_):
     total, mean, inverse, weight, bias, scale, branch = ctx.saved_tensors
-    weight, bias = (parameter.to(total.dtype) for parameter in (weight, bias))
-    through, *learned = torch.ops.aten.native_layer_norm_backward(
-        grad_normed, total, total.shape[1:], mean, inverse, weight, bias, [True] * 3
-    )
-    grad = grad + through
+    learned = [None, None]
+    if grad_normed is not None:
+        vectors = [parameter.to(total.dtype) for parameter in (weight, bias)]
+        through, *learned = torch.ops.aten.native_layer_norm_backward(
+            grad_normed, total, total.shape[1:], mean, inverse, *vectors, [True] * 3
+        )
+        grad = through if grad is None else grad + through
     x_dtype, branch_dtype = ctx.dtypes
     grad_branch, grad_scale = grad, None
     if scale is not None:

@@ -81,6 +81,20 @@ def test_rows_with_a_large_mean_keep_their_digits():
     assert error <= 2 * allowed
 
 
+@pytest.mark.parametrize("used", [0, 1])
+def test_gradients_of_one_output(used):
+    case = make_case()
+    grads = []
+    for impl in ("reference", "triton"):
+        leaves = {name: value.clone().requires_grad_() for name, value in case.items()}
+        out = add_norm(**leaves, impl=impl)[used]
+        grads.append(torch.autograd.grad(out.square().sum(), leaves.values(), allow_unused=True))
+    for expected, found in zip(*grads, strict=True):
+        assert (expected is None) == (found is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_opcheck():
     for scaled in (False, True):
         case = make_case(5, 8, scaled)
