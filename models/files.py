@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pointformer._checks import check_count, check_number, check_option, describe
+from pointformer._checks import (
+    brief,
+    check_count,
+    check_flags,
+    check_number,
+    check_option,
+    describe,
+)
 from pointformer._files import atomic_path
 from pointformer.annotations import Category
 from pointformer.models.backbone import Backbone
@@ -257,16 +264,19 @@ class _Description:
         check_count("num_classes", classes)
         if diameter is not None:
             check_number("object_diameter", diameter, above=0)
-        for name, value, kinds in (
+        for name, value, expected in (
             ("name", values["name"], str),
             ("head_options", options, dict),
             ("trained", trained, dict | None),
         ):
-            if not isinstance(value, kinds):
+            if not isinstance(value, expected):
                 raise TypeError(f"{name} is {describe(value)}")
         if not set(options) <= set(options_of(head)):
             raise ValueError(f"head {head!r} has only the options {', '.join(options_of(head))}")
         check_options(head, options)
+        kinds = _kinds(head, classes, _task_of(head, classes, task))
+        if rows is not None and len(rows) != kinds:
+            raise ValueError(f"{len(rows)} categories for {kinds} kinds of things")
         return cls(
             name=values["name"],
             config=config_from(values["config"]),
@@ -274,8 +284,7 @@ class _Description:
             head_options=options,
             num_classes=classes,
             task=task,
-            categories=rows
-            and tuple(Category(**row | {"color": tuple(row["color"])}) for row in rows),
+            categories=None if rows is None else tuple(map(_category, rows)),
             preprocess=None if normalization is None else Preprocess(**normalization),
             object_diameter=diameter,
             trained=trained,
@@ -295,14 +304,16 @@ class _Description:
         `copy_weights`."""
         head = head or self.head
         own_task = _task_of(self.head, self.num_classes, self.task)
-        own_kinds = 1 if _finds_borders(self.head, own_task) else self.num_classes
+        own_kinds = _kinds(self.head, self.num_classes, own_task)
         if num_classes is None:
             others = isinstance(categories, list | tuple) and len(categories) != own_kinds
             num_classes = self.num_classes if head == self.head else own_kinds
             num_classes = len(categories or ()) if others else num_classes
-        if task is None and own_task in _possible_tasks(head, num_classes):
-            task = self.task if (head, num_classes) == (self.head, self.num_classes) else own_task
-        kinds = 1 if _finds_borders(head, _task_of(head, num_classes, task)) else num_classes
+        if task is None and (head, num_classes) == (self.head, self.num_classes):
+            task = self.task
+        elif task is None and own_task in _possible_tasks(head, num_classes):
+            task = own_task
+        kinds = _kinds(head, num_classes, _task_of(head, num_classes, task))
         if categories is None and self.categories and len(self.categories) == kinds:
             categories = self.categories
         config, options = configured(self.name, self.config, head, overrides, self.head)
@@ -326,10 +337,23 @@ class _Description:
         return model, None
 
 
+def _category(row: dict[str, Any]) -> Category:
+    category = Category(**row | {"color": tuple(row["color"])})
+    check_count("category's id", category.id, least=0)
+    check_flags(**{"category's is_thing": category.is_thing})
+    if not isinstance(category.name, str):
+        raise TypeError(f"category's name is {describe(category.name)}")
+    if len(category.color) != 3:
+        raise ValueError(f"category's color is {brief(category.color)}")
+    for part in category.color:
+        check_count("category's color", part, least=0, most=255)
+    return category
+
+
 def _possible_tasks(head: str, num_classes: int) -> tuple[str, ...]:
     if head == "dense":
         return ("instance", "semantic") if num_classes == 3 else ("semantic",)
-    return TASKS if head in ("mask2former", "hcformer") else ()
+    return ("semantic", "instance", "panoptic") if head in ("mask2former", "hcformer") else ()
 
 
 def _task_of(head: str, num_classes: int, task: str | None) -> str | None:
@@ -338,9 +362,9 @@ def _task_of(head: str, num_classes: int, task: str | None) -> str | None:
     return possible[0] if task is None and head == "dense" else task
 
 
-def _finds_borders(head: str, task: str | None) -> bool:
-    """Whether the outputs are background, inside and border of objects of one kind."""
-    return head == "dense" and task == "instance"
+def _kinds(head: str, num_classes: int, task: str | None) -> int:
+    """How many kinds of things are found; one by background, inside and border of objects."""
+    return 1 if head == "dense" and task == "instance" else num_classes
 
 
 def _head_of(state: Mapping[str, Tensor]) -> tuple[str | None, int | None]:

@@ -432,6 +432,12 @@ def test_a_description_that_cannot_be_read(tmp_path):
         "preprocess": (3, {"mean": [1]}, {"mean": [0.5], "std": [0]}),
         "object_diameter": ("a", -1, True), "trained": (3, [1]),
     }  # fmt: skip
+    row = {"id": 1, "name": "a", "is_thing": True, "color": [1, 2, 3]}
+    rows = {"id": ("a", 1.5), "name": (3, None), "is_thing": (1,), "color": ([1, 2], [1, 2, 256])}
+    wrong["categories"] += tuple(
+        [row | {name: value}] for name, values in rows.items() for value in values
+    )
+    wrong["categories"] += ([row, row],)  # of a model of one kind
     texts = ["{", "[]", "3", "[" * 100_000]
     texts += [good | {name: value} for name, values in wrong.items() for value in values]
     for text in texts:
