@@ -9,6 +9,8 @@ is written.
 A key or value that is not finite can reach the other queries of its tile.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -129,6 +131,7 @@ def _rounds(a):
     return {"start": (-(-a["counts"] * a["cluster_size"] // a["KEYS"])).double().mean().item()}
 
 
+@cache
 def _variant(dtype, learned, axes, width, heads):
     wide = dtype == torch.float32
     rows = (dtype,) * 3
@@ -175,7 +178,7 @@ def forward(
     width = width_of(channels)
     together = max(n for n in heads_together(query.dtype, width) if heads % n == 0)
     _variant(query.dtype, learned[0].dtype, positions.shape[1], width, together).launch(
-        (triton.cdiv(tokens, TILE) * (heads // together),),
+        (-(-tokens // TILE) * (heads // together),),
         *(*inputs, positions.contiguous(), *tiles, *learned, output, normal),
         *(number for pair in strides for number in pair),
         *(tokens, heads, channels // 8, *flags),

@@ -10,6 +10,8 @@ The gradients of a row's logits add up to 0. So that of the bias, which all logi
 have, is minus the sum over the blank's logits, with less rounding; without a blank token it is 0.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -279,6 +281,7 @@ def _key_rounds(a):
     return {"following": a["group"] - 1, "start": start}
 
 
+@cache
 def _query_variant(dtype, learned, axes, width):
     wide = dtype == torch.float32
     return Variant(
@@ -303,6 +306,7 @@ def _query_variant(dtype, learned, axes, width):
     )
 
 
+@cache
 def _key_variant(dtype, learned, axes, width, heads):
     wide = dtype == torch.float32
     return Variant(
@@ -338,6 +342,7 @@ _SUM = Variant(
 )
 
 
+@cache
 def _learned_variant(dtype):
     return Variant(
         learned_gradients_kernel,
@@ -382,7 +387,7 @@ def backward(
     means = torch.empty(tokens, heads, device=device, dtype=torch.float32)
     columns = heads * (features + has_blank * (1 + 2 * channels))
     variant = _query_variant(query.dtype, learned[0].dtype, axes, width)
-    programs = triton.cdiv(tokens, TILE)
+    programs = -(-tokens // TILE)
     shares = torch.empty(programs, columns, device=device, dtype=torch.float32)
     variant.launch(
         (programs * heads,),
@@ -394,7 +399,7 @@ def backward(
     group = clusters_per_group(cluster_size)
     together = max(n for n in heads_together(query.dtype, width) if heads % n == 0)
     _key_variant(query.dtype, learned[0].dtype, axes, width, together).launch(
-        (groups[1].shape[0] * (heads // together), triton.cdiv(group * cluster_size, GROUP_KEYS)),
+        (groups[1].shape[0] * (heads // together), -(-group * cluster_size // GROUP_KEYS)),
         *(grad, normal, means, *inputs, positions, cluster_offsets, *groups, *learned[:2]),
         *(*d_rows[1:], *strides, clusters, heads, channels // 8, *flags[:2], group, scale),
     )
@@ -413,7 +418,7 @@ def learned_gradients(shares, given, heads, channels):
     weight, bias, blank_key, _ = given
     if blank_key is None:
         gradients[1].zero_()
-    blocks = triton.cdiv(columns, _BLOCK["BLOCK"])
+    blocks = -(-columns // _BLOCK["BLOCK"])
     if len(shares) > _SPAN:
         sums = torch.empty(
             triton.cdiv(len(shares), _SPAN), columns, device=device, dtype=torch.float32

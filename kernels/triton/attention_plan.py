@@ -9,6 +9,8 @@ cluster, or to which clusters of the group the query attends. Lists are as long 
 needs, so that nothing waits for the device.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -165,6 +167,7 @@ def _group_rounds(a):
     return {"start": (-(-begins.diff() // a["BLOCK"])).double().mean().item()}
 
 
+@cache
 def _tile_variant(radius):
     return Variant(
         neighborhood_tiles_kernel,
@@ -175,6 +178,7 @@ def _tile_variant(radius):
     )
 
 
+@cache
 def _group_variant(group):
     return Variant(
         neighborhood_groups_kernel,

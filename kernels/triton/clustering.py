@@ -10,7 +10,7 @@ Every float operation is rounded by itself, as on the CPU: ties decide the order
 """
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import torch
 import triton
@@ -342,6 +342,7 @@ def halvings(span):
     return max(span - 1, 0).bit_length()
 
 
+@cache
 def _keys_variant(dimensions, curve, anchors, ragged):
     integers = (torch.int32,) * 3 if ragged else ("i32",) * 3
     floats = (torch.float32,) * 6 if ragged else ("fp32",) * 6
@@ -370,6 +371,7 @@ def _centers_rounds(a):
     return {"member": a["offsets"].diff().max().item()}
 
 
+@cache
 def _centers_variant(dimensions, uniform):
     return Variant(
         cluster_centers_fwd_kernel,

@@ -1,5 +1,7 @@
 """Triton sums of listed rows under given weights, forward and backward."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -87,6 +89,7 @@ def _rounds(a):
     return {"j": a["k"], "start": a["k"] * triton.cdiv(a["units"] * a["UNIT"], a["WIDTH"])}
 
 
+@cache
 def _variant(kernel, dtype, channels):
     types = {
         gather_fwd_kernel: (dtype, _INT, _FLOAT, dtype, *("i32",) * 4),

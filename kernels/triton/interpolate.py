@@ -6,6 +6,8 @@ token and reads the gradient's rows of the queries that list it; it needs each q
 distance and sum of weights, which a first kernel leaves behind: two numbers per query.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -202,6 +204,7 @@ def _constants(dtype, dimensions, channels):
     return {"D": dimensions, "BLOCK_C": block, "UNIT": unit}
 
 
+@cache
 def _forward_variant(dtype, learned, dimensions, channels):
     constants = _constants(dtype, dimensions, channels)
     f32, i32 = torch.float32, torch.int32
@@ -216,6 +219,7 @@ def _forward_variant(dtype, learned, dimensions, channels):
     )
 
 
+@cache
 def _query_variant(dtype, learned, dimensions, channels, learn):
     constants = _constants(dtype, dimensions, channels if learn else 16)  # none are read otherwise
     f32, i32 = torch.float32, torch.int32
@@ -230,6 +234,7 @@ def _query_variant(dtype, learned, dimensions, channels, learn):
     )
 
 
+@cache
 def _token_variant(dtype, learned, dimensions, channels):
     constants = _constants(dtype, dimensions, channels)
     f32 = torch.float32

@@ -14,6 +14,8 @@ are centers of six clusters of eight, in units of one token's C features:
   and in float32 and float16, a second kernel reads both again: registers do not hold all sums.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -417,6 +419,7 @@ def _backward_rounds(a):
     return rounds
 
 
+@cache
 def _forward_variant(dtype, learned, dimensions, ordered, channels):
     f32, i32 = torch.float32, torch.int32
     return Variant(
@@ -443,6 +446,7 @@ def _forward_variant(dtype, learned, dimensions, ordered, channels):
     )
 
 
+@cache
 def _backward_variant(dtype, learned, dimensions, size, channels, parts):
     """`size`: tokens of a cluster, at most; `parts`: "features", "net" or "both"."""
     chunk = _block(channels, 32 if dtype == torch.float32 else 64)
@@ -492,6 +496,7 @@ def _unit(channels):
     return 16 if channels % 16 == 0 else 1
 
 
+@cache
 def _sum_variant(learned, dimensions):
     return Variant(
         sum_partials_kernel,

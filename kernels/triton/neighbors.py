@@ -12,6 +12,8 @@ Distances and indices are compared as one integer, so ties go to the lowest inde
 are rounded as distances are, so they need no margin. Longer lists take several passes.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -337,6 +339,7 @@ def _search_rounds(a):
     }
 
 
+@cache
 def _order_variant(dimensions, ragged, bits):
     return Variant(
         curve_order_fwd_kernel,
@@ -352,6 +355,7 @@ def _order_variant(dimensions, ragged, bits):
     )
 
 
+@cache
 def _tree_variant(dimensions, leaves, by_order):
     order = torch.int64 if by_order else torch.int32
     return Variant(
@@ -361,6 +365,7 @@ def _tree_variant(dimensions, leaves, by_order):
     )
 
 
+@cache
 def _search_variant(dimensions, width, by_order, aligned, ragged):
     order = torch.int64 if by_order else torch.int32
     tables = torch.int32 if ragged else "i32"

@@ -1,5 +1,7 @@
 """Residual sums and their LayerNorm on GPUs: every row is read once and written twice."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -42,6 +44,7 @@ def add_norm_fwd_kernel(
     tl.store(inverse + row, factor, mask=stored)
 
 
+@cache
 def _variant(x, branch, learned, scaled, channels):
     width = max(16, triton.next_power_of_2(channels))
     total, f32 = torch.promote_types(x, branch), torch.float32

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from triton.compiler import ASTSource
 from pointformer.kernels.triton import tuning
 
 INTERPRETED = triton.knobs.runtime.interpret
+_LARGEST = (1 << 31) - 1  # of the integers that are 32 bits wide
+_BACKEND = "hip" if torch.version.hip else "cuda"
 _POINTERS = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -35,7 +37,7 @@ class Variant:
         kernel: a `triton.jit` function.
         arguments: type of each argument that is not a constant, in order: a dtype for a pointer to
             such elements, or a scalar's type ("i32", "i64", "fp32").
-        constants: the `tl.constexpr` arguments by name.
+        constants: the `tl.constexpr` arguments by name, which are the kernel's last.
         num_warps, num_stages: see Triton. With Triton's warps of 32 threads on NVIDIA, 64 on AMD.
         amd_warps: the number of warps on AMD, if another.
         rounds: for the cost model, from the arguments and constants of a launch by name: how many
@@ -60,28 +62,83 @@ class Variant:
         default=None, compare=False
     )
 
+    # By device and by what Triton specializes arguments for: what it compiled. To look that up
+    # takes Triton several times as long as to launch.
+    _compiled: dict[tuple, triton.compiler.CompiledKernel] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @cached_property
+    def _last(self) -> list[object]:
+        """The constants in the kernel's order."""
+        names = self.kernel.arg_names[len(self.arguments) :]
+        return [self.constants[name] for name in names]
+
+    @cached_property
+    def _kinds(self) -> list[tuple[torch.dtype | str, bool | None]]:
+        """Of each argument its type, and whether its value decides what is compiled; `None` for
+        tensors, whose alignment does."""
+        params = [] if INTERPRETED else self.kernel.params
+        free = {param.name for param in params if param.do_not_specialize}
+        names = [name for name in self.kernel.arg_names if name not in self.constants]
+        return [
+            (kind, None if isinstance(kind, torch.dtype) else kind[0] == "i" and name not in free)
+            for name, kind in zip(names, self.arguments, strict=True)
+        ]
+
     def launch(self, grid: tuple[int, ...], *arguments) -> None:
         """Run on the device of the tensors; nothing happens where the grid is empty."""
-        for position, (given, expected) in enumerate(zip(arguments, self.arguments, strict=True)):
-            if isinstance(given, torch.Tensor) and given.dtype != expected:
-                raise TypeError(
-                    f"{self.name}: argument {position} is {given.dtype}, expected {expected}"
-                )
+        device, traits = None, []
+        for (kind, specialized), given in zip(self._kinds, arguments, strict=True):
+            if specialized is None:
+                if given.dtype != kind:
+                    position = next(i for i, x in enumerate(arguments) if x is given)
+                    raise TypeError(
+                        f"{self.name}: argument {position} is {given.dtype}, expected {kind}"
+                    )
+                device = device or given.device
+                traits.append(given.data_ptr() % 16 == 0)
+            elif specialized:
+                traits.append((given == 1, given % 16 == 0, given > _LARGEST))
+            elif given > _LARGEST:
+                traits.append(kind)
+            else:
+                traits.append(None)
         if 0 in grid:
             return
-        tensors = [given for given in arguments if isinstance(given, torch.Tensor)]
-        device = tensors[0].device
-        guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        if INTERPRETED:
+            self.kernel[grid](*arguments, **self.constants)
+        elif device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._run(grid, arguments, device, tuple(traits))
+        else:
+            self._run(grid, arguments, device, tuple(traits))
 
-        def run(options: Mapping[str, object]):
-            return self.kernel[grid](*arguments, **self.constants, **options)
+    def _run(
+        self,
+        grid: tuple[int, ...],
+        arguments: tuple,
+        device: torch.device,
+        traits: tuple[int, ...],
+    ) -> None:
+        """Launch on the current device."""
+        options: Mapping[str, object] | None = None
+        key: tuple = (device.index, traits)
+        if tuning.enabled():
 
-        options = {} if INTERPRETED else self._options("hip" if torch.version.hip else "cuda")
-        with guard:
-            if not INTERPRETED and tuning.enabled():
-                key = self._key(torch.cuda.get_device_name(device), tuning.size_class(grid))
-                options = tuning.tuner().best(key, options, run)
-            run(options)
+            def run(options: Mapping[str, object]):
+                return self.kernel[grid](*arguments, **self.constants, **options)
+
+            name = self._key(torch.cuda.get_device_name(device), tuning.size_class(grid))
+            options = tuning.tuner().best(name, self._options(_BACKEND), run)
+            key = (*key, *options.items())
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            options = options or self._options(_BACKEND)
+            compiled = self.kernel[grid](*arguments, **self.constants, **options)
+            self._compiled[key] = compiled
+            return
+        compiled[(*grid, 1, 1)[:3]](*arguments, *self._last)
 
     def compile(self, target: GPUTarget) -> triton.compiler.CompiledKernel:
         """Compile for a GPU that need not be there."""

@@ -4,6 +4,8 @@ A key is (sample, falling selection score), with the reserved tokens of a sample
 Scores are rounded after every operation, as on the CPU: ties decide the order.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -99,6 +101,7 @@ def selected_rows_fwd_kernel(
     tl.store(out + row, chosen, mask=stored)
 
 
+@cache
 def _keys_variant(dimensions, prior, ragged):
     nearest = torch.int32 if prior == ADAPTIVE.value else torch.float32  # then not read
     return Variant(
@@ -113,6 +116,7 @@ def _keys_variant(dimensions, prior, ragged):
     )
 
 
+@cache
 def _rows_variant(ragged):
     table = torch.int32 if ragged else "i32"
     return Variant(
