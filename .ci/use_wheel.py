@@ -23,5 +23,6 @@ model: Model = create_model("aff_nano", num_classes=10)
 with torch.no_grad():
     logits = model(torch.rand(1, 3, 64, 64))
 assert logits.shape == (1, 10)
+assert create_model("aff_nano.nuclei").trained is not None
 names: list[str] = list_models()
 print(f"wheel works: {len(names)} models, {clusters}, {tokens}")

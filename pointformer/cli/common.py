@@ -108,7 +108,7 @@ def model_from(
     options: argparse.Namespace,
     *,
     small: bool = False,
-    pretrained: bool | None = True,
+    pretrained: bool = True,
     **changes: object,
 ) -> Model:
     """The model that `--model`, `--rate` and `--alpha` ask for, in eval mode.

@@ -91,7 +91,7 @@ def _model(options: argparse.Namespace) -> Model:
             "--head: needs --model NAME, as in --model aff_nano: the default, "
             f"{DEFAULT_MODEL}, has a head"
         )
-    return model_from(options, pretrained=None, head=options.head, num_classes=2)
+    return model_from(options, pretrained=False, head=options.head, num_classes=2)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
