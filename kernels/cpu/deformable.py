@@ -196,7 +196,8 @@ def _flat(tensor):
     return tensor.detach().contiguous().view(-1).numpy()
 
 
-def _arrays(value, *tensors):
+def _arrays(value, positions, offsets, weights, *tensors):
+    tensors = (positions, offsets.float(), weights.float(), *tensors)
     *tensors, lookup, exponent = tensors
     if lookup.numel() and int(lookup.max()) >= value.shape[0]:
         raise IndexError(f"lookup: row {int(lookup.max())} of {value.shape[0]} tokens")
@@ -231,5 +232,6 @@ def backward(grad, value, positions, offsets, weights, query_positions, canvas, 
         _flat(grad.float()), *_arrays(*tensors), f32(eps), _sizes(value, offsets, lookup),
         *(_flat(x) for x in (d_value, d_offsets, d_weights)), d_exponent,
     )  # fmt: skip
-    d_value = d_value.to(value.dtype)
-    return d_value, d_offsets, d_weights, power.new_full(power.shape, d_exponent.sum() / 2)
+    d_power = power.new_full(power.shape, d_exponent.sum() / 2)
+    learned = d_offsets.to(offsets.dtype), d_weights.to(weights.dtype), d_power
+    return d_value.to(value.dtype), *learned

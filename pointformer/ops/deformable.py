@@ -25,7 +25,8 @@ from pointformer.clusters import offsets_of
 from pointformer.kernels.deformable import fused_deformable
 from pointformer.reference.deformable import deformable_attention as reference
 
-_MOST = 2**31 - 1  # rows of heads, and places, have int32 numbers on GPUs
+_MOST = 2**31 - 1  # groups of eight channels have int32 numbers on GPUs
+_MOST_NEAR = 16  # tokens near a place that GPU kernels hold
 
 
 def deformable_attention(
@@ -92,10 +93,10 @@ def deformable_attention(
         return "value is float64" if value.dtype == torch.float64 else None
 
     def triton_lacks() -> str | None:
-        if max(tokens * heads, weights.numel()) > _MOST:
-            return (
-                f"value has {tokens} x {heads} rows of heads or weights more than {_MOST} entries"
-            )
+        if lookup.shape[2] > _MOST_NEAR:
+            return f"lookup lists {lookup.shape[2]} tokens, more than {_MOST_NEAR}"
+        if value.numel() // (1 if value.shape[2] % 8 else 8) > _MOST:
+            return f"value has {value.numel()} elements"
         return lacks()
 
     fast = {"cpu": lacks, "triton": triton_lacks}
@@ -107,9 +108,14 @@ def deformable_attention(
         return reference(
             value, positions, offsets, weights, query_positions, canvas, lookup, power, eps
         )
-    inputs = (value, positions, offsets.float(), weights.float(), query_positions)
+    inputs = (value, positions, _learned(offsets, value), _learned(weights, value), query_positions)
     lists = (canvas.int(), as_int32(lookup))
-    return fused_deformable(*inputs, *lists, power.float(), eps, chosen)
+    return fused_deformable(*inputs, *lists, _learned(power, value), eps, chosen)
+
+
+def _learned(tensor: Tensor, value: Tensor) -> Tensor:
+    """As kernels read it: in the dtype of the value, or float32."""
+    return tensor if tensor.dtype == value.dtype else tensor.float()
 
 
 def _canvas(extent: Sequence, lookup: Tensor, device: torch.device) -> Tensor:
