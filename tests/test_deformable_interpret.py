@@ -8,6 +8,7 @@ from fake_gpu import dirty_memory, fake_gpu
 from test_deformable import LEARNED, check_half_way, make_case, with_gradients
 from test_gather import make_case as make_gather_case
 from test_gather import with_gradients as with_gather_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pointformer import deformable_attention, weighted_gather
 from pointformer.kernels.triton import deformable, gather
@@ -43,6 +44,67 @@ def test_deformable_is_as_exact_as_plain_float32(channels, power):
 
 def test_places_half_way_between_cells_round_to_even():
     check_half_way("triton")
+
+
+@pytest.mark.parametrize("near", [1, 3, 6])
+def test_lists_of_any_length(near):
+    """Also chunks of places, and numbers of queries, that do not come out even; rows missing."""
+    case = make_case(points=3, channels=8, queries=9)
+    case["lookup"] = case["lookup"].repeat(1, 1, 2)[:, :, :near]
+    case["lookup"][::5, 0] = -1
+    exact = with_gradients(case, torch.float64, impl="reference")
+    with dirty_memory():
+        ours = with_gradients(case, impl="triton")
+    for name, value in exact.items():
+        torch.testing.assert_close(ours[name].double(), value, rtol=1e-4, atol=2e-5)
+
+
+class _Sizes(TorchDispatchMode):
+    """Bytes of every tensor that an op makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        made = op(*args, **(kwargs or {}))
+        tensors = made if isinstance(made, tuple | list) else [made]
+        self.bytes += [x.nbytes for x in tensors if isinstance(x, torch.Tensor)]
+        return made
+
+
+def test_no_list_of_all_neighbors():
+    """Forward writes its output only; backward keeps less than rows and factors of all places."""
+    queries, heads, levels, points, near = 500, 4, 3, 4, 4
+    places = queries * heads * levels * points
+    value = torch.zeros(300, heads, 8)
+    offsets = torch.zeros(queries, heads, levels, points, 2)
+    arguments = (
+        *(value, torch.zeros(300, 2), offsets, torch.zeros(offsets.shape[:-1])),
+        *(torch.zeros(queries, 2), torch.zeros(queries, 3, dtype=torch.int32)),
+        *(torch.zeros(24, levels, near, dtype=torch.int32), torch.ones(1), 1e-11),
+    )
+    with mock.patch.object(Variant, "launch"):
+        with _Sizes() as forward:
+            out = deformable.forward(*arguments)
+        with mock.patch("torch.empty", torch.zeros), _Sizes() as backward:
+            deformable.backward(out, *arguments)
+    assert max(forward.bytes) == out.nbytes
+    assert max(backward.bytes) == places * near * 4
+
+
+def test_half_precision_is_read_as_it_is():
+    """No casts of offsets and weights: kernels are launched with the dtypes of the call."""
+    case = make_case(channels=8)
+    half = {n: case[n].bfloat16().requires_grad_() for n in LEARNED}
+    given = []
+    with mock.patch.object(Variant, "launch", lambda self, *a: given.append(self.arguments)):
+        deformable_attention(**{**case, **half}, impl="triton")
+        mixed = {"value": half["value"], "offsets": half["offsets"]}
+        deformable_attention(**{**case, **mixed}, impl="triton")
+    read = [tuple(kinds[i] for i in (0, 2, 3, 7)) for kinds in given]
+    own = torch.bfloat16
+    assert read == [(own,) * 4, (own, own, torch.float32, torch.float32)]
 
 
 @pytest.mark.parametrize("shape", [(20, 31, 9, 11), (5, 40, 4, 130), (0, 3, 2, 4), (4, 0, 2, 4)])

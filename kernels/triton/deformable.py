@@ -7,9 +7,10 @@ time read the rows of these tokens. Forward writes nothing but the output. Bytes
     places * (2 offset + weight) + cells * levels * k * 4 + 2 * tokens * heads * channels * value
 
 Backward does the same with products in place of sums. It leaves behind k factors and the number of
-the nearest cell for each place. Places are then sorted by head and cell, k times fewer than pairs of
-a place and a token, and a program that owns a token and a head walks the cells that list the token,
-each with its places, in ascending order: no atomics. Besides the above, with its gradients:
+the nearest cell for each place. Places, which are k times fewer than pairs of a place and a token,
+are then sorted by head and cell, and a program that owns a token and a head walks the cells that
+list the token, each with its places, in ascending order: no atomics. Besides the above, with its
+gradients:
 
     places * (8 k + 8 + sort) + heads * cells * levels * 8 + tokens * heads * channels * value
 
@@ -25,8 +26,8 @@ import triton
 import triton.language as tl
 
 from pointformer.kernels.triton.attention_pairs import division
-from pointformer.kernels.triton.inverse import inverse_lists, sorted_lists
 from pointformer.kernels.triton.interpolate import TINY
+from pointformer.kernels.triton.inverse import inverse_lists, sorted_lists
 from pointformer.kernels.triton.runtime import Variant
 
 _QUERIES, _POINTS = 8, 4  # of a program; the places of a query at a time
@@ -263,7 +264,7 @@ def deformable_bwd_place_kernel(
         )
         near, normal, ratios, nearest, logarithm, unit_eps = _weigh(squares, h, eps, K)
         products = ()
-        for j in tl.static_range(K):
+        for _ in tl.static_range(K):
             products += (tl.zeros_like(normal),)
         for block in range(0, channels, WIDTH):
             channel = block + tl.arange(0, WIDTH)
@@ -388,7 +389,7 @@ def _forward_variant(dtypes, *sizes):
     )
 
 
-def _place_variant(dtypes, index, *sizes):
+def _place_variant(dtypes, index, near, width, unit):
     value, offsets, weights, power = dtypes
     f32, i32 = torch.float32, torch.int32
     return Variant(
@@ -397,8 +398,8 @@ def _place_variant(dtypes, index, *sizes):
         + (offsets, weights, f32, f32, index)
         + ("i32",) * len(_BACKWARD_INTEGERS)
         + ("fp32",),
-        _constants(*sizes),
-        num_warps=1,
+        _constants(near, width, unit),
+        num_warps=4 if near > 8 or (near > 4 and unit < width) else 1,
         num_stages=1,
         max_registers=255,
         rounds=_place_rounds,

@@ -64,8 +64,8 @@ def deformable_attention(
             own.
         power: of the distance, a positive number, or a tensor of one element to learn it.
         eps: positive, in units of distance ** power.
-        impl: "reference" (differentiable twice), "cpu" or "triton" (float32 arithmetic), or `None`
-            for the device's own.
+        impl: "reference" (differentiable twice), "cpu" or "triton" (float32 arithmetic; k of at
+            most 16), or `None` for the device's own.
 
     Returns:
         (Q, H, d) in the dtype of `value`. Gradients reach the value, offsets, weights and power.
