@@ -26,7 +26,7 @@ if not INTERPRETED:
 @pytest.fixture(autouse=True, scope="module")
 def many_queries_per_program():
     """What a program costs here hardly depends on its queries."""
-    with mock.patch.object(kernels, "_QUERIES", 64):
+    with mock.patch.object(kernels, "_QUERIES", 256):
         yield
 
 
@@ -110,19 +110,24 @@ def test_released_neighborhoods(stage):
     np.testing.assert_array_equal(found, expected)
 
 
+def points_per_query(positions, query):
+    """Points that a tile of far apart queries looks at, for each of them."""
+    looks = mock.Mock(wraps=kernels._point_squares)
+    with mock.patch.object(kernels, "_point_squares", looks):
+        knn(positions, 4, query=query, impl="triton")
+    return looks.call_count / len(query)
+
+
 @pytest.mark.parametrize("area", [1.0, 1e-4])
 @pytest.mark.parametrize("count", [500, 4000])
 def test_work_does_not_depend_on_density_or_size(count, area):
-    """Nine points in ten in a part of the area: still a few leaves per query."""
+    """Nine points in ten in a part of the area: still a few points per query."""
     rng = np.random.default_rng(0)
     positions = rng.random((count, 2))
     positions[: count * 9 // 10] *= np.sqrt(area)
     positions = torch.from_numpy(positions.astype(np.float32))
     query = positions[:: count // 48] + 1e-4
-    leaves = mock.Mock(wraps=kernels._leaf_keys)
-    with mock.patch.object(kernels, "_leaf_keys", leaves):
-        knn(positions, 4, query=query, impl="triton")
-    assert leaves.call_count < 40  # of the slowest of 64 queries
+    assert points_per_query(positions, query) < 30
 
 
 @pytest.mark.parametrize(
@@ -131,10 +136,7 @@ def test_work_does_not_depend_on_density_or_size(count, area):
 def test_work_does_not_depend_on_points_far_away(kind, dimensions):
     positions = scattered(kind, 2000, dimensions)
     near = positions if kind == "blobs" else scattered("even", 2000, dimensions)
-    leaves = mock.Mock(wraps=kernels._leaf_keys)
-    with mock.patch.object(kernels, "_leaf_keys", leaves):
-        knn(positions, 4, query=near[::40] + 1e-3, impl="triton")
-    assert leaves.call_count < 80  # of 250, for the slowest of 50 queries
+    assert points_per_query(positions, near[::40] + 1e-3) < 40
 
 
 @pytest.mark.parametrize("given_query", [False, True])
