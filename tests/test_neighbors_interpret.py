@@ -96,6 +96,14 @@ def test_a_tree_of_several_levels(dimensions):
     assert_same(lambda impl: knn(positions.round(decimals=1), 40, impl=impl, **kwargs)[None])
 
 
+def test_a_tree_made_by_two_launches():
+    positions = torch.rand(8500, 2, generator=torch.Generator().manual_seed(1))
+    positions[:7000] *= 0.02
+    query = positions[::2000] + 1e-4
+    kwargs = {"query": query, "sizes": [300, 8200], "query_sizes": [1, 4]}
+    assert_same(lambda impl: knn(positions, 4, return_distance=True, impl=impl, **kwargs))
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_released_neighborhoods(stage):
     stored = np.load(PARITY / "mini_224.npz")
