@@ -117,12 +117,18 @@ def fake_gpu():
 
 @contextlib.contextmanager
 def dirty_memory():
-    """`torch.empty` gives NaN, or integers far out of bounds, as memory with old values would."""
-    empty = torch.empty
+    """New tensors are NaN, or integers far out of bounds, as memory with old values would be."""
 
-    def dirty(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(torch.nan if made.is_floating_point() else -(1 << 30))
+    def dirty(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.dtype == torch.bool:
+                return tensor.fill_(True)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else -(1 << 30))
 
-    with mock.patch("torch.empty", dirty):
+        return made
+
+    with contextlib.ExitStack() as patches:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patches.enter_context(mock.patch.object(owner, name, dirty(getattr(owner, name))))
         yield
