@@ -4,6 +4,7 @@ from pointformer.models.complexity import Complexity, count
 from pointformer.models.config import AFFConfig, SwinConfig
 from pointformer.models.files import load_model, save_model
 from pointformer.models.grid import GridBackbone, token_sets
+from pointformer.models.heads import Output
 from pointformer.models.model import Model, Preprocess
 from pointformer.models.registry import create_model, list_models
 from pointformer.models.released import load_released
@@ -15,6 +16,7 @@ __all__ = [
     "Complexity",
     "GridBackbone",
     "Model",
+    "Output",
     "Preprocess",
     "SwinConfig",
     "count",

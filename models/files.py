@@ -26,8 +26,8 @@ from pointformer.annotations import Category
 from pointformer.models.backbone import Backbone
 from pointformer.models.config import AFFConfig, GridConfig, SwinConfig, config_from
 from pointformer.models.grid import GridBackbone
-from pointformer.models.heads import CLASSIFIERS, HEADS, check_options, options_of
-from pointformer.models.model import TASKS, Model, Preprocess, configured, new_model
+from pointformer.models.heads import CLASSIFIERS, HEADS, TASKS, check_options, options_of
+from pointformer.models.model import Model, Preprocess, configured, new_model
 from pointformer.models.state import (
     WHOLE_HEAD,
     WRAPPERS,

@@ -10,12 +10,13 @@ import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
 from pointformer import TokenSet, interpolate
-from pointformer._checks import check_count, check_flags, check_number, check_option
+from pointformer._checks import brief, check_count, check_flags, check_number, check_option
 from pointformer.models.backbone import StageOutput
 from pointformer.models.config import AFFConfig
 from pointformer.models.hcformer import Encoder, SoftAssignment, decode
@@ -24,6 +25,44 @@ from pointformer.models.mask2former import MaskDecoder, MaskPredictions
 from pointformer.models.pixel_decoder import PixelDecoder
 
 Images = Tensor | Sequence[Tensor]
+
+
+class Output(Enum):
+    """What a head says of a batch, which decides what can be made of it.
+
+    Attributes:
+        tasks: names of the tasks that can be read off it.
+        channels: how many classes the head must have; `None`: any number, one for each kind of
+            thing to find.
+    """
+
+    TOKENS = "token sets", (), None
+    SCORES = "a score for each class (B, K)", ("classification",), None
+    CLASSES = "a score for each class and pixel (B, K, H, W)", ("semantic",), None
+    BORDERS = "background, inside and border (B, 3, H, W)", ("instance",), 3
+    MASKS = "queries, each with a class and a mask", ("semantic", "instance", "panoptic"), None
+
+    def __init__(self, description: str, tasks: tuple[str, ...], channels: int | None) -> None:
+        self.description = description
+        self.tasks = tasks
+        self.channels = channels
+
+    def kinds(self, num_classes: int) -> int:
+        """How many kinds of things are found by a head of `num_classes`."""
+        return num_classes if self.channels is None else 1
+
+
+TASKS = tuple(dict.fromkeys(task for output in Output for task in output.tasks))
+
+
+class Head(nn.Module):
+    """What a backbone's stages are mapped by.
+
+    Attributes:
+        outputs: what it can say; what comes first and fits holds where no task is asked for.
+    """
+
+    outputs: tuple[Output, ...]
 
 
 def mean_tokens(tokens: TokenSet) -> Tensor:
@@ -37,8 +76,10 @@ def mean_tokens(tokens: TokenSet) -> Tensor:
     return means.to(tokens.features.dtype)
 
 
-class ClassificationHead(nn.Module):
+class ClassificationHead(Head):
     """LayerNorm and mean over the last stage's tokens, then a linear classifier: (B, classes)."""
+
+    outputs = (Output.SCORES,)
 
     def __init__(self, config: AFFConfig, num_classes: int) -> None:
         super().__init__()
@@ -52,8 +93,10 @@ class ClassificationHead(nn.Module):
         return self.linear(mean_tokens(tokens.with_features(self.norm(tokens.features))))
 
 
-class FeatureHead(nn.Module):
+class FeatureHead(Head):
     """One normalized token set per stage, for decoders: channels `dims`, in cluster order."""
+
+    outputs = (Output.TOKENS,)
 
     def __init__(self, config: AFFConfig, num_classes: int) -> None:
         super().__init__()
@@ -68,7 +111,7 @@ class FeatureHead(nn.Module):
         ]
 
 
-class DenseHead(nn.Module):
+class DenseHead(Head):
     """Per-pixel class scores from all stages.
 
     Each stage's tokens are projected, interpolated to the first stage's grid and summed; a 3x3
@@ -77,6 +120,8 @@ class DenseHead(nn.Module):
 
     Returns logits (B, classes, H, W), or a list of (classes, H, W) for a list of images.
     """
+
+    outputs = (Output.BORDERS, Output.CLASSES)
 
     def __init__(
         self,
@@ -131,7 +176,7 @@ class DenseHead(nn.Module):
         return self.classify(coarse + self.detail(images))
 
 
-class Mask2FormerHead(nn.Module):
+class Mask2FormerHead(Head):
     """Pixel decoder and masked-attention decoder on tokens (section 4.1): `MaskPredictions`.
 
     Runs in the dtype of its weights, also under autocast: the published recipe is float32 there,
@@ -144,6 +189,8 @@ class Mask2FormerHead(nn.Module):
         pixel_layers, decoder_layers: layers of the two decoders.
         dim, hidden, pixel_hidden: channels of both, hidden ones of their feed-forward layers.
     """
+
+    outputs = (Output.MASKS,)
 
     def __init__(
         self,
@@ -190,7 +237,7 @@ class Mask2FormerHead(nn.Module):
             return self.decoder(*self.pixel_decoder(tokens, impl), impl)
 
 
-class HCFormerHead(nn.Module):
+class HCFormerHead(Head):
     """Masks on the last stage's tokens, decoded to the first stage's by learned clusterings.
 
     No pixel decoder: queries look at the coarsest tokens only, and each stage's tokens learned in
@@ -204,6 +251,8 @@ class HCFormerHead(nn.Module):
         encoder_layers: of an `Encoder` of the coarsest tokens.
         decoder_layers, dim, hidden: of the transformer decoder.
     """
+
+    outputs = (Output.MASKS,)
 
     def __init__(
         self,
@@ -274,6 +323,23 @@ def check_options(head: str, options: Mapping[str, object]) -> None:
             check_option(name, value, POSITION_NORMS)
 
 
+def output_of(head: str, num_classes: int, task: str | None) -> Output:
+    """What a head of so many classes says, made for a task or, if `None`, for whatever comes first.
+
+    Raises:
+        ValueError: it cannot be made for the task; the message lists the possible ones.
+    """
+    outputs = [output for output in HEADS[head].outputs if output.channels in (None, num_classes)]
+    for output in outputs:
+        if task is None or task in output.tasks:
+            return output
+    possible = ", ".join(name for output in outputs for name in output.tasks) or "none"
+    raise ValueError(
+        f"task: head {head!r} with {num_classes} classes is not made for {brief(task)}; possible: "
+        f"{possible}"
+    )
+
+
 def options_of(head: str) -> list[str]:
     """Names of the keyword options of a head."""
     parameters = inspect.signature(HEADS[head]).parameters
@@ -287,7 +353,7 @@ def _as_weights(head: nn.Module, stage: StageOutput) -> StageOutput:
     return replace(stage, tokens=tokens, inputs=inputs)
 
 
-HEADS: dict[str, type[nn.Module]] = {
+HEADS: dict[str, type[Head]] = {
     "classification": ClassificationHead,
     "dense": DenseHead,
     "features": FeatureHead,

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from pointformer._checks import brief, check_count, check_number, check_option, describe
 from pointformer.annotations import Category
 from pointformer.models.aff import AFF
+from pointformer.models.backbone import StageOutput
 from pointformer.models.config import AFFConfig, GridConfig, SwinConfig, config_of
 from pointformer.models.grid import GridBackbone
-from pointformer.models.heads import HEADS, check_options, options_of
+from pointformer.models.heads import HEADS, TASKS, check_options, options_of, output_of
 from pointformer.models.swin import Swin
 
 IMPLS = ("reference", "cpu", "triton", None)
-TASKS = ("semantic", "instance", "panoptic")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey
 
@@ -137,10 +137,8 @@ class Model(nn.Module):
         name: the name it was made with.
         backbone: `AFF`, `Swin` or `GridBackbone`; `backbone(images)` gives each stage's tokens.
         head: maps the stages to the output of `forward`.
-        task: "semantic", "instance" or "panoptic", what masks are turned into; `None` where the
-            head makes none.
-        finds_instances: whether the head is "dense", of three classes that tell instances of one
-            kind apart: background, inside, border.
+        output: what the head says, an `Output`; it decides which tasks the model can serve.
+        task: name of what is made of the output; `None`: the only thing that can be, if that is so.
         categories: names, colors and countability of the classes of what the model finds, or
             `None`.
         head_options: the options that the head was made with.
@@ -179,20 +177,14 @@ class Model(nn.Module):
             and all(isinstance(category, Category) for category in categories)
         ):
             raise TypeError(f"categories: expected a list of Category, got {describe(categories)}")
-        dense = {None, "semantic"} | ({"instance"} if num_classes == 3 else set())
-        possible = {"mask2former": {None, *TASKS}, "hcformer": {None, *TASKS}, "dense": dense}
-        if task not in possible.get(head, {None}):
-            raise ValueError(
-                f"task: head {head!r} with {num_classes} classes is not made for {task!r}"
-            )
-        self.finds_instances = head == "dense" and num_classes == 3 and task != "semantic"
-        kinds = 1 if self.finds_instances else num_classes
+        self.output = output_of(head, num_classes, task)
+        kinds = self.output.kinds(num_classes)
         if categories is not None and len(categories) != kinds:
             found = (
-                "one, of the objects: the classes of a dense head that finds instances are "
+                f"one for each of {num_classes} classes"
+                if self.output.channels is None
+                else "one, of the objects: the classes of a dense head that finds instances are "
                 "background, inside and border (task='semantic' for a map of 3 classes)"
-                if self.finds_instances
-                else f"one for each of {num_classes} classes"
             )
             raise ValueError(f"categories: expected {found}, got {len(categories)}")
         self.name = name
@@ -226,12 +218,13 @@ class Model(nn.Module):
             )
         self.backbone.reconfigure(**changes)
 
-    def forward(self, images: Tensor | Sequence[Tensor]):
+    def forward(self, images: Tensor | Sequence[Tensor], with_stages: bool = False) -> Any:
         """Run on normalized images.
 
         Args:
             images: (B, C, H, W), or a list of (C, H, W) whose sizes may differ, of C
                 `config.in_channels`; they are converted to the dtype of the weights.
+            with_stages: return the backbone's `StageOutput`s too, as (output, stages).
 
         Returns:
             head "classification": logits (B, num_classes). "dense": logits (B, num_classes, H, W),
@@ -244,7 +237,9 @@ class Model(nn.Module):
             images = images.to(dtype)
         else:
             images = [image.to(dtype) for image in images]
-        return self.head(self.backbone(images), images, self.backbone.impl)
+        stages: list[StageOutput] = self.backbone(images)
+        output = self.head(stages, images, self.backbone.impl)
+        return (output, stages) if with_stages else output
 
     def _check(self, images: Tensor | Sequence[Tensor]) -> None:
         channels = self.config.in_channels

@@ -67,7 +67,9 @@ def create_model(
         head: "classification" (default), "dense" (per-pixel scores), "features" (four
             `TokenSet`s, for decoders), "mask2former" or "hcformer" (a class and a mask per query).
         impl: implementation of the ops, see `pointformer.ops`.
-        task: "semantic", "instance" or "panoptic": what the masks of a head are turned into.
+        task: "semantic", "instance" or "panoptic": what the masks of a head are turned into. Other
+            heads have one task each ("dense" with three classes, which are background, inside and
+            border of objects: "instance", unless "semantic" is asked for).
         categories: names, colors and countability of the classes, for pictures and panoptic maps.
         overrides: fields of `AFFConfig`, for example `rate=0.2`, `alpha=8`, `patch_stride=2`, or of
             `SwinConfig`, and options of the head, for example `queries=250`.

@@ -4,6 +4,8 @@ A `TokenSet` is a packed batch of tokens with positions. The ops work on 2-D and
 on batches of samples of different sizes; models built from them are in `pointformer.models`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from pointformer.clusters import Clusters, Neighborhoods
 from pointformer.geometry import balanced_cluster, knn, nearest_clusters, select_centers
 from pointformer.graph import batch_from_sizes, sizes_from_batch
@@ -16,8 +18,10 @@ from pointformer.ops import (
     scored_merge,
     weighted_gather,
 )
-from pointformer.segmentation import Segmentation, segment
 from pointformer.tokens import TokenSet
+
+if TYPE_CHECKING:
+    from pointformer.segmentation import Segmentation, segment
 
 __version__ = "0.1.0"
 
@@ -41,3 +45,17 @@ __all__ = [
     "sizes_from_batch",
     "weighted_gather",
 ]
+
+_LATER = ("Segmentation", "segment")  # need models, Pillow and the like
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        from pointformer import segmentation
+
+        return getattr(segmentation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

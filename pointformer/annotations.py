@@ -81,7 +81,7 @@ class Mask:
         return self.pixels[rows, columns]
 
 
-def masks_of(values: np.ndarray, wanted: Sequence[int]) -> list[Mask]:
+def masks_of(values: np.ndarray, wanted: Sequence[int | str]) -> list[Mask]:
     """The pixels of each wanted value of a map (H, W) of integers."""
     from scipy import ndimage  # slow to import
 
@@ -127,11 +127,11 @@ class Objects:
         Raises:
             ValueError: if the lengths differ or a mask is not of this size.
         """
-        shape = np.shape(masks) if hasattr(masks, "shape") else ()
         if size is None:
+            shape = tuple(getattr(masks, "shape", ()))
             if len(shape) != 3:
                 raise ValueError(f"masks: expected shape (N, H, W), or a size, got {shape or None}")
-            size = shape[1:]
+            size = shape[1], shape[2]
         self.size = int(size[0]), int(size[1])
         self.classes = np.asarray(classes).astype(np.int64).reshape(-1)
         self.scores = np.asarray(scores).astype(np.float32).reshape(-1)
@@ -157,11 +157,14 @@ class Objects:
 
     @staticmethod
     def of(predicted: Any, size: tuple[int, int] | None = None) -> Objects:
-        """`predicted` if it is `Objects`, else its `masks`, `classes` and `scores` as such.
+        """`predicted` if it is `Objects`, the segments of a `SegmentMap`, or else its `masks`,
+        `classes` and `scores` as such.
 
         Raises:
             ValueError: if the lengths differ or the picture's height and width are not `size`.
         """
+        if isinstance(predicted, SegmentMap):
+            predicted = predicted.objects()
         if not isinstance(predicted, Objects):
             return Objects(predicted.masks, predicted.classes, predicted.scores, size)
         if size is not None and predicted.size != tuple(size):
@@ -252,6 +255,19 @@ class SegmentMap:
 
     ids: np.ndarray = field(repr=False)
     segments: tuple[Segment, ...]
+
+    @staticmethod
+    def of(ids: np.ndarray, classes: Iterable[int], scores: Iterable[float]) -> SegmentMap:
+        """From ids (H, W) int32, 0 and 1 to N, with the class and the score of each id from 1 on.
+
+        Raises:
+            ValueError: if there are not N classes and scores.
+        """
+        areas = np.bincount(ids.ravel())[1:].tolist()
+        rows = zip(areas, classes, scores, strict=True)
+        return SegmentMap(
+            ids, tuple(Segment(n, kind, area, score=s) for n, (area, kind, s) in enumerate(rows, 1))
+        )
 
     def objects(self) -> Objects:
         """The segments, stuff too, as objects."""

@@ -1,28 +1,23 @@
-"""From a picture to objects, or to regions: by the dense three-class model, or by a mask model."""
+"""From a picture to objects, or to regions."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
-import torch
 
-from pointformer._checks import check_count, check_number, describe
-from pointformer.annotations import Category, Objects, Segment, SegmentMap
+from pointformer._checks import check_count, check_number
+from pointformer.annotations import Category
 from pointformer.data.images import Picture, Reading, open_picture
-from pointformer.tiling import Tile, stitch, stitch_objects, windows_of
+from pointformer.models import Model
+from pointformer.prediction import predict, windows_for
+from pointformer.tasks import MapTask, task_of
 
 if TYPE_CHECKING:
     from pointformer.data.images import PictureSource
-    from pointformer.models import Model
-
-
-_BYTES_PER_PIXEL = 300  # at the least: 430 were measured with the smallest model, on 2048 x 2048
 
 
 @dataclass(frozen=True)
@@ -93,11 +88,6 @@ class Segmentation:
         ]
 
 
-def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) uint8 array to a (3, H, W) uint8 tensor."""
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, 2, 0)))
-
-
 def segment(
     model: Model,
     image: PictureSource,
@@ -112,9 +102,8 @@ def segment(
     """Find the objects, or the regions, in one picture.
 
     Args:
-        model: with the head "dense" and three classes (background, inside, border), such as
-            `create_model("aff_nano.nuclei")`, with the head "dense" and the task
-            "semantic", or with a mask head and a task.
+        model: for semantic, instance or panoptic segmentation, such as
+            `create_model("aff_nano.nuclei")`.
         image: a file, an array, a tensor or a picture of Pillow, see `open_picture`.
         tile: side of the largest window, in pixels of what the network sees, for pictures larger
             than memory; objects are joined across windows. `None`: the whole picture at once.
@@ -131,26 +120,26 @@ def segment(
 
     Raises:
         ValueError, TypeError: the image is unreadable or no picture, it needs a choice or more
-            memory than there is, or the model has another head.
+            memory than there is, or the model is made for another task.
     """
-    from pointformer.models.model import Model
-
-    if not isinstance(model, Model):
-        raise TypeError(f"model: expected one of create_model(), got {describe(model)}")
+    task = task_of(model)
+    if not isinstance(task, MapTask):
+        raise ValueError(
+            f"model: {model.name} is made for {task.name!r} and finds no regions; use one for "
+            "semantic, instance or panoptic segmentation"
+        )
     if min_score is not None:
         check_number("min_score", min_score, least=0, most=1)
     factor = _scale(model, scale, diameter)
     picture = open_picture(image, **reading)
     seen = picture.scaled(factor)
-    windows = windows_of(*seen.shape, tile, overlap)
-    _check_memory(model, picture.name, windows[0])
+    windows = windows_for(model, seen, tile, overlap)
     if tile is None:
         picture = open_picture(picture.read())
         seen = picture.scaled(factor)
     start = time.perf_counter()
-    found, tokens = look(model, seen, windows, min_score=min_score)
-    if isinstance(found, Objects):
-        found = found.confident(0.5 if min_score is None else min_score).painted()
+    prediction, tokens = predict(model, task, seen, windows, min_score=min_score)
+    found = task.shown(prediction, min_score)
     labels = found.ids
     classes = [segment.category for segment in found.segments]
     scores = [segment.score for segment in found.segments]
@@ -161,80 +150,6 @@ def segment(
     return Segmentation(
         picture, labels, tokens, seconds, tuple(classes), tuple(scores), model.categories
     )
-
-
-def look(
-    model: Model, picture: Picture, windows: Sequence[Tile], *, min_score: float | None = None
-) -> tuple[Objects | SegmentMap, tuple[int, ...]]:
-    """What a model finds in a picture, window by window, before anything is cut or painted over.
-
-    Args:
-        model: see `segment`.
-        picture: as large as the network is to see it.
-        windows: see `windows_of`.
-        min_score: of panoptic segments, see `segment`; objects of mask models keep every score.
-
-    Returns:
-        `Objects` of mask models for the task "instance", else a `SegmentMap`; and the tokens in
-        each stage of the backbone, summed over windows. Both joined across windows.
-
-    Raises:
-        ValueError: the model has no task and its head does not find instances.
-    """
-    from pointformer.models.inference import evaluating
-
-    if model.task is None and not model.finds_instances:
-        raise ValueError(
-            f"model: expected a dense head with 3 classes, or a mask head and a task, got "
-            f"{model.name} with head {model.head_name!r} and {model.num_classes} classes"
-        )
-    found, counts = [], []
-
-    def count(module: torch.nn.Module, inputs: object, stages: list) -> None:
-        counts.append([stage.tokens.num_tokens for stage in stages])
-
-    hook = model.backbone.register_forward_hook(count)
-    try:
-        with evaluating(model):
-            for window in windows:
-                found.append(_look_at(model, to_tensor(picture[window.window]), min_score))
-    finally:
-        hook.remove()
-    tokens = tuple(sum(stage) for stage in zip(*counts, strict=True))
-    if len(windows) == 1:
-        return found[0], tokens
-    parts = list(zip(windows, found, strict=True))
-    if isinstance(found[0], Objects):
-        return stitch_objects(picture.shape, parts), tokens
-    maps = [(w, part.ids, [s.category for s in part.segments]) for w, part in parts]
-    ids, sources = stitch(picture.shape, maps, uncountable=_uncountable(model))
-    scores = (max(found[part].segments[item - 1].score for part, item in own) for own in sources)
-    kinds = (maps[own[0][0]][2][own[0][1] - 1] for own in sources)
-    return segment_map(ids, kinds, scores), tokens
-
-
-def segment_map(ids: np.ndarray, classes: Iterable[int], scores: Iterable[float]) -> SegmentMap:
-    """A map from ids (H, W) int32, 0 and 1 to N, with the class and the score of each id."""
-    areas = np.bincount(ids.ravel())[1:].tolist()
-    rows = zip(areas, classes, scores, strict=True)
-    return SegmentMap(
-        ids, tuple(Segment(n, kind, area, score=s) for n, (area, kind, s) in enumerate(rows, 1))
-    )
-
-
-def _check_memory(model: Model, name: str, window: Tile) -> None:
-    """Refuse what the machine cannot hold: systems end a program that takes more, unasked."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if not on_cpu or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
-        return
-    height, width = window.bottom - window.top, window.right - window.left
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if height * width * _BYTES_PER_PIXEL > memory:
-        raise ValueError(
-            f"{name}: {height} x {width} pixels at once need more than "
-            f"{height * width * _BYTES_PER_PIXEL / 2**30:.0f} GiB, the machine has "
-            f"{memory / 2**30:.0f}; use a tile (--tile), or a smaller one"
-        )
 
 
 def _scale(model: Model, scale: float | None, diameter: float | None) -> float:
@@ -265,31 +180,3 @@ def _resized(labels: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, li
     number = np.zeros(kept.max(initial=0) + 1, np.int32)
     number[kept] = np.arange(1, len(kept) + 1)
     return number[labels], kept.tolist()
-
-
-def _uncountable(model: Model) -> list[int]:
-    """Classes whose pixels are one region of a picture."""
-    from pointformer.models.inference import things_of
-
-    if model.task == "semantic":
-        return list(range(model.num_classes))
-    things = things_of(model) if model.task == "panoptic" else range(model.num_classes)
-    return sorted(set(range(model.num_classes)) - set(things))
-
-
-def _look_at(model: Model, image: torch.Tensor, min_score: float | None) -> Objects | SegmentMap:
-    """What a model finds in a uint8 image (3, H, W)."""
-    from pointformer.instances import instances_from_logits
-    from pointformer.models.inference import predict
-
-    pixels = model.preprocess(image.to(next(model.parameters()).device))
-    if model.finds_instances:
-        ids = instances_from_logits(model(pixels[None])[0].float().cpu().numpy())
-        objects = int(ids.max(initial=0))
-        return segment_map(ids, [0] * objects, [1.0] * objects)
-    result = predict(model, pixels, min_score=min_score if model.task == "panoptic" else None)
-    if not isinstance(result, torch.Tensor):
-        return result
-    classes, ids = np.unique(result.cpu().numpy(), return_inverse=True)
-    ids = (ids.reshape(result.shape) + 1).astype(np.int32)
-    return segment_map(ids, classes.tolist(), [1.0] * len(classes))

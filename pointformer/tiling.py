@@ -1,15 +1,19 @@
-"""Pictures larger than memory: overlapping tiles, and objects joined across them."""
+"""Pictures larger than memory: overlapping tiles, and what is found in them joined."""
 
 from __future__ import annotations
 
+import bisect
 import itertools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pointformer._checks import check_count
-from pointformer.annotations import Mask, Objects
+from pointformer.annotations import Mask, Objects, SegmentMap
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Tile:
     Attributes:
         core: the part (top, left, bottom, right) that this tile decides: cores do not overlap and
             cover the picture; they end in the middle of the overlaps.
+        overlap: how many pixels it shares with its neighbors at the least.
     """
 
     top: int
@@ -26,6 +31,11 @@ class Tile:
     bottom: int
     right: int
     core: tuple[int, int, int, int]
+    overlap: int = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
 
     @property
     def window(self) -> tuple[slice, slice]:
@@ -42,19 +52,17 @@ def tiles(height: int, width: int, size: int, overlap: int) -> list[Tile]:
         raise ValueError(f"overlap: expected 0 to {size - 1} pixels for tiles of {size}: {overlap}")
     rows, columns = _spans(height, size, overlap), _spans(width, size, overlap)
     return [
-        Tile(top, left, bottom, right, (first, start, last, end))
+        Tile(top, left, bottom, right, (first, start, last, end), overlap)
         for top, bottom, first, last in rows
         for left, right, start, end in columns
     ]
 
 
-def default_overlap(tile: int | None) -> int:
-    """64 pixels, or half a window if that is less."""
-    return 64 if tile is None else min(64, tile // 2)
-
-
 def windows_of(height: int, width: int, tile: int | None, overlap: int | None) -> list[Tile]:
-    """`tiles` of a picture: one for all of it if `tile` is `None`; see `default_overlap`.
+    """`tiles` of a picture, of `tile` pixels, or one for all of it if that is `None`.
+
+    Args:
+        overlap: in pixels; `None`: 64, or half a window if that is less.
 
     Raises:
         ValueError: the tile is not positive, or the overlap not less than the tile.
@@ -62,9 +70,10 @@ def windows_of(height: int, width: int, tile: int | None, overlap: int | None) -
     if tile is None:
         return tiles(height, width, max(height, width), 0)
     check_count("tile", tile)
-    if overlap is not None:
-        check_count("overlap", overlap, least=0)
-    return tiles(height, width, tile, default_overlap(tile) if overlap is None else overlap)
+    if overlap is None:
+        overlap = min(64, tile // 2)
+    check_count("overlap", overlap, least=0)
+    return tiles(height, width, tile, overlap)
 
 
 def _spans(length: int, size: int, overlap: int) -> list[tuple[int, int, int, int]]:
@@ -126,10 +135,98 @@ def stitch(
     return number[whole], sources
 
 
+def stitch_maps(
+    shape: tuple[int, int],
+    parts: Sequence[tuple[Tile, SegmentMap]],
+    uncountable: Collection[int] = (),
+) -> SegmentMap:
+    """The segments of a picture from those of overlapping tiles, see `stitch`.
+
+    The score of a segment is the highest of what it was joined from.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    maps = [(tile, found.ids, [s.category for s in found.segments]) for tile, found in parts]
+    ids, sources = stitch(shape, maps, uncountable=uncountable)
+    segments = [[parts[part][1].segments[item - 1] for part, item in own] for own in sources]
+    return SegmentMap.of(
+        ids,
+        (own[0].category for own in segments),
+        (max(segment.score for segment in own) for own in segments),
+    )
+
+
+def blend(
+    windows: Sequence[Tile], parts: Iterable[Tensor]
+) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Scores of a picture from those of overlapping windows, piece by piece.
+
+    They are averaged with weights that fall towards a window's border, over its `overlap`. A piece
+    is given as soon as all its windows are known, so that only overlaps are kept in between.
+
+    Args:
+        windows: that cover the picture.
+        parts: scores (K, h, w) of each window, taken one at a time.
+
+    Yields:
+        rows and columns, and the scores (K, h, w) there; together they are the picture, once.
+    """
+    rows = _cut([(window.top, window.bottom) for window in windows])
+    columns = _cut([(window.left, window.right) for window in windows])
+    pieces = [
+        [
+            (*row, *column)
+            for row in rows[window.top, window.bottom]
+            for column in columns[window.left, window.right]
+        ]
+        for window in windows
+    ]
+    missing = Counter(itertools.chain.from_iterable(pieces))
+    sums: dict[tuple[int, int, int, int], tuple[Tensor, Tensor]] = {}
+    for window, scores, own in zip(windows, parts, pieces, strict=True):
+        fade = _fade(window, scores) if len(windows) > 1 else scores.new_ones(window.size)
+        for piece in own:
+            top, bottom, left, right = piece
+            here = (
+                slice(top - window.top, bottom - window.top),
+                slice(left - window.left, right - window.left),
+            )
+            weight = fade[here].clone()  # a view would keep the window's
+            total = scores[:, *here] * weight
+            if piece in sums:
+                before, weights = sums.pop(piece)
+                total, weight = before + total, weights + weight
+            missing[piece] -= 1
+            if missing[piece]:
+                sums[piece] = total, weight
+            else:
+                yield (slice(top, bottom), slice(left, right)), total / weight
+
+
+def _cut(spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """Each span in parts, cut where any span begins or ends."""
+    cuts = sorted({end for span in spans for end in span})
+    return {
+        (begin, end): list(
+            itertools.pairwise(cuts[bisect.bisect_left(cuts, begin) : bisect.bisect(cuts, end)])
+        )
+        for begin, end in set(spans)
+    }
+
+
+def _fade(window: Tile, like: Tensor) -> Tensor:
+    """(h, w) weights that fall to the window's border, over the width of an overlap."""
+    ramps = []
+    for side in window.size:
+        steps = torch.arange(side, device=like.device, dtype=like.dtype) + 0.5
+        ramps.append((torch.minimum(steps, side - steps) / max(window.overlap, 1)).clamp(max=1))
+    return ramps[0][:, None] * ramps[1]
+
+
 def stitch_objects(
     shape: tuple[int, int], parts: Sequence[tuple[Tile, Objects]], agreement: float = 0.5
 ) -> Objects:
-    """The objects of a picture from those of overlapping tiles, as `stitch` joins them.
+    """The objects of a picture from those of overlapping tiles, see `stitch`.
 
     They may overlap, and keep all their scores: that of a joined object is its parts' highest.
 
@@ -141,6 +238,8 @@ def stitch_objects(
     def overlaps(a: int, b: int) -> Iterator[_Pair]:
         return _overlaps_of_objects(parts[a], parts[b])
 
+    if len(parts) == 1:
+        return parts[0][1]
     roots, firsts = _joined(
         [tile for tile, _ in parts], [found.classes for _, found in parts], overlaps, agreement
     )
@@ -170,9 +269,9 @@ def stitch_objects(
 def _union(masks: Sequence[Mask]) -> Mask:
     if len(masks) == 1:
         return masks[0]
-    boxes = np.array([mask.box for mask in masks])
-    left, top, right, bottom = (*boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist())
-    pixels = np.zeros((bottom - top, right - left), bool)
+    lefts, tops, rights, bottoms = zip(*(mask.box for mask in masks), strict=True)
+    left, top = min(lefts), min(tops)
+    pixels = np.zeros((max(bottoms) - top, max(rights) - left), bool)
     for mask in masks:
         y, x = mask.top - top, mask.left - left
         pixels[y : y + mask.pixels.shape[0], x : x + mask.pixels.shape[1]] |= mask.pixels

@@ -12,7 +12,7 @@ from PIL import Image
 from pointformer import cli
 from pointformer.annotations import Category
 from pointformer.models import AFFConfig, Model, load_model, save_model
-from pointformer.segmentation import to_tensor
+from pointformer.prediction import to_tensor
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
 
@@ -188,7 +188,7 @@ def bad_inputs(tmp_path, picture, model):
         ),
         "another head": (
             ["segment", picture, "--out", tmp_path / "o", "--model", other],
-            "expected a dense head with 3 classes",
+            "finds no regions",
         ),
         "threads": (
             ["segment", picture, "--out", tmp_path / "o", "--model", model, "--threads", 0],

@@ -15,6 +15,7 @@ import pointformer.models
 import pointformer.models.complexity
 import pointformer.profiling
 import pointformer.segmentation
+import pointformer.tasks
 from pointformer import cli
 from pointformer.profiling import Limits
 
@@ -74,6 +75,7 @@ def seen(tmp_path, monkeypatch):
     spy(torch, "set_num_threads")
     spy(pointformer.segmentation, "segment", stop)
     spy(pointformer.evaluation, "evaluate", draw)
+    spy(pointformer.tasks, "task_of", lambda _, name: SimpleNamespace(name=name or "instance"))
     for name in ("folder", "ade20k", "cityscapes", "coco_instances", "coco_panoptic"):
         data = argparse.Namespace(entries=[], skipped={})
         dataset = type("Data", (list,), vars(data))(["first", "second"])

@@ -47,7 +47,7 @@ def score(pairs, categories, **options):
     metric = CocoAP(categories, **options)
     for predicted, annotation in pairs:
         metric.update(predicted, annotation)
-    return metric.compute()
+    return metric.scores()
 
 
 def results_file(coco, folder):
@@ -166,7 +166,7 @@ def test_nothing_annotated_or_nothing_predicted():
     assert math.isnan(scores.ap_large)
     metric = CocoAP(table)
     metric.update(one.objects(), one)
-    assert metric.compute().ap == metric.compute().ap == pytest.approx(1)
+    assert metric.scores().ap == metric.scores().ap == pytest.approx(1)
 
 
 def test_bad_predictions(coco):

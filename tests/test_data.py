@@ -8,10 +8,9 @@ from PIL import Image
 from skimage import measure
 
 from pointformer.data import (
-    Sample,
-    load_split,
     random_colors,
     random_crop,
+    read_folder,
     read_image,
     read_instances,
 )
@@ -87,23 +86,23 @@ def test_instance_maps(tmp_path):
         read_instances(saved(tmp_path, Image.fromarray(COLORS)))
 
 
-def test_load_split(tmp_path):
+def test_instances_of_a_split_in_memory(tmp_path):
     for folder in ("images", "instances"):
         (tmp_path / "train" / folder).mkdir(parents=True)
     for name in ("b", "a"):
         saved(tmp_path / "train/images", Image.fromarray(COLORS), f"{name}.png")
         saved(tmp_path / "train/instances", Image.fromarray(GREY), f"{name}.png")
-    samples = load_split(tmp_path, "train")
+    samples = list(read_folder(tmp_path, "train", "instance"))
     assert [sample.name for sample in samples] == ["a", "b"]
-    np.testing.assert_array_equal(samples[0].instances, GREY)
+    np.testing.assert_array_equal(samples[0].ids, GREY)
     saved(tmp_path / "train/instances", Image.fromarray(GREY.T), "b.png")
     with pytest.raises(ValueError, match=r"b\.png: expected .*\(5, 7\), got \(7, 5\)"):
-        load_split(tmp_path, "train")
+        list(read_folder(tmp_path, "train", "instance"))
     (tmp_path / "train/instances/b.png").unlink()
     with pytest.raises(ValueError, match="no such file"):
-        load_split(tmp_path, "train")
+        list(read_folder(tmp_path, "train", "instance"))
     with pytest.raises(ValueError, match=r"val.*found none"):
-        load_split(tmp_path, "val")
+        read_folder(tmp_path, "val", "instance")
 
 
 @given(
@@ -114,7 +113,7 @@ def test_crop_keeps_colors_and_instances_aligned(height, width, size, seed, resi
     instances = rng.integers(0, 250, (height, width))
     image = np.repeat(instances[..., None], 3, 2).astype(np.uint8)
     scales = (0.5, 2.0) if resized else (1.0, 1.0)
-    crop, ids = random_crop(Sample("", image, instances), size, rng, scales=scales)
+    crop, ids = random_crop(image, instances, size, rng, scales=scales)
     assert crop.shape == (size, size, 3)
     assert ids.shape == (size, size)
     known = ids <= instances.max()
@@ -128,10 +127,10 @@ def test_crop_keeps_colors_and_instances_aligned(height, width, size, seed, resi
 def test_scaled_crop_is_centered_like_its_instances():
     instances = np.zeros((64, 64), np.int32)
     instances[20:44, 12:30] = 1
-    sample = Sample("", np.repeat(instances[..., None] * 255, 3, 2).astype(np.uint8), instances)
+    image = np.repeat(instances[..., None] * 255, 3, 2).astype(np.uint8)
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        crop, ids = random_crop(sample, 48, rng, scales=(0.6, 2.5))
+        crop, ids = random_crop(image, instances, 48, rng, scales=(0.6, 2.5))
         # Bilinear and nearest sampling agree but for the rounding at the rim.
         assert np.mean((crop[..., 0] > 127) != (ids > 0)) < 0.02
 
@@ -152,9 +151,9 @@ def test_mirror_images_are_objects_of_their_own():
     rng = np.random.default_rng(0)
     ids = np.zeros((40, 40), np.int32)
     ids[3:9, 4:12], ids[20:30, 20:26], ids[34:40, 10:20] = 5, 9, 7
-    sample = Sample("a", np.zeros((40, 40, 3), np.uint8), ids)
+    image = np.zeros((40, 40, 3), np.uint8)
     for _ in range(20):
-        _, crop = random_crop(sample, 96, rng, scales=(1.0, 1.0))
+        _, crop = random_crop(image, ids, 96, rng, scales=(1.0, 1.0))
         assert len(np.unique(crop)) > 4
         pieces = measure.label(crop, connectivity=2)
         assert pieces.max() == len(np.unique(crop)) - 1

@@ -263,17 +263,16 @@ def readers(root):
         "instance": lambda **options: data.read_folder(root, "val", "instance", **options),
         "ade20k": lambda **options: data.read_ade20k(root, **options),
         "cityscapes": lambda **options: data.read_cityscapes(root / "streets", **options),
-        "split": lambda **options: data.load_split(root, "val"),
     }
 
 
-@pytest.mark.parametrize("kind", ["semantic", "instance", "ade20k", "cityscapes", "split"])
+@pytest.mark.parametrize("kind", ["semantic", "instance", "ade20k", "cityscapes"])
 def test_hidden_files_are_nobodys_pictures(tmp_path, kind):
     (only,) = readers(tmp_path)[kind]()
     assert only.name == ("town_000000_000019" if kind == "cityscapes" else "a")
 
 
-@pytest.mark.parametrize("kind", ["semantic", "instance", "ade20k", "split"])
+@pytest.mark.parametrize("kind", ["semantic", "instance", "ade20k"])
 def test_names_keep_their_folders(tmp_path, kind):
     read = readers(tmp_path)[kind]
     images, maps = {
@@ -286,15 +285,15 @@ def test_names_keep_their_folders(tmp_path, kind):
     found = list(read())
     assert [item.name for item in found] == ["a", "site1/a", "site2/a"]
     for item, value in zip(found[1:], (1, 2), strict=True):
-        if kind in ("instance", "split"):
-            ids = item.ids if kind == "instance" else item.instances
+        if kind == "instance":
+            ids = item.ids
             assert (ids == value).all()
         else:
             assert (item.semantic == (value if kind == "semantic" else value - 1)).all()
 
 
 @pytest.mark.parametrize("suffix", [".PNG", ".tif", ".TIF", ".tiff", ".bmp"])
-@pytest.mark.parametrize("kind", ["semantic", "instance", "ade20k", "split"])
+@pytest.mark.parametrize("kind", ["semantic", "instance", "ade20k"])
 def test_suffixes_of_maps(tmp_path, kind, suffix):
     read = readers(tmp_path)[kind]
     for folder in ("val/labels", "val/instances", "annotations/validation"):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-import pointformer.models.inference
 from pointformer import cli, segment
 from pointformer.annotations import Objects, SegmentMap
 from pointformer.data import Annotation, Category, Dataset, Segment, read_folder
@@ -17,6 +16,8 @@ from pointformer.data.annotations import Entry
 from pointformer.evaluation import evaluate
 from pointformer.metrics import CocoAP
 from pointformer.models import AFFConfig, Model, load_model, save_model
+from pointformer.tasks.instance import InstanceMasks
+from pointformer.tasks.panoptic import Panoptic
 from pointformer.tiling import windows_of
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
@@ -53,11 +54,11 @@ def test_a_perfect_model_scores_100(folder, monkeypatch):
     dataset = read_folder(folder, "val", "semantic", categories=CATEGORIES)
     truths = iter([annotation.classes() for annotation in dataset])
 
-    def perfect(model, image, **options):
+    def perfect(task, output, sizes, output_sizes=None, **options):
         truth = next(truths)
-        return torch.from_numpy(np.stack([truth == k for k in range(2)])).float()
+        return [torch.from_numpy(np.stack([truth == k for k in range(2)])).float()]
 
-    monkeypatch.setattr("pointformer.models.inference.predict_semantic", perfect)
+    monkeypatch.setattr("pointformer.tasks.semantic.SemanticMasks.decode", perfect)
     result = evaluate(mask_model("semantic"), dataset, "semantic")
     assert result.pictures == 2
     assert result.scores == {"mIoU": 1.0, "mean accuracy": 1.0, "pixel accuracy": 1.0}
@@ -100,18 +101,22 @@ def seen_ids(tmp_path, monkeypatch):
     )
     Image.fromarray(ids.astype(np.uint8)).save(tmp_path / "instances/a.png")
 
-    def predict(model, pixels, **options):
-        mean, std = model.preprocess.mean[0], model.preprocess.std[0]
-        window = np.rint((pixels[0].numpy() * std + mean) * 255).astype(np.int32)
+    def forward(model, images, with_stages):
+        return images * model.preprocess.std[0] + model.preprocess.mean[0], []
+
+    def decode(task, output, sizes, output_sizes=None, **options):
+        window = np.rint(output[0, 0].numpy() * 255).astype(np.int32)
         shown = [int(n) for n in np.unique(window) if n]
         scores = [SCORES[n] for n in shown]
-        if model.task == "instance":
-            return Objects([window == n for n in shown], [0] * len(shown), scores, window.shape)
+        if task.name == "instance":
+            return [Objects([window == n for n in shown], [0] * len(shown), scores, window.shape)]
         number = np.searchsorted(shown, window).astype(np.int32) + 1
         segments = [Segment(n, 0, 1, score=s) for n, s in enumerate(scores, 1)]
-        return SegmentMap(np.where(window, number, 0).astype(np.int32), tuple(segments))
+        return [SegmentMap(np.where(window, number, 0).astype(np.int32), tuple(segments))]
 
-    monkeypatch.setattr("pointformer.models.inference.predict", predict)
+    monkeypatch.setattr(Model, "forward", forward)
+    for task in (InstanceMasks, Panoptic):
+        monkeypatch.setattr(task, "decode", decode)
     return read_folder(tmp_path, task="instance"), ids
 
 
@@ -140,22 +145,23 @@ def test_the_score_of_a_joined_object_is_the_highest(seen_ids, monkeypatch, task
     """Here each window is as sure of an object as it sees of it."""
     dataset, ids = seen_ids
     areas = np.bincount(ids.ravel())
-    plain = pointformer.models.inference.predict
+    kind = InstanceMasks if task == "instance" else Panoptic
+    plain = kind.decode
 
-    def predict(model, pixels, **options):
-        found = plain(model, pixels, **options)
+    def decode(self, *arguments, **options):
+        (found,) = plain(self, *arguments, **options)
         objects = found if task == "instance" else found.objects()
         numbers = [list(SCORES.values()).index(round(s, 4)) + 1 for s in objects.scores.tolist()]
         scores = [mask.area / areas[n] for mask, n in zip(objects.masks, numbers, strict=True)]
         objects = Objects(objects.masks, objects.classes, scores, objects.size)
         if task == "instance":
-            return objects
+            return [objects]
         segments = (
             replace(s, score=score) for s, score in zip(found.segments, scores, strict=True)
         )
-        return SegmentMap(found.ids, tuple(segments))
+        return [SegmentMap(found.ids, tuple(segments))]
 
-    monkeypatch.setattr("pointformer.models.inference.predict", predict)
+    monkeypatch.setattr(kind, "decode", decode)
     grid = windows_of(*ids.shape, 40, 16)
     result = segment(mask_model(task, 1), dataset[0].image, tile=40, overlap=16, min_score=0.0)
     assert result.count == 6
@@ -178,7 +184,7 @@ def test_memory_is_that_of_the_objects(tmp_path, monkeypatch):
         tmp_path, CATEGORIES[1:], [Entry("a", annotation.image, None, lambda: annotation)]
     )
     found = SegmentMap(ids, segments)
-    monkeypatch.setattr("pointformer.evaluation.look", lambda *args: (found, ()))
+    monkeypatch.setattr("pointformer.evaluation.predict", lambda *args, **options: (found, ()))
     torch.manual_seed(0)
     model = Model("small", SMALL, "dense", 3)
     peak = 0
@@ -254,7 +260,7 @@ def test_a_failure_leaves_the_model_as_it_was(folder, monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("no")
 
-    monkeypatch.setattr("pointformer.models.inference.instances", fail)
+    monkeypatch.setattr("pointformer.tasks.instance.instances", fail)
     picture = read_folder(folder, "val", "instance")[0].image
     with pytest.raises(RuntimeError, match="no"):
         segment(model, picture)
@@ -299,7 +305,7 @@ def test_only_objects_that_can_be_told_apart_count(tmp_path, monkeypatch):
     entry = Entry("a", annotation.image, None, lambda: annotation)
     dataset = Dataset(tmp_path, CATEGORIES, [entry])
     found = Objects([ids == n for n in (1, 2, 4)], [1, 1, 1], [1, 1, 1], ids.shape)
-    monkeypatch.setattr("pointformer.models.inference.predict", lambda *args, **options: found)
+    monkeypatch.setattr(InstanceMasks, "decode", lambda *args, **options: [found])
     scores = evaluate(mask_model("instance"), dataset, "instance").scores
     assert scores["AP at IoU 0.5 (TP / (TP + FP + FN))"] == 1
     assert scores["COCO AP"] == 1

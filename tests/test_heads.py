@@ -8,11 +8,11 @@ import torch
 from pointformer import TokenSet, deformable_attention, interpolate, knn
 from pointformer.models import create_model, load_model, save_model
 from pointformer.models.hcformer import SoftAssignment, decode
-from pointformer.models.inference import predict
 from pointformer.models.layers import sine_encoding
 from pointformer.models.losses import Targets, segmentation_loss
 from pointformer.models.mask2former import MaskDecoder
 from pointformer.models.pixel_decoder import PixelDecoder
+from pointformer.tasks import task_of
 
 SMALL = {
     "mask2former": {
@@ -176,7 +176,9 @@ def test_other_strides(head, stride):
     assert out.stride == out.auxiliary[0].stride == stride
     assert out.masks().shape[2:] == (18 // stride, -(-23 // stride))
     assert sum(segmentation_loss(out, small_targets((2, 18, 23)), points=50).values()).isfinite()
-    assert predict(model.eval(), image[0]).size == (18, 23)
+    with torch.no_grad():
+        (found,) = task_of(model).decode(model.eval()(image), [(18, 23)])
+    assert found.size == (18, 23)
 
 
 # Heads from their parts ----------------------------------------------------------------------

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage.measure import label
 
-from pointformer.instances import BORDER, INSIDE, instance_target, instances_from_logits
 from pointformer.metrics import average_precision
+from pointformer.tasks.borders import BORDER, INSIDE, instance_target, instances_from_logits
 
 
 def disks(shape, circles):

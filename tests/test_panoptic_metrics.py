@@ -37,7 +37,7 @@ def score(*pairs, table=TABLE):
     metric = PanopticQuality(table)
     for predicted, annotated in pairs:
         metric.update(predicted, annotated)
-    return metric.compute()
+    return metric.scores()
 
 
 def counts(scores):

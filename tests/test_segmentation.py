@@ -12,7 +12,7 @@ from pointformer.metrics import average_precision
 from pointformer.models import create_model
 from pointformer.models.mask2former import MaskPredictions
 from pointformer.pictures import focus_picture, heat, outline, overlay
-from pointformer.segmentation import to_tensor
+from pointformer.prediction import to_tensor
 
 EXAMPLE = Path(__file__).parents[1] / "docs/nuclei.png"
 TRUTH = Path(__file__).parent / "data/nuclei_instances.png"
@@ -141,7 +141,11 @@ def test_every_query_can_be_an_object_and_scores_are_the_published_ones(mask_mod
     grid = TokenSet.from_grid(masks)
     classes = torch.tensor([0.6, 0.0, 0.4]).clamp(min=1e-6).log().expand(1, queries, 3)
     predictions = MaskPredictions(classes, grid.features, grid)
-    monkeypatch.setattr(mask_model.__class__, "forward", lambda self, images: predictions)
+
+    def forward(self, images, with_stages=False):
+        return predictions, []
+
+    monkeypatch.setattr(mask_model.__class__, "forward", forward)
     picture = np.zeros((8, width, 3), np.uint8)
     found = segment(mask_model, picture).count
     assert found == {"semantic": 1, "instance": queries, "panoptic": 0}[mask_model.task]
@@ -164,5 +168,5 @@ def test_tiles_of_a_dense_model_find_the_same_nuclei(nuclei_model, result):
 
 def test_a_mask_model_without_a_task_is_an_error():
     model = create_model("aff_nano", head="hcformer", num_classes=2, queries=2, decoder_layers=1)
-    with pytest.raises(ValueError, match="or a mask head and a task"):
+    with pytest.raises(ValueError, match="has no task; possible: semantic, instance, panoptic"):
         segment(model.eval(), EXAMPLE)

@@ -14,11 +14,15 @@ from pointformer.metrics import SemanticIoU
 MAPS = hnp.arrays(np.int32, (4, 5), elements=st.integers(VOID, 3))
 
 
+def truth(classes):
+    return data.Annotation("truth", None, classes.shape, "truth", semantic=classes)
+
+
 def score(pairs, classes):
     metric = SemanticIoU(classes)
     for predicted, annotated in pairs:
-        metric.update(predicted, annotated)
-    return metric.compute()
+        metric.update(predicted, truth(annotated))
+    return metric.scores()
 
 
 def test_by_hand():
@@ -45,10 +49,10 @@ def test_one_matrix_for_all_pictures_is_not_a_mean_over_pictures():
     second = np.array([[1, 1]]), np.array([[0, 1]])
     assert score([first, second], 2).mean_iou == pytest.approx((4 / 5 + 1 / 2) / 2)
     parts = SemanticIoU(2), SemanticIoU(2)
-    for part, pair in zip(parts, (first, second), strict=True):
-        part.update(*pair)
-    parts[0].counts += parts[1].counts
-    assert parts[0].compute().mean_iou == score([first, second], 2).mean_iou
+    for part, (predicted, annotated) in zip(parts, (first, second), strict=True):
+        part.update(predicted, truth(annotated))
+    parts[0].merge(parts[1])
+    assert parts[0].scores().mean_iou == score([first, second], 2).mean_iou
 
 
 @given(st.lists(st.tuples(MAPS, MAPS), min_size=1, max_size=3))
@@ -90,8 +94,8 @@ def test_cityscapes_files_score_as_the_package_scores_them(tmp_path):
         data.write_labels(path, predicted, data.CITYSCAPES, void=0)
         truth = str(dataset.entries[seed].labels)
         package.evaluatePair(str(path), truth, theirs, None, {}, args)
-        ours.update(predicted, annotation.semantic)
-    scores = ours.compute()
+        ours.update(predicted, annotation)
+    scores = ours.scores()
     expected = [package.getIouScoreForLabel(c.id, theirs, args) for c in data.CITYSCAPES]
     np.testing.assert_allclose(scores.iou, expected, rtol=1e-12)
     assert np.isfinite(expected).sum() > 4
@@ -124,19 +128,23 @@ def test_annotations_written_as_predictions_score_one(tmp_path, kind):
         scenes.picture(out / "images" / f"{annotation.name}.jpg", annotation.size)
     predictions = data.read_folder(out, categories=dataset.categories, void=(void,))
     for predicted, annotation in zip(predictions, dataset, strict=True):
-        metric.update(predicted.semantic, annotation.classes())
-    scores = metric.compute()
+        metric.update(predicted.semantic, annotation)
+    scores = metric.scores()
     assert (100 * scores.mean_iou, 100 * scores.pixel_accuracy) == (100, 100)
 
 
 @pytest.mark.parametrize(
     ("predicted", "annotated", "message"),
     [
-        (np.zeros((2, 3), int), np.zeros((3, 2), int), r"one shape, got \(2, 3\) and \(3, 2\)"),
+        (
+            np.zeros((2, 3), int),
+            np.zeros((3, 2), int),
+            r"truth to be of shape \(3, 2\), got \(2, 3\)",
+        ),
         (np.full((1, 2), 4), np.zeros((1, 2), int), "predicted: expected .* -1 to 3, got 4 to 4"),
-        (np.zeros((1, 2), int), np.full((1, 2), -2), "annotated: expected .* -1 to 3, got -2"),
+        (np.zeros((1, 2), int), np.full((1, 2), -2), "truth: expected .* -1 to 3, got -2"),
     ],
 )
 def test_bad_maps(predicted, annotated, message):
     with pytest.raises(ValueError, match=message):
-        SemanticIoU(4).update(predicted, annotated)
+        SemanticIoU(4).update(predicted, truth(annotated))

@@ -8,10 +8,7 @@ from hypothesis import strategies as st
 from skimage.measure import label
 
 from pointformer.annotations import Objects
-from pointformer.models import create_model
-from pointformer.models.inference import predict_semantic
-from pointformer.models.postprocess import semantic_scores
-from pointformer.tiling import stitch, stitch_objects, tiles
+from pointformer.tiling import blend, stitch, stitch_objects, tiles
 
 
 @given(
@@ -200,34 +197,35 @@ def test_overlap_must_be_less_than_the_size():
         tiles(20, 20, 8, 8)
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    options = {"queries": 4, "dim": 32, "hidden": 32, "decoder_layers": 2}
-    return create_model("aff_nano", head="hcformer", num_classes=3, **options).eval()
-
-
-def test_semantic_scores_over_copies_and_tiles(model):
-    image = torch.randn(3, 60, 76, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        (plain,) = semantic_scores(model(image[None]), [(60, 76)])
-        (mirrored,) = semantic_scores(model(image[None].flip(3)), [(60, 76)])
-    torch.testing.assert_close(predict_semantic(model, image), plain)
-    both = predict_semantic(model, image, flip=True)
-    torch.testing.assert_close(both, (plain + mirrored.flip(2)) / 2)
-    scaled = predict_semantic(model, image, scales=(0.5, 1.0), tile=48, overlap=16)
-    assert scaled.shape == plain.shape
-    assert scaled.isfinite().all()
-
-
-def test_tiles_leave_no_seams():
-    """Of a model that looks at single pixels, tiles see what the whole picture shows."""
-
-    class Pixels(torch.nn.Module):
-        def forward(self, images):
-            return torch.stack([images[:, 0], images[:, 1] * 2], 1)
-
-    model = Pixels()
-    image = torch.randn(3, 40, 50, generator=torch.Generator().manual_seed(1))
-    whole = predict_semantic(model, image)
-    torch.testing.assert_close(predict_semantic(model, image, tile=24, overlap=8), whole)
+@given(
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    size=st.integers(2, 24),
+    overlap=st.integers(0, 23),
+    seed=st.integers(0, 2**16),
+)
+def test_blended_scores_leave_no_seams(height, width, size, overlap, seed):
+    """Windows that agree give what they agree on; windows that do not, a mean by their weights."""
+    windows = tiles(height, width, size, min(overlap, size - 1))
+    g = torch.Generator().manual_seed(seed)
+    whole = torch.randn(3, height, width, generator=g)
+    found, seen = torch.zeros_like(whole), torch.zeros(height, width)
+    for place, scores in blend(windows, (whole[:, *w.window] for w in windows)):
+        found[:, *place] = scores
+        seen[place] += 1
+    assert (seen == 1).all()
+    torch.testing.assert_close(found, whole)
+    parts = [torch.randn(2, *window.size, generator=g) for window in windows]
+    total, weights = torch.zeros(2, height, width), torch.zeros(height, width)
+    for window, part in zip(windows, parts, strict=True):
+        y, x = (torch.arange(side) + 0.5 for side in window.size)
+        ramps = [
+            (torch.minimum(at, len(at) - at) / max(window.overlap, 1)).clamp(max=1) for at in (y, x)
+        ]
+        fade = ramps[0][:, None] * ramps[1]
+        total[:, *window.window] += part * fade
+        weights[window.window] += fade
+    found = torch.empty_like(total)
+    for place, scores in blend(windows, parts):
+        found[:, *place] = scores
+    torch.testing.assert_close(found, total / weights)

@@ -1,30 +1,40 @@
 """The training loop on made-up pictures, with a tiny model."""
 
+import atexit
+import copy
+import functools
 import json
 import math
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from pointformer.data import Sample
-from pointformer.instances import instance_target
+from pointformer.annotations import Category
+from pointformer.data import Annotation, Dataset
+from pointformer.data.annotations import Entry
 from pointformer.metrics import average_precision
 from pointformer.models import create_model
+from pointformer.tasks.borders import dense_loss, instance_target
+from pointformer.tasks.instance import InstanceBorders
+from pointformer.tasks.masks import targets_of
 from pointformer.train.nuclei import (
     Budget,
     Recipe,
     Trainer,
-    evaluate,
     learning_rate_factor,
     main,
     parameter_groups,
+    score,
     train,
 )
-from pointformer.train.objectives import dense_loss, instance_masks
 
+NUCLEI = InstanceBorders([Category(1, "nucleus")])
 RECIPE = Recipe(batch=2, crop=32, learning_rate=1e-2)
 
 
@@ -39,8 +49,9 @@ class TinyModel(nn.Module):
     def preprocess(self, image):
         return image.float() / 127.5 - 1
 
-    def forward(self, images):
-        return self.layers(self.dropout(images))
+    def forward(self, images, with_stages=False):
+        output = self.layers(self.dropout(images))
+        return (output, []) if with_stages else output
 
 
 class WithBackbone(TinyModel):
@@ -48,14 +59,22 @@ class WithBackbone(TinyModel):
         super().__init__()
         self.backbone, self.layers = self.layers[0], self.layers[1:]
 
-    def forward(self, images):
+    def forward(self, images, with_stages=False):
         return self.layers(self.backbone(images))
 
 
+@functools.cache
+def folder():
+    path = tempfile.TemporaryDirectory()
+    atexit.register(path.cleanup)
+    return Path(path.name)
+
+
 def blobs(count, seed=0):
+    """A data set of pictures with three disks each."""
     rng = np.random.default_rng(seed)
     y, x = np.indices((48, 40))
-    samples = []
+    entries = []
     for index in range(count):
         instances = np.zeros((48, 40), np.int32)
         for blob in range(1, 4):
@@ -63,13 +82,16 @@ def blobs(count, seed=0):
             instances[(y - cy) ** 2 + (x - cx) ** 2 < 30] = blob
         grey = 40 + 150 * (instances > 0) + rng.integers(0, 20, instances.shape)
         image = np.repeat(grey[..., None], 3, 2).astype(np.uint8)
-        samples.append(Sample(str(index), image, instances))
-    return samples
+        file = folder() / f"{seed}_{index}.png"
+        Image.fromarray(image).save(file)
+        annotation = Annotation.of_objects(instances, str(index), file)
+        entries.append(Entry(str(index), file, None, lambda annotation=annotation: annotation))
+    return Dataset(folder(), NUCLEI.categories, entries)
 
 
 def trainer(budget, recipe=RECIPE, dropout=0.0):
     torch.manual_seed(0)
-    return Trainer(TinyModel(dropout), blobs(4), recipe, budget)
+    return Trainer(TinyModel(dropout), NUCLEI, blobs(4), recipe, budget)
 
 
 def same(first, second):
@@ -108,9 +130,9 @@ def test_a_step_by_hand():
     )
     torch.manual_seed(0)
     model = WithBackbone()
-    run = Trainer(model, blobs(4), recipe, Budget(steps=4))
-    plain = run.objective.loss
-    run.objective.loss = lambda output, instances: 1e4 * plain(output, instances)
+    run = Trainer(model, copy.copy(NUCLEI), blobs(4), recipe, Budget(steps=4))
+    plain = run.task.loss
+    run.task.loss = lambda *args: {name: 1e4 * term for name, term in plain(*args).items()}
     average = {name: p.clone() for name, p in run.averaged.named_parameters()}
     for step in range(3):
         run.step()
@@ -139,25 +161,26 @@ def test_the_recipes_class_weights_are_used():
     ids[2:5, 1:7], ids[5:7, 2:6] = 1, 2
     target = torch.from_numpy(instance_target(ids)).long()[None]
     assert target.unique().tolist() == [0, 1, 2]
+    model = Recipe().create()
     for inside, border in ((1.0, 3.0), (2.5, 6.0)):
-        objective = Recipe(inside_weight=inside, border_weight=border).objective()
+        task = Recipe(inside_weight=inside, border_weight=border).task(model)
         expected = dense_loss(logits, target, torch.tensor([1.0, inside, border]))
-        torch.testing.assert_close(objective.loss(logits, [ids]), expected)
+        torch.testing.assert_close(task.loss(logits, [Annotation.of_objects(ids)]), expected)
 
 
 def test_the_average_is_scored_and_saved(tmp_path, monkeypatch):
     seen = {}
 
-    def score(model, samples, objective):
+    def evaluate(model, *args, **options):
         seen["scored"] = model
         raise StopIteration
 
     run = trainer(Budget(steps=1))
-    monkeypatch.setattr("pointformer.train.nuclei.evaluate", score)
+    monkeypatch.setattr("pointformer.train.nuclei.evaluate", evaluate)
     with pytest.raises(StopIteration):
         train(run, blobs(1), tmp_path)
     assert seen["scored"] is run.averaged
-    monkeypatch.setattr("pointformer.train.nuclei.load_split", lambda *_: blobs(1))
+    monkeypatch.setattr("pointformer.train.nuclei.read_folder", lambda *_: blobs(1))
     monkeypatch.setattr(
         "pointformer.train.nuclei.train",
         lambda trainer, *_, **__: seen.update(trainer=trainer) or average_precision([]),
@@ -174,8 +197,9 @@ def test_the_average_is_scored_and_saved(tmp_path, monkeypatch):
 
 def test_training_learns_logs_and_scores(tmp_path):
     run = trainer(Budget(steps=200))
-    before = evaluate(run.averaged, blobs(3, seed=1), run.objective).at(0.5)
-    result = train(run, blobs(3, seed=1), tmp_path, checkpoint_minutes=0.0)
+    pictures = blobs(3, seed=1)
+    before = score(run, pictures, pictures).at(0.5)
+    result = train(run, pictures, tmp_path, checkpoint_minutes=0.0)
     assert result.at(0.5) > max(before, 0.3)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -190,16 +214,18 @@ def test_loss_is_least_for_the_truth_and_counts_the_classes():
     weights = torch.tensor([1.0, 2.0, 6.0])
     truth = 20 * nn.functional.one_hot(target, 3).movedim(-1, 1).float()
     uniform = torch.zeros(2, 3, 16, 16)
-    assert dense_loss(truth, target, weights) < 1e-3
+    assert sum(dense_loss(truth, target, weights).values()) < 1e-3
     # All classes equally likely: log 3, and per class Dice (2 n/3 + 100) / (n + N/3 + 100).
     pixels = target.numel()
     dice = [
         (2 * n / 3 + 100) / (n + pixels / 3 + 100) for n in target.unique(return_counts=True)[1]
     ]
     expected = math.log(3) + 1 - float(sum(dice[1:])) / 2
-    assert dense_loss(uniform, target, weights).item() == pytest.approx(expected, rel=1e-5)
+    assert sum(dense_loss(uniform, target, weights).values()).item() == pytest.approx(
+        expected, rel=1e-5
+    )
     absent = torch.zeros_like(target)
-    assert torch.isfinite(dense_loss(uniform, absent, weights))
+    assert torch.isfinite(sum(dense_loss(uniform, absent, weights).values()))
 
 
 def test_schedule_and_budget():
@@ -227,23 +253,25 @@ def test_instances_as_masks():
     ids = np.zeros((5, 6), np.int32)
     ids[:2, :4] = 7
     ids[4, 5] = 3
-    targets = instance_masks(ids)
+    targets = targets_of(Annotation.of_objects(ids).objects(), 2)
     assert targets.classes.tolist() == [0, 0]
     np.testing.assert_array_equal(targets.masks[0], [[0, 0, 0], [0, 0, 0], [0, 0, 0.25]])
     np.testing.assert_array_equal(targets.masks[1], [[1, 1, 0], [0, 0, 0], [0, 0, 0]])
-    assert instance_masks(np.zeros((5, 6), np.int32)).masks.shape[0] == 0
+    empty = Annotation.of_objects(np.zeros((5, 6), np.int32)).objects()
+    assert targets_of(empty, 2).masks.shape == (0, 3, 3)
 
 
 @pytest.mark.parametrize("head", ["mask2former", "hcformer"])
 def test_mask_heads_train_and_are_scored(head):
     recipe = Recipe(head=head, batch=1, crop=96, points=64)
-    run = Trainer(recipe.create(), blobs(2), recipe, Budget(steps=3))
+    model = recipe.create()
+    run = Trainer(model, recipe.task(model), blobs(2), recipe, Budget(steps=3))
     before = {name: p.clone() for name, p in run.model.named_parameters()}
     losses = [run.step() for _ in range(3)]  # the first has a learning rate of 0
     assert all(math.isfinite(loss) for loss in losses)
     moved = [name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])]
     assert {name.split(".")[0] for name in moved} == {"backbone", "head"}
-    assert 0 <= evaluate(run.averaged, blobs(1), run.objective).at(0.5) <= 1
+    assert 0 <= score(run, blobs(1), blobs(1)).at(0.5) <= 1
 
 
 def test_backbone_starts_from_weights():

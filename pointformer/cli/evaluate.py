@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task",
         choices=("semantic", "instance", "panoptic"),
-        help="default: the model's, or instance",
+        help="default: the model's",
     )
     parser.add_argument("--annotations", type=Path, help="JSON file of COCO's formats")
     parser.add_argument(
@@ -69,9 +69,10 @@ def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from pointformer.evaluation import evaluate
+    from pointformer.tasks import task_of
 
     model = model_from(options)
-    task = options.task or model.task or "instance"
+    task = task_of(model, options.task).name
     dataset = _dataset(options, task, model)
     results = Results(overwrite=options.overwrite)
     if options.json is not None:

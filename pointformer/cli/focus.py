@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
 
     from pointformer.data import read_image
     from pointformer.pictures import focus_picture
-    from pointformer.segmentation import to_tensor
+    from pointformer.prediction import to_tensor
 
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"{options.out}: expected a file name that ends in .png")

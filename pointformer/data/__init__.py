@@ -27,7 +27,7 @@ from pointformer.data.coco import (
     write_coco_panoptic,
     write_coco_results,
 )
-from pointformer.data.folders import Sample, load_split, read_folder, write_folder_objects
+from pointformer.data.folders import read_folder, write_folder_objects
 from pointformer.data.images import (
     Picture,
     Reading,
@@ -54,11 +54,9 @@ __all__ = [
     "Objects",
     "Picture",
     "Reading",
-    "Sample",
     "Segment",
     "SegmentMap",
     "image_size",
-    "load_split",
     "named_categories",
     "open_picture",
     "random_colors",

@@ -30,6 +30,7 @@ class Annotation:
         ids: (H, W) int32 map of segments; ids that no segment has are void. `None` if segments
             may overlap: then each has its mask.
         segments: objects and regions; empty if classes are annotated.
+        label: class of the picture as a whole, VOID where there is none.
         problems: of objects that are in the files but not in `segments`, as name and error.
     """
 
@@ -41,6 +42,20 @@ class Annotation:
     ids: np.ndarray | None = field(default=None, repr=False)
     segments: tuple[Segment, ...] = ()
     problems: Mapping[str, str] = field(default_factory=dict, repr=False)
+    label: int = VOID
+
+    @staticmethod
+    def of_objects(
+        ids: np.ndarray, name: str = "", image: Path | None = None, category: int = 0
+    ) -> Annotation:
+        """Objects of one class from a map of ids (H, W), 0 being background."""
+        values, areas = np.unique(ids, return_counts=True)
+        segments = tuple(
+            Segment(value, category, area)
+            for value, area in zip(values.tolist(), areas.tolist(), strict=True)
+            if value
+        )
+        return Annotation(name, image, ids.shape, name, ids=ids, segments=segments)
 
     def masks(self) -> list[Mask]:
         """Of each segment.
@@ -95,10 +110,10 @@ class Annotation:
     def _painted(self, values: Sequence[int | None], empty: int) -> np.ndarray:
         """(H, W) int32 of the segments' values but `None`, smaller segments on top."""
         picture = np.full(self.size, empty, np.int32)
-        masks = self.masks()
-        for n in sorted(range(len(masks)), key=lambda n: -self.segments[n].area):
-            if values[n] is not None:
-                picture[masks[n].window][masks[n].pixels] = values[n]
+        rows = zip(self.segments, values, self.masks(), strict=True)
+        for _, value, mask in sorted(rows, key=lambda row: -row[0].area):
+            if value is not None:
+                picture[mask.window][mask.pixels] = value
         return picture
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from pointformer.data.folders import Sample
-
 
 def random_crop(
-    sample: Sample,
+    image: np.ndarray,
+    instances: np.ndarray,
     size: int,
     rng: np.random.Generator,
     *,
@@ -18,6 +17,8 @@ def random_crop(
     """A crop of random place, scale, flip and quarter turn.
 
     Args:
+        image: (H, W, 3) uint8.
+        instances: (H, W) ids, 0 is background.
         size: height and width of the crop, in pixels.
         scales: least and largest magnification, drawn uniformly in its logarithm. Where a picture
             is too small, its mirror images continue it.
@@ -28,7 +29,7 @@ def random_crop(
     """
     scale = np.exp(rng.uniform(*np.log(scales)))
     side = max(1, round(size / scale))
-    image, instances = sample.image, sample.instances
+    most = instances.max(initial=0)
     window = []
     for length in instances.shape:
         start = rng.integers(0, max(length - side, 0), endpoint=True)
@@ -46,7 +47,7 @@ def random_crop(
         # Mirror images are objects of their own, if they do not touch what they mirror.
         pieces = label(instances, connectivity=2)
         apart = (pieces > 0) & ~np.isin(pieces, pieces[inside])
-        instances = np.where(apart, sample.instances.max() + pieces, instances)
+        instances = np.where(apart, most + pieces, instances)
     if side != size:
         image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
         nearest = (np.arange(size) * 2 + 1) * side // (2 * size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,39 +24,12 @@ from pointformer.data.annotations import (
     parse_categories,
 )
 from pointformer.data.discovery import pictures_by_name
-from pointformer.data.images import read_image, read_instances
+from pointformer.data.images import read_instances
 from pointformer.data.json_files import read_json
 from pointformer.data.labels import MOST_PNG_IDS, label_entries, paired_files, write_map
 from pointformer.data.writing import remove_ours, write_json
 
 _SEGMENTS = "segments.json"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture (H, W, 3) uint8 and its instance map (H, W) int32, 0 being background."""
-
-    name: str
-    image: np.ndarray
-    instances: np.ndarray
-
-
-def load_split(root: str | os.PathLike[str], split: str) -> list[Sample]:
-    """Read `root`/`split` into memory, sorted by name.
-
-    Every picture in its folder `images` needs an instance map of the same size and name in its
-    folder `instances`, and the other way around.
-
-    Raises:
-        ValueError: naming the folder or file, if there are no pictures, a picture or a map is
-            missing, unreadable or there twice, or its size differs from the other's.
-    """
-    folder = Path(root) / split
-    entries = _instance_entries(folder / "images", folder / "instances", None, {0: 0}, ())
-    return [
-        Sample(annotation.name, read_image(annotation.image), annotation.ids)  # type: ignore[arg-type]
-        for annotation in Dataset(folder, (), entries)
-    ]
 
 
 def read_folder(

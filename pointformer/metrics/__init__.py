@@ -1,24 +1,35 @@
-"""Scores of predictions against annotations."""
+"""Scores of predictions against annotations.
+
+Each metric is a `Metric`: `update` with pictures, `merge` with other parts of a data set, `compute`
+scores by name, or see them in detail in `scores()`.
+"""
 
 from pointformer.metrics.boundary import boundary_iou, mask_boundary
 from pointformer.metrics.cityscapes import CityscapesAP, CityscapesScores
+from pointformer.metrics.classification import Accuracy, AccuracyScores
 from pointformer.metrics.coco import CocoAP, CocoScores
 from pointformer.metrics.instances import (
     IOU_THRESHOLDS,
     AveragePrecision,
+    InstanceAP,
     average_precision,
     match_instances,
 )
+from pointformer.metrics.metric import Metric
 from pointformer.metrics.panoptic import PanopticQuality, PanopticScores, Quality
 from pointformer.metrics.semantic import SemanticIoU, SemanticScores
 
 __all__ = [
     "IOU_THRESHOLDS",
+    "Accuracy",
+    "AccuracyScores",
     "AveragePrecision",
     "CityscapesAP",
     "CityscapesScores",
     "CocoAP",
     "CocoScores",
+    "InstanceAP",
+    "Metric",
     "PanopticQuality",
     "PanopticScores",
     "Quality",

@@ -62,7 +62,7 @@ class CityscapesAP:
         """Add one picture.
 
         Args:
-            predicted: with `masks` (N, H, W), `classes` (N,) and `scores` (N,).
+            predicted: see `Objects.of`.
             annotation: of the task "instance" or "panoptic", with the file's map of ids.
 
         Raises:
@@ -74,8 +74,8 @@ class CityscapesAP:
         classes = found.classes.tolist()
         if any(not 0 <= category < len(self.categories) for category in classes):
             raise ValueError(f"predicted: unknown class in the objects of {annotation.name}")
-        known: dict[str, list[dict]] = {name: [] for name in self._args.instLabels}
-        matched: dict[str, list[dict]] = {name: [] for name in self._args.instLabels}
+        known: dict[str, list[dict[str, Any]]] = {name: [] for name in self._args.instLabels}
+        matched: dict[str, list[dict[str, Any]]] = {name: [] for name in self._args.instLabels}
         ids, areas = np.unique(annotation.ids, return_counts=True)
         for value, area in zip(ids.tolist(), areas.tolist(), strict=True):
             label = value if value < 1000 else value // 1000
@@ -92,7 +92,7 @@ class CityscapesAP:
             if name not in known or not len(values):
                 continue
             overlaps = dict(zip(values.tolist(), counts.tolist(), strict=True))
-            prediction = {
+            prediction: dict[str, Any] = {
                 "predID": n,
                 "labelID": label,
                 "pixelCount": int(counts.sum()),
@@ -109,7 +109,16 @@ class CityscapesAP:
             matched[name].append(prediction)
         self._matches[annotation.name] = {"groundTruth": known, "prediction": matched}
 
-    def compute(self) -> CityscapesScores:
+    def merge(self, other: CityscapesAP) -> None:
+        """Add the pictures of another part of the data set."""
+        self._matches |= other._matches
+
+    def compute(self) -> dict[str, float]:
+        """The means of `scores` by name."""
+        scores = self.scores()
+        return {"Cityscapes AP": scores.ap, "Cityscapes AP50": scores.ap50}
+
+    def scores(self) -> CityscapesScores:
         """Scores of all pictures so far."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # means over no classes

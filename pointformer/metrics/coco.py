@@ -67,8 +67,7 @@ class CocoAP:
         """Add one picture.
 
         Args:
-            predicted: `Objects`, such as the models' or `annotation.objects()`, or what has their
-                `masks` (N, H, W), `classes` (N,) and `scores` (N,).
+            predicted: see `Objects.of`.
 
         Raises:
             ValueError: if sizes differ or a class is out of range.
@@ -98,7 +97,33 @@ class CocoAP:
             row["boundary"] = encode_mask(rim, size)
         rows.append(row)
 
-    def compute(self) -> CocoScores:
+    def merge(self, other: CocoAP) -> None:
+        """Add the pictures of another part of the data set."""
+        pictures = len(self._images)
+        self._images += [{**row, "id": row["id"] + pictures} for row in other._images]
+        for mine, theirs in (
+            (self._annotated, other._annotated),
+            (self._predicted, other._predicted),
+        ):
+            count = len(mine)
+            mine += [
+                {**row, "id": row["id"] + count, "image_id": row["image_id"] + pictures}
+                for row in theirs
+            ]
+
+    def compute(self) -> dict[str, float]:
+        """The means of `scores` by name."""
+        scores = self.scores()
+        return {
+            "COCO AP": scores.ap,
+            "COCO AP50": scores.ap50,
+            "COCO AP75": scores.ap75,
+            "COCO AP small": scores.ap_small,
+            "COCO AP medium": scores.ap_medium,
+            "COCO AP large": scores.ap_large,
+        }
+
+    def scores(self) -> CocoScores:
         """Scores of all pictures so far."""
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from pointformer.annotations import Objects, SegmentMap
+from pointformer.data import Annotation
+
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 
 
@@ -72,27 +75,75 @@ def match_instances(
     return counts
 
 
+class InstanceAP:
+    """Average precision of what is shown of objects, regardless of class, as StarDist counts it.
+
+    Args:
+        thresholds: IoU thresholds in (0, 1].
+    """
+
+    def __init__(self, thresholds: Sequence[float] = IOU_THRESHOLDS) -> None:
+        self.thresholds = tuple(thresholds)
+        self.counts: list[np.ndarray] = []  # one of `match_instances` for each picture
+
+    def update(self, predicted: SegmentMap | Objects, annotation: Annotation) -> None:
+        """Add one picture. Of objects, those with a score of at least 0.5 count, painted as a map;
+        on crowds none do.
+
+        Raises:
+            ValueError: if the sizes differ.
+        """
+        if isinstance(predicted, Objects):
+            predicted = predicted.confident().painted()
+        truth, crowd = annotation.instances()
+        if predicted.ids.shape != truth.shape:
+            raise ValueError(
+                f"predicted: expected the map of {annotation.name} to be of shape {truth.shape}, "
+                f"got {predicted.ids.shape}"
+            )
+        found = np.where(crowd, 0, predicted.ids)
+        self.counts.append(match_instances(found, truth, self.thresholds))
+
+    def merge(self, other: InstanceAP) -> None:
+        """Add the pictures of another part of the data set."""
+        self.counts += other.counts
+
+    def compute(self) -> dict[str, float]:
+        """The pooled scores by name: at the first threshold, and the mean."""
+        scores = self.scores()
+        return {
+            f"AP at IoU {self.thresholds[0]:g} (TP / (TP + FP + FN))": scores.pooled[0],
+            "mean AP (TP / (TP + FP + FN))": scores.mean,
+        }
+
+    def scores(self) -> AveragePrecision:
+        """Scores of all pictures so far.
+
+        Where neither map of a picture has an instance, the picture's own score is 1. So is the
+        pooled score if there are no instances at all.
+        """
+        stacked = np.stack([np.zeros((len(self.thresholds), 3), np.int64), *self.counts])[1:]
+        total = stacked.sum(0)
+        per_image = _precision(stacked).mean(0) if self.counts else np.ones(len(self.thresholds))
+        return AveragePrecision(
+            thresholds=self.thresholds,
+            true_positives=tuple(total[:, 0].tolist()),
+            false_positives=tuple(total[:, 1].tolist()),
+            false_negatives=tuple(total[:, 2].tolist()),
+            pooled=tuple(_precision(total).tolist()),
+            per_image=tuple(per_image.tolist()),
+        )
+
+
 def average_precision(
     pairs: Iterable[tuple[np.ndarray, np.ndarray]],
     thresholds: Sequence[float] = IOU_THRESHOLDS,
 ) -> AveragePrecision:
-    """Score (predicted, annotated) instance maps of a data set; see `match_instances`.
-
-    Where neither map of an image has an instance, the image's own score is 1. So is the pooled
-    score if there are no instances at all.
-    """
-    counts = [match_instances(predicted, annotated, thresholds) for predicted, annotated in pairs]
-    stacked = np.stack(counts) if counts else np.zeros((0, len(thresholds), 3), np.int64)
-    total = stacked.sum(0)
-    per_image = _precision(stacked).mean(0) if counts else np.ones(len(thresholds))
-    return AveragePrecision(
-        thresholds=tuple(thresholds),
-        true_positives=tuple(total[:, 0].tolist()),
-        false_positives=tuple(total[:, 1].tolist()),
-        false_negatives=tuple(total[:, 2].tolist()),
-        pooled=tuple(_precision(total).tolist()),
-        per_image=tuple(per_image.tolist()),
-    )
+    """Score (predicted, annotated) instance maps of a data set; see `InstanceAP.scores` and
+    `match_instances`."""
+    metric = InstanceAP(thresholds)
+    metric.counts = [match_instances(*pair, metric.thresholds) for pair in pairs]
+    return metric.scores()
 
 
 def _precision(counts: np.ndarray) -> np.ndarray:

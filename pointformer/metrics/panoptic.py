@@ -118,7 +118,22 @@ class PanopticQuality:
         spurious &= 2 * excused <= predicted_areas
         np.add.at(self.counts[1], classes[spurious], 1)
 
-    def compute(self) -> PanopticScores:
+    def merge(self, other: PanopticQuality) -> None:
+        """Add the pictures of another part of the data set."""
+        self.iou += other.iou
+        self.counts += other.counts
+
+    def compute(self) -> dict[str, float]:
+        """PQ, SQ and RQ by name: of all classes, of things, of stuff."""
+        scores = self.scores()
+        groups = (("", scores.all), (" things", scores.things), (" stuff", scores.stuff))
+        return {
+            f"{name}{kind}": getattr(group, name.lower())
+            for kind, group in groups
+            for name in ("PQ", "SQ", "RQ")
+        }
+
+    def scores(self) -> PanopticScores:
         """Scores of all pictures so far."""
         hits, spurious, missed = self.counts
         weight = hits + spurious / 2 + missed / 2

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pointformer.annotations import VOID
+from pointformer.data import Annotation
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,29 +40,30 @@ class SemanticIoU:
 
     Attributes:
         counts: (K, K + 1) int64 pixels by annotated and predicted class; the last column is for
-            annotated pixels without a predicted class. Matrices of parts of a data set add up.
+            annotated pixels without a predicted class.
     """
 
     def __init__(self, num_classes: int) -> None:
         self.counts = np.zeros((num_classes, num_classes + 1), np.int64)
 
-    def update(self, predicted: np.ndarray, annotated: np.ndarray) -> None:
+    def update(self, predicted: np.ndarray, annotation: Annotation) -> None:
         """Add one picture.
 
         Args:
-            predicted, annotated: (H, W) integers, 0 to K - 1, or -1 for void.
+            predicted: (H, W) integers, 0 to K - 1, or -1 for void.
+            annotation: whose `classes()` are the truth.
 
         Raises:
-            ValueError: if the shapes differ or a value is out of range.
+            ValueError: if the sizes differ or a value is out of range.
         """
-        predicted, annotated = np.asarray(predicted), np.asarray(annotated)
+        predicted, annotated = np.asarray(predicted), annotation.classes()
         if predicted.shape != annotated.shape:
             raise ValueError(
-                "predicted, annotated: expected two maps of one shape, "
-                f"got {predicted.shape} and {annotated.shape}"
+                f"predicted: expected the map of {annotation.name} to be of shape "
+                f"{annotated.shape}, got {predicted.shape}"
             )
         classes = len(self.counts)
-        for name, values in (("predicted", predicted), ("annotated", annotated)):
+        for name, values in (("predicted", predicted), (annotation.name, annotated)):
             if values.size and (values.min() < VOID or values.max() >= classes):
                 raise ValueError(
                     f"{name}: expected classes of {VOID} to {classes - 1}, "
@@ -73,7 +75,20 @@ class SemanticIoU:
         pairs = annotated[kept].astype(np.int64) * (classes + 1) + found
         self.counts += np.bincount(pairs, minlength=self.counts.size).reshape(self.counts.shape)
 
-    def compute(self) -> SemanticScores:
+    def merge(self, other: SemanticIoU) -> None:
+        """Add the pictures of another part of the data set."""
+        self.counts += other.counts
+
+    def compute(self) -> dict[str, float]:
+        """The means of `scores` by name."""
+        scores = self.scores()
+        return {
+            "mIoU": scores.mean_iou,
+            "mean accuracy": scores.mean_accuracy,
+            "pixel accuracy": scores.pixel_accuracy,
+        }
+
+    def scores(self) -> SemanticScores:
         """Scores of all pictures so far."""
         square = self.counts[:, :-1]
         hits, annotated = np.diag(square), self.counts.sum(1)

@@ -16,9 +16,10 @@ import math
 import pickle
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +28,18 @@ from tqdm import tqdm
 
 import pointformer
 from pointformer._files import atomic_path
-from pointformer.data import Category, Sample, load_split, random_colors, random_crop
-from pointformer.metrics import AveragePrecision, average_precision
-from pointformer.models import Model, create_model, save_model
-from pointformer.train.objectives import DenseObjective, MaskObjective, Objective
+from pointformer.data import (
+    Annotation,
+    Category,
+    Dataset,
+    random_colors,
+    random_crop,
+    read_folder,
+)
+from pointformer.evaluation import evaluate, picture_of
+from pointformer.metrics import AveragePrecision, InstanceAP
+from pointformer.models import Model, Output, create_model, save_model
+from pointformer.tasks import Task, task_of
 
 # Mask heads of the size of a small backbone; the defaults are those of the released models.
 HEAD_OPTIONS: dict[str, dict[str, int]] = {
@@ -58,8 +67,7 @@ class Recipe:
         backbone_rate: learning rate of the backbone over that of the rest.
         warmup: share of the budget in which the learning rate rises.
         average: decay per step of the weights' moving average.
-        border_weight, inside_weight: see `DenseObjective`.
-        points: see `MaskObjective`.
+        border_weight, inside_weight, points: of the loss, see `pointformer.tasks.instance`.
         pretrained: tag of the weights whose backbone to start from; empty for random ones.
         pretrained_stages: how many of its stages to take. The deep ones of a model with a dense
             head, which hardly needs them, can be worse than random ones.
@@ -113,11 +121,21 @@ class Recipe:
                 model.backbone.stages[stage].load_state_dict(weights)
         return model
 
-    def objective(self) -> Objective:
-        """What its head learns."""
-        if self.head == "dense":
-            return DenseObjective(self.inside_weight, self.border_weight)
-        return MaskObjective(self.points, self.crop)
+    def task(self, model: Model) -> Task:
+        """What the model's head learns."""
+        options: dict[Output, dict[str, Any]] = {
+            Output.BORDERS: {
+                "inside_weight": self.inside_weight,
+                "border_weight": self.border_weight,
+            },
+            Output.MASKS: {"points": self.points},
+        }
+        return task_of(model, "instance", **options[model.output])
+
+    def tile(self, task: Task) -> int | None:
+        """Side of the windows that pictures are looked at in: queries know their place in a window
+        and how many objects it can have, so for these it is that of the crops."""
+        return self.crop if task.output is Output.MASKS else None
 
 
 @dataclass(frozen=True)
@@ -171,12 +189,17 @@ class Trainer:
     continues exactly.
     """
 
-    def __init__(self, model: Model, samples: Sequence[Sample], recipe: Recipe, budget: Budget):
+    def __init__(
+        self, model: Model, task: Task, dataset: Dataset, recipe: Recipe, budget: Budget
+    ) -> None:
         self.model = model
+        self.task = task
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
-        self.samples = samples
+        self.samples = [  # all in memory
+            (picture_of(annotation, {}).read(), annotation.instances()[0]) for annotation in dataset
+        ]
         # Crowded pictures are drawn more often, but not in proportion to their nuclei.
-        weights = np.sqrt([1.0 + len(np.unique(sample.instances)) for sample in samples])
+        weights = np.sqrt([1.0 + len(np.unique(instances)) for _, instances in self.samples])
         self.probabilities = weights / weights.sum()
         self.recipe = recipe
         self.budget = budget
@@ -185,7 +208,6 @@ class Trainer:
             lr=0.0,
             betas=(0.9, 0.98),
         )
-        self.objective = recipe.objective()
         self.device = next(model.parameters()).device
         self.steps = 0
         self.seconds = 0.0
@@ -194,13 +216,14 @@ class Trainer:
     def used(self) -> float:
         return self.budget.used(self.steps, self.seconds)
 
-    def batch(self, rng: np.random.Generator) -> tuple[Tensor, list[np.ndarray]]:
-        """Normalized crops (B, 3, S, S) and their ids, (S, S) each."""
+    def batch(self, rng: np.random.Generator) -> tuple[Tensor, list[Annotation]]:
+        """Normalized crops (B, 3, S, S) and what is in them."""
         images, truth = [], []
         for index in rng.choice(len(self.samples), self.recipe.batch, p=self.probabilities):
-            image, instances = random_crop(self.samples[index], self.recipe.crop, rng)
+            whole, ids = self.samples[index]
+            image, instances = random_crop(whole, ids, self.recipe.crop, rng)
             images.append(random_colors(image, rng))
-            truth.append(instances)
+            truth.append(Annotation.of_objects(instances))
         pixels = torch.from_numpy(np.stack(images)).movedim(-1, 1).contiguous()
         return self.model.preprocess(pixels.to(self.device)), truth
 
@@ -213,8 +236,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * factor * group["factor"]
         self.model.train()
-        images, instances = self.batch(rng)
-        loss = self.objective.loss(self.model(images), instances)
+        images, annotations = self.batch(rng)
+        terms = self.task.loss(self.model(images), annotations)
+        loss = torch.stack(list(terms.values())).sum()
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"the loss is {value} at step {self.steps}")
@@ -278,20 +302,25 @@ class Trainer:
         self.steps, self.seconds = state["steps"], state["seconds"]
 
 
-@torch.inference_mode()
-def evaluate(model: Model, samples: Sequence[Sample], objective: Objective) -> AveragePrecision:
-    """Score a model in eval mode on pictures, one by one."""
-
-    def predictions() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for sample in tqdm(samples, "evaluating", leave=False):
-            yield objective.labels(model, sample.image), sample.instances
-
-    return average_precision(predictions())
+def score(
+    trainer: Trainer, dataset: Dataset, annotations: Sequence[Annotation] | Dataset
+) -> AveragePrecision:
+    """Of the averaged weights, on some of a data set's pictures."""
+    metric = InstanceAP()
+    evaluate(
+        trainer.averaged,
+        dataset,
+        trainer.task,
+        annotations=tqdm(annotations, "evaluating", leave=False),
+        metrics=[metric],
+        tile=trainer.recipe.tile(trainer.task),
+    )
+    return metric.scores()
 
 
 def train(
     trainer: Trainer,
-    validation: Sequence[Sample],
+    validation: Dataset,
     out: Path,
     *,
     checkpoint_minutes: float = 5.0,
@@ -304,7 +333,7 @@ def train(
     `evaluation_samples` of a fixed shuffle of `validation` are scored; at the end all are.
     """
     order = np.random.default_rng(0).permutation(len(validation))
-    subset = [validation[index] for index in order[:evaluation_samples]]
+    subset = [validation[index] for index in order[:evaluation_samples].tolist()]
     checkpoint = out / "checkpoint.pt"
     last_checkpoint = last_evaluation = trainer.seconds
     recent: list[float] = []
@@ -320,12 +349,13 @@ def train(
             log.write(json.dumps(entry) + "\n")
             log.flush()
 
-        def score(name: str, samples: Sequence[Sample]) -> AveragePrecision:
-            result = evaluate(trainer.averaged, samples, trainer.objective)
+        def scored(name: str, annotations: Sequence[Annotation] | Dataset) -> AveragePrecision:
+            result = score(trainer, validation, annotations)
             record(**{name: {"AP50": result.at(0.5), "AP": result.mean, "pooled": result.pooled}})
             tqdm.write(
                 f"step {trainer.steps}, {trainer.seconds / 60:.1f} min: "
-                f"AP50 {result.at(0.5):.3f}, mean AP {result.mean:.3f} on {len(samples)} pictures"
+                f"AP50 {result.at(0.5):.3f}, mean AP {result.mean:.3f} on "
+                f"{len(annotations)} pictures"
             )
             return result
 
@@ -345,9 +375,9 @@ def train(
                 trainer.save(checkpoint)
             if trainer.seconds - last_evaluation >= 60 * evaluation_minutes:
                 last_evaluation = trainer.seconds
-                score("subset", subset)
+                scored("subset", subset)
         trainer.save(checkpoint)
-        return score("validation", validation)
+        return scored("validation", validation)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -389,12 +419,15 @@ def _run(arguments: argparse.Namespace) -> None:
     model = recipe.create().to(arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     budget = Budget(arguments.steps, arguments.minutes)
-    trainer = Trainer(model, load_split(arguments.data, "train"), recipe, budget)
+    training, validation = (
+        read_folder(arguments.data, split, "instance") for split in ("train", "val")
+    )
+    trainer = Trainer(model, recipe.task(model), training, recipe, budget)
     if arguments.resume:
         trainer.load(checkpoint)
     scores = train(
         trainer,
-        load_split(arguments.data, "val"),
+        validation,
         arguments.out,
         checkpoint_minutes=arguments.checkpoint_minutes,
         evaluation_minutes=arguments.evaluation_minutes,

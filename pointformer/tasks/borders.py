@@ -1,11 +1,16 @@
-"""From instance maps to a three-class target, and from its logits back to instances."""
+"""Objects of one kind as three classes of pixels: the target from a map of ids, the loss, and from
+logits back to ids."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch.nn.functional as F
 from scipy import ndimage
 from skimage.measure import label
 from skimage.segmentation import watershed
+from torch import Tensor
+
+from pointformer.annotations import VOID
 
 BACKGROUND, INSIDE, BORDER = range(3)
 
@@ -40,6 +45,31 @@ def instance_target(instances: np.ndarray, border_width: int = 2) -> np.ndarray:
             border[here] |= touch
             border[there] |= touch
     return foreground + border.astype(np.uint8)
+
+
+def dense_loss(logits: Tensor, target: Tensor, class_weights: Tensor) -> dict[str, Tensor]:
+    """Weighted cross-entropy, and one minus the soft Dice score of each foreground class.
+
+    Args:
+        logits: (B, classes, H, W) float.
+        target: (B, H, W) int64; class 0 is background, VOID does not count.
+        class_weights: (classes,) float.
+
+    Returns:
+        "cross_entropy" and "dice"; their sum is the loss.
+    """
+    known = target != VOID
+    cross_entropy = F.cross_entropy(logits, target, class_weights, ignore_index=VOID)
+    if not known.any():
+        cross_entropy = 0 * logits.sum()  # a mean over no pixels is no number
+    probability = logits.softmax(1)[:, 1:] * known[:, None]
+    truth = F.one_hot(target.clamp(min=0), logits.shape[1])[..., 1:]
+    truth = truth.movedim(-1, 1).to(probability.dtype)
+    overlap = (probability * truth).sum((0, 2, 3))
+    total = (probability + truth).sum((0, 2, 3))
+    # The constant keeps a class that is absent from the batch from dominating.
+    dice = (2 * overlap + 100) / (total + 100)
+    return {"cross_entropy": cross_entropy, "dice": (1 - dice).mean()}
 
 
 def instances_from_logits(

@@ -1,0 +1,130 @@
+"""Models on pictures: whole or in windows, as they are or in scaled and mirrored copies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pointformer.data import Picture
+from pointformer.models import Model
+from pointformer.models.inference import evaluating
+from pointformer.tasks import Task
+from pointformer.tiling import Tile, windows_of
+
+_BYTES_PER_PIXEL = 300  # at the least: 430 were measured with the smallest model, on 2048 x 2048
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 array to a (3, H, W) uint8 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, 2, 0)))
+
+
+def windows_for(
+    model: Model, picture: Picture, tile: int | None = None, overlap: int | None = None
+) -> list[Tile]:
+    """The windows that a model is to see a picture in, see `windows_of`.
+
+    Raises:
+        ValueError: the tile or the overlap cannot be, or a window needs more memory than the
+            machine has: systems end a program that takes more, unasked.
+    """
+    windows = windows_of(*picture.shape, tile, overlap)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if not on_cpu or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return windows
+    height, width = windows[0].size
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if height * width * _BYTES_PER_PIXEL > memory:
+        raise ValueError(
+            f"{picture.name}: {height} x {width} pixels at once need more than "
+            f"{height * width * _BYTES_PER_PIXEL / 2**30:.0f} GiB, the machine has "
+            f"{memory / 2**30:.0f}; use a tile (--tile), or a smaller one"
+        )
+    return windows
+
+
+def predict(
+    model: Model,
+    task: Task,
+    picture: Picture,
+    windows: Sequence[Tile],
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    min_score: float | None = None,
+) -> tuple[Any, tuple[int, ...]]:
+    """What a model finds in a picture, in eval mode.
+
+    Args:
+        task: of the model.
+        picture: as large as the model is to see it.
+        windows: that it is seen in, one at a time; see `windows_for`.
+        scales: sides of copies over those of the picture, whose predictions are averaged.
+        flip: also average over mirrored copies.
+        min_score: see `Task.decode`.
+
+    Returns:
+        The task's prediction for the whole picture; and the tokens in each stage of the backbone,
+        summed over windows and copies.
+
+    Raises:
+        ValueError: a scale is not positive, or the task cannot average.
+    """
+    check_copies(task, scales, flip)
+    device = next(model.parameters()).device
+    tokens: list[list[int]] = []
+
+    def look(image: Tensor, size: tuple[int, int]) -> Any:
+        output, stages = model(image, with_stages=True)
+        tokens.append([stage.tokens.num_tokens for stage in stages])
+        del stages
+        seen = (int(image.shape[2]), int(image.shape[3]))
+        wanted = None if seen == size else [size]
+        (found,) = task.decode(output, [seen], wanted, min_score=min_score)
+        return found
+
+    def parts() -> Iterator[Any]:
+        for window in windows:
+            image = model.preprocess(to_tensor(picture[window.window]).to(device))[None]
+            copies = [
+                (look(copy.flip(3) if mirrored else copy, window.size), mirrored)
+                for copy in _scaled(image, scales)
+                for mirrored in ((False, True) if flip else (False,))
+            ]
+            yield copies[0][0] if len(copies) == 1 else task.average(copies)
+
+    with evaluating(model):
+        found = task.join(picture.shape, windows, parts())
+    return found, tuple(sum(stage) for stage in zip(*tokens, strict=True))
+
+
+def check_copies(task: Task, scales: Sequence[float], flip: bool) -> None:
+    """Check that predictions of such copies can be averaged: queries of several do not correspond.
+
+    Raises:
+        ValueError: they cannot, or a scale is not positive.
+    """
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"scales: expected positive numbers, got {tuple(scales)}")
+    if not task.averages and (flip or tuple(scales) != (1.0,)):
+        raise ValueError(
+            f"scales, flip: only for the task 'semantic' or 'classification', not for {task.name!r}"
+        )
+
+
+def _scaled(image: Tensor, scales: Sequence[float]) -> Iterator[Tensor]:
+    """An image (1, C, H, W) in other sizes."""
+    height, width = image.shape[2:]
+    for scale in scales:
+        size = (max(1, round(height * scale)), max(1, round(width * scale)))
+        if size == (height, width):
+            yield image
+        else:
+            yield nn.functional.interpolate(
+                image, size, mode="bilinear", align_corners=False, antialias=scale < 1
+            )

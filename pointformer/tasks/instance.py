@@ -1,0 +1,126 @@
+"""Instance segmentation: the objects in a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pointformer.annotations import VOID, Category, Objects, SegmentMap
+from pointformer.data import CITYSCAPES_THINGS
+from pointformer.metrics import CityscapesAP, CocoAP, InstanceAP, Metric
+from pointformer.models import Output
+from pointformer.models.mask2former import MaskPredictions
+from pointformer.models.postprocess import instances
+from pointformer.tasks.borders import dense_loss, instance_target, instances_from_logits
+from pointformer.tasks.masks import MaskTask
+from pointformer.tasks.task import MapTask, Size, Truth, on_device
+from pointformer.tiling import Tile, stitch_maps, stitch_objects
+
+
+class Instance(MapTask):
+    """Objects of countable classes."""
+
+    name = "instance"
+
+    def truth(self, annotation: Any) -> Any:
+        """Without what is no object: segments of uncountable classes, but for crowds."""
+        things = self.things
+        kept = tuple(s for s in annotation.segments if s.crowd or s.category in things)
+        return replace(annotation, segments=kept)
+
+    def metrics(self) -> list[Metric]:
+        """AP of what is shown, regardless of class; that of COCO and, for its classes, that of
+        Cityscapes, where their packages are installed."""
+        metrics: list[Metric] = [InstanceAP()]
+        if importlib.util.find_spec("pycocotools"):
+            metrics.append(CocoAP(self.categories))
+        if self.categories == CITYSCAPES_THINGS and importlib.util.find_spec("cityscapesscripts"):
+            metrics.append(CityscapesAP(self.categories))
+        return metrics
+
+
+class InstanceBorders(Instance):
+    """Of a head of three classes: background, inside, and border between objects of one kind.
+
+    Predictions are `SegmentMap`s; the objects have no scores. Crowds do not count in the loss.
+
+    Args:
+        inside_weight, border_weight: of the classes in the cross-entropy; background has 1.
+    """
+
+    output = Output.BORDERS
+
+    def __init__(
+        self,
+        categories: Sequence[Category],
+        inside_weight: float = 1.0,
+        border_weight: float = 3.0,
+    ) -> None:
+        super().__init__(categories)
+        self.class_weights = torch.tensor([1.0, inside_weight, border_weight])
+
+    def loss(
+        self, output: Tensor | Sequence[Tensor], annotations: Sequence[Truth]
+    ) -> dict[str, Tensor]:
+        targets = []
+        for annotation in annotations:
+            ids, crowds = self.truth(annotation).instances()
+            classes = np.where(crowds, VOID, instance_target(ids).astype(np.int64))
+            targets.append(on_device(classes, output[0]))
+        weights = self.class_weights.to(output[0].device)
+        if isinstance(output, Tensor):
+            return dense_loss(output, torch.stack(targets), weights)
+        pixels = torch.cat([logits.flatten(1) for logits in output], 1)  # of all sizes, in a row
+        target = torch.cat([target.flatten() for target in targets])
+        return dense_loss(pixels[None, :, None], target[None, None], weights)
+
+    def decode(
+        self,
+        output: Tensor | Sequence[Tensor],
+        sizes: Sequence[Size],
+        output_sizes: Sequence[Size] | None = None,
+        *,
+        min_score: float | None = None,
+    ) -> list[SegmentMap]:
+        wanted = sizes if output_sizes is None else output_sizes
+        found = []
+        for logits, size in zip(output, wanted, strict=True):
+            if tuple(logits.shape[1:]) != tuple(size):
+                logits = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
+            ids = instances_from_logits(logits.float().cpu().numpy())
+            count = int(ids.max(initial=0))
+            found.append(SegmentMap.of(ids, [0] * count, [1.0] * count))
+        return found
+
+    def join(self, shape: Size, windows: Sequence[Tile], parts: Iterable[SegmentMap]) -> SegmentMap:
+        return stitch_maps(shape, list(zip(windows, parts, strict=True)))
+
+    def shown(self, prediction: SegmentMap, min_score: float | None = None) -> SegmentMap:
+        return prediction
+
+
+class InstanceMasks(MaskTask, Instance):
+    """Of a head that gives queries classes and masks. Predictions are `Objects` with all scores."""
+
+    def decode(
+        self,
+        output: MaskPredictions,
+        sizes: Sequence[Size],
+        output_sizes: Sequence[Size] | None = None,
+        *,
+        min_score: float | None = None,
+    ) -> list[Objects]:
+        return instances(output, sizes, output_sizes, top=None, things=self.things)
+
+    def join(self, shape: Size, windows: Sequence[Tile], parts: Iterable[Objects]) -> Objects:
+        return stitch_objects(shape, list(zip(windows, parts, strict=True)))
+
+    def shown(self, prediction: Objects, min_score: float | None = None) -> SegmentMap:
+        return prediction.confident(0.5 if min_score is None else min_score).painted()

@@ -1,0 +1,95 @@
+"""Semantic segmentation: the class of each pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pointformer.annotations import VOID, SegmentMap
+from pointformer.metrics import Metric, SemanticIoU
+from pointformer.models import Output
+from pointformer.models.mask2former import MaskPredictions
+from pointformer.models.postprocess import semantic_scores
+from pointformer.tasks.masks import MaskTask
+from pointformer.tasks.task import MapTask, Size, Truth, on_device
+from pointformer.tiling import Tile, blend
+
+
+class Semantic(MapTask):
+    """The class of each pixel. Predictions are scores (K, h, w) in windows, classes (H, W) int32 of
+    the picture."""
+
+    name, averages = "semantic", True
+
+    def average(self, copies: Sequence[tuple[Tensor, bool]]) -> Tensor:
+        return torch.stack(
+            [scores.flip(2) if mirrored else scores for scores, mirrored in copies]
+        ).mean(0)
+
+    def join(self, shape: Size, windows: Sequence[Tile], parts: Iterable[Tensor]) -> np.ndarray:
+        """The classes with the highest scores, which are blended where windows overlap."""
+        classes = np.empty(shape, np.int32)
+        for place, scores in blend(windows, parts):
+            classes[place] = scores.argmax(0).cpu().numpy()
+        return classes
+
+    def shown(self, prediction: np.ndarray, min_score: float | None = None) -> SegmentMap:
+        classes, places = np.unique(prediction, return_inverse=True)
+        ids = (places.reshape(prediction.shape) + 1).astype(np.int32)
+        return SegmentMap.of(ids, classes.tolist(), [1.0] * len(classes))
+
+    def metrics(self) -> list[Metric]:
+        return [SemanticIoU(len(self.categories))]
+
+
+class SemanticClasses(Semantic):
+    """Of a head that scores classes at each pixel; void pixels do not count in its loss."""
+
+    output = Output.CLASSES
+
+    def loss(
+        self, output: Tensor | Sequence[Tensor], annotations: Sequence[Truth]
+    ) -> dict[str, Tensor]:
+        total, pixels = output[0].new_zeros(()), 0
+        for logits, annotation in zip(output, annotations, strict=True):
+            classes = annotation.classes()
+            target = on_device(classes, logits)
+            total = total + F.cross_entropy(
+                logits[None].float(), target[None], ignore_index=VOID, reduction="sum"
+            )
+            pixels += int(np.count_nonzero(classes != VOID))
+        return {"cross_entropy": total / max(pixels, 1)}
+
+    def decode(
+        self,
+        output: Tensor | Sequence[Tensor],
+        sizes: Sequence[Size],
+        output_sizes: Sequence[Size] | None = None,
+        *,
+        min_score: float | None = None,
+    ) -> list[Tensor]:
+        scores = [logits.softmax(0) for logits in output]
+        if output_sizes is None:
+            return scores
+        return [
+            F.interpolate(values[None], size, mode="bilinear", align_corners=False)[0]
+            for values, size in zip(scores, output_sizes, strict=True)
+        ]
+
+
+class SemanticMasks(MaskTask, Semantic):
+    """Of a head that gives queries classes and masks: each class's shares, summed over queries."""
+
+    def decode(
+        self,
+        output: MaskPredictions,
+        sizes: Sequence[Size],
+        output_sizes: Sequence[Size] | None = None,
+        *,
+        min_score: float | None = None,
+    ) -> list[Tensor]:
+        return semantic_scores(output, sizes, output_sizes)

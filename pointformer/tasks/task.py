@@ -1,0 +1,126 @@
+"""What a task is."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pointformer.annotations import Category, Objects, Segment, SegmentMap
+from pointformer.metrics import Metric
+from pointformer.models import Output
+from pointformer.tiling import Tile
+
+Size = tuple[int, int]
+
+
+class Truth(Protocol):
+    """What a task learns from, such as `pointformer.data.Annotation`, which has the details."""
+
+    @property
+    def label(self) -> int: ...
+
+    @property
+    def segments(self) -> tuple[Segment, ...]: ...
+
+    def objects(self) -> Objects: ...
+
+    def classes(self) -> np.ndarray: ...
+
+    def instances(self) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Task(abc.ABC):
+    """What a model's head learns, how its output is read, and how what is found is scored.
+
+    A subclass is for one kind of output, and listed in `pointformer.tasks`. What it finds in a
+    picture, or in a window of one, is its prediction; the subclass says what that is.
+
+    Attributes:
+        name: what models and commands call it; several kinds of output may have the same.
+        output: the kind that it reads.
+        averages: whether predictions of scaled and mirrored copies can be averaged.
+        categories: the classes of what is found.
+    """
+
+    name: ClassVar[str]
+    output: ClassVar[Output]
+    averages: ClassVar[bool] = False
+
+    def __init__(self, categories: Sequence[Category]) -> None:
+        self.categories = tuple(categories)
+
+    @property
+    def things(self) -> list[int]:
+        """The countable classes."""
+        return [number for number, category in enumerate(self.categories) if category.is_thing]
+
+    @abc.abstractmethod
+    def loss(self, output: Any, annotations: Sequence[Truth]) -> dict[str, Tensor]:
+        """Terms by name, whose sum is the loss.
+
+        Args:
+            output: of the model in training, for B images.
+            annotations: B, of the images' sizes.
+        """
+
+    @abc.abstractmethod
+    def decode(
+        self,
+        output: Any,
+        sizes: Sequence[Size],
+        output_sizes: Sequence[Size] | None = None,
+        *,
+        min_score: float | None = None,
+    ) -> list[Any]:
+        """Predictions for B images.
+
+        Args:
+            output: of the model.
+            sizes: heights and widths of the images that the model saw.
+            output_sizes: those of the predictions, if others.
+            min_score: confidence that what competes for pixels needs; objects that may overlap keep
+                every score.
+        """
+
+    def average(self, copies: Sequence[tuple[Any, bool]]) -> Any:
+        """One prediction from those of copies of one image; `True` for mirrored ones."""
+        raise NotImplementedError(f"predictions of the task {self.name!r} cannot be averaged")
+
+    @abc.abstractmethod
+    def join(self, shape: Size, windows: Sequence[Tile], parts: Iterable[Any]) -> Any:
+        """The prediction for a picture from those of windows that cover it.
+
+        Args:
+            shape: height and width of the picture.
+            parts: in the order of the windows; taken one at a time.
+        """
+
+    def truth(self, annotation: Any) -> Any:
+        """What of an annotation the task is about."""
+        return annotation
+
+    @abc.abstractmethod
+    def metrics(self) -> list[Metric]:
+        """New metrics, which take what `join` gives and `truth`."""
+
+
+class MapTask(Task):
+    """A task whose predictions have places in the picture."""
+
+    @abc.abstractmethod
+    def shown(self, prediction: Any, min_score: float | None = None) -> SegmentMap:
+        """What a picture of the prediction shows; pixels of an uncountable class are one region.
+
+        Args:
+            min_score: that objects which may overlap need to be shown; `None`: 0.5.
+        """
+
+
+def on_device(values: np.ndarray, output: Tensor) -> Tensor:
+    """(...) integers as int64 where the output is."""
+    return torch.from_numpy(np.ascontiguousarray(values)).long().to(output.device)
