@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pointformer._checks import brief, check_count, check_number, check_option, describe
+from pointformer._checks import (
+    brief,
+    check_count,
+    check_flags,
+    check_number,
+    check_option,
+    describe,
+)
 from pointformer.annotations import Category
 from pointformer.models.aff import AFF
 from pointformer.models.backbone import StageOutput
@@ -232,6 +239,7 @@ class Model(nn.Module):
             "mask2former" and "hcformer": `MaskPredictions`.
         """
         self._check(images)
+        check_flags(with_stages=with_stages)
         dtype = next(self.parameters()).dtype
         if isinstance(images, Tensor):
             images = images.to(dtype)

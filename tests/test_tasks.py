@@ -1,0 +1,197 @@
+"""Tasks: which there are, what they learn, and that parts of a data set score as the whole."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from pointformer import segment
+from pointformer.annotations import VOID, Category, Segment
+from pointformer.data import Annotation, Dataset, open_picture
+from pointformer.data.annotations import Entry
+from pointformer.evaluation import evaluate
+from pointformer.models import AFFConfig, Model, Output
+from pointformer.prediction import predict, windows_for
+from pointformer.tasks import TASKS, MapTask, task_of
+
+SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
+QUERIES = {"queries": 4, "dim": 32, "hidden": 32, "decoder_layers": 1}
+CATEGORIES = (Category(0, "tissue", False), Category(1, "cell"), Category(2, "nerve"))
+MADE = [
+    ("classification", "classification", 3),
+    ("dense", "semantic", 3),
+    ("dense", "instance", 3),
+    ("hcformer", "semantic", 3),
+    ("hcformer", "instance", 3),
+    ("hcformer", "panoptic", 3),
+]
+
+
+def made(head, task, classes=3):
+    torch.manual_seed(0)
+    options = QUERIES if head == "hcformer" else {}
+    categories = CATEGORIES[1:2] if (head, task) == ("dense", "instance") else CATEGORIES
+    return Model("small", SMALL, head, classes, task=task, categories=categories, **options)
+
+
+def annotated(size=(40, 52), seed=0):
+    """Tissue with two cells, a crowd and void; the picture's label is 2."""
+    ids = np.ones(size, np.int32)
+    ids[4:14, 5:20], ids[20:33, 30:45], ids[-6:, :9], ids[:3] = 2, 3, 4, 0
+    kinds = ((1, 0, False), (2, 1, False), (3, 1, False), (4, 1, True))
+    segments = tuple(Segment(n, k, int((ids == n).sum()), crowd) for n, k, crowd in kinds)
+    return Annotation(f"picture{seed}", None, size, seed, ids=ids, segments=segments, label=2)
+
+
+def test_every_output_has_the_tasks_that_it_says():
+    assert len({(task.output, task.name) for task in TASKS}) == len(TASKS)
+    for output in Output:
+        assert {task.name for task in TASKS if task.output is output} == set(output.tasks)
+
+
+@pytest.mark.parametrize(("head", "task", "classes"), MADE)
+def test_what_is_learned_reaches_the_weights(head, task, classes):
+    """Of batches, of images of different sizes, and where nothing is annotated."""
+    model = made(head, task, classes).train()
+    own = task_of(model, task)
+    assert (own.name, own.output) == (task, model.output)
+    g = torch.Generator().manual_seed(0)
+    batch = torch.randn(2, 3, 40, 52, generator=g)
+    empty = replace(annotated(), ids=np.zeros((40, 52), np.int32), segments=(), label=VOID)
+    for images, annotations in (
+        (batch, [annotated(), empty]),
+        ([*batch, torch.randn(3, 36, 44, generator=g)], [annotated(), empty, annotated((36, 44))]),
+        (batch, [empty, empty]),
+    ):
+        model.zero_grad()
+        terms = own.loss(model(images), annotations)
+        loss = torch.stack(list(terms.values())).sum()
+        assert loss.isfinite()
+        loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(grad.isfinite().all() for grad in grads)
+        learns = annotations[0] is not empty or task in ("instance", "panoptic") or head != "dense"
+        if learns and not (head == "classification" and annotations[0] is empty):
+            assert any(grad.abs().max() > 0 for grad in grads)
+
+
+def test_void_and_crowds_teach_nothing():
+    annotation = annotated()
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 3, 40, 52, generator=g)
+    semantic = task_of(made("dense", "semantic"))
+    known = torch.from_numpy(annotation.classes() != VOID)
+    assert 0 < known.sum() < known.numel()
+    target = torch.from_numpy(annotation.classes()).long()
+    expected = F.cross_entropy(logits[0].movedim(0, -1)[known], target[known])
+    torch.testing.assert_close(semantic.loss(logits, [annotation])["cross_entropy"], expected)
+    borders = task_of(made("dense", "instance"))
+    annotation = replace(
+        annotation, segments=tuple(replace(s, category=0) for s in annotation.segments[1:])
+    )
+    before = borders.loss(logits, [annotation])
+    changed = logits.clone()
+    changed[..., -6:, :9] += torch.randn(3, 6, 9, generator=g)
+    for name, term in borders.loss(changed, [annotation]).items():
+        torch.testing.assert_close(term, before[name])
+    changed[..., :5] += 1 + torch.randn(3, 40, 5, generator=g)
+    assert borders.loss(changed, [annotation])["cross_entropy"] != before["cross_entropy"]
+
+
+def test_objects_are_told_from_stuff():
+    annotation = task_of(made("hcformer", "instance")).truth(annotated())
+    assert [segment.id for segment in annotation.segments] == [2, 3, 4]
+    assert len(annotation.objects()) == 2
+    assert task_of(made("hcformer", "panoptic")).truth(annotated()).segments[0].id == 1
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    rng = np.random.default_rng(0)
+    entries = []
+    for seed in range(5):
+        annotation = replace(annotated(seed=seed), image=tmp_path / f"{seed}.png", label=seed % 3)
+        pixels = rng.integers(0, 255, (*annotation.size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(annotation.image)
+        read = lambda annotation=annotation: annotation  # noqa: E731
+        entries.append(Entry(annotation.name, annotation.image, None, read))
+    return Dataset(tmp_path, CATEGORIES, entries)
+
+
+@pytest.mark.parametrize(("head", "task", "classes"), MADE)
+def test_parts_score_as_the_whole(dataset, head, task, classes):
+    model = made(head, task, classes)
+    if head == "dense" and task == "instance":
+        dataset = Dataset("cells", CATEGORIES[1:2], [
+            replace(entry, read=lambda entry=entry: replace(
+                entry.read(), segments=tuple(
+                    replace(s, category=0) for s in entry.read().segments[1:])))
+            for entry in dataset.entries
+        ])  # fmt: skip
+    whole = evaluate(model, dataset)
+    assert whole.pictures == 5
+    first = evaluate(model, dataset, task, annotations=[dataset[n] for n in (0, 1)])
+    rest = evaluate(model, dataset, task, annotations=[dataset[n] for n in (2, 3, 4)])
+    scores = {}
+    for mine, other in zip(first.metrics, rest.metrics, strict=True):
+        mine.merge(other)
+        scores |= mine.compute()
+    assert scores.keys() == whole.scores.keys()
+    for name, value in whole.scores.items():
+        assert scores[name] == value or (math.isnan(scores[name]) and math.isnan(value)), name
+
+
+def test_a_classifier_is_scored_but_finds_no_regions(dataset):
+    model = made("classification", None)
+    assert model.task is None
+    with torch.no_grad():
+        model.head.linear.weight.zero_()
+        model.head.linear.bias.copy_(torch.tensor([0.0, 2.0, 1.0]))
+    scores = evaluate(model, dataset, scales=(1.0, 0.5), flip=True).scores
+    assert scores == {"top-1 accuracy": 2 / 5, "top-5 accuracy": 1.0}
+    assert evaluate(model, dataset, tile=32).scores == scores
+    with pytest.raises(ValueError, match="model: small is made for 'classification' and finds no"):
+        segment(model, dataset[0].image)
+    with pytest.raises(TypeError, match="model: expected one of create_model"):
+        task_of(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(("head", "task", "classes"), MADE[1:])
+@pytest.mark.parametrize("tile", [None, 32])
+def test_segment_shows_what_is_scored(dataset, head, task, classes, tile):
+    """One way of looking at pictures, with the tokens of all windows and copies."""
+    model = made(head, task, classes)
+    own = task_of(model)
+    assert isinstance(own, MapTask)
+    picture = open_picture(dataset[0].image)
+    windows = windows_for(model, picture, tile)
+    found, tokens = predict(model, own, picture, windows, min_score=0.2)
+    result = segment(model, dataset[0].image, tile=tile, min_score=0.2)
+    np.testing.assert_array_equal(result.labels, own.shown(found, 0.2).ids)
+    assert result.tokens == tokens
+    assert tokens[0] == sum(-(-w.size[0] // 4) * -(-w.size[1] // 4) for w in windows)
+    if own.averages:
+        _, more = predict(model, own, picture, windows, flip=True)
+        assert more == tuple(2 * n for n in tokens)
+
+
+def test_copies_are_averaged(dataset):
+    """Scores of the picture and of its mirror image, mirrored back."""
+    model = made("hcformer", "semantic").eval()
+    own = task_of(model)
+    picture = open_picture(dataset[0].image)
+    windows = windows_for(model, picture)
+    image = model.preprocess(torch.from_numpy(picture.read()).movedim(2, 0))[None]
+    with torch.no_grad():
+        (plain,) = own.decode(model(image), [picture.shape])
+        (mirrored,) = own.decode(model(image.flip(3)), [picture.shape])
+    expected = ((plain + mirrored.flip(2)) / 2).argmax(0)
+    found, _ = predict(model, own, picture, windows, flip=True)
+    np.testing.assert_array_equal(found, expected)
+    scaled, _ = predict(model, own, picture, windows_for(model, picture, 32), scales=(0.5, 1.0))
+    assert scaled.shape == picture.shape
+    assert set(np.unique(scaled)) <= {0, 1, 2}
