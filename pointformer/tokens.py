@@ -35,7 +35,7 @@ Extent = tuple[tuple[float, ...], ...]
 
 def _cells(samples: int, shape: Sequence[int], device: torch.device) -> Tensor:
     """Cell indices (x, y[, z]) of `samples` grids of shape ([Z,] H, W), x fastest: float32."""
-    cells = torch.empty(samples, *shape, len(shape), device=device)
+    cells = torch.empty(samples, *shape, len(shape), device=device, dtype=torch.float32)
     for axis, side in enumerate(reversed(shape)):
         index = torch.arange(side, dtype=torch.float32, device=device)
         cells[..., axis] = index.view(-1, *[1] * axis)

@@ -362,7 +362,7 @@ def _prepare(features, scores, positions, center_positions, offsets, index, weig
     centers = center_positions.new_zeros(center_positions.shape[0], 3)
     centers[:, :dimensions] = center_positions
     columns = list(_COLUMNS[dimensions, weight.shape[1]])
-    net = torch.zeros(7, 4)
+    net = torch.zeros(7, 4, dtype=torch.float32)
     net[columns] = weight.float().T
     net = torch.cat([net.flatten(), *(x.float() for x in vectors)])
     offsets = offsets.contiguous().numpy()
