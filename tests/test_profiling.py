@@ -357,7 +357,7 @@ def test_command_predicts_and_profiles_one_op(run, monkeypatch):
         (["aff_nano", "--device", "cpu", "--warm"], "--warm: is for GPUs"),
         (["aff_nano", "--size", "32", "--impl", "fast", *map(str, LIMITS)], "impl: expected"),
         (["interpolate", "--model", "aff_nano", "--predict", "--size", "32"], "does not call it"),
-        (["aff_nano.none"], "no weights tagged 'none'"),
+        (["aff_nano.none"], "there are no such weights"),
     ],
 )
 def test_bad_input_is_one_clear_line(run, arguments, message):
