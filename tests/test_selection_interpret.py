@@ -63,6 +63,18 @@ def test_rows_are_those_of_the_cpu(sample, options, seed):
     assert torch.equal(index, expected)
 
 
+def test_a_launch_has_the_block_of_what_was_compiled():
+    """Variants are made once: another constant of the module later must not cut the grid."""
+    positions = torch.stack(torch.meshgrid(*(torch.arange(20.0),) * 2, indexing="xy"), -1)
+    arguments = torch.rand(400), positions.view(-1, 2)
+    options = {"extent": (20, 20), "rate": 0.25, "stride": 2}
+    expected, _ = select_centers(*arguments, impl="cpu", **options)
+    for block in (64, 1024):
+        with mock.patch.object(selection, "_BLOCK", block), dirty_memory():
+            index, _ = select_centers(*arguments, impl="triton", **options)
+        assert torch.equal(index, expected)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_released_selection(stage):
     stored = np.load(PARITY / "mini_160x192.npz")

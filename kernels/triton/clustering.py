@@ -431,7 +431,7 @@ def curve_keys(positions, sizes, origin, cell_size, shape, longest, curve, ancho
         for rows in grids:
             tables += [*rows[0], rows[0][-1]][:3]
     variant = _keys_variant(dimensions, curve, anchors, ragged)
-    grid = (triton.cdiv(tokens, _BLOCK),)
+    grid = (triton.cdiv(tokens, variant.constants["BLOCK"]),)
     variant.launch(grid, positions.contiguous(), keys, *tables, tokens, len(sizes), bits)
     return keys
 

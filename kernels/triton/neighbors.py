@@ -496,7 +496,7 @@ def _curve_order(positions, sizes, frame):
     if ragged:
         starts = from_host(starts_of(sizes), torch.int32, positions.device)
     variant = _order_variant(dimensions, ragged, _CURVE_BITS[len(sizes) >= _FEW_SAMPLES])
-    grid = (triton.cdiv(tokens, _BLOCK),)
+    grid = (triton.cdiv(tokens, variant.constants["BLOCK"]),)
     variant.launch(grid, positions, *frame, keys, starts, tokens, len(sizes))
     return torch.sort(keys, stable=True)
 

@@ -155,11 +155,12 @@ def select_from_nearest(scores, positions, nearest, sizes, kept, alpha, stride, 
         prior, nearest = ADAPTIVE, nearest.contiguous()
     variant = _keys_variant(dimensions, prior.value, ragged)
     variant.launch(
-        (triton.cdiv(tokens, _BLOCK),), scores.contiguous(), positions, nearest, keys, tables[0],
-        tokens, len(sizes), alpha, min(stride, _LARGEST), min(2 * stride * reserve, _LARGEST),
+        (triton.cdiv(tokens, variant.constants["BLOCK"]),),
+        scores.contiguous(), positions, nearest, keys, tables[0], tokens, len(sizes), alpha,
+        min(stride, _LARGEST), min(2 * stride * reserve, _LARGEST),
     )  # fmt: skip
     keys, order = torch.sort(keys, stable=True)
     variant = _rows_variant(ragged)
-    grid = (triton.cdiv(len(out), _BLOCK),)
+    grid = (triton.cdiv(len(out), variant.constants["BLOCK"]),)
     variant.launch(grid, keys, order, out, *tables, len(out), len(sizes), max(kept))
     return out
