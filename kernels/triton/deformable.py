@@ -16,7 +16,7 @@ gradients:
 
 where the sort of 4-byte keys with 8-byte numbers moves 24 bytes in each of four passes.
 
-A value that is not finite can reach places near which there is no token.
+A value that is not finite can reach places whose list of tokens begins with a missing one.
 """
 
 import itertools
