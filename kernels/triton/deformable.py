@@ -373,7 +373,12 @@ def _constants(near, width, unit):
     return sizes | {"QUERIES": _QUERIES, "POINTS": _POINTS}
 
 
-def _forward_variant(dtypes, *sizes):
+def _warps(near, width, unit):
+    """Long lists fill the registers of one, the more so where channels are masked."""
+    return 4 if near > 8 or (near > 4 and unit < width) else 1
+
+
+def _forward_variant(dtypes, near, width, unit):
     value, offsets, weights, power = dtypes
     f32, i32 = torch.float32, torch.int32
     return Variant(
@@ -381,8 +386,8 @@ def _forward_variant(dtypes, *sizes):
         (value, f32, offsets, weights, f32, i32, i32, power, value)
         + ("i32",) * len(_INTEGERS)
         + ("fp32",),
-        _constants(*sizes),
-        num_warps=1,
+        _constants(near, width, unit),
+        num_warps=_warps(near, width, unit),
         num_stages=1,
         max_registers=255,
         rounds=_place_rounds,
@@ -399,7 +404,7 @@ def _place_variant(dtypes, index, near, width, unit):
         + ("i32",) * len(_BACKWARD_INTEGERS)
         + ("fp32",),
         _constants(near, width, unit),
-        num_warps=4 if near > 8 or (near > 4 and unit < width) else 1,
+        num_warps=_warps(near, width, unit),
         num_stages=1,
         max_registers=255,
         rounds=_place_rounds,

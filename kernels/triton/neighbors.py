@@ -456,6 +456,7 @@ def _search_variant(dimensions, width, by_order, given, again, ragged):
         },
         num_warps=1,
         fp_fusion=False,
+        max_registers=255 if width > 16 else None,  # else it spills a few for more warps
         rounds=_search_rounds,
     )
 

@@ -58,6 +58,7 @@ def _variant(x, branch, learned, scaled, channels):
             "WIDTH": width,
         },
         num_warps=4 if width <= _TOGETHER else 8,
+        max_registers=128,  # of its own the assembler aims at more warps, and spills for it
     )
 
 
