@@ -1,6 +1,6 @@
 """Which changes to a module does no test notice? Mutations by cosmic-ray, in a copy of the tree.
 
-    python tests/mutate.py pointformer/tokens.py tests/test_tokens.py --number 40
+    python tests/mutate.py pointformer/tokens.py tests/core/test_tokens.py --number 40
 
 Prints every mutation with which the given tests still pass. The checkout itself is not touched.
 Needs the extra `dev`.

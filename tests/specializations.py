@@ -13,11 +13,11 @@ from unittest import mock
 import torch
 import triton
 from aot import _module, modules
-from gradients import value_and_gradients
-from test_merge import NET, make_case
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from helpers.gradients import value_and_gradients
+from helpers.merge import NET, make_case
 from pointformer import (
     _dispatch,
     interpolate,

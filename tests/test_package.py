@@ -66,7 +66,7 @@ def test_optional_packages_are_imported_where_they_are_used():
     """One that is missing must not keep a whole file of tests, or all of them, from being found."""
     optional = {"pycocotools", "cityscapesscripts", "faster_coco_eval", "matplotlib", "imagecodecs"}
     optional |= {"torch_cluster", "torch_scatter", "pytest_benchmark", "expecttest", "timm"}
-    for path in [*(ROOT / "tests").glob("*.py"), *(ROOT / "bench").rglob("*.py")]:
+    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []

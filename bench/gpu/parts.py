@@ -103,7 +103,7 @@ def tests() -> Iterator[Case]:
 def run_tests() -> object:
     report = Report(Path(os.environ["GPU_REPORT"]))
     status = report.status("tests")
-    files = [str(f) for f in sorted((ROOT / "tests").glob("test_*.py")) if marked_gpu(f)]
+    files = [str(f) for f in sorted((ROOT / "tests").rglob("test_*.py")) if marked_gpu(f)]
     arguments = ["-m", "gpu", "-p", "record_tests", "-p", "no:cacheprovider"]
     arguments += ["--continue-on-collection-errors", *shlex.split(os.environ["GPU_PYTEST"])]
     if find_spec("xdist"):  # workers hide each other's compiling

@@ -1,0 +1,424 @@
+"""Neighborhood attention: the reference, and the fused CPU path against it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.attention import (
+    attend,
+    check_against_float64,
+    check_large_logits,
+    check_nan,
+    clusters_of,
+    cut,
+    gradients,
+    make_inputs,
+    nearest,
+    neighborhood_lists,
+    registered_arguments,
+)
+from pointformer.clusters import Neighborhoods
+from pointformer.ops import neighborhood_attention
+from pointformer.reference.relative_position import relative_position
+
+PARITY = np.load(Path(__file__).parents[1] / "parity" / "ops.npz")
+
+
+def brute_force(tensors, positions, neighborhoods, scale):
+    """The definition, one query at a time."""
+    offsets = neighborhoods.clusters.offsets.tolist()
+    rows_out = []
+    for i, clusters in enumerate(neighborhoods.cluster_index.tolist()):
+        rows = [j for c in clusters if c >= 0 for j in range(offsets[c], offsets[c + 1])]
+        logits = scale * torch.einsum("hd,jhd->hj", tensors["query"][i], tensors["key"][rows])
+        delta = positions[rows].to(logits.dtype) - positions[i]
+        if "position_weight" in tensors:
+            weight = tensors["position_weight"]
+            phi = relative_position(delta, full=weight.shape[1] != delta.shape[1])
+            logits = logits + weight @ phi.T
+        if "position_bias" in tensors:
+            logits = logits + tensors["position_bias"][:, None]
+        values = tensors["value"][rows]
+        if "blank_key" in tensors:
+            blank = scale * (tensors["query"][i] * tensors["blank_key"]).sum(-1, keepdim=True)
+            logits = torch.cat([logits, blank], -1)
+            values = torch.cat([values, tensors["blank_value"][None]])
+        rows_out.append(torch.einsum("hj,jhd->hd", logits.softmax(-1), values))
+    return torch.stack(rows_out)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("options", [{}, {"blank": False}, {"features": 0, "bias": False}])
+def test_reference_is_the_definition(dimensions, options):
+    inputs = make_inputs(dimensions=dimensions, **options)
+    output = attend(*inputs, scale=0.3)
+    torch.testing.assert_close(output, brute_force(*inputs, scale=0.3), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("blank", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_reference_gradcheck(dimensions, blank, full):
+    tensors, positions, neighborhoods = make_inputs(
+        sizes=(5, 2),
+        dimensions=dimensions,
+        channels=2,
+        heads=1,
+        blank=blank,
+        lattice=True,
+        features=None if full else dimensions,
+    )
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+
+    def function(*values):
+        named = dict(zip(tensors, values, strict=True))
+        return attend(named, positions, neighborhoods)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("case", ["mask", "full", "global"])
+def test_released_attention(case):
+    """Values and gradients of the released AFF's attention in float64."""
+    data = {
+        name.removeprefix(f"attn_{case}_"): torch.from_numpy(PARITY[name])
+        for name in PARITY.files
+        if name.startswith(f"attn_{case}_")
+    }
+    batch, tokens = data["positions"].shape[:2]
+    positions = data["positions"].flatten(0, 1).float()
+    # The released clusters are full, but for the last one of a sample.
+    lengths = [[min(8, tokens - i) for i in range(0, tokens, 8)]] * batch
+    clusters = clusters_of(positions, lengths, 8)
+    per_sample = clusters.counts[0]
+    first = torch.arange(batch)[:, None, None] * per_sample
+    if case == "global":
+        nearest_clusters = torch.arange(per_sample).expand(batch, tokens, per_sample)
+    else:
+        nearest_clusters = data["nearest_clusters"]
+    neighborhoods = Neighborhoods((nearest_clusters + first).flatten(0, 1).int(), clusters)
+    names = {
+        "query": "q",
+        "key": "k",
+        "value": "v",
+        "position_weight": "bias_weight",
+        "position_bias": "bias_bias",
+        "blank_key": "blank_k",
+        "blank_value": "blank_v",
+    }
+
+    def packed(name):
+        return data[name].flatten(0, 1) if data[name].dim() == 4 else data[name]
+
+    output, grads = gradients(
+        {name: packed(theirs) for name, theirs in names.items()},
+        positions,
+        neighborhoods,
+        packed("cotangent"),
+        scale=float(data["scale"]),
+    )
+    torch.testing.assert_close(output, packed("out"), rtol=0, atol=1e-10)
+    for name, theirs in names.items():
+        torch.testing.assert_close(grads[name], packed(f"grad_{theirs}"), rtol=0, atol=1e-10)
+
+
+@st.composite
+def token_sets(draw):
+    dimensions = draw(st.sampled_from([2, 3]))
+    features = draw(st.sampled_from([0, dimensions, 5 if dimensions == 2 else 7]))
+    return make_inputs(
+        sizes=tuple(draw(st.lists(st.integers(0, 30), min_size=1, max_size=3))),
+        dimensions=dimensions,
+        heads=draw(st.integers(1, 3)),
+        channels=draw(st.sampled_from([8, 16, 24, 32, 40])),
+        cluster_size=draw(st.sampled_from([3, 8, 24])),
+        radius=draw(st.integers(1, 9)),
+        features=features,
+        bias=draw(st.booleans()),
+        blank=draw(st.booleans()),
+        lattice=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@given(token_sets())
+def test_fused_matches_float64(inputs):
+    check_against_float64(inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("blank", [False, True])
+def test_fused_half_precision(dtype, blank):
+    check_against_float64(make_inputs(sizes=(90, 20), channels=32, blank=blank), dtype)
+
+
+def test_strided_key_and_value():
+    """Views of one projection, key and value side by side in every head."""
+    tensors, positions, neighborhoods = make_inputs(channels=16, dtype=torch.float32)
+    both = torch.stack([tensors["key"], tensors["value"]], 2).requires_grad_()
+    strided = dict(tensors, key=both[:, :, 0], value=both[:, :, 1])
+    output = attend(strided, positions, neighborhoods, impl="cpu")
+    assert torch.equal(output, attend(tensors, positions, neighborhoods, impl="cpu"))
+    (grad,) = torch.autograd.grad(output, both, output.detach())
+    _, grads = gradients(tensors, positions, neighborhoods, output.detach(), impl="cpu")
+    assert torch.equal(grad, torch.stack([grads["key"], grads["value"]], 2))
+
+
+def test_other_strides():
+    tensors, positions, neighborhoods = make_inputs(channels=16, dtype=torch.float32)
+    want = attend(tensors, positions, neighborhoods, impl="cpu")
+    channels_first = {
+        name: tensors[name].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        for name in ("query", "key", "value")
+    }
+    assert channels_first["key"].stride(2) != 1
+    got = attend(tensors | channels_first, positions, neighborhoods, impl="cpu")
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("blank", [False, True])
+def test_empty_neighborhood(impl, blank):
+    tensors, positions, neighborhoods = make_inputs(dtype=torch.float32, blank=blank)
+    neighborhoods.cluster_index[3] = -1
+    output, grads = gradients(
+        tensors, positions, neighborhoods, torch.ones_like(tensors["query"]), impl=impl
+    )
+    expected = tensors["blank_value"] if blank else torch.zeros_like(output[3])
+    torch.testing.assert_close(output[3], expected)
+    assert not grads["query"][3].any()
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("sizes", [(), (0,), (0, 1), (1,)])
+def test_few_tokens(impl, sizes):
+    inputs = make_inputs(sizes=sizes, dtype=torch.float32)
+    output, grads = gradients(*inputs, torch.ones_like(inputs[0]["query"]), impl=impl)
+    assert output.shape == inputs[0]["query"].shape
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nan_is_not_hidden(name):
+    check_nan(name, "cpu")
+
+
+def test_large_logits():
+    check_large_logits("cpu")
+
+
+def test_all_tokens_attend_to_one_cluster():
+    """More queries per cluster than the backward pass takes at a time."""
+    inputs = make_inputs(sizes=(150,), cluster_size=8)
+    inputs[2].cluster_index[:] = torch.tensor([4, 9, -1])
+    check_against_float64(inputs)
+
+
+def test_translation():
+    tensors, positions, neighborhoods = make_inputs(dtype=torch.float32)
+    positions = (positions * 8).round() / 8  # so that the translation is exact
+    moved = attend(tensors, positions + 64, neighborhoods, impl="cpu")
+    assert torch.equal(moved, attend(tensors, positions, neighborhoods, impl="cpu"))
+
+
+def test_ragged_batch_is_its_samples():
+    sizes = (19, 0, 30)
+    tensors, positions, neighborhoods = make_inputs(sizes=sizes, cluster_size=8, radius=2)
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    together = attend(tensors, positions, neighborhoods, impl="cpu")
+    lengths = cut(sizes, 8)
+    for sample, rows in enumerate(torch.arange(sum(sizes)).split(sizes)):
+        part = positions[rows]
+        alone = nearest(part, clusters_of(part, lengths[sample : sample + 1], 8), 2)
+        own = {n: t[rows] if n in ("query", "key", "value") else t for n, t in tensors.items()}
+        assert torch.equal(attend(own, part, alone, impl="cpu"), together[rows])
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_bits_do_not_depend_on_threads(threads):
+    inputs = make_inputs(sizes=(150, 60), cluster_size=8, radius=6, dtype=torch.float32)
+    results = []
+    for count in (1, 2, 2):
+        threads(count)
+        output, grads = gradients(*inputs, inputs[0]["value"], impl="cpu")
+        results.append([output, *grads.values()])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_given_plan_changes_nothing(training):
+    tensors, positions, neighborhoods = make_inputs(sizes=(50, 7), radius=5, dtype=torch.float32)
+    neighborhoods.cluster_index[::3, 2:] = -1
+    cotangent = tensors["value"]
+    _, built = gradients(tensors, positions, neighborhoods, cotangent, impl="cpu")
+    planned = neighborhoods.with_plan(training=training)
+    _, given_ = gradients(tensors, positions, planned, cotangent, impl="cpu")
+    assert all(torch.equal(built[name], given_[name]) for name in built)
+
+
+@pytest.mark.parametrize("options", [{}, {"blank": False, "bias": False, "features": 0}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(options, dtype):
+    tensors, positions, neighborhoods = make_inputs(**options)
+    rows = ("query", "key", "value")
+    tensors = {n: t.to(dtype if n in rows else torch.float32) for n, t in tensors.items()}
+    tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    plan = torch.ops.pointformer.neighborhood_plan.default
+    torch.library.opcheck(plan, (*neighborhood_lists(neighborhoods), True, "cpu"))
+    arguments = registered_arguments(tensors, positions, neighborhoods.with_plan())
+    torch.library.opcheck(torch.ops.pointformer.neighborhood_attention.default, arguments)
+    with torch.no_grad():
+        output, normal = torch.ops.pointformer.neighborhood_attention(*arguments)
+        torch.library.opcheck(
+            torch.ops.pointformer.neighborhood_attention_backward.default,
+            (torch.ones_like(output), output, normal, *arguments),
+        )
+
+
+def test_second_derivative_of_the_fused_op_is_an_error():
+    tensors, positions, neighborhoods = make_inputs(dtype=torch.float32)
+    query = tensors["query"].requires_grad_()
+    output = attend(tensors, positions, neighborhoods, impl="cpu")
+    (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="impl='reference'"):
+        torch.autograd.grad(grad.sum(), query)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_compile(impl):
+    inputs = make_inputs(dtype=torch.float32)
+    cotangent = inputs[0]["value"]
+    eager = gradients(*inputs, cotangent, impl=impl)
+    compiled_attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs[0].items()}
+    output = compiled_attend(leaves, *inputs[1:], impl=impl)
+    grads = torch.autograd.grad(output, list(leaves.values()), cotangent)
+    torch.testing.assert_close(output, eager[0])
+    torch.testing.assert_close(dict(zip(leaves, grads, strict=True)), eager[1])
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_autocast_follows_the_inputs(impl):
+    tensors, positions, neighborhoods = make_inputs(dtype=torch.float32)
+    plain = attend(tensors, positions, neighborhoods, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(tensors, positions, neighborhoods, impl=impl), plain)
+        half = {n: tensors[n].bfloat16() for n in ("query", "key", "value")}
+        output = attend(tensors | half, positions, neighborhoods, impl=impl)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), plain, rtol=0.05, atol=0.05)
+
+
+def test_default_implementation():
+    tensors, positions, neighborhoods = make_inputs(dtype=torch.float32)
+    default = attend(tensors, positions, neighborhoods)
+    assert torch.equal(default, attend(tensors, positions, neighborhoods, impl="cpu"))
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    assert attend(exact, positions, neighborhoods).dtype == torch.float64
+
+
+_PEAK = """
+import resource, sys, torch
+sys.path.insert(0, {tests!r})
+from helpers.attention import gradients, make_inputs
+
+def run(tokens, radius):
+    tensors, positions, neighborhoods = make_inputs(
+        sizes=(tokens,), radius=radius, channels=16, cluster_size=8, dtype=torch.float32
+    )
+    neighborhoods = neighborhoods.with_plan()
+    torch.ones(64 << 20)  # raise the peak beyond that of the preparation, and what was freed
+    rest = [torch.ones(64 << 20)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gradients(tensors, positions, neighborhoods, tensors["value"], impl="cpu")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+
+run(100, 3)  # compiles
+print(run(4000, {radius}))
+"""
+
+
+def test_memory_does_not_grow_with_the_neighborhood():
+    grown = {}
+    for radius in (2, 40):
+        script = _PEAK.format(tests=str(Path(__file__).parents[1]), radius=radius)
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        grown[radius] = int(run.stdout)
+    # One (T, M) array of floats would be 5 MiB at the larger radius.
+    assert grown[40] < grown[2] + 1024, grown
+
+
+class _Worker(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return attend(*make_inputs(dtype=torch.float32, seed=index), impl="cpu")
+
+
+def test_forked_worker_after_a_parallel_call(threads):
+    threads(2)
+    expected = [_Worker()[0], _Worker()[1]]
+    loader = torch.utils.data.DataLoader(
+        _Worker(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    for got, want in zip(loader, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+BAD = {
+    "query: expected shape": lambda a: a.update(query=a["query"][0]),
+    "query: expected dtype": lambda a: a.update(query=a["query"].long()),
+    "key: expected shape": lambda a: a.update(key=a["key"][:-1]),
+    "value: expected dtype": lambda a: a.update(value=a["value"].bfloat16()),
+    "positions: expected shape": lambda a: a.update(positions=a["positions"][:-1]),
+    "positions: expected dtype": lambda a: a.update(positions=a["positions"].double()),
+    "neighborhoods: expected Neighborhoods": lambda a: a.update(neighborhoods=None),
+    "neighborhoods: expected those of": lambda a: a.update(
+        neighborhoods=a["neighborhoods"].select(torch.arange(3))
+    ),
+    "position_weight: expected shape": lambda a: a.update(position_weight=torch.ones(2, 3)),
+    "position_bias: expected shape": lambda a: a.update(position_bias=torch.ones(3)),
+    "blank_value: expected a tensor": lambda a: a.update(blank_value=None),
+    "blank_key: expected shape": lambda a: a.update(blank_key=torch.ones(2, 9)),
+    "blank_key: expected a tensor": lambda a: a.update(blank_key=None),
+    "impl='fast' does not exist": lambda a: a.update(impl="fast"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message):
+    tensors, positions, neighborhoods = make_inputs(dtype=torch.float32)
+    arguments = dict(tensors, positions=positions, neighborhoods=neighborhoods)
+    BAD[message](arguments)
+    with pytest.raises((TypeError, ValueError), match=message):
+        neighborhood_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"dtype": torch.float64}, "float64"), ({"channels": 12}, "12 channels")],
+)
+def test_what_the_fused_op_lacks(options, message):
+    inputs = make_inputs(**{"dtype": torch.float32, **options})
+    with pytest.raises(ValueError, match=f"impl='cpu' .*{message}.*; use impl='reference'"):
+        attend(*inputs, impl="cpu")
+    with pytest.raises(ValueError, match=f"impl=None .*{message}"):  # no silent fallback
+        attend(*inputs, impl=None)

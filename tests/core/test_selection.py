@@ -1,0 +1,363 @@
+"""Selection of merging centers: the stated tokens in the stated order, in every implementation."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.strategies import full_lattice, tokens
+from pointformer import select_centers
+from pointformer.kernels.selection import fused_select_on_lattice
+from pointformer.reference import selection as reference
+
+PARITY = Path(__file__).parents[1] / "parity"
+IMPLEMENTATIONS = ("reference", "cpu")
+LATTICES = ("lattice", "row")
+
+options = st.fixed_dictionaries(
+    {
+        "rate": st.sampled_from([0.1, 0.25, 0.5, 1.0]),
+        "alpha": st.sampled_from([0.0, 1.0, 4.0]),
+        "stride": st.sampled_from([1, 2, 4, 8]),
+        "prior": st.sampled_from(["adaptive", "grid", None]),
+        "reserve": st.booleans(),
+    }
+)
+
+
+def scores_of(sample, seed=0):
+    """Scores with ties."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 16, (len(sample.positions),), generator=generator) / 16
+
+
+def power_of_two_above(distance):
+    t = 1.0
+    while t < distance:
+        t *= 2
+    while t / 2 >= distance:
+        t /= 2
+    return t
+
+
+def spacings(positions):
+    """Distance to the nearest other token, infinite for a lone one, in float32."""
+    squares = torch.zeros(len(positions), len(positions))
+    for axis in positions.T:
+        squares += (axis[:, None] - axis).square()
+    squares.fill_diagonal_(math.inf)
+    return squares.amin(1).sqrt().tolist()
+
+
+def expected(scores, has_prior, reserved, room, rate, alpha):
+    """Rows kept of one sample in their order."""
+    n = len(scores)
+    keep = min(n, max(int(n * rate), room))
+    ranking = np.float32(alpha) * scores + np.array(has_prior, np.float32)
+    fixed = [row for row in range(n) if reserved[row]][:keep]
+    others = sorted((-ranking[row], row) for row in range(n) if not reserved[row])
+    return [row for _, row in others[: keep - len(fixed)]] + fixed
+
+
+def room_for(extent, stride, reserve):
+    return math.prod(max(1, math.ceil(side / (2 * stride))) for side in extent) if reserve else 1
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@given(sample=tokens(kinds=LATTICES, max_size=60), options=options)
+def test_selection_on_a_lattice_is_the_stated_one(impl, sample, options):
+    scores = scores_of(sample)
+    index, keep = select_centers(
+        scores, sample.positions, sizes=sample.sizes, extent=sample.extent, impl=impl, **options
+    )
+    rows, kept, start = [], [], 0
+    for part in sample.samples():
+        (n,), cells = part.sizes, part.positions.long().tolist()
+        sides = [1] * n
+        if options["prior"] == "grid":
+            sides = [options["stride"]] * n
+        elif options["prior"] == "adaptive" and n > 0:
+            near = spacings(part.positions)
+            # A lone token is infinitely far from the others: only the origin is a node.
+            sides = [2 * int(power_of_two_above(max(d, 1))) if d < 1e9 else 2**30 for d in near]
+        on = [all(c % side == 0 for c in cell) for cell, side in zip(cells, sides, strict=True)]
+        has_prior = on if options["prior"] else [False] * n
+        reserved = [
+            options["reserve"] and all(c % (2 * options["stride"]) == 0 for c in cell)
+            for cell in cells
+        ]
+        mine = expected(
+            scores[start : start + n].numpy(),
+            has_prior,
+            reserved,
+            room_for(part.extent[0], options["stride"], options["reserve"]),
+            options["rate"],
+            options["alpha"],
+        )
+        rows += [start + row for row in mine]
+        kept.append(len(mine))
+        start += n
+    assert keep == tuple(kept)
+    assert index.tolist() == rows
+
+
+def node_players(positions, side, extent):
+    """The token nearest to each node, node by node, in float32; `side` per token."""
+    f32 = np.float32
+    best = {}
+    for row, p in enumerate(positions.numpy()):
+        node, square = [], f32(0)
+        for x, length in zip(p, extent, strict=True):
+            last = max(math.ceil(f32(length) / f32(side[row])) - 1, 0)
+            node.append(min(max(int(np.floor(x / f32(side[row]) + f32(0.5))), 0), last))
+            difference = x - f32(node[-1]) * f32(side[row])
+            square = square + difference * difference
+        key = (side[row], *node)
+        if key not in best or square < best[key][0]:
+            best[key] = (square, row)
+    players = {row for _, row in best.values()}
+    return [row in players for row in range(len(positions))]
+
+
+@given(sample=tokens(kinds=("uniform", "lattice", "blob"), max_samples=1), options=options)
+def test_selection_off_a_lattice_is_the_stated_one(sample, options):
+    if len(sample.positions) == 0:
+        return
+    (n,), (extent,) = sample.sizes, sample.extent
+    scores, stride = scores_of(sample), float(options["stride"])
+    has_prior = reserved = [False] * n
+    if options["prior"] == "grid":
+        has_prior = node_players(sample.positions, [stride] * n, extent)
+    elif options["prior"] == "adaptive":
+        longest = max(extent)
+        near = [min(max(d, longest * 2.0**-20), 2 * longest) for d in spacings(sample.positions)]
+        sides = [2 * power_of_two_above(np.float32(d)) for d in near]
+        has_prior = node_players(sample.positions, sides, extent)
+    if options["reserve"]:
+        reserved = node_players(sample.positions, [2 * stride] * n, extent)
+    room = room_for(extent, stride, options["reserve"])
+    assert sum(reserved) <= room
+    index, _ = select_centers(
+        scores, sample.positions, extent=sample.extent, lattice=False, **options
+    )
+    rows = expected(scores.numpy(), has_prior, reserved, room, options["rate"], options["alpha"])
+    assert index.tolist() == rows
+
+
+@given(sample=tokens(), options=options, lattice=st.booleans(), measured=st.booleans())
+def test_implementations_agree_and_samples_are_independent(sample, options, lattice, measured):
+    if lattice:
+        sample.positions.floor_()
+        sample.extent = tuple(
+            tuple(math.floor(side) + 1.0 for side in extent) for extent in sample.extent
+        )
+    options = {**options, "lattice": lattice}
+    scores = scores_of(sample)
+
+    def run(part, values, impl):
+        extent = None if measured else part.extent
+        return select_centers(
+            values, part.positions, sizes=part.sizes, extent=extent, impl=impl, **options
+        )
+
+    index, keep = run(sample, scores, "reference")
+    fused = run(sample, scores, "cpu")
+    assert torch.equal(index, fused[0])
+    assert keep == fused[1]
+    start, first = 0, 0
+    for part, kept in zip(sample.samples(), keep, strict=True):
+        values = scores[start : start + part.sizes[0]]
+        for impl in IMPLEMENTATIONS:
+            single, _ = run(part, values, impl)
+            assert torch.equal(single + start, index[first : first + kept])
+        start += part.sizes[0]
+        first += kept
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("extent", [(11, 7), (8, 8), (1, 30), (5, 6, 4), (1, 1)])
+@pytest.mark.parametrize("prior", ["adaptive", "grid", None])
+def test_a_full_lattice_needs_no_lattice(prior, extent, impl):
+    generator = torch.Generator().manual_seed(6)
+    positions = full_lattice(extent)
+    positions = positions[torch.randperm(len(positions), generator=generator)]
+    scores = torch.rand(len(positions), generator=generator)
+    kwargs = {"extent": extent, "rate": 0.3, "stride": 2, "prior": prior, "impl": impl}
+    on, off = (select_centers(scores, positions, lattice=x, **kwargs) for x in (True, False))
+    assert torch.equal(on[0], off[0])
+    assert on[1] == off[1]
+
+
+@given(sample=tokens(kinds=("uniform",), max_samples=1), seed=st.integers(0, 1000))
+def test_permuted_tokens_give_the_same_centers(sample, seed):
+    generator = torch.Generator().manual_seed(seed)
+    count = len(sample.positions)
+    shuffle = torch.randperm(count, generator=generator)
+    scores = torch.randperm(count, generator=generator).float() / max(count, 1)
+    kwargs = {"rate": 0.25, "stride": 2, "prior": None, "reserve": False, "lattice": False}
+    first, _ = select_centers(scores, sample.positions, **kwargs)
+    second, _ = select_centers(scores[shuffle], sample.positions[shuffle], **kwargs)
+    assert torch.equal(shuffle[second], first)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_released_selection(impl, stage):
+    stored = np.load(PARITY / "mini_160x192.npz")
+    index, keep = select_centers(
+        torch.from_numpy(stored[f"s{stage}_scores"][0]),
+        torch.from_numpy(stored[f"s{stage}_positions"][0]).float(),
+        extent=(48, 40),
+        rate=0.25,
+        stride=2**stage,
+        impl=impl,
+    )
+    assert keep == stored[f"s{stage}_kept"].shape[1:]
+    assert np.array_equal(index, stored[f"s{stage}_kept"][0])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", ["merge_s2", "merge_s4"])
+def test_released_merge_centers(impl, case):
+    stored = np.load(PARITY / "ops.npz")
+    batch, n = stored[f"{case}_scores"].shape
+    index, _ = select_centers(
+        torch.from_numpy(stored[f"{case}_scores"]).flatten(),
+        torch.from_numpy(stored[f"{case}_positions"]).float().flatten(0, 1),
+        sizes=[n] * batch,
+        extent=stored[f"{case}_canvas_wh"].tolist(),
+        rate=float(stored[f"{case}_rate"]),
+        alpha=float(stored[f"{case}_alpha"]),
+        stride=int(stored[f"{case}_stride"]),
+        impl=impl,
+    )
+    expected_rows = stored[f"{case}_kept"] + n * np.arange(batch)[:, None]
+    assert np.array_equal(index, expected_rows.ravel())
+
+
+def test_more_reserved_tokens_than_room():
+    """Duplicates of a node: the first rows have the room."""
+    positions = torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [2.0, 3.0]])
+    for impl in IMPLEMENTATIONS:
+        index, keep = select_centers(
+            torch.zeros(4), positions, extent=(4, 4), rate=0.25, stride=2, impl=impl
+        )
+        assert keep == (1,)
+        assert index.tolist() == [1]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("together", [1, 2, 127, 128, 129, 255, 256, 257, 512])
+def test_any_number_of_tokens_in_one_cell(impl, together):
+    """The prior goes to multiples of twice the spacing, which is 1 where tokens share a cell."""
+    positions = torch.tensor([[1.0, 0.0], *[[2.0, 2.0]] * together, [6.0, 6.0]])
+    scores = torch.zeros(len(positions))
+    scores[0] = 0.2
+    index, _ = select_centers(
+        scores, positions, extent=(8, 8), rate=2 / len(positions), alpha=4.0, stride=8,
+        reserve=False, impl=impl,
+    )  # fmt: skip
+    # (2, 2) is a multiple of 2 times 1 if tokens share it, but not of 2 times 2 if one is alone.
+    assert index.tolist() == ([1, 2] if together > 1 else [0, 1])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("lattice", "kept"), [(True, 4), (False, 1)])
+def test_a_measured_canvas_ends_after_the_last_cell(impl, lattice, kept):
+    """Cells 0 to 4 have nodes of spacing 4 at 0 and 4; points in [0, 4] only at 0."""
+    positions = full_lattice((5, 5))
+    index, keep = select_centers(
+        torch.zeros(25), positions, rate=0.01, stride=2, lattice=lattice, impl=impl
+    )
+    assert keep == (kept,)
+    assert index.tolist() == [0, 4, 20, 24][:kept]
+
+
+def test_spacing_by_hand():
+    """Powers of two not below the distance, within 2**-20 and twice the canvas' side."""
+    positions = torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.0], [7.0, 4.0], [0.0, 1e-9]])
+    nearest = torch.tensor([1, 2, 1, 1, -1])
+    side = torch.tensor([100.0, 100.0, 1.0, 1.5, 3.0])
+    expected = [8.0, 2.0**-13, 2.0**-20, 4.0, 8.0]  # the fourth is cut to 3, the last is alone
+    assert reference.spacing(positions, nearest, side).tolist() == expected
+
+
+def test_scores_of_any_sign_and_dtype():
+    positions = full_lattice((8, 8))
+    scores = torch.randn(64, generator=torch.Generator().manual_seed(7)) * 1e3
+    for impl in IMPLEMENTATIONS:
+        index, _ = select_centers(
+            scores,
+            positions,
+            extent=(8, 8),
+            rate=0.5,
+            stride=2,
+            prior=None,
+            reserve=False,
+            impl=impl,
+        )
+        assert torch.equal(index, scores.argsort(descending=True)[:32])
+    half, _ = select_centers(scores.bfloat16(), positions, extent=(8, 8), rate=0.5, stride=2)
+    full, _ = select_centers(
+        scores.bfloat16().float(), positions, extent=(8, 8), rate=0.5, stride=2
+    )
+    assert torch.equal(half, full)
+
+
+def test_an_empty_canvas_is_searched_without_a_map():
+    positions = torch.tensor([[0.0, 0.0], [99_999.0, 5.0], [64.0, 64.0], [65.0, 64.0]])
+    kwargs = {"extent": (100_000, 100_000), "rate": 0.5, "stride": 2, "reserve": False}
+    for impl in (None, "reference", "cpu"):
+        index, _ = select_centers(torch.zeros(4), positions, impl=impl, **kwargs)
+        assert index.tolist() == [0, 2]
+
+
+def test_registered_op():
+    positions = full_lattice((8, 8))
+    arguments = (
+        torch.rand(64), positions, torch.tensor([0, 64]), torch.tensor([[8, 8]]),
+        torch.tensor([0, 16]), 16, 4.0, 2, "adaptive", True, "cpu",
+    )  # fmt: skip
+    torch.library.opcheck(fused_select_on_lattice, arguments)
+
+
+@pytest.mark.parametrize("lattice", [True, False])
+def test_selection_compiles_in_one_graph(lattice):
+    def run(scores, positions):
+        return select_centers(
+            scores, positions, extent=(8, 8), rate=0.25, stride=2, lattice=lattice
+        )[0]
+
+    scores, positions = torch.rand(64), full_lattice((8, 8))
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(scores, positions), run(scores, positions))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rate": 0.0}, r"rate: expected a number in \(0, 1\], got 0.0"),
+        ({"rate": 1.5}, r"rate: expected a number in \(0, 1\], got 1.5"),
+        ({"scores": torch.zeros(9)}, r"scores: expected shape \(16\), got a float32 tensor"),
+        ({"scores": torch.full((16,), math.nan)}, "scores: expected numbers, got NaN in 16 of 16"),
+        ({"prior": "density"}, "prior: expected one of adaptive, grid, None, got 'density'"),
+        ({"stride": 1.5}, "stride: expected a positive integer, got 1.5"),
+        ({"extent": (4, 3)}, r"positions: sample 0 has \[0.0, 3.0\] in row 12, which is not on"),
+        ({"positions": full_lattice((4, 4)) / 2}, r"sample 0 has \[0.5, 0.0\] in row 1.*lattice="),
+        ({"positions": full_lattice((4, 4)) * math.inf}, "positions: sample 0 has a NaN"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    good = {
+        "scores": torch.zeros(16),
+        "positions": full_lattice((4, 4)),
+        "extent": (4, 4),
+        "rate": 0.25,
+        "stride": 2,
+    }
+    with pytest.raises(ValueError, match=message):
+        select_centers(**{**good, **arguments})

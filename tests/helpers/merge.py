@@ -1,0 +1,66 @@
+"""Made-up inputs of merging, and the accuracy that its implementations are held to."""
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from helpers.gradients import assert_as_accurate_as_eager, value_and_gradients
+from pointformer import Clusters, Neighborhoods
+
+NET = ("weight", "bias", "norm_weight", "norm_bias")
+
+
+def make_clusters(sizes, cluster_size, dimensions=2):
+    """Clusters of consecutive rows, as even as possible in every sample."""
+    counts = [-(-n // cluster_size) for n in sizes]
+    lengths = [n // k + (i < n % k) for n, k in zip(sizes, counts, strict=True) for i in range(k)]
+    offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    centers = torch.zeros(len(lengths), dimensions)
+    order = torch.arange(sum(sizes))
+    return Clusters(order, offsets, centers, tuple(sizes), tuple(counts), cluster_size)
+
+
+def make_neighborhoods(sizes, cluster_size, radius, generator, dimensions=2, drop=0.0):
+    """Random distinct clusters of each token's sample, -1 where there are fewer than `radius`."""
+    clusters = make_clusters(sizes, cluster_size, dimensions)
+    rows, first = [torch.empty(0, radius, dtype=torch.int32)], 0
+    for n, k in zip(sizes, clusters.counts, strict=True):
+        index = torch.full((n, radius), -1, dtype=torch.int32)
+        shuffled = torch.rand(n, k, generator=generator).argsort(1)[:, :radius]
+        index[:, : shuffled.shape[1]] = shuffled.int() + first
+        rows.append(index)
+        first += k
+    index = torch.cat(rows)
+    index[torch.rand(index.shape, generator=generator) < drop] = -1
+    return Neighborhoods(index, clusters)
+
+
+def make_case(
+    sizes=(30, 17), cluster_size=8, radius=3, channels=11, dimensions=2, full=True, drop=0.1, seed=0
+):
+    """Arguments of `scored_merge`; positions on a coarse lattice, so that some coincide."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = sum(sizes)
+    width = (2 * dimensions + 1) if full else dimensions
+    return {
+        "features": torch.randn(tokens, channels, generator=g),
+        "scores": torch.rand(tokens, generator=g),
+        "positions": torch.randint(-6, 7, (tokens, dimensions), generator=g) / 2,
+        "centers": torch.randperm(tokens, generator=g)[: (tokens + 2) // 3],
+        "neighborhoods": make_neighborhoods(sizes, cluster_size, radius, g, dimensions, drop),
+        "weight": torch.randn(4, width, generator=g),
+        "bias": torch.randn(4, generator=g),
+        "norm_weight": torch.randn(4, generator=g),
+        "norm_bias": torch.randn(4, generator=g),
+    }
+
+
+def assert_as_accurate(op, case, names, impl="cpu", **kwargs):
+    def spare(name, exact):
+        # The weight net's gradients are sums of similar terms, which cancel in some of them.
+        scales = [exact[n].abs().max() for n in (NET if name in NET else [name])]
+        return 4e-6 * max(scales) + 1e-6
+
+    run = partial(value_and_gradients, op, case, names)
+    assert_as_accurate_as_eager(run, impl, spare, **kwargs)

@@ -1,0 +1,109 @@
+"""Whole models in one graph: compiled without breaks, exported, free of waits on a GPU."""
+
+import pytest
+import torch
+
+from helpers.fake_gpu import fake_gpu
+from pointformer.kernels.triton.runtime import INTERPRETED
+from pointformer.models import AFFConfig, Model, create_model
+
+TINY = AFFConfig(dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
+TWO_STAGES = AFFConfig(
+    dims=(16, 32), depths=(1, 1), heads=(2, 2), neighborhood_size=(48, 48), curve="snake"
+)
+RELEASED = TINY.override(curve="snake", remainder="last")
+MASKS = {"queries": 4, "dim": 32, "hidden": 32, "decoder_layers": 2}
+HEADS = {
+    "classification": {},
+    "mask2former": MASKS | {"pixel_hidden": 32, "pixel_layers": 1},
+    "hcformer": MASKS,
+}
+
+
+def make(head="classification", config=TINY, impl=None):
+    torch.manual_seed(0)
+    return Model("tiny", config, head, 3, impl, **HEADS[head])
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs():
+    torch.compiler.reset()
+
+
+def test_training_step_compiles_without_graph_breaks():
+    images = torch.randn(2, 3, 72, 64)
+    plain, model = make(), make()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, ours = plain(images), compiled(images)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    expected.square().sum().backward()
+    ours.square().sum().backward()
+    for (name, theirs), mine in zip(plain.named_parameters(), model.parameters(), strict=True):
+        bound = 1e-4 * theirs.grad.abs().max() + 1e-6
+        assert (mine.grad - theirs.grad).abs().max() <= bound, name
+
+
+def test_another_image_size_compiles_anew():
+    """The curve's grid depends on the canvas: a new size is a new graph, again without breaks."""
+    model = make(config=TWO_STAGES).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for height, width in ((72, 64), (60, 104)):
+            images = torch.randn(2, 3, height, width)
+            torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["mask2former", "hcformer"])
+def test_mask_heads_compile_without_graph_breaks(head):
+    model = make(head).eval()
+    images = torch.randn(1, 3, 64, 48)
+    with torch.no_grad():
+        expected = model(images).mask_logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images).mask_logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_export():
+    model = make().eval()
+    images = torch.randn(2, 3, 64, 48)
+    program = torch.export.export(model, (images,))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(images), model(images))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU is there: tests marked gpu capture real graphs")
+@pytest.mark.parametrize("name", ["aff_mini", "aff_tiny", "aff_nano"])
+def test_forward_does_not_wait_for_the_gpu(name):
+    """No copy from or to the host and no shape that depends on values: a CUDA graph can hold it."""
+    model = create_model(name).eval()
+    with fake_gpu(), torch.no_grad():
+        state = {
+            key: torch.empty(value.shape, dtype=value.dtype, device="cuda")
+            for key, value in model.state_dict(keep_vars=True).items()
+        }
+        images = torch.empty(4, 3, 224, 224, device="cuda")
+        assert torch.func.functional_call(model, state, images).shape == (4, 1000)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels run compiled here")
+def test_a_model_on_interpreted_kernels_is_that_on_the_cpu():
+    """Same tokens, and features and gradients that differ by rounding only."""
+    images = torch.randn(1, 3, 40, 44, generator=torch.Generator().manual_seed(0))
+    results = {}
+    for impl in ("cpu", "triton"):
+        model = make(config=TWO_STAGES, impl=impl)
+        stages = model.backbone(images)
+        logits = model.head(stages, images, impl)
+        logits.square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results[impl] = (stages, logits.detach(), gradients)
+    (ours, logits, gradients), (theirs, expected, reference) = results["triton"], results["cpu"]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.tokens.positions, other.tokens.positions)
+        torch.testing.assert_close(
+            mine.tokens.features, other.tokens.features, atol=1e-5, rtol=1e-5
+        )
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients.items():
+        bound = 1e-4 * reference[name].abs().max() + 1e-6
+        assert (gradient - reference[name]).abs().max() <= bound, name
