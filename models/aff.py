@@ -2,7 +2,7 @@
 
 Paper: "AutoFocusFormer: Image Segmentation off the Grid", CVPR 2023. A stage clusters its tokens
 once, lets each attend to its nearest clusters in every block, scores them, and merges
-neighbourhoods around the best: fewer tokens, still on the positions that matter.
+neighborhoods around the best: fewer tokens, still on the positions that matter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def position_features(expanded: bool) -> int:
 
 
 class Attention(nn.Module):
-    """Neighbourhood attention with a learned position bias and a blank token (section 3.2, 4.3)."""
+    """Neighborhood attention with a learned position bias and a blank token (section 3.2, 4.3)."""
 
     def __init__(self, dim: int, heads: int, expanded_position: bool, blank_token: bool) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Attention(nn.Module):
 
 
 class AdaptiveMerge(nn.Module):
-    """Scores tokens, keeps the best and merges the neighbourhoods around them (section 3.3)."""
+    """Scores tokens, keeps the best and merges the neighborhoods around them (section 3.3)."""
 
     mid_channels = 4
 

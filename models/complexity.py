@@ -113,7 +113,7 @@ def merge_multiply_adds(pairs: int, channels: int, mid_channels: int, features: 
 def count(model: Model, height: int, width: int) -> Complexity:
     """Run one made-up image of height x width pixels and count what each layer did.
 
-    A layer counts by the shapes that it sees, so rate, neighbourhood size and options count as
+    A layer counts by the shapes that it sees, so rate, neighborhood size and options count as
     they are set. Linear layers and convolutions give zeros meanwhile, which is faster. Of a foreign
     backbone only these two are known.
     """

@@ -88,11 +88,11 @@ class AFFConfig(_Config):
         drop_path: drop rate of the residual branches at the last block, growing linearly to it.
         in_channels: channels of the image.
         curve, anchors, remainder: see `balanced_cluster`.
-        scope: neighbourhoods per "token" or per "tile"; see `nearest_clusters`.
+        scope: neighborhoods per "token" or per "tile"; see `nearest_clusters`.
         prior: "adaptive" (the paper), "grid" (multiples of the stage's stride) or `None`.
         reserve: always keep the tokens on each stage's coarse grid.
         expanded_position: position bias from (dx, dy, dist, sin, cos), not from (dx, dy) alone.
-        blank_token: a learned key and value in every neighbourhood (section 4.3).
+        blank_token: a learned key and value in every neighborhood (section 4.3).
         merge: "adaptive" (section 3.3), or "patch" for Swin's 2x2 merging on the grid.
     """
 

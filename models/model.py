@@ -28,14 +28,14 @@ from pointformer.models.swin import Swin
 
 IMPLS = ("reference", "cpu", "triton", None)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey
+_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in gray
 
 
 class Preprocess(nn.Module):
     """Normalization that a model expects, which `save_model` keeps with its weights.
 
     Maps uint8 or [0, 1] float images (..., C, H, W) to float32, `(image - mean) / std` per channel.
-    Grey pictures become RGB and RGB ones grey (by ITU-R 601) where the model takes the other.
+    Gray pictures become RGB and RGB ones gray (by ITU-R 601) where the model takes the other.
 
     Args:
         mean, std: one number for each of the C channels, of values from 0 to 1.
@@ -72,8 +72,8 @@ class Preprocess(nn.Module):
         """ImageNet's for three channels; for others the means over its three, for every channel."""
         if channels == len(IMAGENET_MEAN):
             return cls()
-        grey = (sum(values) / len(values) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return cls(*((value,) * channels for value in grey))
+        gray = (sum(values) / len(values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return cls(*((value,) * channels for value in gray))
 
     def forward(self, image: Tensor) -> Tensor:
         if not isinstance(image, Tensor) or image.dim() < 3:

@@ -1,4 +1,4 @@
-"""Irregular tokens for vision: balanced clustering, neighbourhood attention, scored merging.
+"""Irregular tokens for vision: balanced clustering, neighborhood attention, scored merging.
 
 A `TokenSet` is a packed batch of tokens with positions. The ops work on 2-D and 3-D positions and
 on batches of samples of different sizes; models built from them are in `pointformer.models`.

@@ -1,4 +1,4 @@
-"""Clusters of tokens, and the neighbourhoods made of them."""
+"""Clusters of tokens, and the neighborhoods made of them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Clusters:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Neighborhoods:
-    """The clusters that each query attends to; its neighbourhood is all of their tokens.
+    """The clusters that each query attends to; its neighborhood is all of their tokens.
 
     Attributes:
         cluster_index: (Q, R) int32, nearest cluster first; -1 where a query has fewer than R.
@@ -108,7 +108,7 @@ class Neighborhoods:
 
     @property
     def radius(self) -> int:
-        """R, the number of clusters in a neighbourhood."""
+        """R, the number of clusters in a neighborhood."""
         return self.cluster_index.shape[1]
 
     def with_plan(self, *, training: bool = True, impl: str | None = None) -> Neighborhoods:
@@ -141,12 +141,12 @@ class Neighborhoods:
         return None
 
     def select(self, rows: Tensor) -> Neighborhoods:
-        """The neighbourhoods of some queries, by row index (Q',); clusters stay as they are."""
+        """The neighborhoods of some queries, by row index (Q',); clusters stay as they are."""
         check_tensor("rows", rows, ("Q'",), INTEGERS, self.cluster_index.device)
         return Neighborhoods(self.cluster_index[rows], self.clusters)
 
     def members(self) -> tuple[Tensor, Tensor]:
-        """Token rows of each neighbourhood: index (Q, R*m) int64 and mask (Q, R*m) bool.
+        """Token rows of each neighborhood: index (Q, R*m) int64 and mask (Q, R*m) bool.
 
         Entries follow `cluster_index`, then the row inside the cluster. Where the mask is False
         the index is 0. For references and graph tools: the fast ops never build it.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pointformer.segmentation import Segmentation
 
 _GAP, _CAPTION, _PANEL = 8, 24, 400
-# Dark to light and evenly spaced in lightness, so that it reads in grey as well.
+# Dark to light and evenly spaced in lightness, so that it reads in gray as well.
 _HEAT = np.array(
     [(8, 4, 40), (72, 16, 110), (152, 38, 110), (222, 74, 70), (250, 150, 30), (252, 244, 160)]
 )

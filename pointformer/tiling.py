@@ -161,7 +161,7 @@ def blend(
 ) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
     """Scores of a picture from those of overlapping windows, piece by piece.
 
-    They are averaged with weights that fall towards a window's border, over its `overlap`. A piece
+    They are averaged with weights that fall toward a window's border, over its `overlap`. A piece
     is given as soon as all its windows are known, so that only overlaps are kept in between.
 
     Args:

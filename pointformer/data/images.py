@@ -32,7 +32,7 @@ class Reading(TypedDict, total=False):
 
     Attributes:
         channel: number from 0, or name where the file has names, of the channel to be shown in
-            grey; three of them, as a sequence or as "0,2,1", are shown as red, green and blue.
+            gray; three of them, as a sequence or as "0,2,1", are shown as red, green and blue.
             `None`: the colors of a color picture, or the only channel.
         plane: which of several planes (z, time, pages, frames), counted from 0 over all of them,
             the last axis fastest; or by axes, as "z=3,t=0". `None`: the only one.

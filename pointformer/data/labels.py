@@ -131,7 +131,7 @@ def write_labels(
 
 
 def write_map(path: str | os.PathLike[str], values: np.ndarray) -> None:
-    """Write (H, W) integers as a grey PNG of 8 bits, or 16 if a value needs them.
+    """Write (H, W) integers as a gray PNG of 8 bits, or 16 if a value needs them.
 
     A path that ends in .tif gets a TIFF file of 32 bits, for more ids than that.
 

@@ -71,13 +71,13 @@ class StoredPillow:
             self._deep = deep
             self._scale = _scale(picture) if numbers else 1
             orientation = picture.getexif().get(_ORIENTATION, 1)  # which may load the picture
-        grey, dtype = self._kind()
+        gray, dtype = self._kind()
         self.layout = Layout(
             (picture.height, picture.width),
             dtype,
             8 * dtype.itemsize,
-            ("grey",) if grey else RGB,
-            not grey,
+            ("gray",) if gray else RGB,
+            not gray,
             (("frame", frames),) if frames > 1 else (),
             orientation if orientation in range(1, 9) else 1,
         )
@@ -94,8 +94,8 @@ class StoredPillow:
             return True, np.dtype(np.uint16)  # which some versions of Pillow hold in 32 bits
         if mode in ("I", "F"):
             return True, np.dtype(np.int32 if mode == "I" else np.float32)
-        grey = ("1", "L", "LA", "La", *(("P", "PA") if self._numbers else ()))
-        return mode in grey and self._single, np.dtype(np.uint8)
+        gray = ("1", "L", "LA", "La", *(("P", "PA") if self._numbers else ()))
+        return mode in gray and self._single, np.dtype(np.uint8)
 
     def read(self, plane: int, channels: Sequence[int], rows: slice, columns: slice) -> np.ndarray:
         if self._decoded is None or self._decoded[0] != plane:
@@ -166,7 +166,7 @@ def _with_all_bits(name: str, picture: Image.Image) -> np.ndarray:
 
 
 def _scale(picture: Image.Image) -> int:
-    """What Pillow multiplied the numbers of a grey picture of 2 or 4 bits by."""
+    """What Pillow multiplied the numbers of a gray picture of 2 or 4 bits by."""
     arguments = _arguments(picture)
     return {"L;2": 85, "L;4": 17}.get(arguments, 1) if isinstance(arguments, str) else 1
 

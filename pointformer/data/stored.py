@@ -37,7 +37,7 @@ class Layout:
     size: tuple[int, int]
     dtype: np.dtype
     bits: int
-    channels: tuple[str, ...] = ("grey",)
+    channels: tuple[str, ...] = ("gray",)
     rgb: bool = False
     planes: tuple[tuple[str, int], ...] = ()
     orientation: int = 1
@@ -77,9 +77,9 @@ class StoredArray:
 
 def stored_array(values: np.ndarray) -> StoredArray:
     """An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), whose fourth channel is alpha."""
-    grey = values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 1)
+    gray = values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 1)
     color = values.ndim == 3 and values.shape[2] in (3, 4)
-    if not (grey or color) or values.size == 0:
+    if not (gray or color) or values.size == 0:
         raise PictureError(
             "image: expected the shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of an array, or "
             f"(1, H, W), (3, H, W) or (4, H, W) of a tensor, got {values.shape}; of others pick a "
@@ -91,8 +91,8 @@ def stored_array(values: np.ndarray) -> StoredArray:
         values.shape[:2],
         values.dtype,
         8 * values.dtype.itemsize,
-        ("grey",) if grey else RGB,
-        not grey,
+        ("gray",) if gray else RGB,
+        not gray,
     )
     return StoredArray("image", values[None], layout)
 

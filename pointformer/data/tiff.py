@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _PALETTE, _MASK, _CMYK, _YCBCR = range(7)
-_GREY = (_MIN_IS_WHITE, _MIN_IS_BLACK, _MASK)
+_GRAY = (_MIN_IS_WHITE, _MIN_IS_BLACK, _MASK)
 _ALPHA = (1, 2)  # values of ExtraSamples; 0 is "unspecified"
 _ORIENTATION = 274
 _REDUCED_OR_MASK = 1 | 4  # bits of NewSubfileType
@@ -144,10 +144,10 @@ class StoredTiff:
         dtype = np.dtype(self._series.dtype)
         check_dtype(self.name, dtype)
         photometric = int(page.photometric)
-        if photometric not in (*_GREY, _RGB, _PALETTE, _CMYK, _YCBCR):
+        if photometric not in (*_GRAY, _RGB, _PALETTE, _CMYK, _YCBCR):
             raise PictureError(
                 f"{self.name}: pictures of the kind {_name_of(page.photometric)} are not read; "
-                "save it as RGB or grey"
+                "save it as RGB or gray"
             )
         self._used = self._without_alpha(math.prod(self._lengths(self._channel_axes)))
         count = len(self._used)
@@ -162,7 +162,7 @@ class StoredTiff:
         elif photometric in (_PALETTE, _CMYK, _YCBCR) and not colors and not self._numbers:
             raise PictureError(
                 f"{self.name}: {_name_of(page.photometric)} with {count} channels is not read; "
-                "save it as RGB or grey"
+                "save it as RGB or gray"
             )
         tag = page.tags.get(_ORIENTATION)
         orientation = tag.value if tag is not None else 1
@@ -201,7 +201,7 @@ class StoredTiff:
 
     def _channel_names(self, count: int, photometric: int) -> tuple[str, ...]:
         if count == 1:
-            return ("grey",)
+            return ("gray",)
         names = _ome_names(self._handle.file) if self._series.kind == "ome" else ()
         if len(names) == count and len(set(names)) == count:
             return names

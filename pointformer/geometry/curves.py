@@ -67,7 +67,7 @@ def hilbert_code(cells: Tensor, bits: int = 21) -> Tensor:
         bits: how many bits the coordinates have; fewer are faster. Rounded up to a multiple of D.
 
     Returns:
-        (...,) int64; cells with consecutive numbers are neighbours.
+        (...,) int64; cells with consecutive numbers are neighbors.
     """
     axes = _split(cells)
     dimensions = len(axes)

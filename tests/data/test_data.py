@@ -17,7 +17,7 @@ from pointformer.data import (
 
 RNG = np.random.default_rng(0)
 COLORS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-GREY = COLORS[..., 0]
+GRAY = COLORS[..., 0]
 
 
 def saved(folder, picture, name="a.png", **options):
@@ -33,8 +33,8 @@ def test_rgb_is_unchanged_and_alpha_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P"])
-def test_grey_and_palette_become_equal_channels(tmp_path, mode):
-    picture = Image.fromarray(GREY).convert(mode)
+def test_gray_and_palette_become_equal_channels(tmp_path, mode):
+    picture = Image.fromarray(GRAY).convert(mode)
     expected = np.repeat(np.asarray(picture.convert("L"))[..., None], 3, 2)
     np.testing.assert_array_equal(read_image(saved(tmp_path, picture)), expected)
 
@@ -91,11 +91,11 @@ def test_instances_of_a_split_in_memory(tmp_path):
         (tmp_path / "train" / folder).mkdir(parents=True)
     for name in ("b", "a"):
         saved(tmp_path / "train/images", Image.fromarray(COLORS), f"{name}.png")
-        saved(tmp_path / "train/instances", Image.fromarray(GREY), f"{name}.png")
+        saved(tmp_path / "train/instances", Image.fromarray(GRAY), f"{name}.png")
     samples = list(read_folder(tmp_path, "train", "instance"))
     assert [sample.name for sample in samples] == ["a", "b"]
-    np.testing.assert_array_equal(samples[0].ids, GREY)
-    saved(tmp_path / "train/instances", Image.fromarray(GREY.T), "b.png")
+    np.testing.assert_array_equal(samples[0].ids, GRAY)
+    saved(tmp_path / "train/instances", Image.fromarray(GRAY.T), "b.png")
     with pytest.raises(ValueError, match=r"b\.png: expected .*\(5, 7\), got \(7, 5\)"):
         list(read_folder(tmp_path, "train", "instance"))
     (tmp_path / "train/instances/b.png").unlink()
@@ -135,13 +135,13 @@ def test_scaled_crop_is_centered_like_its_instances():
         assert np.mean((crop[..., 0] > 127) != (ids > 0)) < 0.02
 
 
-def test_colors_are_reproducible_varied_and_keep_grey_grey():
-    grey = np.repeat(RNG.integers(0, 256, (16, 16, 1), dtype=np.uint8), 3, 2)
-    results = [random_colors(grey, np.random.default_rng(seed)) for seed in range(30)]
+def test_colors_are_reproducible_varied_and_keep_gray_gray():
+    gray = np.repeat(RNG.integers(0, 256, (16, 16, 1), dtype=np.uint8), 3, 2)
+    results = [random_colors(gray, np.random.default_rng(seed)) for seed in range(30)]
     assert all((image[..., 0] == image[..., 2]).all() for image in results)
     assert len({image.tobytes() for image in results}) == 30
-    np.testing.assert_array_equal(results[3], random_colors(grey, np.random.default_rng(3)))
-    darker = [np.corrcoef(grey.ravel(), image.ravel())[0, 1] < 0 for image in results]
+    np.testing.assert_array_equal(results[3], random_colors(gray, np.random.default_rng(3)))
+    darker = [np.corrcoef(gray.ravel(), image.ravel())[0, 1] < 0 for image in results]
     assert any(darker)
     assert not all(darker)
 

@@ -52,7 +52,7 @@ def refusal(source, **reading):
 
 
 def png(width, height, bits, data):
-    """A grey PNG of compressed rows."""
+    """A gray PNG of compressed rows."""
 
     def chunk(kind, content):
         check = struct.pack(">I", zlib.crc32(kind + content))
@@ -109,7 +109,7 @@ DTYPES = {  # of values 0 to 255
     "complex64": lambda x: x.astype(np.complex64),
 }
 # What is written, and what chooses the picture in it.
-LAYOUTS = ("grey", "rgb", "planar", "rgba", "grey alpha", "two samples", "stack", "channels", "zc")
+LAYOUTS = ("gray", "rgb", "planar", "rgba", "gray alpha", "two samples", "stack", "channels", "zc")
 ORIENTED = {  # what Pillow does to show them
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -127,10 +127,10 @@ def tiffs(draw):
     dtype, layout = draw(st.sampled_from(sorted(DTYPES))), draw(st.sampled_from(LAYOUTS))
     kind = draw(st.sampled_from(["plain", "shaped", "ome", "imagej"]))
     color = DTYPES[dtype](PICTURE.astype(np.int64))
-    grey, nothing = color[..., 0], np.zeros_like(color[..., 0])
-    options, choice, shown = {"photometric": "minisblack"}, {}, grey
-    if layout == "grey":
-        samples = grey
+    gray, nothing = color[..., 0], np.zeros_like(color[..., 0])
+    options, choice, shown = {"photometric": "minisblack"}, {}, gray
+    if layout == "gray":
+        samples = gray
         options["photometric"] = draw(st.sampled_from(["minisblack", "miniswhite"]))
     elif layout in ("rgb", "planar", "rgba"):
         samples = shown = color
@@ -140,15 +140,15 @@ def tiffs(draw):
         if layout == "rgba":
             samples = np.concatenate([color, nothing[..., None]], -1)
             options["extrasamples"] = [draw(st.sampled_from(["unassalpha", "assocalpha"]))]
-    elif layout in ("grey alpha", "two samples"):
-        declared = layout == "grey alpha"
-        samples = np.stack([grey, nothing] if declared else [nothing, grey], -1)
+    elif layout in ("gray alpha", "two samples"):
+        declared = layout == "gray alpha"
+        samples = np.stack([gray, nothing] if declared else [nothing, gray], -1)
         options["planarconfig"] = "contig"
         options["extrasamples"] = ["unassalpha" if declared else "unspecified"]
         choice = {} if declared else {"channel": 1}
     else:
         axes = {"stack": draw(st.sampled_from(["ZYX", "TYX"])), "channels": "CYX", "zc": "ZCYX"}
-        samples = np.stack([nothing, grey])
+        samples = np.stack([nothing, gray])
         choice = {"channel": 1} if layout == "channels" else {"plane": 1}
         if layout == "zc":
             samples = np.stack([np.zeros_like(samples), samples, np.zeros_like(samples)])
@@ -231,10 +231,10 @@ def test_deep_samples_lie_where_those_of_8_bits_do(example):
 def spoiled(example):
     """A 12-bit picture with what cameras and programs leave in pictures."""
     rng = np.random.default_rng(0)
-    grey = example[..., 0].astype(np.float32) * 12 + 200
-    hot, dead, lines, dirt, border, ends = (grey.copy() for _ in range(6))
-    hot[rng.random(grey.shape) < 0.01] = 65535
-    dead[rng.random(grey.shape) < 0.01] = 0
+    gray = example[..., 0].astype(np.float32) * 12 + 200
+    hot, dead, lines, dirt, border, ends = (gray.copy() for _ in range(6))
+    hot[rng.random(gray.shape) < 0.01] = 65535
+    dead[rng.random(gray.shape) < 0.01] = 0
     lines[:, 100], lines[50] = 65535, 0
     dirt[10:20, 10:20] = 65535
     border[:, :8], border[:3] = np.nan, np.nan
@@ -272,11 +272,11 @@ def test_noise_is_not_stretched_to_objects(model, example):
 
 
 def test_extreme_pictures():
-    grey = np.linspace(0, 1, 64).reshape(8, 8)
-    expected = read_image(grey)
+    gray = np.linspace(0, 1, 64).reshape(8, 8)
+    expected = read_image(gray)
     for factor in (1e-310, 1e-30, 1e30, 1.7e308):
-        assert np.abs(read_image(grey * factor).astype(int) - expected).max() <= 1
-    both_ends = read_image((grey - 0.5) * 1.7e308 * 2)
+        assert np.abs(read_image(gray * factor).astype(int) - expected).max() <= 1
+    both_ends = read_image((gray - 0.5) * 1.7e308 * 2)
     assert np.abs(both_ends.astype(int) - expected).max() <= 1
     for constant in (np.zeros((5, 5)), np.full((4, 6), 7, np.uint16), np.full((1, 1), -3.5)):
         assert (read_image(constant) == 0).all()
@@ -563,7 +563,7 @@ def test_maps_that_are_none(tmp_path):
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_labels_of_few_bits_are_the_numbers_stored(tmp_path, bits):
-    """Pillow multiplies the values of grey PNGs, so that the largest is white."""
+    """Pillow multiplies the values of gray PNGs, so that the largest is white."""
     labels = np.arange(8, dtype=np.uint8).reshape(1, 8) % 2**bits
     row = np.packbits(np.unpackbits(labels[0][:, None], axis=1)[:, 8 - bits :].ravel()).tobytes()
 
@@ -577,11 +577,11 @@ def test_labels_of_few_bits_are_the_numbers_stored(tmp_path, bits):
 
 
 def test_arrays_tensors_and_pictures_are_read_as_files_are(tmp_path, example):
-    grey = example[..., :1]
-    alpha = np.zeros_like(grey)
-    deep = grey.astype(np.uint16) * 16
+    gray = example[..., :1]
+    alpha = np.zeros_like(gray)
+    deep = gray.astype(np.uint16) * 16
     path = tmp_path / "a.tif"
-    for values in (example, grey, deep, deep / 255, grey > 60, deep.astype(np.int32)):
+    for values in (example, gray, deep, deep / 255, gray > 60, deep.astype(np.int32)):
         kind = "rgb" if values is example else "minisblack"
         tifffile.imwrite(path, np.squeeze(values), photometric=kind)
         expected = read_image(path)

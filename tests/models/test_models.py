@@ -264,7 +264,7 @@ def test_bad_images(value, error, message):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_normalization_has_the_models_channels(channels):
-    """Grey and RGB pictures are converted to each other; other channels must be given."""
+    """Gray and RGB pictures are converted to each other; other channels must be given."""
     model = tiny(in_channels=channels)
     values = torch.randint(0, 256, (2, channels, 5, 7), dtype=torch.uint8)
     mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if channels == 3 else (

@@ -80,8 +80,8 @@ def blobs(count, seed=0):
         for blob in range(1, 4):
             cy, cx = rng.uniform(6, 34, 2)
             instances[(y - cy) ** 2 + (x - cx) ** 2 < 30] = blob
-        grey = 40 + 150 * (instances > 0) + rng.integers(0, 20, instances.shape)
-        image = np.repeat(grey[..., None], 3, 2).astype(np.uint8)
+        gray = 40 + 150 * (instances > 0) + rng.integers(0, 20, instances.shape)
+        image = np.repeat(gray[..., None], 3, 2).astype(np.uint8)
         file = folder() / f"{seed}_{index}.png"
         Image.fromarray(image).save(file)
         annotation = Annotation.of_objects(instances, str(index), file)
