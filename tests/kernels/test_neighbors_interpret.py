@@ -104,6 +104,20 @@ def test_a_tree_made_by_two_launches():
     assert_same(lambda impl: knn(positions, 4, return_distance=True, impl=impl, **kwargs))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("along_curve", [False, True])
+def test_a_tree_of_four_levels(along_curve):
+    """More than 262,144 points: nodes of three levels wait at once."""
+    count = 8 * 32**3 + 5000
+    positions = torch.rand(count, 2, generator=torch.Generator().manual_seed(0))
+    positions[: count // 2] *= 0.01
+    positions = positions[balanced_cluster(positions).order]
+    query = positions[torch.arange(6) * count // 6] + 1e-4
+    kwargs = {"query": query, "return_distance": True, "along_curve": along_curve}
+    with mock.patch.object(kernels, "_BLOCK", 1 << 14):
+        assert_same(lambda impl: knn(positions, 6, impl=impl, **kwargs))
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_released_neighborhoods(stage):
     stored = np.load(PARITY / "mini_224.npz")
