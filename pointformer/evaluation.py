@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Unpack
 
 from pointformer.data.annotations import Annotation, Dataset
-from pointformer.data.images import Picture, Reading, open_picture, read_image
+from pointformer.data.images import Picture, Reading, open_picture
 from pointformer.metrics import Metric
 from pointformer.models import Model
 from pointformer.prediction import check_copies, predict, windows_for
@@ -87,28 +87,10 @@ def _with_pictures(
 ) -> Iterator[tuple[Annotation, Picture]]:
     for annotation in annotations:
         try:
-            picture = picture_of(annotation, reading)
+            picture = open_picture(annotation.read_image(**reading))
         except ValueError as error:
             if not dataset.skip_bad:
                 raise
             dataset.skipped[annotation.name] = str(error)
         else:
             yield annotation, picture
-
-
-def picture_of(annotation: Annotation, reading: Reading) -> Picture:
-    """The picture of an annotation, read.
-
-    Raises:
-        ValueError: there is none, it cannot be read, or has another size; the message names it.
-    """
-    if annotation.image is None:
-        raise ValueError(f"{annotation.name}: an annotation without its picture")
-    image = read_image(annotation.image, **reading)
-    if image.shape[:2] != annotation.size:
-        height, width = annotation.size
-        raise ValueError(
-            f"{annotation.image}: has {image.shape[0]} x {image.shape[1]} pixels, its annotation "
-            f"{height} x {width}"
-        )
-    return open_picture(image)

@@ -8,12 +8,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from pointformer.annotations import VOID, Category, Mask, Objects, Segment, masks_of
-from pointformer.data.images import image_size
+from pointformer.data.images import Reading, image_size, read_image
 from pointformer.data.json_files import FLAG, NUMBER, TEXT, WHOLE, read_json, repeated, value_of
 
 
@@ -56,6 +56,26 @@ class Annotation:
             if value
         )
         return Annotation(name, image, ids.shape, name, ids=ids, segments=segments)
+
+    def read_image(self, **reading: Unpack[Reading]) -> np.ndarray:
+        """The picture, (H, W, 3) uint8.
+
+        Args:
+            reading: how it is read, see `pointformer.data.Reading`.
+
+        Raises:
+            ValueError: there is none, it cannot be read, or has another size; the message names it.
+        """
+        if self.image is None:
+            raise ValueError(f"{self.name}: an annotation without its picture")
+        image = read_image(self.image, **reading)
+        if image.shape[:2] != self.size:
+            height, width = self.size
+            raise ValueError(
+                f"{self.image}: has {image.shape[0]} x {image.shape[1]} pixels, its annotation "
+                f"{height} x {width}"
+            )
+        return image
 
     def masks(self) -> list[Mask]:
         """Of each segment.

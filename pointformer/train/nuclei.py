@@ -36,7 +36,7 @@ from pointformer.data import (
     random_crop,
     read_folder,
 )
-from pointformer.evaluation import evaluate, picture_of
+from pointformer.evaluation import evaluate
 from pointformer.metrics import AveragePrecision, InstanceAP
 from pointformer.models import Model, Output, create_model, save_model
 from pointformer.tasks import Task, task_of
@@ -196,7 +196,7 @@ class Trainer:
         self.task = task
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.samples = [  # all in memory
-            (picture_of(annotation, {}).read(), annotation.instances()[0]) for annotation in dataset
+            (annotation.read_image(), annotation.instances()[0]) for annotation in dataset
         ]
         # Crowded pictures are drawn more often, but not in proportion to their nuclei.
         weights = np.sqrt([1.0 + len(np.unique(instances)) for _, instances in self.samples])
