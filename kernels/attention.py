@@ -25,9 +25,9 @@ def clusters_per_group(cluster_size):
     return max(1, GROUP_KEYS // max(cluster_size, 1))
 
 
-def tile_capacity(radius, clusters):
+def tile_capacity(per_query, clusters):
     """The most clusters that the union of a tile's neighborhoods can have."""
-    return torch.sym_min(TILE * radius, clusters)
+    return torch.sym_min(TILE * per_query, clusters)
 
 
 LIBRARY.define(
@@ -38,14 +38,14 @@ LIBRARY.define(
 
 @torch.library.register_fake("pointformer::neighborhood_plan", lib=LIBRARY)
 def _plan_fake(cluster_index, cluster_offsets, cluster_size, training, impl):
-    (queries, radius), clusters = cluster_index.shape, cluster_offsets.shape[0] - 1
+    (queries, per_query), clusters = cluster_index.shape, cluster_offsets.shape[0] - 1
     if impl == "cpu":
-        shapes = [(clusters + 1,), (queries * radius,)] if training else []
+        shapes = [(clusters + 1,), (queries * per_query,)] if training else []
     else:
         tiles, groups = -(-queries // TILE), -(-clusters // clusters_per_group(cluster_size))
-        shapes = [(tiles,), *[(tiles, tile_capacity(radius, clusters))] * 3]
+        shapes = [(tiles,), *[(tiles, tile_capacity(per_query, clusters))] * 3]
         if training:
-            shapes += [(groups + 1,), (groups,), (queries * radius,), (queries * radius,)]
+            shapes += [(groups + 1,), (groups,), (queries * per_query,), (queries * per_query,)]
     return [cluster_index.new_empty(shape) for shape in shapes]
 
 

@@ -107,7 +107,7 @@ class Neighborhoods:
         return self.cluster_index.shape[0]
 
     @property
-    def radius(self) -> int:
+    def num_clusters(self) -> int:
         """R, the number of clusters in a neighborhood."""
         return self.cluster_index.shape[1]
 
@@ -169,9 +169,7 @@ class Neighborhoods:
         return torch.stack([rows[mask], query[mask]])
 
     def __repr__(self) -> str:
-        return (
-            f"Neighborhoods({self.num_queries} queries x {self.radius} clusters of {self.clusters})"
-        )
+        return f"Neighborhoods({self.num_queries} queries x {self.num_clusters} of {self.clusters})"
 
 
 for _cls, _name in ((Clusters, "Clusters"), (Neighborhoods, "Neighborhoods")):

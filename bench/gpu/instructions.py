@@ -23,7 +23,7 @@ import pointformer as pf
 from pointformer.profiling.launches import HOPPER, Launch, code_of, launches_of
 
 TABLE = Path(__file__).parents[1] / "results" / "instructions.jsonl"
-RADIUS, CHANNELS, HEADS = 6, 64, 2  # clusters of eight, as the released model has them
+NUM_CLUSTERS, CHANNELS, HEADS = 6, 64, 2  # clusters of eight, as the released model has them
 
 
 def cases(height: int, width: int, batch: int) -> dict[str, dict[str, object]]:
@@ -31,7 +31,7 @@ def cases(height: int, width: int, batch: int) -> dict[str, dict[str, object]]:
     torch.manual_seed(0)
     grid = torch.randn(batch, CHANNELS, height // 4, width // 4).bfloat16()
     tokens = pf.TokenSet.from_grid(grid).cluster(8, curve="snake", remainder="last")
-    neighborhoods = pf.nearest_clusters(tokens.positions, tokens.clusters, RADIUS)
+    neighborhoods = pf.nearest_clusters(tokens.positions, tokens.clusters, NUM_CLUSTERS)
     rows = (tokens.num_tokens, HEADS, CHANNELS // HEADS)
     scores = torch.rand(tokens.num_tokens)
     index, _ = pf.select_centers(
@@ -50,7 +50,7 @@ def cases(height: int, width: int, batch: int) -> dict[str, dict[str, object]]:
     merge = {"features": tokens.features, "scores": scores, "centers": index}
     search = {"positions": tokens.positions, "clusters": tokens.clusters}
     return {
-        "nearest_clusters": {**search, "num_clusters": RADIUS},
+        "nearest_clusters": {**search, "num_clusters": NUM_CLUSTERS},
         "plan": {"self": neighborhoods, "training": True},
         "neighborhood_attention": {**attention, **common, **learned},
         "scored_merge": {**merge, **common, **net},

@@ -63,7 +63,7 @@ def attend_chunk(
     chunk, query, positions, cluster_index, offsets, bias, scale, shape,
     packed_key, packed_value, points, output, normal,
 ):  # fmt: skip
-    width = shape.radius * shape.cluster_blocks
+    width = shape.per_query * shape.cluster_blocks
     length = (width + SPARE) * 8
     lists = allocate(2 * GROUP * (width + 1))
     blocks = as_int64(lists)

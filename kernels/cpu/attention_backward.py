@@ -74,7 +74,7 @@ def query_gradients(
     packed_key, key_rows, packed_value, points, normal, delta, grad_query, partial,
 ):  # fmt: skip
     """Gradients of a chunk's queries, and its share of those of weight, bias and blank token."""
-    width = shape.radius * shape.cluster_blocks
+    width = shape.per_query * shape.cluster_blocks
     length = (width + SPARE) * 8
     sums = shape.heads * shape.features * 16
     lists = allocate(2 * width)
@@ -295,11 +295,11 @@ def make_plan(cluster_index, cluster_offsets, cluster_size, training):
     """See `pointformer.kernels.attention`; entries beyond the last list are 0."""
     if not training:
         return []
-    radius = max(cluster_index.shape[1], 1)
+    per_query = max(cluster_index.shape[1], 1)
     index = cluster_index.contiguous().view(-1).numpy()
     offsets, entries = inverse_lists(index, cluster_offsets.shape[0] - 1)
     queries = np.zeros(len(index), np.int32)
-    queries[: len(entries)] = entries // radius
+    queries[: len(entries)] = entries // per_query
     return [torch.from_numpy(offsets.astype(np.int32)), torch.from_numpy(queries)]
 
 

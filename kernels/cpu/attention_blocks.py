@@ -56,7 +56,7 @@ class Shape(NamedTuple):
     channels: int
     dimensions: int
     features: int
-    radius: int
+    per_query: int  # clusters that one attends to
     clusters: int
     cluster_blocks: int
 
@@ -149,7 +149,7 @@ def pack_positions(positions, cluster, offsets, shape, points):
 def list_blocks(cluster_index, token, offsets, shape, blocks, at):
     """Write the blocks of a token's neighborhood from place `at` of a list; how many."""
     found = at
-    for slot in range(token * shape.radius, (token + 1) * shape.radius):
+    for slot in range(token * shape.per_query, (token + 1) * shape.per_query):
         cluster = cluster_index[slot]
         if 0 <= cluster < shape.clusters:  # others would be read from foreign memory
             tokens = offsets[cluster + 1] - offsets[cluster]
@@ -372,7 +372,7 @@ def shape_of(query, positions, cluster_index, cluster_offsets, cluster_size, pos
         *query.shape,
         dimensions=positions.shape[1],
         features=0 if position_weight is None else position_weight.shape[1],
-        radius=cluster_index.shape[1],
+        per_query=cluster_index.shape[1],
         clusters=cluster_offsets.shape[0] - 1,
         cluster_blocks=-(-cluster_size // 8),
     )

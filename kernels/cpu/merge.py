@@ -105,7 +105,7 @@ def _gather(tokens, stride, first, count, center, q, pairs, width, at):
 
 @kernel
 def _forward(features, tokens, centers, offsets, index, order, net, eps, sizes, out):
-    radius, channels, stride, width = sizes
+    per_query, channels, stride, width = sizes
     for chunk in prange((order.size + _CHUNK - 1) // _CHUNK):
         pairs = allocate(8 * width)  # 3 differences, score, 4 weights
         numbers = allocate(2 * width)
@@ -115,8 +115,8 @@ def _forward(features, tokens, centers, offsets, index, order, net, eps, sizes, 
         for n in range(begin, min(begin + _CHUNK, order.size)):
             q = order[n]
             count = 0
-            for r in range(radius):
-                cluster = lists[q * radius + r]
+            for r in range(per_query):
+                cluster = lists[q * per_query + r]
                 if cluster < 0:
                     continue
                 first = np.int64(ends[cluster])
@@ -306,7 +306,7 @@ def _backward(
     grad, features, tokens, centers, offsets, net, eps, lists, entries, sizes,
     d_features, d_scores, partial,
 ):  # fmt: skip
-    clusters, radius, channels, stride, width = sizes
+    clusters, per_query, channels, stride, width = sizes
     for chunk in prange((clusters + _CHUNK - 1) // _CHUNK):
         pairs = allocate(_ROWS * width)
         at = np.int64(chunk) * _PARAMETERS * LANES
@@ -321,14 +321,14 @@ def _backward(
                 stop = min(start + block, lists[cluster + 1])
                 count = (stop - start) * length
                 for n in range(stop - start):
-                    q = entries[start + n] // radius
+                    q = entries[start + n] // per_query
                     _gather(
                         pointer(tokens), stride, first, length, pointer(centers), q, pairs, width,
                         n * length,
                     )  # fmt: skip
                 _pair_weights(pairs, width, count, pointer(net), eps)
                 for n in range(stop - start):
-                    g = entries[start + n] // radius * 4 * channels
+                    g = entries[start + n] // per_query * 4 * channels
                     for i in range(length):
                         x = (first + i) * channels
                         p = n * length + i
@@ -383,13 +383,13 @@ def forward(
         features, scores, positions, center_positions, offsets, index,
         weight, bias, norm_weight, norm_bias,
     )  # fmt: skip
-    (queries, radius), channels = index.shape, features.shape[1]
+    (queries, per_query), channels = index.shape, features.shape[1]
     if index.numel() == 0 or offsets.shape[0] == 1:
         return features.new_zeros(queries, 4 * channels)
     # Centers come in any order; those that share clusters follow each other for the cache's sake.
     _, order = inverse_lists(index.amax(1).clamp(min=0).numpy(), offsets.shape[0] - 1)
     out = features.new_empty(queries, 4 * channels)
-    sizes = (radius, channels, stride, radius * largest + LANES)
+    sizes = (per_query, channels, stride, per_query * largest + LANES)
     index = index.contiguous().view(-1).numpy()
     _forward(*arrays, index, order, net, f32(eps), sizes, out.view(-1).numpy())
     return out

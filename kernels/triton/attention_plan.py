@@ -37,15 +37,15 @@ def tile_lists(cluster_index, cluster_offsets):
         counts (tiles,), first row of each cluster (tiles, capacity), its length (tiles, capacity),
         members (tiles, capacity): bit t is set if query t of the tile attends to it; all int32.
     """
-    queries, radius = cluster_index.shape
+    queries, per_query = cluster_index.shape
     clusters = cluster_offsets.shape[0] - 1
-    tiles, capacity = -(-queries // TILE), tile_capacity(radius, clusters)
+    tiles, capacity = -(-queries // TILE), tile_capacity(per_query, clusters)
     counts = _lists(cluster_index, tiles)
     rows, lengths, members = (_lists(cluster_index, tiles, capacity) for _ in range(3))
-    _tile_variant(radius).launch(
+    _tile_variant(per_query).launch(
         (tiles,),
         *(cluster_index.contiguous(), cluster_offsets, counts, rows, lengths, members),
-        *(queries, radius, clusters, capacity),
+        *(queries, per_query, clusters, capacity),
     )
     return [counts, rows, lengths, members]
 
@@ -76,9 +76,9 @@ def _lists(cluster_index, *shape):
     return torch.empty(shape, dtype=torch.int32, device=cluster_index.device)
 
 
-@triton.jit(do_not_specialize=("queries", "radius", "clusters", "capacity"))
+@triton.jit(do_not_specialize=("queries", "per_query", "clusters", "capacity"))
 def neighborhood_tiles_kernel(
-    cluster_index, cluster_offsets, counts, rows, lengths, members, queries, radius, clusters,
+    cluster_index, cluster_offsets, counts, rows, lengths, members, queries, per_query, clusters,
     capacity, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Walk the clusters of a tile in ascending order: each pass finds the next one."""
@@ -91,11 +91,11 @@ def neighborhood_tiles_kernel(
     while current < beyond:
         attends = tl.zeros((TILE,), tl.int32)
         following = tl.full((TILE,), beyond, tl.int32)
-        for start in range(0, radius, BLOCK):
+        for start in range(0, per_query, BLOCK):
             slot = start + tl.arange(0, BLOCK)
             cluster = tl.load(
-                cluster_index + query[:, None] * radius + slot[None, :],
-                mask=(query < queries)[:, None] & (slot < radius)[None, :],
+                cluster_index + query[:, None] * per_query + slot[None, :],
+                mask=(query < queries)[:, None] & (slot < per_query)[None, :],
                 other=-1,
             )  # (TILE, BLOCK)
             cluster = tl.where(cluster < clusters, cluster, -1)
@@ -113,9 +113,9 @@ def neighborhood_tiles_kernel(
     tl.store(counts + tile, found)
 
 
-@triton.jit(do_not_specialize=("radius",))
+@triton.jit(do_not_specialize=("per_query",))
 def neighborhood_groups_kernel(
-    cluster_index, entries, begins, counts, queries, members, radius,
+    cluster_index, entries, begins, counts, queries, members, per_query,
     GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Join the entries of a group that belong to the same query; they follow each other."""
@@ -126,15 +126,15 @@ def neighborhood_groups_kernel(
     for start in range(begin, end, BLOCK):
         entry = start + tl.arange(0, BLOCK)  # (BLOCK,)
         inside = entry < end
-        query = tl.load(entries + entry, mask=inside, other=0).to(tl.int32) // radius
+        query = tl.load(entries + entry, mask=inside, other=0).to(tl.int32) // per_query
         before = inside & (entry > begin)
-        previous = tl.load(entries + entry - 1, mask=before, other=0).to(tl.int32) // radius
+        previous = tl.load(entries + entry - 1, mask=before, other=0).to(tl.int32) // per_query
         new = inside & ((entry == begin) | (query != previous))
         word = tl.zeros((BLOCK,), tl.int32)
         for ahead in tl.static_range(GROUP):
             listed = entry + ahead < end
             source = tl.load(entries + entry + ahead, mask=listed, other=0).to(tl.int32)
-            same = listed & (source // radius == query)
+            same = listed & (source // per_query == query)
             cluster = tl.load(cluster_index + source, mask=same, other=0)
             local = tl.where(same, cluster - group.to(tl.int32) * GROUP, 0)
             word |= same.to(tl.int32) << local
@@ -146,7 +146,7 @@ def neighborhood_groups_kernel(
 
 
 def _tile_rounds(a):
-    index, size = a["cluster_index"], a["TILE"] * a["radius"]
+    index, size = a["cluster_index"], a["TILE"] * a["per_query"]
     padding = a["counts"].shape[0] * size - index.numel()
     index = torch.nn.functional.pad(index.flatten(), (0, padding), value=-1)
     index = index.view(-1, size).sort(1).values
@@ -154,11 +154,11 @@ def _tile_rounds(a):
     new[:, 1:] &= index[:, 1:] != index[:, :-1]
     a["counts"].copy_(new.sum(1))
     passes = new.sum(1).double().mean().item() + 1
-    return {"current": passes, "start": passes * triton.cdiv(a["radius"], a["BLOCK"])}
+    return {"current": passes, "start": passes * triton.cdiv(a["per_query"], a["BLOCK"])}
 
 
 def _group_rounds(a):
-    begins, query = a["begins"].long(), a["entries"] // a["radius"]
+    begins, query = a["begins"].long(), a["entries"] // a["per_query"]
     new = torch.ones_like(query)
     new[1:] = query[1:] != query[:-1]
     new[begins[:-1].clamp(max=len(new) - 1)] = 1
@@ -168,11 +168,11 @@ def _group_rounds(a):
 
 
 @cache
-def _tile_variant(radius):
+def _tile_variant(per_query):
     return Variant(
         neighborhood_tiles_kernel,
         (torch.int32,) * 6 + ("i32",) * 4,
-        {"TILE": TILE, "BLOCK": min(_BLOCK, triton.next_power_of_2(max(radius, 1)))},
+        {"TILE": TILE, "BLOCK": min(_BLOCK, triton.next_power_of_2(max(per_query, 1)))},
         num_warps=1,
         rounds=_tile_rounds,
     )

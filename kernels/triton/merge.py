@@ -33,7 +33,7 @@ _BACKWARD_INTEGERS = (
     "clusters", "reciprocal", "shift", "columns", "units", "span",
 )  # fmt: skip
 _FORWARD_INTEGERS = (
-    "tokens", "queries", "radius", "clusters", "cluster_size", "reciprocal", "shift", "columns",
+    "tokens", "queries", "per_query", "clusters", "cluster_size", "reciprocal", "shift", "columns",
     "units", "span",
 )  # fmt: skip
 # Of products of float32, on any matrix unit, to 24 and to 16 bits.
@@ -198,7 +198,7 @@ def _sums(acc, N: tl.constexpr):
 def scored_merge_fwd_kernel(
     features, scores, positions, centers, offsets, index, order,
     weight, bias, norm_weight, norm_bias, out,
-    tokens, queries, radius, clusters, cluster_size, reciprocal: tl.int64, shift, columns,
+    tokens, queries, per_query, clusters, cluster_size, reciprocal: tl.int64, shift, columns,
     units, span, eps,
     D: tl.constexpr, ORDERED: tl.constexpr,
     CENTERS: tl.constexpr, PLACES: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr,
@@ -216,11 +216,11 @@ def scored_merge_fwd_kernel(
         center = tl.load(order + slot).to(tl.int64) if ORDERED else slot.to(tl.int64)
         origin = _load_points(centers, center, D)
         sums = _no_sums(CENTERS, CHUNK, 4, features.dtype.element_ty)
-        for n0 in range(0, radius * cluster_size, PLACES):
+        for n0 in range(0, per_query * cluster_size, PLACES):
             n = n0 + pair % PLACES
             r = ((n.to(tl.int64) * reciprocal) >> shift).to(tl.int32)  # n // cluster_size
-            cluster = tl.load(index + center * radius + tl.minimum(r, radius - 1))
-            listed = (r < radius) & (cluster >= 0) & (cluster < clusters)
+            cluster = tl.load(index + center * per_query + tl.minimum(r, per_query - 1))
+            listed = (r < per_query) & (cluster >= 0) & (cluster < clusters)
             cluster = tl.minimum(tl.maximum(cluster, 0), clusters - 1)
             row = tl.load(offsets + cluster) + (n - r * cluster_size)
             exists = listed & (row < tl.load(offsets + cluster + 1))
@@ -293,7 +293,7 @@ def scored_merge_bwd_kernel(
                 e = e0 + pair // ROWS
                 exists = inside & (e < list_end)
                 entry = tl.load(entries + tl.minimum(e, list_end - 1))
-                center = (entry * reciprocal) >> shift  # entry // radius
+                center = (entry * reciprocal) >> shift  # entry // per_query
                 delta = _differences(point, _load_points(centers, center, D), D)
                 phi = _position_features(delta, D)
                 normalized, inverse = _normalized(net, phi, eps, D)
@@ -405,7 +405,7 @@ def sum_partials_kernel(
 def _forward_rounds(a):
     groups = triton.cdiv(a["queries"], a["CENTERS"])
     span = groups / triton.cdiv(groups, a["span"])  # groups of centers per program
-    steps = triton.cdiv(a["radius"] * a["cluster_size"], a["PLACES"])
+    steps = triton.cdiv(a["per_query"] * a["cluster_size"], a["PLACES"])
     return {"group": span, "n0": span * steps}
 
 
@@ -528,7 +528,7 @@ def forward(
 ):  # fmt: skip
     """(Q, 4 * C) in the features' dtype, see `scored_merge`; entries out of range are left out."""
     (tokens, channels), dimensions = features.shape, positions.shape[1]
-    (queries, radius), clusters = index.shape, offsets.shape[0] - 1
+    (queries, per_query), clusters = index.shape, offsets.shape[0] - 1
     out = torch.empty(queries, 4 * channels, dtype=features.dtype, device=features.device)
     if index.numel() == 0 or features.numel() == 0:
         return out.zero_()
@@ -545,7 +545,7 @@ def forward(
     variant.launch(
         (triton.cdiv(groups, span), triton.cdiv(channels, constants["CHUNK"])),
         *(*_contiguous(*arrays), *net, out),
-        *(tokens, queries, radius, clusters, cluster_size, *division(cluster_size, 31)),
+        *(tokens, queries, per_query, clusters, cluster_size, *division(cluster_size, 31)),
         *(weight.shape[1], channels // constants["UNIT"], span, eps),
     )
     return out
@@ -557,7 +557,7 @@ def backward(
 ):  # fmt: skip
     """Gradients of features, scores, weight, bias, norm_weight and norm_bias."""
     channels, dimensions = features.shape[1], positions.shape[1]
-    radius, clusters = index.shape[1], offsets.shape[0] - 1
+    per_query, clusters = index.shape[1], offsets.shape[0] - 1
     learned = (weight, bias, norm_weight, norm_bias)
     if index.numel() == 0 or features.numel() == 0:
         return tuple(torch.zeros_like(x) for x in (features, scores, *learned))
@@ -582,7 +582,7 @@ def backward(
         variant.launch(
             (programs, blocks),
             *(*arrays, *net, d_features, d_scores, partial),
-            *(clusters, *division(radius, 31), weight.shape[1], channels // constants["UNIT"]),
+            *(clusters, *division(per_query, 31), weight.shape[1], channels // constants["UNIT"]),
             *(span, eps),
         )
     variant = _sum_variant(net[0].dtype, dimensions)

@@ -139,7 +139,7 @@ def token_sets(draw):
         heads=draw(st.integers(1, 3)),
         channels=draw(st.sampled_from([8, 16, 24, 32, 40])),
         cluster_size=draw(st.sampled_from([3, 8, 24])),
-        radius=draw(st.integers(1, 9)),
+        num_clusters=draw(st.integers(1, 9)),
         features=features,
         bias=draw(st.booleans()),
         blank=draw(st.booleans()),
@@ -231,7 +231,7 @@ def test_translation():
 
 def test_ragged_batch_is_its_samples():
     sizes = (19, 0, 30)
-    tensors, positions, neighborhoods = make_inputs(sizes=sizes, cluster_size=8, radius=2)
+    tensors, positions, neighborhoods = make_inputs(sizes=sizes, cluster_size=8, num_clusters=2)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     together = attend(tensors, positions, neighborhoods, impl="cpu")
     lengths = cut(sizes, 8)
@@ -251,7 +251,7 @@ def threads():
 
 
 def test_bits_do_not_depend_on_threads(threads):
-    inputs = make_inputs(sizes=(150, 60), cluster_size=8, radius=6, dtype=torch.float32)
+    inputs = make_inputs(sizes=(150, 60), cluster_size=8, num_clusters=6, dtype=torch.float32)
     results = []
     for count in (1, 2, 2):
         threads(count)
@@ -263,7 +263,9 @@ def test_bits_do_not_depend_on_threads(threads):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_given_plan_changes_nothing(training):
-    tensors, positions, neighborhoods = make_inputs(sizes=(50, 7), radius=5, dtype=torch.float32)
+    tensors, positions, neighborhoods = make_inputs(
+        sizes=(50, 7), num_clusters=5, dtype=torch.float32
+    )
     neighborhoods.cluster_index[::3, 2:] = -1
     cotangent = tensors["value"]
     _, built = gradients(tensors, positions, neighborhoods, cotangent, impl="cpu")
@@ -338,9 +340,9 @@ import resource, sys, torch
 sys.path.insert(0, {tests!r})
 from helpers.attention import gradients, make_inputs
 
-def run(tokens, radius):
+def run(tokens, num_clusters):
     tensors, positions, neighborhoods = make_inputs(
-        sizes=(tokens,), radius=radius, channels=16, cluster_size=8, dtype=torch.float32
+        sizes=(tokens,), num_clusters=num_clusters, channels=16, cluster_size=8, dtype=torch.float32
     )
     neighborhoods = neighborhoods.with_plan()
     torch.ones(64 << 20)  # raise the peak beyond that of the preparation, and what was freed
@@ -350,18 +352,18 @@ def run(tokens, radius):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 
 run(100, 3)  # compiles
-print(run(4000, {radius}))
+print(run(4000, {num_clusters}))
 """
 
 
 def test_memory_does_not_grow_with_the_neighborhood():
     grown = {}
-    for radius in (2, 40):
-        script = _PEAK.format(tests=str(Path(__file__).parents[1]), radius=radius)
+    for num_clusters in (2, 40):
+        script = _PEAK.format(tests=str(Path(__file__).parents[1]), num_clusters=num_clusters)
         run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-        grown[radius] = int(run.stdout)
-    # One (T, M) array of floats would be 5 MiB at the larger radius.
+        grown[num_clusters] = int(run.stdout)
+    # One (T, M) array of floats would be 5 MiB at the larger num_clusters.
     assert grown[40] < grown[2] + 1024, grown
 
 

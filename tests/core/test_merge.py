@@ -31,7 +31,7 @@ shapes = st.fixed_dictionaries(
     {
         "sizes": st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple),
         "cluster_size": st.integers(1, 20),
-        "radius": st.integers(1, 5),
+        "num_clusters": st.integers(1, 5),
         "channels": st.integers(1, 40),
         "dimensions": st.sampled_from([2, 3]),
         "full": st.booleans(),
@@ -205,7 +205,7 @@ def test_cpu_point_conv_is_as_accurate_as_eager(shape, elsewhere):
     tokens, dimensions = case["positions"].shape
     g = torch.Generator().manual_seed(shape["seed"] + 1)
     queries = 7 if elsewhere else tokens
-    index = torch.randint(-1, max(tokens, 1), (queries, shape["radius"]), generator=g)
+    index = torch.randint(-1, max(tokens, 1), (queries, shape["num_clusters"]), generator=g)
     case = {n: case[n] for n in ("features", "positions", *NET)}
     case["neighbor_index"] = index if tokens else torch.full_like(index, -1)
     if elsewhere:
@@ -253,7 +253,7 @@ def test_translation_changes_nothing(impl):
 
 
 def test_bits_do_not_depend_on_threads_or_runs():
-    case = make_case((3000,), radius=6, channels=37)
+    case = make_case((3000,), num_clusters=6, channels=37)
     names = ("features", "scores", *NET)
     assert_same_for_any_threads(partial(value_and_gradients, scored_merge, case, names, impl="cpu"))
 
@@ -281,7 +281,12 @@ def test_autocast_keeps_the_weight_net_in_float32():
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_empty_inputs(impl):
     names = ("features", "scores", *NET)
-    for case in (make_case((0,)), make_case((0, 0)), make_case(channels=0), make_case(radius=0)):
+    for case in (
+        make_case((0,)),
+        make_case((0, 0)),
+        make_case(channels=0),
+        make_case(num_clusters=0),
+    ):
         result = value_and_gradients(scored_merge, case, names, impl=impl)
         assert result["out"].shape == (len(case["centers"]), 4 * case["features"].shape[1])
         assert all(value.eq(0).all() for value in result.values())
@@ -366,15 +371,15 @@ def peak_memory(function):
 
 
 def test_memory_does_not_grow_with_the_neighborhood():
-    tokens, channels, radius = 4000, 64, 40
+    tokens, channels, num_clusters = 4000, 64, 40
     names = ("features", "scores", *NET)
     small = make_case((tokens,), 8, 2, channels)
-    large = make_case((tokens,), 8, radius, channels)
+    large = make_case((tokens,), 8, num_clusters, channels)
     value_and_gradients(scored_merge, small, names, impl="cpu")
     lists = large["neighborhoods"].cluster_index.nbytes
     rise = peak_memory(lambda: value_and_gradients(scored_merge, large, names, impl="cpu"))
     arrays = 6 * 4 * tokens * channels + 4 * 4 * len(large["centers"]) * channels * 4
-    gathered = len(large["centers"]) * radius * 8 * channels * 4
+    gathered = len(large["centers"]) * num_clusters * 8 * channels * 4
     assert rise < arrays + 4 * lists < gathered / 4
 
 

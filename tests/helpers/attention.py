@@ -32,14 +32,14 @@ def clusters_of(positions, lengths, cluster_size):
     )
 
 
-def nearest(positions, clusters, radius):
-    """Brute-force nearest clusters of each sample, -1 where it has fewer than `radius`."""
-    index = torch.full((len(positions), radius), -1, dtype=torch.int32)
+def nearest(positions, clusters, num_clusters):
+    """Brute-force nearest clusters of each sample, -1 where it has fewer than `num_clusters`."""
+    index = torch.full((len(positions), num_clusters), -1, dtype=torch.int32)
     token = cluster = 0
     for size, count in zip(clusters.sizes, clusters.counts, strict=True):
         centers = clusters.centers[cluster : cluster + count]
         distance = torch.cdist(positions[token : token + size].double(), centers.double())
-        found = distance.sort(dim=1, stable=True).indices[:, :radius] + cluster
+        found = distance.sort(dim=1, stable=True).indices[:, :num_clusters] + cluster
         index[token : token + size, : found.shape[1]] = found.int()
         token, cluster = token + size, cluster + count
     return Neighborhoods(index, clusters)
@@ -51,7 +51,7 @@ def make_inputs(
     heads=2,
     channels=8,
     cluster_size=3,
-    radius=3,
+    num_clusters=3,
     features=None,
     bias=True,
     blank=True,
@@ -70,7 +70,7 @@ def make_inputs(
     if lattice:  # equal positions within a neighborhood
         positions = positions.round() / 2
     lengths = cut(sizes, cluster_size)
-    neighborhoods = nearest(positions, clusters_of(positions, lengths, cluster_size), radius)
+    neighborhoods = nearest(positions, clusters_of(positions, lengths, cluster_size), num_clusters)
     if features is None:
         features = 5 if dimensions == 2 else 7
     tensors = {name: normal(tokens, heads, channels) for name in ("query", "key", "value")}

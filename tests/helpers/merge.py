@@ -21,13 +21,13 @@ def make_clusters(sizes, cluster_size, dimensions=2):
     return Clusters(order, offsets, centers, tuple(sizes), tuple(counts), cluster_size)
 
 
-def make_neighborhoods(sizes, cluster_size, radius, generator, dimensions=2, drop=0.0):
-    """Random distinct clusters of each token's sample, -1 where there are fewer than `radius`."""
+def make_neighborhoods(sizes, cluster_size, num_clusters, generator, dimensions=2, drop=0.0):
+    """Random distinct clusters of each token's sample, -1 where it has too few."""
     clusters = make_clusters(sizes, cluster_size, dimensions)
-    rows, first = [torch.empty(0, radius, dtype=torch.int32)], 0
+    rows, first = [torch.empty(0, num_clusters, dtype=torch.int32)], 0
     for n, k in zip(sizes, clusters.counts, strict=True):
-        index = torch.full((n, radius), -1, dtype=torch.int32)
-        shuffled = torch.rand(n, k, generator=generator).argsort(1)[:, :radius]
+        index = torch.full((n, num_clusters), -1, dtype=torch.int32)
+        shuffled = torch.rand(n, k, generator=generator).argsort(1)[:, :num_clusters]
         index[:, : shuffled.shape[1]] = shuffled.int() + first
         rows.append(index)
         first += k
@@ -37,7 +37,14 @@ def make_neighborhoods(sizes, cluster_size, radius, generator, dimensions=2, dro
 
 
 def make_case(
-    sizes=(30, 17), cluster_size=8, radius=3, channels=11, dimensions=2, full=True, drop=0.1, seed=0
+    sizes=(30, 17),
+    cluster_size=8,
+    num_clusters=3,
+    channels=11,
+    dimensions=2,
+    full=True,
+    drop=0.1,
+    seed=0,
 ):
     """Arguments of `scored_merge`; positions on a coarse lattice, so that some coincide."""
     g = torch.Generator().manual_seed(seed)
@@ -48,7 +55,7 @@ def make_case(
         "scores": torch.rand(tokens, generator=g),
         "positions": torch.randint(-6, 7, (tokens, dimensions), generator=g) / 2,
         "centers": torch.randperm(tokens, generator=g)[: (tokens + 2) // 3],
-        "neighborhoods": make_neighborhoods(sizes, cluster_size, radius, g, dimensions, drop),
+        "neighborhoods": make_neighborhoods(sizes, cluster_size, num_clusters, g, dimensions, drop),
         "weight": torch.randn(4, width, generator=g),
         "bias": torch.randn(4, generator=g),
         "norm_weight": torch.randn(4, generator=g),

@@ -22,7 +22,7 @@ def to_gpu(inputs):
     return {name: x.cuda() for name, x in tensors.items()}, positions.cuda(), neighborhoods
 
 
-def lattice(side, heads, channels, dtype=torch.float32, samples=1, radius=6, training=True):
+def lattice(side, heads, channels, dtype=torch.float32, samples=1, num_clusters=6, training=True):
     """Inputs on the GPU, from a jittered square lattice of side**2 tokens per sample."""
     generator = torch.Generator("cuda").manual_seed(0)
     axis = torch.arange(side, device="cuda", dtype=torch.float32)
@@ -32,7 +32,7 @@ def lattice(side, heads, channels, dtype=torch.float32, samples=1, radius=6, tra
     sizes = (side * side,) * samples
     clusters = balanced_cluster(positions, sizes=sizes, extent=((side, side),) * samples)
     positions = positions[clusters.order]
-    neighborhoods = nearest_clusters(positions, clusters, radius).with_plan(training=training)
+    neighborhoods = nearest_clusters(positions, clusters, num_clusters).with_plan(training=training)
     shapes = dict.fromkeys(("query", "key", "value"), (len(positions), heads, channels))
     shapes |= {"position_weight": (heads, 5), "position_bias": (heads,)}
     shapes |= dict.fromkeys(("blank_key", "blank_value"), (heads, channels))
@@ -49,7 +49,7 @@ def lattice(side, heads, channels, dtype=torch.float32, samples=1, radius=6, tra
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_matches_float64(dimensions, dtype, channels):
-    options = {"sizes": (700, 0, 90, 3), "channels": channels, "cluster_size": 8, "radius": 6}
+    options = {"sizes": (700, 0, 90, 3), "channels": channels, "cluster_size": 8, "num_clusters": 6}
     inputs = to_gpu(make_inputs(dimensions=dimensions, **options))
     eager = None if dtype == torch.float32 else low_precision
     check_against_float64(inputs, dtype, impl="triton", eager=eager, memory=dirty_memory)
@@ -59,10 +59,14 @@ def test_matches_float64(dimensions, dtype, channels):
 @pytest.mark.parametrize("blank", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("features", [0, 2, 5])
-@pytest.mark.parametrize(("cluster_size", "radius"), [(1, 9), (5, 4), (8, 18), (24, 6), (40, 3)])
-def test_other_neighborhoods(cluster_size, radius, features, bias, blank, dtype):
+@pytest.mark.parametrize(
+    ("cluster_size", "num_clusters"), [(1, 9), (5, 4), (8, 18), (24, 6), (40, 3)]
+)
+def test_other_neighborhoods(cluster_size, num_clusters, features, bias, blank, dtype):
     options = {"channels": 32, "features": features, "bias": bias, "blank": blank}
-    inputs = make_inputs(sizes=(500, 21), cluster_size=cluster_size, radius=radius, **options)
+    inputs = make_inputs(
+        sizes=(500, 21), cluster_size=cluster_size, num_clusters=num_clusters, **options
+    )
     eager = None if dtype == torch.float32 else low_precision
     check_against_float64(to_gpu(inputs), dtype, impl="triton", eager=eager, memory=dirty_memory)
 

@@ -73,10 +73,14 @@ def test_matches_float64(inputs):
 @pytest.mark.parametrize(
     "options",
     [
-        {"channels": 40, "cluster_size": 24, "radius": 2, "dimensions": 3},
-        {"channels": 72, "cluster_size": 40, "radius": 2},  # more keys than rows of one program
-        {"channels": 128, "cluster_size": 1, "radius": 8},
-        {"channels": 8, "cluster_size": 8, "radius": 7},  # global
+        {"channels": 40, "cluster_size": 24, "num_clusters": 2, "dimensions": 3},
+        {
+            "channels": 72,
+            "cluster_size": 40,
+            "num_clusters": 2,
+        },  # more keys than rows of one program
+        {"channels": 128, "cluster_size": 1, "num_clusters": 8},
+        {"channels": 8, "cluster_size": 8, "num_clusters": 7},  # global
     ],
 )
 def test_other_shapes(options):
@@ -129,18 +133,18 @@ def test_gradients_of_a_row_add_up_to_zero(blank):
 
 
 @given(
-    radius=st.integers(0, 5),
+    num_clusters=st.integers(0, 5),
     clusters=st.integers(1, 9),
     size=st.sampled_from([1, 3, 5, 8, 24]),
     queries=st.integers(0, 70),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=40)
-def test_lists_of_the_plan(radius, clusters, size, queries, seed):
+def test_lists_of_the_plan(num_clusters, clusters, size, queries, seed):
     """Every (query, cluster) pair once in the lists of tiles, and once in those of groups."""
     generator = torch.Generator().manual_seed(seed)
-    index = torch.rand(queries, max(radius, clusters) + 3, generator=generator).argsort(1)
-    index = index[:, :radius].int() - 2  # some are negative, some too large
+    index = torch.rand(queries, max(num_clusters, clusters) + 3, generator=generator).argsort(1)
+    index = index[:, :num_clusters].int() - 2  # some are negative, some too large
     lengths = torch.randint(1, size + 1, (clusters,), generator=generator)
     offsets = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
     want = {(q, c) for q, row in enumerate(index.tolist()) for c in row if 0 <= c < clusters}
@@ -200,7 +204,7 @@ def test_sums_of_learned_gradients(programs, absent):
 
 
 def test_bits_repeat_and_plans_change_nothing():
-    inputs = make_inputs(sizes=(35, 0, 7), radius=4, cluster_size=8, dtype=torch.float32)
+    inputs = make_inputs(sizes=(35, 0, 7), num_clusters=4, cluster_size=8, dtype=torch.float32)
     tensors, positions, neighborhoods = inputs
     neighborhoods.cluster_index[::3, 2:] = -1
     results = []

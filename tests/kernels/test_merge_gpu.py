@@ -29,7 +29,7 @@ def random_net(dimensions):
     }
 
 
-def merge_case(tokens, channels, dimensions=2, cluster_size=8, radius=6, dtype=torch.float32):
+def merge_case(tokens, channels, dimensions=2, cluster_size=8, num_clusters=6, dtype=torch.float32):
     positions = torch.rand(tokens, dimensions, device="cuda") * 256
     clusters = balanced_cluster(positions, cluster_size, sizes=(tokens // 3, tokens - tokens // 3))
     positions = positions[clusters.order]
@@ -38,7 +38,7 @@ def merge_case(tokens, channels, dimensions=2, cluster_size=8, radius=6, dtype=t
         "scores": torch.rand(tokens, device="cuda"),
         "positions": positions,
         "centers": torch.randperm(tokens, device="cuda")[: tokens // 4],
-        "neighborhoods": nearest_clusters(positions, clusters, radius),
+        "neighborhoods": nearest_clusters(positions, clusters, num_clusters),
         **random_net(dimensions),
     }
 
@@ -107,10 +107,12 @@ def test_is_as_accurate_as_eager(name, channels, dimensions, dtype):
 
 
 @pytest.mark.parametrize("cluster_size", [3, 8, 24, 32])
-@pytest.mark.parametrize("radius", [1, 6, 18])
-def test_cluster_sizes(radius, cluster_size):
+@pytest.mark.parametrize("num_clusters", [1, 6, 18])
+def test_cluster_sizes(num_clusters, cluster_size):
     torch.manual_seed(1)
-    case = merge_case(1500, 64, cluster_size=cluster_size, radius=radius, dtype=torch.bfloat16)
+    case = merge_case(
+        1500, 64, cluster_size=cluster_size, num_clusters=num_clusters, dtype=torch.bfloat16
+    )
     exact = with_gradients(scored_merge, in_float64(case), impl="reference")
     fused = with_gradients(scored_merge, case)
     for name, value in exact.items():

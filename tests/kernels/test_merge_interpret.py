@@ -36,16 +36,16 @@ options = st.fixed_dictionaries(
 @given(
     sample=tokens(max_size=12, max_samples=2),
     cluster_size=st.sampled_from([4, 8, 20]),
-    radius=st.integers(1, 3),
+    num_clusters=st.integers(1, 3),
     drop=st.sampled_from([0.0, 0.3]),
     options=options,
 )
-def test_merge_is_as_accurate_as_eager(sample, cluster_size, radius, drop, options):
+def test_merge_is_as_accurate_as_eager(sample, cluster_size, num_clusters, drop, options):
     clusters = balanced_cluster(sample.positions, cluster_size, sizes=sample.sizes)
     positions = sample.positions[clusters.order]
     count, dimensions = positions.shape
     g = torch.Generator().manual_seed(options["seed"])
-    neighborhoods = nearest_clusters(positions, clusters, radius)
+    neighborhoods = nearest_clusters(positions, clusters, num_clusters)
     index = neighborhoods.cluster_index
     index[torch.rand(index.shape, generator=g) < drop] = -1
     case = {
@@ -82,9 +82,14 @@ def test_point_conv_is_as_accurate_as_eager(sample, k, elsewhere, options):
 @pytest.mark.parametrize(
     "shape",
     [
-        {"radius": 10, "cluster_size": 4},  # more clusters than are looked up together
+        {"num_clusters": 10, "cluster_size": 4},  # more clusters than are looked up together
         {"cluster_size": 20, "channels": 70},  # more tokens than rows of a product, uneven chunks
-        {"sizes": (21,), "cluster_size": 2, "channels": 272, "radius": 2},  # blocks of channels
+        {
+            "sizes": (21,),
+            "cluster_size": 2,
+            "channels": 272,
+            "num_clusters": 2,
+        },  # blocks of channels
         {"sizes": (5, 0, 1, 16), "channels": 16},
     ],
 )
@@ -117,7 +122,7 @@ def test_the_order_of_centers_changes_nothing():
 
 
 def test_a_cluster_listed_twice_counts_twice():
-    case = make_case(radius=3)
+    case = make_case(num_clusters=3)
     case["neighborhoods"].cluster_index[:, 1] = case["neighborhoods"].cluster_index[:, 0]
     assert_as_accurate(scored_merge, case, MERGED, "triton", memory=dirty_memory)
 
@@ -212,7 +217,12 @@ def test_the_weight_net_is_read_in_its_dtype(dtype):
 
 
 def test_empty_inputs():
-    for case in (make_case((0,)), make_case((0, 0)), make_case(channels=0), make_case(radius=0)):
+    for case in (
+        make_case((0,)),
+        make_case((0, 0)),
+        make_case(channels=0),
+        make_case(num_clusters=0),
+    ):
         with dirty_memory():
             result = value_and_gradients(scored_merge, case, MERGED, impl="triton")
         assert result["out"].shape == (len(case["centers"]), 4 * case["features"].shape[1])
