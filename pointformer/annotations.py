@@ -234,6 +234,7 @@ class Segment:
         crowd: a region of several objects that are not told apart; scores ignore it.
         score: confidence of a prediction.
         mask: `None` where the map of ids has it.
+        whole: area of the object before a crop took a part of it; `None`: `area`.
     """
 
     id: int | str
@@ -242,6 +243,7 @@ class Segment:
     crowd: bool = False
     score: float = 1.0
     mask: Mask | None = field(default=None, repr=False, compare=False)
+    whole: float | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, eq=False)

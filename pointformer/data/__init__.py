@@ -7,7 +7,6 @@ from pointformer.data.annotations import (
     named_categories,
     read_categories,
 )
-from pointformer.data.augment import random_colors, random_crop
 from pointformer.data.categories import (
     ADE20K,
     CITYSCAPES,
@@ -59,8 +58,6 @@ __all__ = [
     "image_size",
     "named_categories",
     "open_picture",
-    "random_colors",
-    "random_crop",
     "read_ade20k",
     "read_categories",
     "read_cityscapes",

@@ -128,10 +128,14 @@ class Annotation:
         return self._painted(numbers, 0), crowds
 
     def _painted(self, values: Sequence[int | None], empty: int) -> np.ndarray:
-        """(H, W) int32 of the segments' values but `None`, smaller segments on top."""
+        """(H, W) int32 of the segments' values but `None`, smaller segments on top.
+
+        In a crop, what was smaller before: the same as in the picture is on top.
+        """
         picture = np.full(self.size, empty, np.int32)
-        rows = zip(self.segments, values, self.masks(), strict=True)
-        for _, value, mask in sorted(rows, key=lambda row: -row[0].area):
+        areas = [s.area if s.whole is None else s.whole for s in self.segments]
+        rows = zip(areas, values, self.masks(), strict=True)
+        for _, value, mask in sorted(rows, key=lambda row: -row[0]):
             if value is not None:
                 picture[mask.window][mask.pixels] = value
         return picture

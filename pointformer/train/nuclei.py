@@ -32,10 +32,9 @@ from pointformer.data import (
     Annotation,
     Category,
     Dataset,
-    random_colors,
-    random_crop,
     read_folder,
 )
+from pointformer.data.transforms import Chain, RandomCrop, RandomCurves, RandomFlip, RandomTurn
 from pointformer.evaluation import evaluate
 from pointformer.metrics import AveragePrecision, InstanceAP
 from pointformer.models import Model, Output, create_model, save_model
@@ -196,10 +195,12 @@ class Trainer:
         self.task = task
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         self.samples = [  # all in memory
-            (annotation.read_image(), annotation.instances()[0]) for annotation in dataset
+            (annotation.read_image(), annotation) for annotation in dataset
         ]
+        crop = RandomCrop(recipe.crop, scales=(0.7, 1.6), logarithmic=True, beyond="mirror")
+        self.transform = Chain((crop, RandomFlip(), RandomTurn(), RandomCurves()))
         # Crowded pictures are drawn more often, but not in proportion to their nuclei.
-        weights = np.sqrt([1.0 + len(np.unique(instances)) for _, instances in self.samples])
+        weights = np.sqrt([2.0 + len(annotation.segments) for _, annotation in self.samples])
         self.probabilities = weights / weights.sum()
         self.recipe = recipe
         self.budget = budget
@@ -220,10 +221,9 @@ class Trainer:
         """Normalized crops (B, 3, S, S) and what is in them."""
         images, truth = [], []
         for index in rng.choice(len(self.samples), self.recipe.batch, p=self.probabilities):
-            whole, ids = self.samples[index]
-            image, instances = random_crop(whole, ids, self.recipe.crop, rng)
-            images.append(random_colors(image, rng))
-            truth.append(Annotation.of_objects(instances))
+            image, annotation = self.transform(*self.samples[index], rng)
+            images.append(image)
+            truth.append(annotation)
         pixels = torch.from_numpy(np.stack(images)).movedim(-1, 1).contiguous()
         return self.model.preprocess(pixels.to(self.device)), truth
 

@@ -1,15 +1,10 @@
-"""Reading pictures and instance maps, folders of them, and augmentation."""
+"""Reading pictures and instance maps, and folders of them."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
-from skimage import measure
 
 from pointformer.data import (
-    random_colors,
-    random_crop,
     read_folder,
     read_image,
     read_instances,
@@ -103,57 +98,3 @@ def test_instances_of_a_split_in_memory(tmp_path):
         list(read_folder(tmp_path, "train", "instance"))
     with pytest.raises(ValueError, match=r"val.*found none"):
         read_folder(tmp_path, "val", "instance")
-
-
-@given(
-    st.integers(1, 40), st.integers(1, 40), st.integers(1, 24), st.integers(0, 2**32), st.booleans()
-)
-def test_crop_keeps_colors_and_instances_aligned(height, width, size, seed, resized):
-    rng = np.random.default_rng(seed)
-    instances = rng.integers(0, 250, (height, width))
-    image = np.repeat(instances[..., None], 3, 2).astype(np.uint8)
-    scales = (0.5, 2.0) if resized else (1.0, 1.0)
-    crop, ids = random_crop(image, instances, size, rng, scales=scales)
-    assert crop.shape == (size, size, 3)
-    assert ids.shape == (size, size)
-    known = ids <= instances.max()
-    assert np.isin(ids[known], instances).all()
-    if not resized:
-        np.testing.assert_array_equal(crop[known, 1], ids[known])
-        for mirrored in np.unique(ids[~known]):
-            assert len(np.unique(crop[ids == mirrored])) == 1
-
-
-def test_scaled_crop_is_centered_like_its_instances():
-    instances = np.zeros((64, 64), np.int32)
-    instances[20:44, 12:30] = 1
-    image = np.repeat(instances[..., None] * 255, 3, 2).astype(np.uint8)
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        crop, ids = random_crop(image, instances, 48, rng, scales=(0.6, 2.5))
-        # Bilinear and nearest sampling agree but for the rounding at the rim.
-        assert np.mean((crop[..., 0] > 127) != (ids > 0)) < 0.02
-
-
-def test_colors_are_reproducible_varied_and_keep_gray_gray():
-    gray = np.repeat(RNG.integers(0, 256, (16, 16, 1), dtype=np.uint8), 3, 2)
-    results = [random_colors(gray, np.random.default_rng(seed)) for seed in range(30)]
-    assert all((image[..., 0] == image[..., 2]).all() for image in results)
-    assert len({image.tobytes() for image in results}) == 30
-    np.testing.assert_array_equal(results[3], random_colors(gray, np.random.default_rng(3)))
-    darker = [np.corrcoef(gray.ravel(), image.ravel())[0, 1] < 0 for image in results]
-    assert any(darker)
-    assert not all(darker)
-
-
-def test_mirror_images_are_objects_of_their_own():
-    """Where a picture is continued by its mirror image, no id has two pieces."""
-    rng = np.random.default_rng(0)
-    ids = np.zeros((40, 40), np.int32)
-    ids[3:9, 4:12], ids[20:30, 20:26], ids[34:40, 10:20] = 5, 9, 7
-    image = np.zeros((40, 40, 3), np.uint8)
-    for _ in range(20):
-        _, crop = random_crop(image, ids, 96, rng, scales=(1.0, 1.0))
-        assert len(np.unique(crop)) > 4
-        pieces = measure.label(crop, connectivity=2)
-        assert pieces.max() == len(np.unique(crop)) - 1

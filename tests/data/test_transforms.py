@@ -1,0 +1,301 @@
+"""Transforms: pictures and what is annotated in them stay together."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from skimage import measure
+
+from pointformer.data import VOID, Annotation, Mask, Segment
+from pointformer.data.transforms import (
+    CenterCrop,
+    Chain,
+    RandomCrop,
+    RandomCurves,
+    RandomFlip,
+    RandomResizedCrop,
+    RandomTurn,
+    Resize,
+)
+
+INSIDE = 200  # third channel of pictures; what lies beyond them is gray
+STEP = 6  # first and second channel: row and column, times this
+EXACT = [
+    RandomCrop(12),
+    RandomCrop((7, 30)),
+    RandomCrop((33, 9), beyond="mirror"),
+    RandomFlip(),
+    RandomFlip(0.5, 0.5),
+    RandomTurn(),
+    CenterCrop((20, 11)),
+    Chain((RandomCrop(24), RandomFlip(), RandomTurn())),
+]
+SCALED = [
+    RandomCrop(16, scales=(0.4, 3.0), logarithmic=True),
+    RandomCrop((20, 12), scales=(0.1, 2.0), measure="fit"),
+    RandomCrop((10, 24), scales=(0.5, 2.0), measure="short", longest=40),
+    RandomCrop(20, scales=(0.7, 1.6), beyond="mirror"),
+    RandomResizedCrop(16),
+    RandomResizedCrop((9, 31), areas=(0.3, 0.9), interpolation="bilinear"),
+    Resize(18),
+    Resize(30, longest=41),
+]
+
+
+def picture(height, width):
+    """Each pixel says where it is."""
+    image = np.full((height, width, 3), INSIDE, np.uint8)
+    image[..., 0] = STEP * np.arange(height)[:, None]
+    image[..., 1] = STEP * np.arange(width)
+    return image
+
+
+def annotated(kind, height, width, rng):
+    """Void, crowds, overlaps, and segments without a pixel."""
+    size = height, width
+    base = Annotation("a", None, size, "a", label=int(rng.integers(-1, 5)))
+    blocks = rng.integers(0, 7, (-(-height // 3), -(-width // 4)))
+    coarse = np.repeat(np.repeat(blocks, 3, 0), 4, 1)[:height, :width].astype(np.int32)
+    if kind == "label":
+        return base
+    if kind == "semantic":
+        return replace(base, semantic=coarse - 1)
+    if kind == "map":
+        ids = coarse * 70001
+        segments = [
+            Segment(n * 70001, int(rng.integers(3)), np.sum(coarse == n), crowd=n == 2)
+            for n in (1, 2, 3, 4, 9)
+        ]
+        return replace(base, ids=ids, segments=tuple(segments))
+    segments = []
+    for n in range(6):
+        pixels = np.zeros(size, bool)
+        top, left = rng.integers(height), rng.integers(width)
+        pixels[top : top + rng.integers(0, 20), left : left + rng.integers(0, 20)] = True
+        pixels &= rng.random(size) < 0.9
+        category = VOID if n == 5 else n
+        mask = Mask.of(pixels)
+        segments.append(Segment(f"o{n}", category, mask.area, n in (3, 5), 1.0, mask))
+    return replace(base, segments=tuple(segments))
+
+
+KINDS = ["label", "semantic", "map", "objects"]
+
+
+def scenes():
+    return st.tuples(
+        st.sampled_from(KINDS), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32)
+    )
+
+
+def layers(annotation):
+    """(H, W) maps by name that show all that is annotated."""
+    found = {}
+    if annotation.semantic is not None:
+        found["semantic"] = annotation.semantic
+    if annotation.ids is not None:
+        found["ids"] = annotation.ids
+    for segment in annotation.segments:
+        if segment.mask is not None:
+            found[segment.id] = segment.mask.dense(annotation.size)
+    return found
+
+
+def mirrors(transform):
+    return getattr(transform, "beyond", None) == "mirror"
+
+
+def same(one, other):
+    assert (one.name, one.label, one.size) == (other.name, other.label, other.size)
+    assert one.segments == other.segments
+    assert layers(one).keys() == layers(other).keys()
+    for name, values in layers(one).items():
+        np.testing.assert_array_equal(values, layers(other)[name])
+
+
+@pytest.mark.parametrize("transform", EXACT, ids=repr)
+@given(scenes())
+def test_pixels_and_annotations_stay_together(transform, scene):
+    kind, height, width, seed = scene
+    rng = np.random.default_rng(seed)
+    before = annotated(kind, height, width, rng)
+    image, after = transform(picture(height, width), before, rng)
+    assert image.dtype == np.uint8
+    assert image.flags.c_contiguous
+    assert image.shape == (*after.size, 3)
+    inside = image[..., 2] == INSIDE
+    rows, columns = image[..., 0] // STEP, image[..., 1] // STEP
+    mirrored = mirrors(transform)
+    assert inside.any()
+    assert inside.all() or not mirrored
+    old, new = layers(before), layers(after)
+    for name, values in new.items():
+        empty = VOID if name == "semantic" else 0
+        assert (values[~inside] == empty).all()
+        if name != "semantic" and mirrored:
+            continue  # see the test of mirror images
+        if name in old:
+            np.testing.assert_array_equal(values[inside], old[name][rows[inside], columns[inside]])
+    if not mirrored:  # nothing that can be seen was dropped
+        gone = [old[name] for name in old.keys() - new.keys()]
+        assert not any(values[rows[inside], columns[inside]].any() for values in gone)
+
+
+@pytest.mark.parametrize("transform", SCALED, ids=repr)
+@given(scenes())
+def test_scaled_pictures_and_annotations_stay_together(transform, scene):
+    """To a pixel, or as much as was averaged to one."""
+    kind, height, width, seed = scene
+    rng = np.random.default_rng(seed)
+    before = annotated(kind, height, width, rng)
+    image, after = transform(picture(height, width), before, rng)
+    assert image.shape == (*after.size, 3)
+    coordinates = image[..., :2].astype(float) / STEP
+    inside = image[..., 2] == INSIDE
+    slope = [np.abs(np.diff(coordinates[..., n], axis=n)).max(initial=0) for n in (0, 1)]
+    for name, values in layers(after).items():
+        if name != "semantic" and mirrors(transform):
+            continue
+        old = layers(before)[name]
+        for row, column in np.argwhere(inside)[:: 1 + inside.sum() // 40]:
+            place = [
+                slice(max(0, int(at - reach - 1)), int(at + reach + 2))
+                for at, reach in zip(coordinates[row, column], slope, strict=True)
+            ]
+            assert values[row, column] in old[tuple(place)]
+
+
+@given(st.sampled_from(EXACT + SCALED), scenes())
+def test_all_kinds_of_annotations_are_sampled_alike(transform, scene):
+    """What is on top stays on top, crowds stay void."""
+    kind, height, width, seed = scene
+    before = annotated(kind, height, width, np.random.default_rng(seed))
+    classes = Annotation("a", None, (height, width), "a", semantic=before.classes())
+    image = picture(height, width)
+    _, after = transform(image, before, np.random.default_rng(seed))
+    _, painted = transform(image, classes, np.random.default_rng(seed))
+    np.testing.assert_array_equal(after.classes(), painted.classes())
+
+
+@given(st.sampled_from(EXACT + SCALED), scenes())
+def test_segments_are_what_the_pixels_say(transform, scene):
+    kind, height, width, seed = scene
+    before = annotated(kind, height, width, np.random.default_rng(seed))
+    image = picture(height, width)
+    _, after = transform(image, before, np.random.default_rng(seed))
+    known = {segment.id: segment for segment in before.segments}
+    for segment, mask in zip(after.segments, after.masks(), strict=True):
+        assert segment.area == mask.area
+        assert mask.area or isinstance(transform, RandomFlip | RandomTurn)
+        same_box = Mask.of(mask.dense(after.size))
+        assert same_box.box == mask.box
+        if segment.id in known:
+            origin = known[segment.id]
+            assert (segment.category, segment.crowd) == (origin.category, origin.crowd)
+    ids = [segment.id for segment in after.segments]
+    assert len(set(ids)) == len(ids)
+    again_image, again = transform(image, before, np.random.default_rng(seed))
+    same(again, after)
+    np.testing.assert_array_equal(
+        again_image, transform(image, before, np.random.default_rng(seed))[0]
+    )
+    same(before, annotated(kind, height, width, np.random.default_rng(seed)))  # not written to
+
+
+def test_an_area_of_a_file_that_is_not_that_of_the_mask_is_shared_out():
+    pixels = np.ones((8, 10), bool)
+    segment = Segment(1, 0, 72.5, mask=Mask.of(pixels))
+    before = Annotation("a", None, (8, 10), "a", segments=(segment,))
+    rng = np.random.default_rng(0)
+    _, after = RandomFlip(1.0)(picture(8, 10), before, rng)
+    assert after.segments[0].area == 72.5
+    _, after = CenterCrop(4)(picture(8, 10), before, rng)
+    assert after.segments[0].area == 72.5 * 16 / 80
+
+
+def test_turns_and_flips_are_all_drawn():
+    image = picture(5, 7)
+    nothing = Annotation("a", None, (5, 7), "a")
+    chain = Chain((RandomFlip(0.5, 0.5), RandomTurn()))
+    results = {
+        chain(image, nothing, np.random.default_rng(seed))[0].tobytes() for seed in range(80)
+    }
+    assert len(results) == 8
+
+
+def test_scales():
+    """A scale of 1 means as the `measure` says, `longest` bounds it."""
+    image, nothing = picture(20, 40), Annotation("a", None, (20, 40), "a")
+
+    def extent(crop):
+        image_, _ = crop(image, nothing, np.random.default_rng(0))
+        inside = image_[..., 2] == INSIDE
+        return inside.any(1).sum(), inside.any(0).sum()
+
+    assert extent(RandomCrop(60)) == (20, 40)
+    assert extent(RandomCrop(60, measure="fit")) == (30, 60)
+    assert extent(RandomCrop(60, scales=(0.5, 0.5), measure="fit")) == (15, 30)
+    assert extent(RandomCrop((40, 90), measure="short")) == (40, 80)
+    assert extent(RandomCrop(80, measure="short", short=30)) == (30, 60)
+    assert extent(RandomCrop(80, measure="short", longest=50)) == (25, 50)
+    assert Resize(10)(image, nothing, np.random.default_rng(0))[1].size == (10, 20)
+    assert Resize(10, longest=15)(image, nothing, np.random.default_rng(0))[1].size == (8, 15)
+    rng = np.random.default_rng(1)
+    crops = [RandomCrop(30, (0.1, 2.0), "fit")(image, nothing, rng)[0] for _ in range(50)]
+    shares = [np.mean(crop[..., 2] == INSIDE) for crop in crops]
+    assert min(shares) < 0.05
+    assert max(shares) > 0.9
+
+
+@pytest.mark.parametrize("kind", ["map", "objects"])
+def test_mirror_images_are_objects_of_their_own(kind):
+    """Where a picture is continued by its mirror image, no object has two pieces, but crowds."""
+    masks = np.zeros((4, 40, 40), bool)
+    for mask, (rows, columns) in zip(
+        masks,
+        [((3, 9), (4, 12)), ((20, 30), (20, 26)), ((34, 40), (10, 20)), ((3, 9), (25, 31))],
+        strict=True,
+    ):
+        mask[slice(*rows), slice(*columns)] = True
+    numbers = [5, 9, 7, 8]
+    segments = [
+        Segment(n, 0, int(mask.sum()), n == 8, 1.0, Mask.of(mask) if kind == "objects" else None)
+        for n, mask in zip(numbers, masks, strict=True)
+    ]
+    ids = (np.array(numbers)[:, None, None] * masks).sum(0).astype(np.uint8)
+    before = Annotation(
+        "a", None, (40, 40), "a", ids=ids if kind == "map" else None, segments=tuple(segments)
+    )
+    pieces = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        _, after = RandomCrop(96, beyond="mirror")(picture(40, 40), before, rng)
+        assert len(after.segments) > 5
+        for segment, mask in zip(after.segments, after.masks(), strict=True):
+            found = measure.label(mask.pixels, connectivity=2).max()
+            pieces += found if segment.crowd else 0
+            assert segment.crowd or found == 1
+        assert sum(segment.crowd for segment in after.segments) == 1
+    assert pieces > 40
+
+
+def test_curves_are_reproducible_varied_and_keep_gray_gray():
+    gray = np.repeat(np.random.default_rng(0).integers(0, 256, (16, 16, 1), np.uint8), 3, 2)
+    nothing = Annotation("a", None, (16, 16), "a")
+    results = [RandomCurves()(gray, nothing, np.random.default_rng(seed))[0] for seed in range(30)]
+    assert all((image[..., 0] == image[..., 2]).all() for image in results)
+    assert len({image.tobytes() for image in results}) == 30
+    again, _ = RandomCurves()(gray, nothing, np.random.default_rng(3))
+    np.testing.assert_array_equal(results[3], again)
+    darker = [np.corrcoef(gray.ravel(), image.ravel())[0, 1] < 0 for image in results]
+    assert any(darker)
+    assert not all(darker)
+
+
+def test_what_cannot_be_is_one_line():
+    with pytest.raises(ValueError, match=r"scales: expected .* got \(2.0, 1.0\)"):
+        RandomCrop(8, scales=(2.0, 1.0))
+    with pytest.raises(ValueError, match=r"areas: expected .* got \(0, 1\)"):
+        RandomResizedCrop(8, areas=(0, 1))
