@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pointformer.data import Annotation, Dataset, Reading
-
-Transform = Callable[[np.ndarray, Annotation, np.random.Generator], tuple[np.ndarray, Annotation]]
-"""(H, W, 3) uint8 and its annotation to another picture and its annotation."""
+from pointformer.data.transforms import Transform
 
 _ORDER, _SAMPLE = 0, 1  # what random numbers are for
 
