@@ -8,13 +8,15 @@ centers. Segments that a crop leaves no pixel of are dropped, the others have th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
 
 from pointformer.annotations import VOID, Mask, Segment
 from pointformer.data.annotations import Annotation
@@ -129,22 +131,13 @@ class RandomResizedCrop:
         self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
     ) -> Sample:
         height, width = image.shape[:2]
-        for _ in range(10):
-            area = height * width * rng.uniform(*self.areas)
-            ratio = float(np.exp(rng.uniform(*np.log(self.ratios))))
-            rows, columns = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
-            if 0 < rows <= height and 0 < columns <= width:
-                break
-        else:  # a long picture: the largest window of an allowed shape, in the middle
+        place = _random_rectangle((height, width), self.areas, self.ratios, rng)
+        if place is None:  # a long picture: the largest window of an allowed shape, in the middle
             least, largest = self.ratios
             ratio = min(max(width / height, least), largest)
             rows = max(1, min(height, round(width / ratio)))
             columns = max(1, min(width, round(height * ratio)))
             place = ((height - rows) // 2, rows), ((width - columns) // 2, columns)
-            return _window(image, annotation, *place, _pair(self.size), self.interpolation)
-        top = int(rng.integers(height - rows, endpoint=True))
-        left = int(rng.integers(width - columns, endpoint=True))
-        place = (top, rows), (left, columns)
         return _window(image, annotation, *place, _pair(self.size), self.interpolation)
 
 
@@ -214,12 +207,180 @@ class RandomCurves:
         gains = np.exp(rng.normal(0, 0.2) + rng.normal(0, spread, 3))
         curves = gains[:, None] * levels + rng.normal(0, 0.04)
         curves = np.clip(np.rint(curves * 255), 0, 255).astype(np.uint8)
-        colored = np.asarray(Image.fromarray(image).point(curves.ravel().tolist()))
+        colored = np.array(Image.fromarray(image).point(curves.ravel().tolist()))
         if rng.random() < self.noise:
             amplitude = rng.uniform(1, 12)
             grain = (rng.standard_normal(image.shape[:2], dtype=np.float32) * amplitude)[..., None]
             colored = np.clip(colored + grain, 0, 255).astype(np.uint8)
         return colored, annotation
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """Random brightness, contrast, saturation and hue, as SSD was trained with (Liu et al. 2016).
+
+    Attributes:
+        brightness: at most so much is added, of the range from black to white.
+        contrast, saturation: factors are in 1 - this to 1 + this.
+        hue: at most such a share of a turn.
+        probability: of each of the four.
+    """
+
+    brightness: float = 32 / 255
+    contrast: float = 0.5
+    saturation: float = 0.5
+    hue: float = 18 / 360
+    probability: float = 0.5
+
+    def __call__(
+        self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
+    ) -> Sample:
+        chosen = rng.random(4) < self.probability
+        limits = np.array([self.brightness, self.contrast, self.saturation, self.hue])
+        drawn = np.where(chosen, limits * rng.uniform(-1, 1, 4), 0)
+        shift, contrast, saturation, turn = (drawn + np.array([0, 1, 1, 0])).tolist()
+        levels = np.arange(256)
+        early = rng.random() < 0.5  # the contrast, which clips
+        image = _levels(image, levels * (contrast if early else 1) + 255 * shift)
+        if turn or saturation != 1:
+            hue, colorfulness, value = Image.fromarray(image).convert("HSV").split()
+            hue = hue.point(((levels + round(256 * turn)) % 256).tolist())
+            colorfulness = colorfulness.point(np.clip(levels * saturation, 0, 255).tolist())
+            image = np.array(Image.merge("HSV", (hue, colorfulness, value)).convert("RGB"))
+        return _levels(image, levels * (1 if early else contrast)), annotation
+
+
+def _levels(image: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """A picture whose 256 levels are others."""
+    table = np.clip(np.rint(levels), 0, 255).astype(int).tolist()
+    return np.array(Image.fromarray(image).point(table * 3))
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """A few operations, each chosen at random among many (Cubuk et al. 2020).
+
+    Where places are annotated the operations are those of colors only. They are Pillow's, with the
+    strengths of the recipes that transformers such as AFF are trained with: what grows with the
+    magnitude is the distance from the picture as it is, in a random direction.
+
+    Attributes:
+        operations: how many.
+        magnitude: their strength, 0 to 10.
+        spread: standard deviation of the magnitude.
+        probability: of each operation being done at all.
+    """
+
+    operations: int = 2
+    magnitude: float = 9.0
+    spread: float = 0.5
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.magnitude <= 10:
+            raise ValueError(f"magnitude: expected 0 to 10, got {self.magnitude}")
+
+    def __call__(
+        self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
+    ) -> Sample:
+        possible = _COLOR_OPERATIONS if _has_places(annotation) else _OPERATIONS
+        picture = Image.fromarray(image)
+        for _ in range(self.operations):
+            operation = possible[rng.integers(len(possible))]
+            level = np.clip(rng.normal(self.magnitude, self.spread), 0, 10) / 10
+            level *= 1 if rng.random() < 0.5 else -1
+            if rng.random() < self.probability:
+                picture = operation(picture, float(level))
+        return np.array(picture), annotation
+
+
+def _has_places(annotation: Annotation) -> bool:
+    maps = annotation.semantic, annotation.ids
+    return bool(annotation.segments) or any(values is not None for values in maps)
+
+
+def _enhanced(
+    enhancer: Callable[[Image.Image], Any],
+) -> Callable[[Image.Image, float], Image.Image]:
+    return lambda picture, level: enhancer(picture).enhance(max(0.1, 1 + 0.9 * level))
+
+
+def _moved(picture: Image.Image, *matrix: float) -> Image.Image:
+    """The picture at `matrix` @ (x, y, 1), coordinates relative to the center."""
+    x, y = picture.width / 2, picture.height / 2
+    a, b, c, d, e, f = matrix
+    about_center = (a, b, c + x - a * x - b * y, d, e, f + y - d * x - e * y)
+    return picture.transform(
+        picture.size,
+        Image.Transform.AFFINE,
+        about_center,
+        Image.Resampling.BILINEAR,
+        fillcolor=(_GRAY,) * 3,
+    )
+
+
+def _turned(picture: Image.Image, level: float) -> Image.Image:
+    angle = np.deg2rad(30 * level)
+    cos, sin = float(np.cos(angle)), float(np.sin(angle))
+    return _moved(picture, cos, -sin, 0, sin, cos, 0)
+
+
+_COLOR_OPERATIONS: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
+    lambda picture, _: ImageOps.autocontrast(picture),
+    lambda picture, _: ImageOps.equalize(picture),
+    lambda picture, _: ImageOps.invert(picture),
+    lambda picture, level: ImageOps.posterize(picture, max(1, 4 - int(4 * abs(level)))),
+    lambda picture, level: ImageOps.solarize(picture, 256 - int(256 * abs(level))),
+    lambda picture, level: picture.point(
+        [v + (int(110 * abs(level)) if v < 128 else 0) for v in range(256)] * 3
+    ),
+    _enhanced(ImageEnhance.Color),
+    _enhanced(ImageEnhance.Contrast),
+    _enhanced(ImageEnhance.Brightness),
+    _enhanced(ImageEnhance.Sharpness),
+)
+_OPERATIONS = (
+    *_COLOR_OPERATIONS,
+    _turned,
+    lambda picture, level: _moved(picture, 1, 0.3 * level, 0, 0, 1, 0),
+    lambda picture, level: _moved(picture, 1, 0, 0, 0.3 * level, 1, 0),
+    lambda picture, level: _moved(picture, 1, 0, 0.45 * level * picture.width, 0, 1, 0),
+    lambda picture, level: _moved(picture, 1, 0, 0, 0, 1, 0.45 * level * picture.height),
+)
+
+
+@dataclass(frozen=True)
+class RandomErasing:
+    """Noise in the place of a rectangle (Zhong et al. 2020); what is annotated stays.
+
+    Attributes:
+        probability: of erasing.
+        areas: least and largest share of the picture's area.
+        ratios: least and largest width over height, drawn in the logarithm.
+    """
+
+    probability: float = 0.25
+    areas: tuple[float, float] = (0.02, 1 / 3)
+    ratios: tuple[float, float] = (0.3, 1 / 0.3)
+
+    def __post_init__(self) -> None:
+        _check_range("areas", self.areas)
+        _check_range("ratios", self.ratios)
+
+    def __call__(
+        self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
+    ) -> Sample:
+        if rng.random() >= self.probability:
+            return image, annotation
+        place = _random_rectangle(image.shape[:2], self.areas, self.ratios, rng)
+        if place is None:
+            return image, annotation
+        (top, height), (left, width) = place
+        # Of the spread of natural pictures, as normalization makes it 1.
+        noise = _GRAY + 57 * rng.standard_normal((height, width, 3), np.float32)
+        image = image.copy()
+        image[top : top + height, left : left + width] = np.clip(noise, 0, 255)
+        return image, annotation
 
 
 @dataclass(frozen=True)
@@ -258,9 +419,84 @@ class CenterCrop:
         return _window(image, annotation, rows, columns, size)
 
 
+@dataclass(frozen=True)
+class Mix:
+    """Mixtures of two pictures each in a batch: mixup (Zhang et al. 2018) or CutMix (Yun et al.
+    2019), for the classes of pictures.
+
+    Pictures are mixed with their neighbors, two by two, so that the parts of a batch that several
+    processes have are mixed as the whole would be, if they are even.
+
+    Attributes:
+        mixup, cutmix: shares of the first picture are drawn from a beta distribution with both
+            parameters equal to this; 0: never.
+        probability: of mixing a batch at all.
+        switch: probability of CutMix where both are possible.
+    """
+
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    probability: float = 1.0
+    switch: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+
+    def __call__(self, images: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
+        """Mix a batch; all of it alike.
+
+        Args:
+            images: (B, 3, H, W) float.
+
+        Returns:
+            The mixtures; (B,) int64, which picture each is mixed with; and the share of the first,
+            so that the loss is that share of the loss for a picture's own class, the rest for the
+            other's.
+        """
+        partners = torch.arange(len(images), device=images.device)
+        partners[: len(images) // 2 * 2] ^= 1
+        cut = self.cutmix > 0 and (self.mixup == 0 or rng.random() < self.switch)
+        strength = self.cutmix if cut else self.mixup
+        if strength == 0 or rng.random() >= self.probability:
+            return images, partners, 1.0
+        share = float(rng.beta(strength, strength))
+        if not cut:
+            return images[partners].lerp(images, share), partners, share
+        height, width = images.shape[2:]
+        ends = []
+        for side in (height, width):
+            middle, half = int(rng.integers(side)), int(side * (1 - share) ** 0.5) // 2
+            ends.append(slice(max(middle - half, 0), min(middle + half, side)))
+        rows, columns = ends
+        mixed = images.clone()
+        mixed[:, :, rows, columns] = images[partners][:, :, rows, columns]
+        covered = (rows.stop - rows.start) * (columns.stop - columns.start)
+        return mixed, partners, 1 - covered / (height * width)
+
+
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
+
+
+def _random_rectangle(
+    shape: tuple[int, int],
+    areas: tuple[float, float],
+    ratios: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """First row and height, first column and width; `None` if none is found that fits."""
+    for _ in range(10):
+        area = shape[0] * shape[1] * rng.uniform(*areas)
+        ratio = float(np.exp(rng.uniform(*np.log(ratios))))
+        height, width = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
+        if 0 < height <= shape[0] and 0 < width <= shape[1]:
+            top = int(rng.integers(shape[0] - height, endpoint=True))
+            left = int(rng.integers(shape[1] - width, endpoint=True))
+            return (top, height), (left, width)
+    return None
 
 
 def _check_range(name: str, values: Sequence[float]) -> None:

@@ -221,7 +221,8 @@ class Trainer:
         """Normalized crops (B, 3, S, S) and what is in them."""
         images, truth = [], []
         for index in rng.choice(len(self.samples), self.recipe.batch, p=self.probabilities):
-            image, annotation = self.transform(*self.samples[index], rng)
+            whole, annotated = self.samples[index]
+            image, annotation = self.transform(whole, annotated, rng)
             images.append(image)
             truth.append(annotation)
         pixels = torch.from_numpy(np.stack(images)).movedim(-1, 1).contiguous()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from skimage import measure
@@ -12,8 +13,12 @@ from pointformer.data import VOID, Annotation, Mask, Segment
 from pointformer.data.transforms import (
     CenterCrop,
     Chain,
+    ColorJitter,
+    Mix,
+    RandAugment,
     RandomCrop,
     RandomCurves,
+    RandomErasing,
     RandomFlip,
     RandomResizedCrop,
     RandomTurn,
@@ -294,8 +299,145 @@ def test_curves_are_reproducible_varied_and_keep_gray_gray():
     assert not all(darker)
 
 
+def colored(height=24, width=32):
+    return np.random.default_rng(5).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [ColorJitter(), RandAugment(), RandomErasing(0.5), RandomCurves(), ColorJitter(0, 0, 0, 0.5)],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_colors_change_and_annotations_stay(transform, kind):
+    image = colored()
+    kept = image.copy()
+    before = annotated(kind, 24, 32, np.random.default_rng(0))
+    results = set()
+    for seed in range(40):
+        changed, after = transform(image, before, np.random.default_rng(seed))
+        again, _ = transform(image, before, np.random.default_rng(seed))
+        np.testing.assert_array_equal(changed, again)
+        assert after is before
+        assert changed.dtype == np.uint8
+        assert changed.shape == image.shape
+        assert changed.flags.writeable
+        assert changed.flags.c_contiguous
+        results.add(changed.tobytes())
+    np.testing.assert_array_equal(image, kept)
+    assert len(results) > 5
+
+
+def test_jitter_is_as_strong_as_it_says():
+    image, nothing = colored(), Annotation("a", None, (24, 32), "a")
+
+    def all_of(transform):
+        return [transform(image, nothing, np.random.default_rng(n))[0] for n in range(60)]
+
+    shifts = [
+        (changed.astype(int) - image)[(image > 60) & (image < 190)]
+        for changed in all_of(ColorJitter(0.2, 0, 0, 0, 1.0))
+    ]
+    assert all(len(np.unique(shift)) == 1 for shift in shifts)
+    assert 40 < max(np.abs(shift[0]) for shift in shifts) <= 51
+    assert min(shift[0] for shift in shifts) < -20
+    factors = [changed[image == 100][0] / 100 for changed in all_of(ColorJitter(0, 0.5, 0, 0, 1.0))]
+    assert 0.5 <= min(factors) < 0.7 < 1.3 < max(factors) <= 1.5
+    same = all_of(ColorJitter(0, 0, 0, 0, 1.0)) + all_of(ColorJitter(probability=0.0))
+    assert max(np.abs(changed.astype(int) - image).max() for changed in same) <= 4  # HSV's rounding
+    gray = np.repeat(image[..., :1], 3, 2)
+    changed, _ = ColorJitter()(gray, nothing, np.random.default_rng(1))
+    assert (changed[..., 0] == changed[..., 2]).all()
+
+
+def test_pictures_are_moved_only_where_no_place_is_annotated():
+    """Operations of colors leave an even picture even."""
+    even = np.full((24, 32, 3), (90, 140, 30), np.uint8)
+    transform = RandAugment(probability=1.0)
+    moved = {}
+    for kind in KINDS:
+        annotation = annotated(kind, 24, 32, np.random.default_rng(0))
+        pictures = [transform(even, annotation, np.random.default_rng(n))[0] for n in range(40)]
+        moved[kind] = np.mean([len(np.unique(p.reshape(-1, 3), axis=0)) > 1 for p in pictures])
+    assert moved.pop("label") > 0.3
+    assert max(moved.values()) == 0
+
+
+def test_operations_grow_with_the_magnitude_from_the_picture_as_it_is():
+    smooth = np.full((64, 64, 3), 128, np.uint8)
+    smooth[16:48, 16:48] += (np.arange(32)[:, None, None] + np.arange(32)[:, None]).astype(np.uint8)
+    nothing = Annotation("a", None, (64, 64), "a", label=1)
+
+    def change(magnitude):
+        transform = RandAugment(1, magnitude, 0.0, 1.0)
+        pictures = [transform(smooth, nothing, np.random.default_rng(n))[0] for n in range(150)]
+        # Invert, equalize and autocontrast have no strength.
+        return np.median([np.abs(picture.astype(int) - smooth).mean() for picture in pictures])
+
+    assert change(0) < 1 < change(4) < change(9)
+
+
+def test_erasing_takes_the_area_it_says():
+    image, nothing = colored(60, 80), Annotation("a", None, (60, 80), "a", label=1)
+    shares = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        erased, _ = RandomErasing(1.0, areas=(0.1, 0.3))(image, nothing, rng)
+        changed = (erased != image).any(2)
+        rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+        box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+        assert changed.sum() > 0.98 * box
+        shares.append(box / 4800)
+    assert 0.08 < min(shares) < 0.13 < 0.27 < max(shares) < 0.32
+    untouched, _ = RandomErasing(0.0)(image, nothing, np.random.default_rng(0))
+    assert untouched is image
+
+
+@pytest.mark.parametrize("mix", [Mix(cutmix=0), Mix(mixup=0), Mix(), Mix(probability=0.5)], ids=str)
+@given(st.integers(1, 7), st.integers(0, 2**32))
+def test_the_share_says_what_is_of_which_picture(mix, batch, seed):
+    images = torch.arange(1, batch + 1).float()[:, None, None, None].expand(-1, 3, 6, 8)
+    mixed, partners, share = mix(images, np.random.default_rng(seed))
+    assert sorted(partners.tolist()) == list(range(batch))
+    torch.testing.assert_close(partners[partners], torch.arange(batch))
+    assert 0 <= share <= 1
+    expected = share * images + (1 - share) * images[partners]
+    torch.testing.assert_close(mixed.mean((1, 2, 3)), expected.mean((1, 2, 3)))
+    if mix.mixup == 0:
+        assert torch.isin(mixed, images).all()
+    again, _, other = mix(images, np.random.default_rng(seed))
+    assert torch.equal(mixed, again)
+    assert share == other
+
+
+def test_parts_of_a_batch_are_mixed_as_the_whole():
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for seed in range(8):
+        whole, _, _ = Mix()(images, np.random.default_rng(seed))
+        parts = [Mix()(part, np.random.default_rng(seed))[0] for part in images.chunk(2)]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
+
+
+def test_all_ways_of_mixing_are_drawn():
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    kinds, shares = [], []
+    for seed in range(200):
+        mixed, partners, share = Mix(probability=0.8)(images, np.random.default_rng(seed))
+        pasted = ((mixed == images) | (mixed == images[partners])).all().item()
+        kinds.append("none" if mixed is images else "cut" if pasted else "mixed")
+        shares.append(share)
+    assert {kind: kinds.count(kind) > 25 for kind in ("none", "cut", "mixed")} == dict.fromkeys(
+        ("none", "cut", "mixed"), True
+    )
+    assert min(shares) < 0.1
+
+
 def test_what_cannot_be_is_one_line():
     with pytest.raises(ValueError, match=r"scales: expected .* got \(2.0, 1.0\)"):
         RandomCrop(8, scales=(2.0, 1.0))
     with pytest.raises(ValueError, match=r"areas: expected .* got \(0, 1\)"):
         RandomResizedCrop(8, areas=(0, 1))
+    with pytest.raises(ValueError, match=r"magnitude: expected 0 to 10, got 11"):
+        RandAugment(magnitude=11)
+    with pytest.raises(ValueError, match=r"mixup: expected at least 0, got -1"):
+        Mix(mixup=-1)
