@@ -6,8 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Unpack
 
+import numpy as np
+
 from pointformer.data.annotations import Annotation, Dataset
 from pointformer.data.images import Picture, Reading, open_picture
+from pointformer.data.transforms import Transform
 from pointformer.metrics import Metric
 from pointformer.models import Model
 from pointformer.prediction import check_copies, predict, windows_for
@@ -37,6 +40,7 @@ def evaluate(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     tile: int | None = None,
+    transform: Transform | None = None,
     **reading: Unpack[Reading],
 ) -> Evaluation:
     """Run a model over a data set and score it by the field's measures.
@@ -55,6 +59,8 @@ def evaluate(
         scales, flip: see `predict`; not for objects and segments, because the queries of different
             copies do not correspond.
         tile: side of the windows in pixels; see `segment`.
+        transform: what is done with pictures and annotations before, as classes of pictures are
+            published: `Chain([Resize(256), CenterCrop(224)])` of `pointformer.data.transforms`.
         reading: how the pictures are read, see `pointformer.data.images.Reading`.
 
     Raises:
@@ -68,7 +74,7 @@ def evaluate(
     scored = list(task.metrics() if metrics is None else metrics)
     pictures = 0
     for annotation, picture in _with_pictures(
-        dataset if annotations is None else annotations, dataset, reading
+        dataset if annotations is None else annotations, dataset, transform, reading
     ):
         windows = windows_for(model, picture, tile)
         prediction, _ = predict(model, task, picture, windows, scales=scales, flip=flip)
@@ -83,14 +89,19 @@ def evaluate(
 
 
 def _with_pictures(
-    annotations: Iterable[Annotation], dataset: Dataset, reading: Reading
+    annotations: Iterable[Annotation],
+    dataset: Dataset,
+    transform: Transform | None,
+    reading: Reading,
 ) -> Iterator[tuple[Annotation, Picture]]:
     for annotation in annotations:
         try:
-            picture = open_picture(annotation.read_image(**reading))
+            image = annotation.read_image(**reading)
         except ValueError as error:
             if not dataset.skip_bad:
                 raise
             dataset.skipped[annotation.name] = str(error)
         else:
-            yield annotation, picture
+            if transform is not None:
+                image, annotation = transform(image, annotation, np.random.default_rng(0))
+            yield annotation, open_picture(image)

@@ -13,6 +13,7 @@ from pointformer import segment
 from pointformer.annotations import VOID, Category, Segment
 from pointformer.data import Annotation, Dataset, open_picture
 from pointformer.data.annotations import Entry
+from pointformer.data.transforms import CenterCrop, Chain, Resize
 from pointformer.evaluation import evaluate
 from pointformer.models import AFFConfig, Model, Output
 from pointformer.prediction import predict, windows_for
@@ -143,6 +144,37 @@ def test_parts_score_as_the_whole(dataset, head, task, classes):
     assert scores.keys() == whole.scores.keys()
     for name, value in whole.scores.items():
         assert scores[name] == value or (math.isnan(scores[name]) and math.isnan(value)), name
+
+
+class Seen:
+    """A metric that keeps what it is given."""
+
+    def __init__(self):
+        self.pairs = []
+
+    def update(self, prediction, annotation):
+        self.pairs.append((prediction, annotation))
+
+    def merge(self, other):
+        self.pairs += other.pairs
+
+    def compute(self):
+        return {}
+
+
+@pytest.mark.parametrize(("head", "task"), [("classification", None), ("dense", "semantic")])
+def test_pictures_are_scored_as_a_transform_leaves_them(dataset, head, task):
+    model, seen = made(head, task), Seen()
+    transform = Chain([Resize(48), CenterCrop(32)])
+    evaluate(model, dataset, transform=transform, metrics=[seen])
+    for annotation, (prediction, truth) in zip(dataset, seen.pairs, strict=True):
+        rng = np.random.default_rng(7)
+        image, expected = transform(annotation.read_image(), annotation, rng)
+        assert truth.size == (32, 32)
+        np.testing.assert_array_equal(truth.ids, expected.ids)
+        picture = open_picture(image)
+        found, _ = predict(model, task_of(model), picture, windows_for(model, picture))
+        np.testing.assert_array_equal(prediction, found)
 
 
 def test_a_classifier_is_scored_but_finds_no_regions(dataset):
