@@ -1,4 +1,4 @@
-"""The command line: `pointformer segment | evaluate | focus | models | profile | warmup`."""
+"""The command line: `pointformer segment | evaluate | train | ...`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-from pointformer.cli import evaluate, focus, models, profile, segment, warmup
+from pointformer.cli import evaluate, focus, models, profile, segment, train, warmup
 from pointformer.cli.common import abandon, complain, say
 
 _COMMANDS = {
     "segment": segment,
     "evaluate": evaluate,
     "focus": focus,
+    "train": train,
     "models": models,
     "profile": profile,
     "warmup": warmup,
@@ -38,12 +39,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of a command; `sources` of training may stand between its options, which argparse
+    does not know of commands."""
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    wrong = [text for text in more if text.startswith("-") or not hasattr(options, "sources")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if more:
+        options.sources += more
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 if all was done, 1 if not, 2 for a wrong usage."""
     if arguments is None:  # the process is this command: what was imported stays to its end,
         gc.freeze()  # and searching it for garbage, at the end too, takes 0.7 s
     with _open_streams(), _any_characters(), _orderly_end():
-        options = _parser().parse_args(arguments)
+        options = _parsed(arguments)
         try:
             code = _COMMANDS[options.command].run(options)
             sys.stdout.flush()

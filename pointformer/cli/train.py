@@ -1,0 +1,77 @@
+"""Train a model on your own pictures.
+
+    pointformer train DATA --task instance --model aff_tiny --out RUN budget.epochs=50
+    pointformer train RECIPE.yaml [DATA] --out RUN [field=value ...]
+
+The same command again goes on with a run that was interrupted. What can be changed as field=value
+is shown by --fields.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pointformer.cli.common import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="*",
+        metavar="DATA | RECIPE.yaml | field=value",
+        help="folder of a data set, as evaluate reads them; a recipe, of the package by its name; "
+        "changes of the recipe, as optimizer.learning_rate=1e-3",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--task", choices=("semantic", "instance", "panoptic", "classification"))
+    parser.add_argument("--model", help="name, see the command models")
+    parser.add_argument("--init", help="NAME.TAG or a .safetensors file to start from")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out by its own recipe, changed by field=value",
+    )
+    parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+
+    from pointformer.train.engine import RECIPE, train
+    from pointformer.train.recipe import read_recipe
+
+    recipe, data, changes = _sorted(options.sources)
+    if options.resume:
+        if recipe is not None:
+            raise ValueError(f"--resume: goes on by the recipe of the run, not by {recipe}")
+        recipe = options.out / RECIPE
+        if not recipe.is_file():
+            raise ValueError(f"--resume: {options.out} holds no run: there is no {RECIPE}")
+    if data is not None:
+        changes.insert(0, f"data.path={data}")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads: expected at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    made = read_recipe(recipe, changes, task=options.task, model=options.model, init=options.init)
+    train(made, options.out, device=options.device, say=say)
+    say(f"the model is in {options.out / 'model.safetensors'}")
+    return 0
+
+
+def _sorted(sources: list[str]) -> tuple[str | None, str | None, list[str]]:
+    """Recipe, data and changes."""
+    recipe = data = None
+    changes = []
+    for source in sources:
+        if "=" in source and not Path(source).exists():
+            changes.append(source)
+        elif source.endswith((".yaml", ".yml")) and recipe is None:
+            recipe = source
+        elif data is None:
+            data = source
+        else:
+            raise ValueError(f"{source}: expected one data set and field=value, got {data} before")
+    return recipe, data, changes

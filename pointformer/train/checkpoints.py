@@ -1,0 +1,137 @@
+"""Checkpoints of a run: whole or not there, known to be whole, the newest few kept.
+
+They are called step-STEP-DIGEST.pt; the digest is the start of the SHA-256 of what is in the file,
+so that one which was cut off or changed is known from its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from pointformer._files import TEMPORARY_PREFIX, publish, sync, temporary_path
+
+_NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
+
+
+class _Hashing(io.RawIOBase):
+    """A file to write to that hashes what passes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.hash = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
+    """Write a checkpoint, then remove all but the newest `keep`.
+
+    Args:
+        state: of what `torch.load(weights_only=True)` can read.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk; the ones before it are still there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with temporary_path(folder / "step.pt") as temporary:
+        with temporary.open("wb") as file:
+            hashing = _Hashing(file)
+            torch.save(dict(state), hashing)
+        sync(temporary)
+        path = folder / f"step-{step:08d}-{hashing.hash.hexdigest()[:16]}.pt"
+        publish(temporary, path)
+    _sync_folder(folder)
+    for older in list_checkpoints(folder)[keep:]:
+        if older != path:
+            older.unlink(missing_ok=True)
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The newest first, good or not."""
+    if not folder.is_dir():
+        return []
+    found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    newest = sorted(found, key=lambda pair: (int(pair[0][1]), _age(pair[1])), reverse=True)
+    return [path for _, path in newest]
+
+
+def _age(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint, on the CPU.
+
+    Raises:
+        ValueError: it is no checkpoint, unreadable, or not what was written.
+    """
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path}: expected a checkpoint, step-STEP-DIGEST.pt")
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if not digest.startswith(match[2]):
+                raise ValueError(f"{path}: is damaged: its content is not what was written")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path}: expected a checkpoint, but {reason}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a checkpoint of a run")
+    return state
+
+
+def newest_checkpoint(
+    paths: Iterable[Path],
+) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
+    """The first that can be read, with its content, or `None`; and what is wrong with the others
+    before it."""
+    problems = []
+    for path in paths:
+        try:
+            return (path, read_checkpoint(path)), problems
+        except ValueError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run was writing; only for the one process that writes there."""
+    if folder.is_dir():
+        for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where systems can."""
+    with contextlib.suppress(OSError):  # Windows opens no folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,486 @@
+"""The training engine: any model, any task, any data set.
+
+A step depends on the recipe, the weights and its number only: the order of the pictures, and all
+random numbers, are functions of the seed and the step. So a run that was ended at any moment and
+continued from a checkpoint is, bit for bit, the run that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import pointformer
+from pointformer._files import atomic_path
+from pointformer.data import Annotation, Category, Dataset, read_folder
+from pointformer.evaluation import Evaluation, evaluate
+from pointformer.models import Model, Output, create_model, save_model
+from pointformer.tasks import Task, task_of
+from pointformer.train.checkpoints import (
+    list_checkpoints,
+    newest_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+)
+from pointformer.train.loading import Batch, Batches
+from pointformer.train.logs import Logs
+from pointformer.train.optimization import Average, Budget, clip_gradients
+from pointformer.train.recipe import Recipe, write_recipe
+
+RECIPE, WEIGHTS, CHECKPOINTS = "recipe.yaml", "model.safetensors", "checkpoints"
+"""What a run writes into its folder, besides its logs."""
+
+_FORMAT = 1
+_BORDER_CLASSES = 3  # background, inside, border
+
+
+def make_model(recipe: Recipe, categories: Sequence[Category]) -> Model:
+    """The model in the state that a run starts from.
+
+    Raises:
+        ValueError, TypeError: model, head, options, initial weights or classes do not fit.
+    """
+    task, kinds = recipe.task, len(categories)
+    head = recipe.head
+    if head is None:
+        simple = "classification" if task == "classification" else "dense"
+        many = task == "panoptic" or (task == "instance" and kinds > 1)
+        head = "mask2former" if many else simple
+    options: dict[str, Any] = {"head": head, "task": task, "categories": list(categories)}
+    if (head, task) == ("dense", "instance"):
+        if kinds > 1:
+            raise ValueError(
+                f"head: 'dense' finds objects of one class, the data set has {kinds}; use "
+                "mask2former"
+            )
+        kinds = _BORDER_CLASSES
+    options |= {"num_classes": kinds, **recipe.options}
+    torch.manual_seed(recipe.seed)
+    name = recipe.model
+    if recipe.init is None:
+        return create_model(name or "aff_tiny", pretrained=False, **options)
+    if recipe.init_stages is None:
+        model = create_model(recipe.init, pretrained=True, **options)
+    else:
+        trained = create_model(recipe.init, pretrained=True)
+        model = create_model(name or trained.name, pretrained=False, **options)
+        _copy_stages(trained, model, recipe.init_stages)
+    if name not in (None, model.name):
+        raise ValueError(f"init: {recipe.init} holds weights of {model.name}, not of {name}")
+    return model
+
+
+def _copy_stages(trained: Model, model: Model, stages: int) -> None:
+    if not 0 <= stages <= len(model.config.dims):
+        raise ValueError(f"init_stages: expected 0 to {len(model.config.dims)}, got {stages}")
+    source, target = trained.backbone, model.backbone
+    parts = [(source.patch_embed, target.patch_embed)]
+    parts += list(zip(source.stages, target.stages, strict=True))[:stages]
+    try:
+        for old, new in parts:
+            new.load_state_dict(old.state_dict())
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise ValueError(f"init: the backbone of {trained.name} does not fit: {first}") from None
+
+
+class Trainer:
+    """A model in training: weights, their average, optimizer, and what of the budget is used.
+
+    Attributes:
+        averaged: what is scored and saved.
+        steps, seconds: done so far.
+        recent: of the steps since the last line of the log, terms of the loss and more.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model: Model, task: Task, pictures: int, device: str | torch.device
+    ) -> None:
+        self.recipe = recipe
+        self.model = model.to(device)
+        self.device = torch.device(device)
+        self.task = task
+        self.epoch_steps = pictures / recipe.batch
+        if recipe.freeze_batch_norm:
+            for norm in _batch_norms(model):
+                norm.requires_grad_(False)
+        self.optimizer = recipe.optimizer.make(model, recipe.batch)
+        self.average = Average(model, recipe.average) if recipe.average else None
+        self.steps = 0
+        self.seconds = 0.0
+        self.recent: list[dict[str, float]] = []
+        self._unchecked: tuple[int, list[str], dict[str, Tensor]] | None = None
+
+    @property
+    def averaged(self) -> Model:
+        return self.model if self.average is None else self.average.model  # type: ignore[return-value]
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step, the highest of all groups."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
+    def used(self) -> float:
+        """Share of the budget."""
+        return self.recipe.budget.used(self.steps, self.seconds, self.epoch_steps)
+
+    def step(self, batch: Batch) -> None:
+        """One update.
+
+        Raises:
+            FloatingPointError: the loss or the gradient of the step before is not finite.
+        """
+        recipe = self.recipe
+        self.model.train()
+        if recipe.freeze_batch_norm:
+            for norm in _batch_norms(self.model):
+                norm.eval()
+        torch.manual_seed(_seed_of(recipe.seed, self.steps))
+        factor = recipe.schedule.factor(self.used)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["rate"] * factor
+        self.optimizer.zero_grad()
+        total: dict[str, Tensor] = {}
+        for images, truth, share in self._parts(batch):
+            terms = self._loss(images, truth)
+            loss = torch.stack(list(terms.values())).sum()
+            (share * loss).backward()
+            for name, term in {"loss": loss, **terms}.items():
+                total[name] = total.get(name, 0) + share * term.detach()
+        total["gradient"] = clip_gradients(self.model, recipe.optimizer.clip).detach()
+        self.check()
+        self._unchecked = self.steps, batch.names, total
+        self.optimizer.step()
+        self.steps += 1
+        if self.average is not None:
+            self.average.update(self.model, self.steps)
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[Any, list[Annotation], float]]:
+        """Parts of a batch, normalized, and their shares of it."""
+        size = math.ceil(len(batch.annotations) / self.recipe.accumulate)
+        for first in range(0, len(batch.annotations), size):
+            some = slice(first, first + size)
+            annotations = batch.annotations[some]
+            yield (
+                self._normalized(batch.images[some]),
+                annotations,
+                len(annotations) / len(batch.annotations),
+            )
+
+    def _normalized(self, images: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(images, Tensor):
+            return self.model.preprocess(images.to(self.device, non_blocking=True))
+        return [self.model.preprocess(image.to(self.device, non_blocking=True)) for image in images]
+
+    def _loss(self, images: Any, annotations: Sequence[Annotation]) -> dict[str, Tensor]:
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"
+        ):
+            output = self.model(images)
+        return self.task.loss(output, annotations)
+
+    def check(self) -> None:
+        """Look at the loss of the last step, which on a GPU is known by the next one.
+
+        Raises:
+            FloatingPointError: it, or the gradient, is not finite; the message names the pictures.
+        """
+        if self._unchecked is None:
+            return
+        step, names, total = self._unchecked
+        self._unchecked = None
+        values = dict(
+            zip(total, torch.stack([v.float() for v in total.values()]).tolist(), strict=True)
+        )
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"{bad[0]}: is {values[bad[0]]} at step {step}, with {', '.join(names)}"
+            )
+        self.recent.append(values)
+
+    def state(self) -> dict[str, Any]:
+        """All that a run continues from."""
+        self.check()
+        return {
+            "format": _FORMAT,
+            "recipe": asdict(self.recipe),
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "recent": self.recent,
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any], source: object) -> None:
+        """Continue from `state()`; the budget and what does not change the result may be others.
+
+        Raises:
+            ValueError: naming the source and the fields in which the recipe differs.
+        """
+        if state.get("format") != _FORMAT:
+            raise ValueError(f"{source}: expected a checkpoint of format {_FORMAT}")
+        differing = self.recipe.differences(state["recipe"])
+        if differing:
+            raise ValueError(f"{source}: made with another recipe: {'; '.join(differing)}")
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.model.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps, self.seconds = state["steps"], state["seconds"]
+        self.recent = list(state["recent"])
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def _seed_of(seed: int, step: int) -> int:
+    """Of the model's random numbers in a step."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Run:
+    """A trainer at work in a folder: what it sees, and what is written.
+
+    Args:
+        trainer: as far as it is.
+        batches: of the training pictures.
+        validation: what the model is scored on; `None`: nothing.
+        out: folder of the run.
+        say: shows a line.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        batches: Batches,
+        validation: Dataset | None,
+        out: Path,
+        say: Callable[[str], None] = tqdm.write,
+    ) -> None:
+        self.trainer = trainer
+        self.batches = batches
+        self.validation = validation
+        self.out = out
+        self.say = say
+        self.recipe = trainer.recipe
+        self.checkpoints = out / CHECKPOINTS
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that can be read, if there is any.
+
+        Raises:
+            ValueError: there are some, but none can be read, or it is of another recipe.
+        """
+        remove_unfinished(self.checkpoints)
+        paths = list_checkpoints(self.checkpoints)
+        newest, problems = newest_checkpoint(paths)
+        for problem in problems:
+            self.say(f"{problem}; an earlier checkpoint is looked for")
+        if newest is None and paths:
+            raise ValueError(
+                f"{self.checkpoints}: no checkpoint can be read; remove the folder to start anew"
+            )
+        if newest is not None:
+            path, state = newest
+            self.trainer.load(state, path)
+            self.say(f"goes on from {path.name}")
+
+    def finish(self) -> Evaluation | None:
+        """Train until the budget is used up; save and score the averaged weights."""
+        trainer = self.trainer
+        if trainer.steps == 0:  # the one from before, should the first steps fail
+            self.save()
+        with Logs(self.out, trainer.steps) as logs:
+            try:
+                self._train(logs)
+                self.save()
+            except FloatingPointError as error:
+                newest = list_checkpoints(self.checkpoints)[0]
+                raise FloatingPointError(f"{error}; {newest} is from before") from None
+            save_model(trainer.averaged, self.out / WEIGHTS, trained=self._trained(None))
+            result = self._score(logs, final=True)
+        if result is not None:
+            save_model(trainer.averaged, self.out / WEIGHTS, trained=self._trained(result))
+        return result
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        state = self.trainer.state()
+        save_checkpoint(self.checkpoints, self.trainer.steps, state, self.recipe.checkpoints.keep)
+
+    def _train(self, logs: Logs) -> None:
+        trainer, often = self.trainer, self.recipe.checkpoints
+        saved_step, saved_seconds = trainer.steps, trainer.seconds
+        logged_seconds, waited = trainer.seconds, 0.0
+        steps = self.batches.steps(trainer.steps)
+        bar = tqdm(
+            total=100.0,
+            initial=round(100 * trainer.used, 2),
+            bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+        )
+        with contextlib.closing(steps), bar:
+            while trainer.used < 1:
+                before, start = trainer.used, time.perf_counter()
+                batch = next(steps)
+                waited += time.perf_counter() - start
+                trainer.step(batch)
+                trainer.seconds += time.perf_counter() - start
+                bar.update(100 * trainer.used - bar.n)
+                if trainer.steps % self.recipe.log_every == 0:
+                    row = self._log(logs, trainer.seconds - logged_seconds, waited)
+                    bar.set_postfix_str(
+                        f"step {trainer.steps}, loss {row['loss']:.3f}, "
+                        f"{row['images_per_second']:.1f} images/s",
+                        refresh=False,
+                    )
+                    logged_seconds, waited = trainer.seconds, 0.0
+                parts = self.recipe.validation.times + 1
+                if int(before * parts) < int(trainer.used * parts) and trainer.used < 1:
+                    self._score(logs)
+                if trainer.seconds - saved_seconds >= 60 * often.minutes or (
+                    often.steps is not None and trainer.steps - saved_step >= often.steps
+                ):
+                    self.save()
+                    saved_step, saved_seconds = trainer.steps, trainer.seconds
+
+    def _log(self, logs: Logs, seconds: float, waited: float) -> dict[str, float]:
+        """Write what was since the last line."""
+        trainer = self.trainer
+        trainer.check()
+        recent, trainer.recent = trainer.recent, []
+        row = {
+            "epoch": trainer.steps / trainer.epoch_steps,
+            "seconds": trainer.seconds,
+            **{name: float(np.mean([values[name] for values in recent])) for name in recent[0]},
+            "learning_rate": trainer.learning_rate,
+            "images_per_second": len(recent) * self.recipe.batch / max(seconds, 1e-9),
+            "waiting": waited / max(seconds, 1e-9),
+        }
+        logs.add_training(trainer.steps, row)
+        return row
+
+    def _score(self, logs: Logs, final: bool = False) -> Evaluation | None:
+        """Score the averaged weights: at the end on all pictures, before on some."""
+        if self.validation is None:
+            return None
+        annotations: Iterable[Annotation] = self.validation
+        if not final:
+            order = np.random.default_rng(0).permutation(len(self.validation))
+            some = order[: self.recipe.validation.pictures].tolist()
+            annotations = [self.validation[index] for index in some]
+        trainer = self.trainer
+        result = evaluate(
+            trainer.averaged,
+            self.validation,
+            trainer.task,
+            annotations=tqdm(annotations, "validation", leave=False),
+            tile=self._tile(),
+        )
+        logs.add_scores(
+            trainer.steps, {"final": int(final), "pictures": result.pictures, **result.scores}
+        )
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in [*result.scores.items()][:4])
+        self.say(f"step {trainer.steps}, {result.pictures} pictures: {scores}")
+        return result
+
+    def _tile(self) -> int | None:
+        """Queries know their place in a window and how many objects it can have."""
+        tile, crop = self.recipe.validation.tile, self.recipe.augmentation.crop
+        if tile is None and self.trainer.task.output is Output.MASKS and crop is not None:
+            return crop.size if isinstance(crop.size, int) else min(crop.size)
+        return tile
+
+    def _trained(self, result: Evaluation | None) -> dict[str, Any]:
+        """What the file of the weights says of their training."""
+        return {
+            "recipe": asdict(self.recipe),
+            "data": Path(self.recipe.data.path or "").resolve().name,
+            "steps": self.trainer.steps,
+            "minutes": round(self.trainer.seconds / 60, 1),
+            "scores": None if result is None else _finite(result.scores),
+            "pointformer": pointformer.__version__,
+        }
+
+
+def _finite(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
+
+
+def train(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    say: Callable[[str], None] = tqdm.write,
+) -> Evaluation | None:
+    """Train until the budget is used up, or continue an interrupted run; return the last scores.
+
+    In `out` there are then recipe.yaml, checkpoints/, log.csv, scores.csv, tensorboard/ and
+    model.safetensors, which `create_model` takes.
+
+    Args:
+        out: folder of a new run, or of one with the same recipe, which goes on from its newest
+            checkpoint; the budget and what does not change the result may be others.
+        say: shows a line.
+
+    Raises:
+        ValueError, TypeError: the recipe, the data or a checkpoint cannot be used.
+        OSError: something cannot be read or written; the checkpoints before it are still there.
+        FloatingPointError: the loss is not finite; the message names the pictures.
+    """
+    out = Path(out)
+    if recipe.budget == Budget():
+        raise ValueError("budget: expected steps, epochs or minutes, as in budget.epochs=20")
+    check_folder(out)
+    training, validation = open_data(recipe)
+    model = make_model(recipe, training.categories)
+    task = task_of(model, recipe.task, training.categories, **recipe.loss)
+    trainer = Trainer(recipe, model, task, len(training), device)
+    batches = Batches(
+        training,
+        recipe.augmentation.transform(),
+        batch=recipe.batch,
+        seed=recipe.seed,
+        workers=recipe.workers,
+        pin=trainer.device.type == "cuda",
+    )
+    run = Run(trainer, batches, validation, out, say)
+    run.resume()
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out / RECIPE) as temporary:
+        temporary.write_text(write_recipe(recipe), "utf-8")
+    return run.finish()
+
+
+def check_folder(out: Path) -> None:
+    """Raise `ValueError` where a new run would replace what another program wrote."""
+    if (out / RECIPE).exists():
+        return
+    for name in (WEIGHTS, CHECKPOINTS, "log.csv", "scores.csv"):
+        if os.path.lexists(out / name):
+            raise ValueError(f"{out / name}: is there, but no {RECIPE} of a run; use another --out")
+
+
+def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+    """The pictures to learn from, and those to be scored on."""
+    data = recipe.data
+    if data.path is None:
+        raise ValueError("data.path: expected the folder of a data set")
+    training = read_folder(data.path, data.train or "train", recipe.task, skip_bad=data.skip_bad)
+    validation = read_folder(data.path, data.val or "val", recipe.task, skip_bad=data.skip_bad)
+    return training, validation

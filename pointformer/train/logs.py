@@ -1,0 +1,93 @@
+"""What a run tells while it goes on: tables as CSV, TensorBoard, and a progress bar."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pointformer._files import atomic_path
+
+
+class Table:
+    """A CSV file with a row per entry, each written at once; `step` is its first column.
+
+    Args:
+        path: of the file; one that is there is continued.
+        step: rows of later steps, which an interrupted run wrote, are dropped, and so is a row that
+            was cut off.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.columns: list[str] = []
+        kept: list[list[str]] = []
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                rows = list(csv.reader(file))
+            self.columns = rows[0] if rows else []
+            kept = [row for row in rows[1:] if self._is_kept(row, step)]
+        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([self.columns, *kept] if self.columns else [])
+
+    def _is_kept(self, row: list[str], step: int) -> bool:
+        return len(row) == len(self.columns) and row[0].isdigit() and int(row[0]) <= step
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write a row; the first one names the columns."""
+        row = {"step": step, **values}
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            if not self.columns:
+                self.columns = list(row)
+                csv.writer(file).writerow(self.columns)
+            csv.DictWriter(file, self.columns, restval="", extrasaction="ignore").writerow(row)
+
+
+class Logs:
+    """The tables log.csv and scores.csv of a run, and the same for TensorBoard, where that is
+    installed.
+
+    Args:
+        out: folder of the run.
+        step: that the run continues from; what was written of later ones is dropped.
+    """
+
+    def __init__(self, out: Path, step: int) -> None:
+        self.training = Table(out / "log.csv", step)
+        self.scores = Table(out / "scores.csv", step)
+        self.board = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def add_training(self, step: int, values: Mapping[str, float]) -> None:
+        """Losses, learning rate and speed of the last steps."""
+        self.training.add(step, values)
+        self._show("training", step, values)
+
+    def add_scores(self, step: int, values: Mapping[str, float]) -> None:
+        """Scores on validation pictures."""
+        self.scores.add(step, values)
+        self._show("validation", step, values)
+
+    def _show(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{group}/{name}", value, step)
+            self.board.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.board is not None:
+            self.board.close()

@@ -1,0 +1,245 @@
+"""What a training run is: typed, in YAML, each field changeable as `field=value`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from pointformer.data.transforms import Chain, RandomCrop, RandomCurves, RandomFlip, RandomTurn
+from pointformer.train.optimization import Budget, Optimizer, Schedule
+
+RECIPES = Path(__file__).parent / "recipes"
+"""Of the package: files that `read_recipe` finds by their names."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which pictures.
+
+    Attributes:
+        path: the folder, see `pointformer.data.open_dataset`.
+        format: of the data set; `None`: what it looks like.
+        train, val: names of the splits; `None`: as the format calls them.
+        val_share: of the training pictures that are kept for validation where there is no split.
+        skip_bad: leave out what cannot be read.
+    """
+
+    path: str | None = None
+    format: str | None = None
+    train: str | None = None
+    val: str | None = None
+    val_share: float = 0.1
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How pictures change each time; `None` leaves a change out. In this order.
+
+    Attributes:
+        crop: a window of fixed size.
+        flip: mirror images.
+        turn: quarter turns.
+        curves: colors and brightness of microscopy.
+    """
+
+    crop: RandomCrop | None = field(default_factory=lambda: RandomCrop(256))
+    flip: RandomFlip | None = field(default_factory=RandomFlip)
+    turn: RandomTurn | None = None
+    curves: RandomCurves | None = None
+
+    def transform(self) -> Chain:
+        """All of it as one."""
+        changes = (getattr(self, f.name) for f in fields(self))
+        return Chain([change for change in changes if change is not None])
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """How often the run is saved: whatever comes first.
+
+    Attributes:
+        minutes: of training in between.
+        steps: in between; `None`: only the minutes count.
+        keep: how many of the newest are kept.
+    """
+
+    minutes: float = 5.0
+    steps: int | None = None
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"checkpoints.keep: expected at least 1, got {self.keep}")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How the model is scored on the way; at the end it is on all pictures of the split.
+
+    Attributes:
+        times: how often on the way, at equal shares of the budget.
+        pictures: how many are scored then, the same ones each time.
+        tile: side of the windows in pixels; `None`: whole pictures, and for heads with queries,
+            which know their place in a window, that of the crops.
+    """
+
+    times: int = 4
+    pictures: int = 16
+    tile: int | None = None
+
+
+_FREE = {"free": True}  # of fields that may change between two parts of a run
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result of a run.
+
+    Attributes:
+        task: what is learned.
+        model: name, as of `create_model`; `None`: that of `init`, or else aff_tiny.
+        init: NAME.TAG or a file whose weights to start from; `None`: random ones.
+        init_stages: how many stages of its backbone to take, and nothing of its head; `None`: all,
+            and of the head what fits. The deep stages of a model with a dense head, which hardly
+            needs them, can be worse than random ones.
+        head: as of `create_model`; `None`: the simplest that can learn the task.
+        options: of the backbone and the head, as `create_model` takes them.
+        loss: options of the task's loss, see its class in `pointformer.tasks`.
+        batch: pictures per step, over all processes.
+        accumulate: in how many parts a batch is worked through, for less memory.
+        precision: of the network's layers where they can do with less; weights stay float32.
+        average: decay per step of the weights' moving average, which is what is scored and saved;
+            0: the weights themselves.
+        gradient_checkpointing: keep less for the backward pass and compute it again.
+        freeze_batch_norm: use the statistics of BatchNorm that the model starts with.
+        workers: processes that read and augment pictures; they do not change the result.
+        log_every: steps per line of the log.
+    """
+
+    task: Literal["semantic", "instance", "panoptic", "classification"] = "semantic"
+    model: str | None = None
+    init: str | None = None
+    init_stages: int | None = None
+    head: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    data: Data = field(default_factory=Data)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    budget: Budget = field(default_factory=Budget, metadata=_FREE)
+    batch: int = 8
+    accumulate: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    average: float = 0.0
+    gradient_checkpointing: bool = False
+    freeze_batch_norm: bool = False
+    seed: int = 0
+    workers: int = field(default=0, metadata=_FREE)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints, metadata=_FREE)
+    validation: Validation = field(default_factory=Validation, metadata=_FREE)
+    log_every: int = field(default=20, metadata=_FREE)
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"accumulate: expected a divisor of the batch, {self.batch}, got {self.accumulate}"
+            )
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average: expected a decay in [0, 1), got {self.average}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected a number from 0 to 2^32 - 1, got {self.seed}")
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """Which fields that decide the result are others in a recipe's `asdict`, in words."""
+        fixed = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("free")}
+        own = _flat({name: asdict(self)[name] for name in fixed})
+        others = _flat({name: other.get(name) for name in fixed})
+        for name in ("data.path", "data.skip_bad"):  # what is in it counts, not where it lies
+            own.pop(name, None), others.pop(name, None)
+        return [
+            f"{name} {others.get(name)!r}, now {own.get(name)!r}"
+            for name in dict.fromkeys((*own, *others))
+            if _plain(own.get(name)) != _plain(others.get(name))
+        ]
+
+
+def _flat(values: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{start}{name}.")
+        else:
+            flat[start + name] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_recipe(
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    **values: Any,
+) -> Recipe:
+    """The recipe in a file, with changes.
+
+    Args:
+        file: YAML; a name without a folder may be one of `RECIPES`. `None`: the defaults.
+        overrides: "field=value", as "optimizer.learning_rate=1e-3", values in YAML.
+        values: fields of the recipe, before `overrides`; `None` for those of the file.
+
+    Raises:
+        ValueError: naming the file or the field, if a field is unknown or its value does not fit.
+        ImportError: packages of the extra [train] are missing.
+    """
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe)
+    parser.add_argument("--file", action="config")
+    given = [] if file is None else [f"--file={find_recipe(file)}"]
+    given += [f"--{name}={value}" for name, value in values.items() if value is not None]
+    try:
+        parsed = parser.parse_args([*given, *(f"--{text}" for text in overrides)])
+        chosen = parser.instantiate(parsed).as_dict()
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(f"{file or 'recipe'}: {' '.join(str(error).split())}") from None
+    del chosen["file"]
+    return Recipe(**chosen)
+
+
+def find_recipe(file: str | Path) -> Path:
+    """The file, or that of the package with this name.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    path = Path(file)
+    if path.is_file():
+        return path
+    packaged = RECIPES / path.name
+    if path.name == str(file) and packaged.is_file():
+        return packaged
+    known = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.yaml")))
+    raise ValueError(f"{file}: no such file, nor a recipe of the package: {known}")
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """As YAML, which `read_recipe` reads."""
+    import yaml
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(part) for key, part in value.items()}
+        return [plain(part) for part in value] if isinstance(value, tuple | list) else value
+
+    return yaml.safe_dump(plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
