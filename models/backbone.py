@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pointformer import TokenSet, add_norm
 from pointformer.models.config import AFFConfig, SwinConfig
@@ -111,6 +113,9 @@ class Block(nn.Module):
         dim, hidden: channels C, and hidden ones of the feed-forward layer.
         layer_scale: initial value of the residual branches' scale; 0 means no scale.
         drop_path_rate: of the residual branches.
+
+    Attributes:
+        recompute: keep only the input for the backward pass, and run the block again there.
     """
 
     gamma1: Tensor | None
@@ -126,6 +131,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.drop_path_rate = drop_path_rate
+        self.recompute = False
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attention
         self.norm2 = nn.LayerNorm(dim)
@@ -183,7 +189,10 @@ def run_blocks(
     """The tokens after all blocks, each with its part of `where`."""
     pending = None
     for block, seen in zip(blocks, where, strict=True):
-        tokens, pending = block(tokens, *seen, pending=pending, impl=impl)
+        run = block
+        if block.recompute and torch.is_grad_enabled():
+            run = partial(checkpoint, block, use_reentrant=False)
+        tokens, pending = run(tokens, *seen, pending=pending, impl=impl)
     return tokens if pending is None else tokens.with_features(add_branch(tokens.features, pending))
 
 

@@ -20,7 +20,7 @@ from pointformer._checks import (
 )
 from pointformer.annotations import Category
 from pointformer.models.aff import AFF
-from pointformer.models.backbone import StageOutput
+from pointformer.models.backbone import Block, StageOutput
 from pointformer.models.config import AFFConfig, GridConfig, SwinConfig, config_of
 from pointformer.models.grid import GridBackbone
 from pointformer.models.heads import HEADS, TASKS, check_options, options_of, output_of
@@ -224,6 +224,21 @@ class Model(nn.Module):
                 f"reconfigure: the tokens of {self.name} are a grid, nothing can change"
             )
         self.backbone.reconfigure(**changes)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps only the inputs of the backbone's blocks, and runs each again in
+        the backward pass: less memory, a third more work. The gradients are the same.
+
+        Raises:
+            ValueError: a foreign backbone cannot.
+        """
+        blocks = [module for module in self.backbone.modules() if isinstance(module, Block)]
+        for block in blocks:
+            block.recompute = enable
+        if isinstance(self.backbone, GridBackbone):
+            if not hasattr(self.backbone.module, "set_grad_checkpointing"):
+                raise ValueError(f"set_grad_checkpointing: the backbone of {self.name} has none")
+            self.backbone.module.set_grad_checkpointing(enable)  # type: ignore[operator]
 
     def forward(self, images: Tensor | Sequence[Tensor], with_stages: bool = False) -> Any:
         """Run on normalized images.

@@ -251,7 +251,7 @@ def reason(error: BaseException, about: object = "") -> str:
         text = "out of memory: use smaller pictures or --tile"
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    elif not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+    elif not isinstance(error, (ValueError, TypeError, OSError, ImportError, FloatingPointError)):
         first = next(iter(str(error).splitlines()), "")
         text = f"unexpected {type(error).__name__}: {first} (see --debug)"
     name = printable(str(about))

@@ -58,7 +58,7 @@ def dense_loss(logits: Tensor, target: Tensor, class_weights: Tensor) -> dict[st
     Returns:
         "cross_entropy" and "dice"; their sum is the loss.
     """
-    known = target != VOID
+    known, logits = target != VOID, logits.float()
     cross_entropy = F.cross_entropy(logits, target, class_weights, ignore_index=VOID)
     if not known.any():
         cross_entropy = 0 * logits.sum()  # a mean over no pixels is no number

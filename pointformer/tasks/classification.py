@@ -32,7 +32,7 @@ class Classification(Task):
         target = on_device(np.array([annotation.label for annotation in annotations]), output)
         return {
             "cross_entropy": F.cross_entropy(
-                output,
+                output.float(),
                 target,
                 ignore_index=VOID,
                 label_smoothing=self.smoothing,

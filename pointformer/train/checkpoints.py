@@ -59,25 +59,27 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
         path = folder / f"step-{step:08d}-{hashing.hash.hexdigest()[:16]}.pt"
         publish(temporary, path)
     _sync_folder(folder)
-    for older in list_checkpoints(folder)[keep:]:
-        if older != path:
+    kept = {path: step}
+    for older in list_checkpoints(folder):
+        number = _step_of(older)
+        if len(kept) < keep and number not in kept.values():
+            kept[older] = number
+        elif older not in kept:
             older.unlink(missing_ok=True)
     return path
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return -1 if match is None else int(match[1])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The newest first, good or not."""
     if not folder.is_dir():
         return []
-    found = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    newest = sorted(found, key=lambda pair: (int(pair[0][1]), _age(pair[1])), reverse=True)
-    return [path for _, path in newest]
-
-
-def _age(path: Path) -> float:
-    with contextlib.suppress(OSError):
-        return path.stat().st_mtime
-    return 0.0
+    found = [path for path in folder.iterdir() if _step_of(path) >= 0]
+    return sorted(found, key=lambda path: (_step_of(path), path.stat().st_mtime_ns), reverse=True)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import pointformer
 from pointformer._files import atomic_path
 from pointformer.data import Annotation, Category, Dataset, read_folder
-from pointformer.evaluation import Evaluation, evaluate
+from pointformer.evaluation import evaluate
 from pointformer.models import Model, Output, create_model, save_model
 from pointformer.tasks import Task, task_of
 from pointformer.train.checkpoints import (
@@ -115,6 +115,7 @@ class Trainer:
         if recipe.freeze_batch_norm:
             for norm in _batch_norms(model):
                 norm.requires_grad_(False)
+        model.set_grad_checkpointing(recipe.gradient_checkpointing)
         self.optimizer = recipe.optimizer.make(model, recipe.batch)
         self.average = Average(model, recipe.average) if recipe.average else None
         self.steps = 0
@@ -279,6 +280,7 @@ class Run:
         self.say = say
         self.recipe = trainer.recipe
         self.checkpoints = out / CHECKPOINTS
+        self.scores: dict[str, float] | None = None  # of the end, once it is reached
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that can be read, if there is any.
@@ -298,29 +300,40 @@ class Run:
         if newest is not None:
             path, state = newest
             self.trainer.load(state, path)
+            self.scores = state["scores"]
             self.say(f"goes on from {path.name}")
 
-    def finish(self) -> Evaluation | None:
-        """Train until the budget is used up; save and score the averaged weights."""
+    def finish(self) -> dict[str, float]:
+        """Train until the budget is used up; score and save the averaged weights.
+
+        Raises:
+            OSError, FloatingPointError: see `train`.
+        """
         trainer = self.trainer
-        if trainer.steps == 0:  # the one from before, should the first steps fail
-            self.save()
-        with Logs(self.out, trainer.steps) as logs:
-            try:
-                self._train(logs)
+        try:
+            if trainer.steps == 0:  # one from before, should the first steps fail
                 self.save()
-            except FloatingPointError as error:
-                newest = list_checkpoints(self.checkpoints)[0]
-                raise FloatingPointError(f"{error}; {newest} is from before") from None
-            save_model(trainer.averaged, self.out / WEIGHTS, trained=self._trained(None))
-            result = self._score(logs, final=True)
-        if result is not None:
-            save_model(trainer.averaged, self.out / WEIGHTS, trained=self._trained(result))
-        return result
+            with Logs(self.out, trainer.steps) as logs:
+                if trainer.used < 1:
+                    self.scores = None
+                    self._train(logs)
+                    self.save()
+                if self.scores is None:
+                    self.scores = self._score(logs, final=True)
+                    self.save()
+            save_model(trainer.averaged, self.out / WEIGHTS, trained=self._trained())
+        except (OSError, FloatingPointError) as error:
+            saved = [path.name for path in list_checkpoints(self.checkpoints)[:1]]
+            where = f"{saved[0]} is from before" if saved else "there is no checkpoint"
+            text = str(error)
+            if isinstance(error, OSError) and error.strerror:
+                text = f"{error.filename or self.out}: {error.strerror}"
+            raise type(error)(f"{text}; {where}") from error
+        return self.scores
 
     def save(self) -> None:
         """Write a checkpoint."""
-        state = self.trainer.state()
+        state = {**self.trainer.state(), "scores": self.scores}
         save_checkpoint(self.checkpoints, self.trainer.steps, state, self.recipe.checkpoints.keep)
 
     def _train(self, logs: Logs) -> None:
@@ -374,29 +387,30 @@ class Run:
         logs.add_training(trainer.steps, row)
         return row
 
-    def _score(self, logs: Logs, final: bool = False) -> Evaluation | None:
+    def _score(self, logs: Logs, final: bool = False) -> dict[str, float]:
         """Score the averaged weights: at the end on all pictures, before on some."""
         if self.validation is None:
-            return None
-        annotations: Iterable[Annotation] = self.validation
+            return {}
+        trainer, count = self.trainer, len(self.validation)
+        some: Iterable[int] = range(count)
         if not final:
-            order = np.random.default_rng(0).permutation(len(self.validation))
+            order = np.random.default_rng(0).permutation(count)
             some = order[: self.recipe.validation.pictures].tolist()
-            annotations = [self.validation[index] for index in some]
-        trainer = self.trainer
+            count = len(some)
         result = evaluate(
             trainer.averaged,
             self.validation,
             trainer.task,
-            annotations=tqdm(annotations, "validation", leave=False),
+            annotations=tqdm(
+                (self.validation[index] for index in some), "validation", count, leave=False
+            ),
             tile=self._tile(),
         )
-        logs.add_scores(
-            trainer.steps, {"final": int(final), "pictures": result.pictures, **result.scores}
-        )
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in [*result.scores.items()][:4])
-        self.say(f"step {trainer.steps}, {result.pictures} pictures: {scores}")
-        return result
+        row = {"final": int(final), "pictures": result.pictures, **result.scores}
+        logs.add_scores(trainer.steps, row)
+        first = ", ".join(f"{name} {value:.3f}" for name, value in list(result.scores.items())[:3])
+        self.say(f"step {trainer.steps}, {result.pictures} pictures: {first}")
+        return result.scores
 
     def _tile(self) -> int | None:
         """Queries know their place in a window and how many objects it can have."""
@@ -405,20 +419,16 @@ class Run:
             return crop.size if isinstance(crop.size, int) else min(crop.size)
         return tile
 
-    def _trained(self, result: Evaluation | None) -> dict[str, Any]:
+    def _trained(self) -> dict[str, Any]:
         """What the file of the weights says of their training."""
         return {
             "recipe": asdict(self.recipe),
             "data": Path(self.recipe.data.path or "").resolve().name,
             "steps": self.trainer.steps,
             "minutes": round(self.trainer.seconds / 60, 1),
-            "scores": None if result is None else _finite(result.scores),
+            "scores": {k: v if math.isfinite(v) else None for k, v in (self.scores or {}).items()},
             "pointformer": pointformer.__version__,
         }
-
-
-def _finite(scores: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
 def train(
@@ -427,8 +437,8 @@ def train(
     *,
     device: str = "cpu",
     say: Callable[[str], None] = tqdm.write,
-) -> Evaluation | None:
-    """Train until the budget is used up, or continue an interrupted run; return the last scores.
+) -> dict[str, float]:
+    """Train, or go on with an interrupted run, until the budget is used up; return the scores then.
 
     In `out` there are then recipe.yaml, checkpoints/, log.csv, scores.csv, tensorboard/ and
     model.safetensors, which `create_model` takes.

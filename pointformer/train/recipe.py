@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -201,8 +202,15 @@ def read_recipe(
         ValueError: naming the file or the field, if a field is unknown or its value does not fit.
         ImportError: packages of the extra [train] are missing.
     """
-    import jsonargparse
-
+    try:
+        import jsonargparse
+    except ImportError:
+        raise ImportError("training needs jsonargparse: pip install 'pointformer[train]'") from None
+    known = [f.name for f in fields(Recipe)]
+    for text in overrides:
+        name = re.match(r"(\w+)(\.\w+)*=", text)
+        if name is None or name[1] not in known:
+            raise ValueError(f"{text}: expected field=value, of the fields {', '.join(known)}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe)
     parser.add_argument("--file", action="config")
