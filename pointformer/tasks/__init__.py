@@ -6,6 +6,7 @@ depends on it. A new one is a file with a subclass of `Task` and an entry of `TA
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def task_of(
         options: of the loss, see the class of the task.
 
     Raises:
-        TypeError: it is no model.
+        TypeError: it is no model, or the task has no such option; the message lists those it has.
         ValueError: it is made for another task, for none, or has another number of classes.
     """
     if not isinstance(model, Model):
@@ -67,4 +68,11 @@ def task_of(
         categories = model.categories or [Category(n, str(n)) for n in range(kinds)]
     if len(categories) != kinds:
         raise ValueError(f"model: has {kinds} classes, the data set {len(categories)}")
+    known = [name for name in inspect.signature(made[0]).parameters if name != "categories"]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(
+            f"unknown option {', '.join(unknown)}; known options of the task: "
+            f"{', '.join(known) or 'none'}"
+        )
     return made[0](categories, **options)

@@ -14,7 +14,7 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -54,7 +54,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
     with temporary_path(folder / "step.pt") as temporary:
         with temporary.open("wb") as file:
             hashing = _Hashing(file)
-            torch.save(dict(state), hashing)
+            torch.save(dict(state), cast(BinaryIO, hashing))
         sync(temporary)
         path = folder / f"step-{step:08d}-{hashing.hash.hexdigest()[:16]}.pt"
         publish(temporary, path)
@@ -113,7 +113,7 @@ def newest_checkpoint(
 ) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
     """The first that can be read, with its content, or `None`; and what is wrong with the others
     before it."""
-    problems = []
+    problems: list[str] = []
     for path in paths:
         try:
             return (path, read_checkpoint(path)), problems

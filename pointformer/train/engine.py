@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,15 +66,16 @@ def make_model(recipe: Recipe, categories: Sequence[Category]) -> Model:
             )
         kinds = _BORDER_CLASSES
     options |= {"num_classes": kinds, **recipe.options}
-    torch.manual_seed(recipe.seed)
-    name = recipe.model
-    if recipe.init is None:
-        return create_model(name or "aff_tiny", pretrained=False, **options)
-    if recipe.init_stages is None:
-        model = create_model(recipe.init, pretrained=True, **options)
-    else:
+    name, trained = recipe.model, None
+    if recipe.init is not None and recipe.init_stages is not None:
         trained = create_model(recipe.init, pretrained=True)
-        model = create_model(name or trained.name, pretrained=False, **options)
+        name = name or trained.name
+    torch.manual_seed(recipe.seed)
+    if recipe.init is None or trained is not None:
+        model = create_model(name or "aff_tiny", pretrained=False, **options)
+    else:
+        model = create_model(recipe.init, pretrained=True, **options)
+    if trained is not None and recipe.init_stages is not None:
         _copy_stages(trained, model, recipe.init_stages)
     if name not in (None, model.name):
         raise ValueError(f"init: {recipe.init} holds weights of {model.name}, not of {name}")
@@ -208,7 +209,7 @@ class Trainer:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise FloatingPointError(
-                f"{bad[0]}: is {values[bad[0]]} at step {step}, with {', '.join(names)}"
+                f"the {bad[0]} is {values[bad[0]]} at step {step}, with {', '.join(names)}"
             )
         self.recent.append(values)
 
@@ -288,7 +289,8 @@ class Run:
         Raises:
             ValueError: there are some, but none can be read, or it is of another recipe.
         """
-        remove_unfinished(self.checkpoints)
+        for folder in (self.out, self.checkpoints):
+            remove_unfinished(folder)
         paths = list_checkpoints(self.checkpoints)
         newest, problems = newest_checkpoint(paths)
         for problem in problems:
@@ -391,18 +393,16 @@ class Run:
         """Score the averaged weights: at the end on all pictures, before on some."""
         if self.validation is None:
             return {}
-        trainer, count = self.trainer, len(self.validation)
-        some: Iterable[int] = range(count)
+        trainer, some = self.trainer, list(range(len(self.validation)))
         if not final:
-            order = np.random.default_rng(0).permutation(count)
+            order = np.random.default_rng(0).permutation(len(some))
             some = order[: self.recipe.validation.pictures].tolist()
-            count = len(some)
         result = evaluate(
             trainer.averaged,
             self.validation,
             trainer.task,
             annotations=tqdm(
-                (self.validation[index] for index in some), "validation", count, leave=False
+                (self.validation[index] for index in some), "validation", len(some), leave=False
             ),
             tile=self._tile(),
         )
@@ -468,6 +468,7 @@ def train(
         seed=recipe.seed,
         workers=recipe.workers,
         pin=trainer.device.type == "cuda",
+        weights=_weights(training) if recipe.data.draw == "by_objects" else None,
     )
     run = Run(trainer, batches, validation, out, say)
     run.resume()
@@ -484,6 +485,11 @@ def check_folder(out: Path) -> None:
     for name in (WEIGHTS, CHECKPOINTS, "log.csv", "scores.csv"):
         if os.path.lexists(out / name):
             raise ValueError(f"{out / name}: is there, but no {RECIPE} of a run; use another --out")
+
+
+def _weights(dataset: Dataset) -> np.ndarray:
+    """How often pictures are drawn: more where there is more to see, but not in proportion."""
+    return np.sqrt([1.0 + len(annotation.segments) for annotation in dataset])
 
 
 def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:

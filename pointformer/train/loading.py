@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -88,7 +88,7 @@ class Batches:
         """Samples in a pass over the data set."""
         return len(self.dataset)
 
-    def steps(self, start: int = 0) -> Iterator[Batch]:
+    def steps(self, start: int = 0) -> Generator[Batch, None, None]:
         """This process's part of batch `start`, `start + 1`, and so on without an end.
 
         Close it, or let go of it, to end its workers.

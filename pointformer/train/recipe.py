@@ -25,6 +25,8 @@ class Data:
         format: of the data set; `None`: what it looks like.
         train, val: names of the splits; `None`: as the format calls them.
         val_share: of the training pictures that are kept for validation where there is no split.
+        draw: "evenly", or "by_objects": crowded pictures more often, by the root of the number of
+            their objects.
         skip_bad: leave out what cannot be read.
     """
 
@@ -33,6 +35,7 @@ class Data:
     train: str | None = None
     val: str | None = None
     val_share: float = 0.1
+    draw: Literal["evenly", "by_objects"] = "evenly"
     skip_bad: bool = False
 
 

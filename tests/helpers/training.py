@@ -1,5 +1,6 @@
 """Small data sets of real pictures, and recipes that are done with them in seconds."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,9 @@ from PIL import Image
 from pointformer.annotations import Category, Segment
 from pointformer.data import Annotation, Dataset
 from pointformer.data.annotations import Entry
+from pointformer.tasks import task_of
+from pointformer.train.engine import Trainer, make_model
+from pointformer.train.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
 TINY = [  # a model and a run of a few milliseconds per step
@@ -63,8 +67,6 @@ def dataset_of(folder, task, count=8, side=48, kinds=2):
 
 
 def _with_kinds(annotation, task, number):
-    from dataclasses import replace
-
     ids = annotation.ids
     large = sum(np.where(ids == s.id, int(s.area > 90), 0) for s in annotation.segments)
     classes = (ids > 0) + large  # 0, 1 or 2
@@ -77,3 +79,15 @@ def _with_kinds(annotation, task, number):
     ids = np.where(ids == 0, background, ids)
     kept.append(Segment(background, 0, int((ids == background).sum())))
     return replace(annotation, ids=ids, segments=tuple(kept))
+
+
+def recipe_of(folder, *changes, task="instance", **values):
+    """A recipe for a tiny model."""
+    values = {"task": task, "model": "aff_nano", **values}
+    return read_recipe(None, [f"data.path={folder}", *TINY, *changes], **values)
+
+
+def trainer_of(dataset, recipe):
+    model = make_model(recipe, dataset.categories)
+    task = task_of(model, recipe.task, dataset.categories, **recipe.loss)
+    return Trainer(recipe, model, task, len(dataset), "cpu")

@@ -1,14 +1,27 @@
-"""Targets from instances, and instances from logits."""
+"""Targets from instances, their loss, and instances from logits."""
+
+import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage.measure import label
+from torch.nn import functional as F
 
+from pointformer.annotations import Category
+from pointformer.data import Annotation
 from pointformer.metrics import average_precision
-from pointformer.tasks.borders import BORDER, INSIDE, instance_target, instances_from_logits
+from pointformer.tasks.borders import (
+    BORDER,
+    INSIDE,
+    dense_loss,
+    instance_target,
+    instances_from_logits,
+)
+from pointformer.tasks.instance import InstanceBorders
 
 
 def disks(shape, circles):
@@ -89,3 +102,34 @@ def test_thresholds_and_smallest_size():
 def test_wrong_shape():
     with pytest.raises(ValueError, match=r"logits: expected shape \(3, H, W\), got \(4, 5\)"):
         instances_from_logits(np.zeros((4, 5)))
+
+
+def test_loss_is_least_for_the_truth_and_counts_the_classes():
+    target = torch.randint(0, 3, (2, 16, 16), generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([1.0, 2.0, 6.0])
+    truth = 20 * F.one_hot(target, 3).movedim(-1, 1).float()
+    uniform = torch.zeros(2, 3, 16, 16)
+    assert sum(dense_loss(truth, target, weights).values()) < 1e-3
+    # All classes equally likely: log 3, and per class Dice (2 n/3 + 100) / (n + N/3 + 100).
+    pixels = target.numel()
+    dice = [
+        (2 * n / 3 + 100) / (n + pixels / 3 + 100) for n in target.unique(return_counts=True)[1]
+    ]
+    expected = math.log(3) + 1 - float(sum(dice[1:])) / 2
+    assert sum(dense_loss(uniform, target, weights).values()).item() == pytest.approx(
+        expected, rel=1e-5
+    )
+    absent = torch.zeros_like(target)
+    assert torch.isfinite(sum(dense_loss(uniform, absent, weights).values()))
+
+
+def test_the_tasks_class_weights_are_used():
+    logits = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    ids = np.zeros((8, 8), np.int32)
+    ids[2:5, 1:7], ids[5:7, 2:6] = 1, 2
+    target = torch.from_numpy(instance_target(ids)).long()[None]
+    assert target.unique().tolist() == [0, 1, 2]
+    for inside, border in ((1.0, 3.0), (2.5, 6.0)):
+        task = InstanceBorders([Category(1, "nucleus")], inside, border)
+        expected = dense_loss(logits, target, torch.tensor([1.0, inside, border]))
+        torch.testing.assert_close(task.loss(logits, [Annotation.of_objects(ids)]), expected)

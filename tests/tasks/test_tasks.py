@@ -18,6 +18,7 @@ from pointformer.evaluation import evaluate
 from pointformer.models import AFFConfig, Model, Output
 from pointformer.prediction import predict, windows_for
 from pointformer.tasks import TASKS, MapTask, task_of
+from pointformer.tasks.masks import targets_of
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
 QUERIES = {"queries": 4, "dim": 32, "hidden": 32, "decoder_layers": 1}
@@ -227,3 +228,15 @@ def test_copies_are_averaged(dataset):
     scaled, _ = predict(model, own, picture, windows_for(model, picture, 32), scales=(0.5, 1.0))
     assert scaled.shape == picture.shape
     assert set(np.unique(scaled)) <= {0, 1, 2}
+
+
+def test_objects_as_targets_of_queries():
+    ids = np.zeros((5, 6), np.int32)
+    ids[:2, :4] = 7
+    ids[4, 5] = 3
+    targets = targets_of(Annotation.of_objects(ids).objects(), 2)
+    assert targets.classes.tolist() == [0, 0]
+    np.testing.assert_array_equal(targets.masks[0], [[0, 0, 0], [0, 0, 0], [0, 0, 0.25]])
+    np.testing.assert_array_equal(targets.masks[1], [[1, 1, 0], [0, 0, 0], [0, 0, 0]])
+    empty = Annotation.of_objects(np.zeros((5, 6), np.int32)).objects()
+    assert targets_of(empty, 2).masks.shape == (0, 3, 3)

@@ -1,0 +1,83 @@
+"""The command `train`: recipes, data and changes in any order, and one line for what is wrong."""
+
+import pytest
+
+from helpers.training import TINY, write_folder
+from pointformer import cli
+from pointformer.models import create_model
+from pointformer.train.recipe import read_recipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("nuclei"))
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_trains_goes_on_and_its_model_is_used(capsys, folder, tmp_path):
+    out = tmp_path / "run"
+    options = ["--task", "instance", "--model", "aff_nano", "--out", out, "--threads", "1"]
+    code, text, _ = run(capsys, "train", folder, *options, "budget.steps=2", *TINY)
+    assert code == 0
+    assert f"the model is in {out / 'model.safetensors'}" in text
+    assert create_model(out / "model.safetensors").trained["steps"] == 2
+    recipe = read_recipe(out / "recipe.yaml")
+    assert (recipe.task, recipe.model, recipe.batch) == ("instance", "aff_nano", 2)
+    assert recipe.data.path == str(folder)
+
+    code, text, _ = run(capsys, "train", "--resume", "--out", out, "budget.steps=3")
+    assert code == 0
+    assert "goes on from step-00000002-" in text
+    assert create_model(out / "model.safetensors").trained["steps"] == 3
+    picture = folder / "val/images/0.png"
+    for arguments in (
+        ["segment", picture, "--model", out / "model.safetensors", "--out", tmp_path / "found"],
+        ["evaluate", folder, "--model", out / "model.safetensors"],
+        ["focus", picture, "--model", out / "model.safetensors", "--out", tmp_path / "f.png"],
+    ):
+        assert run(capsys, *arguments)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["DATA"], "budget: expected steps, epochs or minutes"),
+     (["DATA", "other", "budget.steps=1"], "other: expected one data set and field=value"),
+     (["nope.yaml", "DATA"], "nope.yaml: no such file, nor a recipe of the package: nuclei.yaml"),
+     (["budget.steps=1"], "data.path: expected the folder of a data set"),
+     (["DATA", "lr=1"], "lr=1: expected field=value, of the fields task, model, init"),
+     (["DATA", "file=x.yaml"], "file=x.yaml: expected field=value"),
+     (["DATA", "help"], "help: expected one data set"),
+     (["DATA", "batch=two"], 'Parser key "batch"'),
+     (["DATA", "optimizer.lr=1"], "optimizer.lr=1"),
+     (["DATA", "budget.steps=1", "--model", "aff_huge"], "name: unknown model 'aff_huge'"),
+     (["DATA", "budget.steps=1", "options.alhpa=3"], "unknown option alhpa"),
+     (["DATA", "budget.steps=1", "loss.point=3"],
+      "unknown option point; known options of the task: inside_weight, border_weight"),
+     (["DATA", "budget.steps=1", "head=dens"], "head: expected one of"),
+     (["DATA", "budget.steps=1", "--init", "aff_nano.cells"], "there are no such weights"),
+     (["DATA", "budget.steps=1", "accumulate=3", "batch=4"], "accumulate: expected a divisor"),
+     (["DATA", "budget.steps=1", "--threads", "0"], "--threads: expected at least 1, got 0"),
+     (["DATA", "--resume"], "--resume: OUT holds no run: there is no recipe.yaml"),
+     (["nuclei.yaml", "--resume"], "--resume: goes on by the recipe of the run")],
+)  # fmt: skip
+def test_one_line_for_what_is_wrong(capsys, folder, tmp_path, arguments, message):
+    arguments = [str(folder) if a == "DATA" else a for a in arguments]
+    out = tmp_path / "out"
+    code, _, error = run(capsys, "train", "--task", "instance", "--out", out, *arguments)
+    assert code == 1
+    assert error.count("\n") == 1
+    assert message.replace("OUT", str(out)) in error
+    assert not out.exists()
+
+
+def test_unknown_options_are_refused(capsys, folder):
+    for arguments in (["train", folder, "--out", "x", "--lr", "3"], ["evaluate", folder, "b=3"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(a) for a in arguments])
+        assert stop.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err

@@ -1,0 +1,302 @@
+"""The training engine on small crops of real pictures, with tiny models."""
+
+import csv
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helpers.training import dataset_of, recipe_of, trainer_of, write_folder
+from pointformer import segment
+from pointformer.annotations import Category
+from pointformer.evaluation import evaluate
+from pointformer.models import create_model
+from pointformer.train.checkpoints import list_checkpoints
+from pointformer.train.engine import Trainer, make_model, train
+from pointformer.train.loading import Batches
+from pointformer.train.recipe import read_recipe
+
+HEAD = [
+    "options.queries=20", "options.dim=32", "options.hidden=64", "options.decoder_layers=2",
+    "loss.points=256",
+]  # fmt: skip
+TIMES = ("seconds", "images_per_second", "waiting")  # columns that differ from run to run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("nuclei"))
+
+
+def silent(line):
+    pass
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    return [{name: v for name, v in row.items() if name not in TIMES} for row in found]
+
+
+def weights(out):
+    return create_model(out / "model.safetensors").state_dict()
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def killed_at_random(run, kills, seed):
+    """Run in processes that are killed at random moments, so many times, then to the end."""
+    rng = random.Random(seed)
+    killed = 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            try:
+                run()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        if killed < kills:
+            time.sleep(rng.uniform(0.05, 0.7))
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            return killed
+        killed += 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.long)])
+def test_a_run_that_is_killed_at_random_equals_one_that_is_not(folder, tmp_path, kills):
+    """Bit for bit, with drop path and the average; it writes checkpoints most of the time."""
+    recipe = recipe_of(
+        folder, "budget.steps=16", "average=0.9", "options.drop_path=0.3", "log_every=3",
+        "checkpoints.steps=1", "validation.times=1", "validation.pictures=1",
+    )  # fmt: skip
+    train(recipe, tmp_path / "whole", say=silent)
+    killed_at_random(lambda: train(recipe, tmp_path / "killed", say=silent), kills, seed=kills)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    for name in ("log.csv", "scores.csv"):
+        assert rows(tmp_path / "whole" / name) == rows(tmp_path / "killed" / name)
+    assert len(rows(tmp_path / "whole/log.csv")) == 5
+    left = [path.name for path in (tmp_path / "killed").rglob(".pointformer-*")]
+    assert left == []
+
+
+def test_a_run_in_a_folder(folder, tmp_path):
+    """What is written, that it is used by everything else, and what the same command does again."""
+    recipe = recipe_of(folder, "budget.epochs=2", "average=0.5", "log_every=1")
+    scores = train(recipe, tmp_path, say=silent)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "recipe.yaml", "checkpoints", "log.csv", "scores.csv", "tensorboard", "model.safetensors",
+    }  # fmt: skip
+    assert read_recipe(tmp_path / "recipe.yaml") == recipe
+    log = rows(tmp_path / "log.csv")
+    assert [float(row["epoch"]) for row in log] == [0.5, 1, 1.5, 2]
+    assert all(float(row["loss"]) == pytest.approx(float(row["cross_entropy"]) + float(row["dice"]))
+               for row in log)  # fmt: skip
+    model = create_model(tmp_path / "model.safetensors")
+    assert model.trained["steps"] == 4
+    assert model.trained["recipe"]["budget"]["epochs"] == 2
+    assert model.task == "instance"
+    assert segment(model, folder / "val/images/0.png").labels.shape == (64, 64)
+    dataset = dataset_of(tmp_path / "checkpoints", "instance", 2)
+    assert evaluate(model, dataset).pictures == 2
+    assert rows(tmp_path / "scores.csv")[-1]["final"] == "1"
+
+    lines = []
+    assert train(recipe, tmp_path, say=lines.append) == pytest.approx(scores, nan_ok=True)
+    assert len(lines) == 1
+    assert lines[0].startswith("goes on from step-00000004-")
+    longer = replace(recipe, budget=replace(recipe.budget, epochs=3), workers=0)
+    train(longer, tmp_path, say=silent)
+    assert [row["step"] for row in rows(tmp_path / "log.csv")] == ["1", "2", "3", "4", "5", "6"]
+    with pytest.raises(
+        ValueError, match=r"step-00000006.*made with another recipe: batch 2, now 1"
+    ):
+        train(replace(recipe, batch=1), tmp_path, say=silent)
+
+
+def test_a_damaged_checkpoint_is_passed_over(folder, tmp_path):
+    recipe = recipe_of(folder, "budget.steps=4", "checkpoints.steps=1", "checkpoints.keep=2")
+    train(recipe, tmp_path / "whole", say=silent)
+    train(recipe, tmp_path / "run", say=silent)
+    newest, earlier = list_checkpoints(tmp_path / "run/checkpoints")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    (tmp_path / "run/model.safetensors").unlink()
+    lines = []
+    train(recipe, tmp_path / "run", say=lines.append)
+    assert lines[0] == (
+        f"{newest}: is damaged: its content is not what was written; an earlier checkpoint is "
+        "looked for"
+    )
+    assert lines[1] == f"goes on from {earlier.name}"
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    for path in list_checkpoints(tmp_path / "run/checkpoints"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint can be read; remove the folder to start"):
+        train(recipe, tmp_path / "run", say=silent)
+
+
+def test_a_full_disk_ends_with_a_line_and_leaves_the_last_checkpoint(folder, tmp_path):
+    import resource  # not on Windows
+
+    recipe = recipe_of(folder, "budget.steps=3", "checkpoints.steps=1")
+    train(recipe, tmp_path, say=silent)
+    before = [(path, path.read_bytes()) for path in list_checkpoints(tmp_path / "checkpoints")]
+    longer = replace(recipe, budget=replace(recipe.budget, steps=5))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[0][1]) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large; step-00000003-\w+\.pt is from before"):
+            train(longer, tmp_path, say=silent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [
+        (path, path.read_bytes()) for path in list_checkpoints(tmp_path / "checkpoints")
+    ] == before
+    assert list(tmp_path.rglob(".pointformer-*")) == []
+    train(longer, tmp_path, say=silent)
+
+
+def test_a_loss_that_is_no_number_names_its_pictures(folder, tmp_path, monkeypatch):
+    """The run stops, and the newest checkpoint is one from before."""
+    recipe = recipe_of(folder, "budget.steps=6", "checkpoints.steps=1", "validation.times=0")
+    plain, seen = Trainer._loss, []
+
+    def loss(self, images, annotations):
+        terms = plain(self, images, annotations)
+        if self.steps == 3:
+            seen.append([annotation.name for annotation in annotations])
+            terms["dice"] = terms["dice"] * float("nan")
+        return terms
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    with pytest.raises(FloatingPointError, match="step 3") as error:
+        train(recipe, tmp_path, say=silent)
+    text = str(error.value)
+    assert text.startswith(f"the loss is nan at step 3, with {', '.join(seen[0])}; ")
+    newest = list_checkpoints(tmp_path / "checkpoints")[0].name
+    assert text.endswith(f"; {newest} is from before")
+    assert newest.startswith("step-00000003-")
+    monkeypatch.undo()
+    train(recipe, tmp_path, say=silent)
+    train(recipe, tmp_path.with_name("whole"), say=silent)
+    assert same(weights(tmp_path), weights(tmp_path.with_name("whole")))
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "model.safetensors", "log.csv", "scores.csv"])
+def test_a_new_run_replaces_nothing(folder, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"{name}: is there, but no recipe\.yaml of a run"):
+        train(recipe_of(folder, "budget.steps=1"), tmp_path, say=silent)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_parts_of_a_batch_and_recomputed_blocks_give_the_same_step(tmp_path):
+    """As far as numbers go, where the loss is a mean over pictures."""
+    dataset = dataset_of(tmp_path, "classification", 4, 32)
+    base = recipe_of("x", "batch=4", "budget.steps=2", "freeze_batch_norm=true",
+                     task="classification")  # fmt: skip
+    results = []
+    for changes in ({}, {"accumulate": 2}, {"gradient_checkpointing": True}):
+        recipe = replace(base, **changes)
+        trainer = trainer_of(dataset, recipe)
+        steps = Batches(dataset, None, batch=4, seed=0).steps()
+        for _ in range(2):
+            trainer.step(next(steps))
+        trainer.check()
+        results.append((trainer.recent, trainer.model.state_dict()))
+    for recent, state in results[1:]:
+        for expected, found in zip(results[0][0], recent, strict=True):
+            assert found == pytest.approx(expected, rel=1e-4)
+        for name, value in state.items():
+            torch.testing.assert_close(value, results[0][1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision_learns(tmp_path):
+    dataset = dataset_of(tmp_path, "instance", 2, 32)
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        trainer = trainer_of(dataset, recipe_of("x", "budget.steps=1", f"precision={precision}"))
+        trainer.step(next(Batches(dataset, None, batch=2, seed=0).steps()))
+        trainer.check()
+        losses[precision] = trainer.recent[0]["loss"]
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+def test_frozen_batch_norm_stays(tmp_path):
+    dataset = dataset_of(tmp_path, "instance", 2, 32)
+    trainer = trainer_of(dataset, recipe_of("x", "budget.steps=1", "freeze_batch_norm=true"))
+    before = {
+        name: v.clone() for name, v in trainer.model.backbone.patch_embed.bn.state_dict().items()
+    }
+    trainer.step(next(Batches(dataset, None, batch=2, seed=0).steps()))
+    assert same(trainer.model.backbone.patch_embed.bn.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "steps", "most", "changes"),
+    [("classification", None, 30, 0.05, ["options.dims=[32,32,32,32]"]),
+     ("semantic", None, 60, 0.05, [])],
+)  # fmt: skip
+def test_overfits_real_pictures(tmp_path, task, head, steps, most, changes):
+    dataset = dataset_of(tmp_path, task)
+    recipe = recipe_of("x", "batch=8", f"budget.steps={steps}", "optimizer.learning_rate=5e-3",
+                       "optimizer.weight_decay=0", *changes, task=task, head=head)  # fmt: skip
+    trainer = trainer_of(dataset, recipe)
+    batches = Batches(dataset, None, batch=8, seed=0).steps()
+    for _ in range(steps):
+        trainer.step(next(batches))
+    trainer.check()
+    assert trainer.recent[-1]["loss"] < most
+
+
+def test_stages_of_other_weights():
+    trained = create_model("aff_nano.nuclei").backbone
+    (nucleus,) = create_model("aff_nano.nuclei").categories
+    recipe = read_recipe(task="instance", init="aff_nano.nuclei", init_stages=2)
+    started = make_model(recipe, [nucleus]).backbone
+    fresh = make_model(replace(recipe, init=None, init_stages=None, model="aff_nano"), [nucleus])
+    assert same(started.patch_embed.state_dict(), trained.patch_embed.state_dict())
+    for stage in range(4):
+        source = trained if stage < 2 else fresh.backbone
+        assert same(started.stages[stage].state_dict(), source.stages[stage].state_dict())
+    whole = make_model(replace(recipe, init_stages=None), [nucleus])
+    assert same(whole.state_dict(), create_model("aff_nano.nuclei").state_dict())
+    with pytest.raises(ValueError, match=r"init: aff_nano\.nuclei holds weights of aff_nano, not"):
+        make_model(replace(recipe, init_stages=None, model="aff_mini"), [nucleus])
+    with pytest.raises(ValueError, match="init: the backbone of aff_nano does not fit"):
+        make_model(replace(recipe, model="aff_mini"), [nucleus])
+    with pytest.raises(ValueError, match="init_stages: expected 0 to 4, got 5"):
+        make_model(replace(recipe, init_stages=5), [nucleus])
+
+
+def test_heads_by_task():
+    kinds = [Category(1, "round"), Category(2, "long")]
+    heads = {"semantic": "dense", "instance": "mask2former", "panoptic": "mask2former",
+             "classification": "classification"}  # fmt: skip
+    for task, head in heads.items():
+        model = make_model(read_recipe(task=task, model="aff_nano"), kinds)
+        assert (model.head_name, model.task, model.num_classes) == (head, task, 2)
+    assert (
+        make_model(read_recipe(task="instance", model="aff_nano"), kinds[:1]).head_name == "dense"
+    )
+    with pytest.raises(ValueError, match=r"head: 'dense' finds objects of one class, .* has 2"):
+        make_model(read_recipe(task="instance", model="aff_nano", head="dense"), kinds)
+
+
+def test_no_budget():
+    with pytest.raises(ValueError, match="budget: expected steps, epochs or minutes"):
+        train(read_recipe(), "x", say=silent)
