@@ -156,7 +156,7 @@ class Trainer:
         self.optimizer.zero_grad()
         total: dict[str, Tensor] = {}
         for images, truth, share in self._parts(batch):
-            terms = self._loss(images, truth)
+            terms = self._mixed_loss(images, truth)
             loss = torch.stack(list(terms.values())).sum()
             (share * loss).backward()
             for name, term in {"loss": loss, **terms}.items():
@@ -186,12 +186,33 @@ class Trainer:
             return self.model.preprocess(images.to(self.device, non_blocking=True))
         return [self.model.preprocess(image.to(self.device, non_blocking=True)) for image in images]
 
+    def _mixed_loss(self, images: Any, annotations: Sequence[Annotation]) -> dict[str, Tensor]:
+        """The loss of mixtures of pictures, where the recipe mixes them."""
+        mix = self.recipe.augmentation.mix
+        if mix is None:
+            return self._loss(images, annotations)
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                "augmentation.mix: needs pictures of one size, such as of resized_crop"
+            )
+        rng = np.random.default_rng([self.recipe.seed, self.steps])  # the same in each part
+        images, partners, share = mix(images, rng)
+        output = self._output(images)
+        others = [annotations[index] for index in partners.tolist()]
+        terms = self.task.loss(output, annotations)
+        return {
+            name: share * terms[name] + (1 - share) * term
+            for name, term in self.task.loss(output, others).items()
+        }
+
     def _loss(self, images: Any, annotations: Sequence[Annotation]) -> dict[str, Tensor]:
+        return self.task.loss(self._output(images), annotations)
+
+    def _output(self, images: Any) -> Any:
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"
         ):
-            output = self.model(images)
-        return self.task.loss(output, annotations)
+            return self.model(images)
 
     def check(self) -> None:
         """Look at the loss of the last step, which on a GPU is known by the next one.
@@ -405,6 +426,7 @@ class Run:
                 (self.validation[index] for index in some), "validation", len(some), leave=False
             ),
             tile=self._tile(),
+            transform=self.recipe.validation.transform(),
         )
         row = {"final": int(final), "pictures": result.pictures, **result.scores}
         logs.add_scores(trainer.steps, row)

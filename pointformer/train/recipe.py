@@ -9,7 +9,20 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pointformer.data.transforms import Chain, RandomCrop, RandomCurves, RandomFlip, RandomTurn
+from pointformer.data.transforms import (
+    CenterCrop,
+    Chain,
+    ColorJitter,
+    Mix,
+    RandAugment,
+    RandomCrop,
+    RandomCurves,
+    RandomErasing,
+    RandomFlip,
+    RandomResizedCrop,
+    RandomTurn,
+    Resize,
+)
 from pointformer.train.optimization import Budget, Optimizer, Schedule
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -23,6 +36,8 @@ class Data:
     Attributes:
         path: the folder, see `pointformer.data.open_dataset`.
         format: of the data set; `None`: what it looks like.
+        categories: names of the classes where the data set does not have them.
+        void: labels that mean void; `None`: as the format has it.
         train, val: names of the splits; `None`: as the format calls them.
         val_share: of the training pictures that are kept for validation where there is no split.
         draw: "evenly", or "by_objects": crowded pictures more often, by the root of the number of
@@ -32,6 +47,8 @@ class Data:
 
     path: str | None = None
     format: str | None = None
+    categories: tuple[str, ...] | None = None
+    void: tuple[int, ...] | None = None
     train: str | None = None
     val: str | None = None
     val_share: float = 0.1
@@ -41,23 +58,30 @@ class Data:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How pictures change each time; `None` leaves a change out. In this order.
+    """How pictures change each time, in this order; `None`: not so. See the classes.
 
     Attributes:
-        crop: a window of fixed size.
-        flip: mirror images.
-        turn: quarter turns.
-        curves: colors and brightness of microscopy.
+        resized_crop, crop: windows of one size.
+        flip, turn: mirror images, quarter turns.
+        jitter, curves, rand_augment: of colors and brightness, of these in microscopy, and for
+            classes of pictures.
+        erase: a rectangle.
+        mix: of pictures of a batch, for classes of pictures.
     """
 
-    crop: RandomCrop | None = field(default_factory=lambda: RandomCrop(256))
-    flip: RandomFlip | None = field(default_factory=RandomFlip)
+    resized_crop: RandomResizedCrop | None = None
+    crop: RandomCrop | None = None
+    flip: RandomFlip | None = None
     turn: RandomTurn | None = None
+    jitter: ColorJitter | None = None
     curves: RandomCurves | None = None
+    rand_augment: RandAugment | None = None
+    erase: RandomErasing | None = None
+    mix: Mix | None = None
 
     def transform(self) -> Chain:
-        """All of it as one."""
-        changes = (getattr(self, f.name) for f in fields(self))
+        """All that is done with a picture."""
+        changes = [getattr(self, f.name) for f in fields(self) if f.name != "mix"]
         return Chain([change for change in changes if change is not None])
 
 
@@ -87,13 +111,20 @@ class Validation:
     Attributes:
         times: how often on the way, at equal shares of the budget.
         pictures: how many are scored then, the same ones each time.
+        resize, crop: what is done with a picture before.
         tile: side of the windows in pixels; `None`: whole pictures, and for heads with queries,
             which know their place in a window, that of the crops.
     """
 
     times: int = 4
     pictures: int = 16
+    resize: Resize | None = None
+    crop: CenterCrop | None = None
     tile: int | None = None
+
+    def transform(self) -> Chain:
+        """All that is done with a picture."""
+        return Chain([change for change in (self.resize, self.crop) if change is not None])
 
 
 _FREE = {"free": True}  # of fields that may change between two parts of a run
@@ -156,6 +187,10 @@ class Recipe:
             raise ValueError(
                 f"accumulate: expected a divisor of the batch, {self.batch}, got {self.accumulate}"
             )
+        if self.augmentation.mix is not None and self.task != "classification":
+            raise ValueError(
+                f"augmentation.mix: only for the task 'classification', not {self.task!r}"
+            )
         if not 0 <= self.average < 1:
             raise ValueError(f"average: expected a decay in [0, 1), got {self.average}")
         if not 0 <= self.seed < 2**32:
@@ -197,7 +232,8 @@ def read_recipe(
     """The recipe in a file, with changes.
 
     Args:
-        file: YAML; a name without a folder may be one of `RECIPES`. `None`: the defaults.
+        file: YAML; a name without a folder may be one of `RECIPES`. `None`: that of the task there,
+            for pictures of one's own.
         overrides: "field=value", as "optimizer.learning_rate=1e-3", values in YAML.
         values: fields of the recipe, before `overrides`; `None` for those of the file.
 
@@ -217,7 +253,8 @@ def read_recipe(
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe)
     parser.add_argument("--file", action="config")
-    given = [] if file is None else [f"--file={find_recipe(file)}"]
+    file = f"{values.get('task') or Recipe.task}.yaml" if file is None else file
+    given = [f"--file={find_recipe(file)}"]
     given += [f"--{name}={value}" for name, value in values.items() if value is not None]
     try:
         parsed = parser.parse_args([*given, *(f"--{text}" for text in overrides)])

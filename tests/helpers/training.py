@@ -14,13 +14,7 @@ from pointformer.train.engine import Trainer, make_model
 from pointformer.train.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
-TINY = [  # a model and a run of a few milliseconds per step
-    "options.dims=[16,16,16,16]",
-    "options.depths=[1,1,1,1]",
-    "options.heads=[2,2,2,2]",
-    "augmentation.crop.size=32",
-    "batch=2",
-]
+TINY = Path(__file__).parent / "tiny.yaml"  # a recipe
 NUCLEUS = Category(1, "nucleus")
 KINDS = (Category(1, "background", False), Category(2, "small"), Category(3, "large"))
 
@@ -83,8 +77,7 @@ def _with_kinds(annotation, task, number):
 
 def recipe_of(folder, *changes, task="instance", **values):
     """A recipe for a tiny model."""
-    values = {"task": task, "model": "aff_nano", **values}
-    return read_recipe(None, [f"data.path={folder}", *TINY, *changes], **values)
+    return read_recipe(TINY, [f"data.path={folder}", *changes], task=task, **values)
 
 
 def trainer_of(dataset, recipe):

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -300,3 +301,27 @@ def test_heads_by_task():
 def test_no_budget():
     with pytest.raises(ValueError, match="budget: expected steps, epochs or minutes"):
         train(read_recipe(), "x", say=silent)
+
+
+def test_mixed_pictures_have_the_mixed_loss(tmp_path):
+    dataset = dataset_of(tmp_path, "classification", 4, 32)
+    recipe = recipe_of("x", "batch=4", "budget.steps=1", "augmentation.mix={}", "accumulate=2",
+                       "freeze_batch_norm=true", task="classification")  # fmt: skip
+    trainer = trainer_of(dataset, recipe)
+    batch = next(Batches(dataset, None, batch=4, seed=0).steps())
+    images = trainer.model.preprocess(batch.images)
+    trainer.model.eval()
+    expected = []
+    for part in (slice(0, 2), slice(2, 4)):
+        rng = np.random.default_rng([recipe.seed, 0])
+        mixed, partners, share = recipe.augmentation.mix(images[part], rng)
+        assert 0 < share < 1
+        labels = torch.tensor([annotation.label for annotation in batch.annotations[part]])
+        logits = trainer.model(mixed)
+        first, second = (F.cross_entropy(logits, some) for some in (labels, labels[partners]))
+        expected.append(share * first + (1 - share) * second)
+    trainer.step(batch)
+    trainer.check()
+    assert trainer.recent[0]["loss"] == pytest.approx(sum(expected).item() / 2, rel=1e-5)
+    with pytest.raises(ValueError, match=r"augmentation\.mix: only for the task 'classification'"):
+        recipe_of("x", "augmentation.mix={}")
