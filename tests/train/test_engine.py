@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from helpers.training import dataset_of, recipe_of, trainer_of, write_folder
 from pointformer import segment
