@@ -81,7 +81,7 @@ def test_any_density(compare, dimensions, curve, kind):
     uneven, even = cloud(kind, 50_000, dimensions), cloud("even", 50_000, dimensions)
     ordered, neighborhoods = run(uneven)
     members, known = neighborhoods.select(torch.arange(0, len(ordered), 100)).members()
-    nearest = knn(ordered, 48, query=ordered[::100])
+    nearest = knn(ordered, 48, query_positions=ordered[::100])
     found = (nearest[:, :, None] == members[:, None]) & known[:, None]
     print(f"\nshare of the 48 nearest: {found.any(2).float().mean():.3f}")
     compare(cpu=lambda: run(uneven), even=lambda: run(even))

@@ -53,7 +53,7 @@ def test_scored_merge(compare, side, channels, following, training):
     inputs = {"features": features, "scores": scores, **weight_net()}
 
     def merge(impl, **inputs):
-        fixed = {"positions": positions, "centers": centers, "neighborhoods": neighborhoods}
+        fixed = {"positions": positions, "center_index": centers, "neighborhoods": neighborhoods}
         return scored_merge(**inputs, **fixed, impl=impl)
 
     merged = merge("cpu", **inputs)
@@ -99,7 +99,7 @@ def test_interpolate(compare, k, training):
     rows = torch.randperm(56 * 56)[: 28 * 28]
     positions = queries.view(BATCH, -1, 2)[:, rows].flatten(0, 1)
     sizes, query_sizes = (28 * 28,) * BATCH, (56 * 56,) * BATCH
-    index = knn(positions, k, query=queries, sizes=sizes, query_sizes=query_sizes)
+    index = knn(positions, k, query_positions=queries, sizes=sizes, query_sizes=query_sizes)
     features = torch.randn(len(positions), 64)
 
     def run(impl, features):

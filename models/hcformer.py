@@ -52,7 +52,7 @@ class SoftAssignment(nn.Module):
             index = knn(
                 coarse.positions,
                 self.k,
-                query=fine.positions,
+                query_positions=fine.positions,
                 sizes=coarse.sizes,
                 query_sizes=fine.sizes,
                 check_values=False,

@@ -142,7 +142,7 @@ class MaskDecoder(nn.Module):
         rows = knn(
             finest.positions,
             1,
-            query=level.positions,
+            query_positions=level.positions,
             sizes=finest.sizes,
             query_sizes=level.sizes,
             check_values=False,

@@ -82,7 +82,7 @@ class Places:
             index = knn(
                 tokens.positions,
                 4,
-                query=grid.positions,
+                query_positions=grid.positions,
                 sizes=tokens.sizes,
                 query_sizes=grid.sizes,
                 check_values=False,

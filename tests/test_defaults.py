@@ -49,7 +49,7 @@ DEFAULTS = {
     "add_norm": {"scale": None, "eps": 1e-5},
     "deformable_attention": {"power": 6.0, "eps": 1e-11},
     "knn": {
-        "query": None,
+        "query_positions": None,
         "query_sizes": None,
         "include_self": True,
         "return_distance": False,

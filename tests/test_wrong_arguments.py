@@ -197,7 +197,7 @@ CALLS = {
         {
             "positions": POSITIONS,
             "k": 2,
-            "query": POSITIONS,
+            "query_positions": POSITIONS,
             "sizes": (12, 12),
             "query_sizes": (12, 12),
             "include_self": True,
@@ -255,7 +255,7 @@ CALLS = {
             "features": TOKENS.features,
             "scores": FEATURES[:, 0],
             "positions": TOKENS.positions,
-            "centers": torch.arange(3),
+            "center_index": torch.arange(3),
             "neighborhoods": AROUND,
             **NET,
             **R,

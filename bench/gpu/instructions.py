@@ -47,7 +47,7 @@ def cases(height: int, width: int, batch: int) -> dict[str, dict[str, object]]:
     common = {"positions": tokens.positions, "neighborhoods": neighborhoods}
     net = {"weight": torch.randn(4, 5), "bias": torch.randn(4)}
     net |= {"norm_weight": torch.randn(4), "norm_bias": torch.randn(4)}
-    merge = {"features": tokens.features, "scores": scores, "centers": index}
+    merge = {"features": tokens.features, "scores": scores, "center_index": index}
     search = {"positions": tokens.positions, "clusters": tokens.clusters}
     return {
         "nearest_clusters": {**search, "num_clusters": NUM_CLUSTERS},

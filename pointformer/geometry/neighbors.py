@@ -129,7 +129,7 @@ def knn(
     positions: Tensor,
     k: int,
     *,
-    query: Tensor | None = ...,
+    query_positions: Tensor | None = ...,
     sizes: Sequence[int] | None = ...,
     query_sizes: Sequence[int] | None = ...,
     include_self: bool = ...,
@@ -145,7 +145,7 @@ def knn(
     positions: Tensor,
     k: int,
     *,
-    query: Tensor | None = ...,
+    query_positions: Tensor | None = ...,
     sizes: Sequence[int] | None = ...,
     query_sizes: Sequence[int] | None = ...,
     include_self: bool = ...,
@@ -160,7 +160,7 @@ def knn(
     positions: Tensor,
     k: int,
     *,
-    query: Tensor | None = None,
+    query_positions: Tensor | None = None,
     sizes: Sequence[int] | None = None,
     query_sizes: Sequence[int] | None = None,
     include_self: bool = True,
@@ -177,10 +177,10 @@ def knn(
     Args:
         positions: (T, D) float32, D = 2 or 3, samples one after the other.
         k: neighbors per query.
-        query: (Q, D) float32 query positions; `None` asks for the neighbors of the points.
+        query_positions: (Q, D) float32; `None` asks for the neighbors of the points.
         sizes: points per sample, B host integers; `None` for one sample.
         query_sizes: queries per sample, B host integers; `None` for one sample.
-        include_self: `False` leaves each point out of its own list; only without `query`.
+        include_self: `False` leaves each point out of its own list; only without `query_positions`.
         return_distance: also return the distances.
         along_curve: whether the rows of each sample follow a space-filling curve, as in cluster
             order, so that no such order has to be found. The result is the same in any case.
@@ -209,31 +209,35 @@ def knn(
     if check_values:
         check_finite("positions", positions, sizes)
     check_count("k", k)
-    if query is None:
+    if query_positions is None:
         if query_sizes is not None:
-            raise ValueError("query_sizes: expected None where query is None")
+            raise ValueError("query_sizes: expected None where query_positions is None")
         query_sizes = sizes
     else:
         if not include_self:
-            raise ValueError("include_self: False needs query=None, there is no own point else")
-        query = check_positions("query", query, positions.shape[1]).detach()
-        check_tensor("query", query, device=positions.device)
-        query_sizes = check_sizes("query_sizes", query_sizes, query.shape[0])
+            raise ValueError(
+                "include_self: False needs query_positions=None, there is no own point else"
+            )
+        query_positions = check_positions(
+            "query_positions", query_positions, positions.shape[1]
+        ).detach()
+        check_tensor("query_positions", query_positions, device=positions.device)
+        query_sizes = check_sizes("query_sizes", query_sizes, query_positions.shape[0])
         if len(query_sizes) != len(sizes):
             raise ValueError(
                 f"query_sizes: expected {len(sizes)} samples as in sizes, got {len(query_sizes)}"
             )
         if check_values:
-            check_finite("query", query, query_sizes)
+            check_finite("query_positions", query_positions, query_sizes)
     width = k if include_self else k + 1
     limits = (width,) * len(sizes)
     chosen = choose("knn", impl, _fast(positions, width, "positions", "k"), positions.device)
     if chosen == "reference":
-        asking = positions if query is None else query
+        asking = positions if query_positions is None else query_positions
         index, distance = reference.nearest(asking, positions, query_sizes, sizes, limits, width)
     else:
         options = (query_sizes, sizes, limits, width, along_curve, chosen)
-        index, distance = fused_nearest(query, positions, *options)
+        index, distance = fused_nearest(query_positions, positions, *options)
     if not include_self:
         own = torch.arange(positions.shape[0], dtype=torch.int32, device=positions.device)
         after_own = (index == own[:, None]).cumsum(1)[:, :k] > 0

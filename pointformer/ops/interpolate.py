@@ -96,7 +96,7 @@ def interpolate(
         neighbor_index = knn(
             positions.detach(),
             k,
-            query=query_positions.detach(),
+            query_positions=query_positions.detach(),
             sizes=sizes,
             query_sizes=query_sizes,
             check_values=False,

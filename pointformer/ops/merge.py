@@ -28,7 +28,7 @@ def scored_merge(
     features: Tensor,
     scores: Tensor,
     positions: Tensor,
-    centers: Tensor,
+    center_index: Tensor,
     neighborhoods: Neighborhoods,
     *,
     weight: Tensor,
@@ -54,7 +54,7 @@ def scored_merge(
         features: (T, C) floating, rows in cluster order.
         scores: (T,) floating, the importance of the tokens.
         positions: (T, D) float32, D = 2 or 3. They get no gradient.
-        centers: (T',) int32 or int64, rows of the tokens to merge around.
+        center_index: (T',) int32 or int64, rows of the tokens to merge around.
         neighborhoods: of all T tokens. The -1 entries of `cluster_index` and the missing tokens of
             short clusters contribute nothing.
         weight: (M, F), M = 4 in the paper; F = 5 (2-D) or 7 (3-D) for all of phi, F = D to use
@@ -69,31 +69,32 @@ def scored_merge(
 
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype or device does not fit.
-        IndexError: a row of `centers` or `cluster_index` does not exist. On GPUs, which do not
+        IndexError: a row of `center_index` or `cluster_index` does not exist. On GPUs, which do not
             wait to find out, such entries of `cluster_index` are left out.
     """
     check_tensor("features", features, ("T", "C"), FLOATS)
     tokens, device = features.shape[0], features.device
     check_tensor("scores", scores, (tokens,), FLOATS, device)
     positions = _check_positions("positions", positions, tokens, None, device)
-    check_tensor("centers", centers, ("T'",), INTEGERS, device)
+    check_tensor("center_index", center_index, ("T'",), INTEGERS, device)
     check_neighborhoods(neighborhoods, tokens, device)
     _check_weight_net(weight, bias, norm_weight, norm_bias, eps, positions.shape[1], device)
 
-    centered = neighborhoods.select(centers)
+    centered = neighborhoods.select(center_index)
 
     def lacks() -> str | None:
         return _fused_lacks(features, weight, centered.cluster_index)
 
+    center_positions = positions[center_index]
     net = (weight, bias, norm_weight, norm_bias)
     chosen = choose("scored_merge", impl, {"cpu": lacks, "triton": lacks}, device)
     if chosen == "reference":
         rows, mask = centered.members()
-        inputs = (features, scores, positions, positions[centers], rows, mask)
+        inputs = (features, scores, positions, center_positions, rows, mask)
         return reference_merge(*inputs, *net, eps)
     clusters = centered.clusters
     lists = (clusters.offsets, centered.cluster_index, clusters.cluster_size)
-    return _fused(features, scores, positions, positions[centers], *lists, net, eps, chosen)
+    return _fused(features, scores, positions, center_positions, *lists, net, eps, chosen)
 
 
 def point_conv(

@@ -100,7 +100,7 @@ def neighborhood_attention_backward(a: Arguments, output: Tensor) -> Traffic:
 
 
 def _merge_pairs(a: Arguments) -> int:
-    return int(cluster_lengths(a["neighborhoods"].select(a["centers"])).sum())
+    return int(cluster_lengths(a["neighborhoods"].select(a["center_index"])).sum())
 
 
 def scored_merge(a: Arguments, output: Tensor) -> Traffic:

@@ -102,7 +102,8 @@ def knn(a: Arguments, output: Tensor | tuple[Tensor, Tensor]) -> Work:
     found = output if isinstance(output, tuple) else (output,)
     entries = int((found[0] >= 0).sum())
     return Work(
-        num_bytes(a["positions"], a["query"], *found), entries * (3 * a["positions"].shape[1] - 1)
+        num_bytes(a["positions"], a["query_positions"], *found),
+        entries * (3 * a["positions"].shape[1] - 1),
     )
 
 
@@ -179,13 +180,18 @@ def _used(index: Tensor) -> int:
 
 def _scored_merge(a: Arguments) -> Work:
     """What both passes of `scored_merge` read, and the operations of the forward pass."""
-    centered = a["neighborhoods"].select(a["centers"])
+    centered = a["neighborhoods"].select(a["center_index"])
     listed = torch.unique(centered.cluster_index)
     lengths = centered.clusters.offsets.diff()
     tokens = int(lengths[listed[listed >= 0].long()].sum())
     point = num_bytes(a["positions"][:1])
     row = num_bytes(a["features"][:1], a["scores"][:1]) + point
-    read = tokens * row + centered.num_queries * point + num_bytes(a["centers"]) + _lists(centered)
+    read = (
+        tokens * row
+        + centered.num_queries * point
+        + num_bytes(a["center_index"])
+        + _lists(centered)
+    )
     return _merge(a, read, int(cluster_lengths(centered).sum()))
 
 
@@ -316,7 +322,7 @@ def _interpolation(a: Arguments) -> tuple[int, int, int]:
     given = num_bytes(index)
     if index is None:
         sizes = {"sizes": a["sizes"], "query_sizes": a["query_sizes"]}
-        index = pointformer.knn(positions, a["k"], query=queries, **sizes)
+        index = pointformer.knn(positions, a["k"], query_positions=queries, **sizes)
     tokens = _used(index)
     point = num_bytes(positions[:1])
     return num_bytes(queries) + given + tokens * point, tokens, int((index >= 0).sum())

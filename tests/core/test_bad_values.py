@@ -160,7 +160,7 @@ def test_a_batch_vector_is_no_sizes(tokens, sizes):
     positions, features = tokens.positions, tokens.features
     for call in (
         lambda: knn(positions, 3, sizes=sizes),
-        lambda: knn(positions, 3, query=positions, query_sizes=sizes),
+        lambda: knn(positions, 3, query_positions=positions, query_sizes=sizes),
         lambda: balanced_cluster(positions, 8, sizes=sizes),
         lambda: interpolate(features, positions, positions, sizes=sizes),
         lambda: select_centers(features[:, 0], positions, sizes=sizes, rate=0.5, stride=2),

@@ -46,7 +46,7 @@ def by_definition(case):
     neighborhoods, weight = case["neighborhoods"], case["weight"].double()
     offsets = neighborhoods.clusters.offsets.tolist()
     positions, rows = case["positions"].double(), []
-    for center in case["centers"].tolist():
+    for center in case["center_index"].tolist():
         total = torch.zeros(len(weight), case["features"].shape[1], dtype=torch.float64)
         for cluster in neighborhoods.cluster_index[center].tolist():
             for j in range(offsets[cluster], offsets[cluster + 1]) if cluster >= 0 else ():
@@ -155,10 +155,10 @@ def test_parity_of_point_conv(name):
 
 def test_reference_is_differentiable_twice():
     case = make_case((9,), 4, 2, channels=3)
-    rows, mask = case["neighborhoods"].select(case["centers"]).members()
+    rows, mask = case["neighborhoods"].select(case["center_index"]).members()
     g = torch.Generator().manual_seed(3)
     positions = torch.rand(9, 2, generator=g) * 9  # apart: the distance has a kink at 0
-    centers = (positions[case["centers"]] + 0.1).double().requires_grad_()
+    centers = (positions[case["center_index"]] + 0.1).double().requires_grad_()
     names = ("features", "scores", *NET)
     features, scores, *net = (case[n].double().requires_grad_() for n in names)
     inputs = (features, scores, positions.double().requires_grad_(), centers, *net)
@@ -238,10 +238,10 @@ def test_samples_do_not_see_each_other(impl):
     case = make_case((20, 30))
     case["features"][25:] = float("nan")
     case["scores"][25:] = float("inf")
-    mine = case["centers"] < 20
+    mine = case["center_index"] < 20
     out = scored_merge(**case, impl=impl)
     assert out[mine].isfinite().all()
-    case["centers"] = case["centers"][mine]
+    case["center_index"] = case["center_index"][mine]
     assert torch.equal(scored_merge(**case, impl=impl), out[mine])
 
 
@@ -288,9 +288,9 @@ def test_empty_inputs(impl):
         make_case(num_clusters=0),
     ):
         result = value_and_gradients(scored_merge, case, names, impl=impl)
-        assert result["out"].shape == (len(case["centers"]), 4 * case["features"].shape[1])
+        assert result["out"].shape == (len(case["center_index"]), 4 * case["features"].shape[1])
         assert all(value.eq(0).all() for value in result.values())
-    case = make_case() | {"centers": torch.empty(0, dtype=torch.int64)}
+    case = make_case() | {"center_index": torch.empty(0, dtype=torch.int64)}
     assert value_and_gradients(scored_merge, case, names, impl=impl)["features"].eq(0).all()
     case = make_case()
     net = {n: case[n] for n in NET}
@@ -316,8 +316,8 @@ def test_the_weight_net_may_have_any_dtype(dtype):
 
 def test_opcheck():
     case = make_case()
-    chosen = case["neighborhoods"].select(case["centers"])
-    positions = case["positions"], case["positions"][case["centers"]]
+    chosen = case["neighborhoods"].select(case["center_index"])
+    positions = case["positions"], case["positions"][case["center_index"]]
     lists = chosen.clusters.offsets, chosen.cluster_index
     floats = [case[n].requires_grad_() for n in ("features", "scores", *NET)]
     torch.library.opcheck(
@@ -378,8 +378,8 @@ def test_memory_does_not_grow_with_the_neighborhood():
     value_and_gradients(scored_merge, small, names, impl="cpu")
     lists = large["neighborhoods"].cluster_index.nbytes
     rise = peak_memory(lambda: value_and_gradients(scored_merge, large, names, impl="cpu"))
-    arrays = 6 * 4 * tokens * channels + 4 * 4 * len(large["centers"]) * channels * 4
-    gathered = len(large["centers"]) * num_clusters * 8 * channels * 4
+    arrays = 6 * 4 * tokens * channels + 4 * 4 * len(large["center_index"]) * channels * 4
+    gathered = len(large["center_index"]) * num_clusters * 8 * channels * 4
     assert rise < arrays + 4 * lists < gathered / 4
 
 
@@ -401,8 +401,12 @@ def test_other_numbers_of_weights_need_the_reference():
         ({"positions": torch.rand(46, 2)}, ValueError, "positions: expected shape"),
         ({"positions": torch.rand(47, 2).double()}, TypeError, "positions: expected dtype"),
         ({"features": torch.ones(47, 11, dtype=torch.int64)}, TypeError, "features: expected"),
-        ({"centers": torch.zeros(3)}, TypeError, "centers: expected dtype int32 or int64"),
-        ({"centers": torch.tensor([47])}, IndexError, "47"),
+        (
+            {"center_index": torch.zeros(3)},
+            TypeError,
+            "center_index: expected dtype int32 or int64",
+        ),
+        ({"center_index": torch.tensor([47])}, IndexError, "47"),
         ({"weight": torch.rand(4, 7)}, ValueError, r"weight: expected shape \(M, 5\), or \(M, 2\)"),
         ({"norm_bias": torch.rand(5)}, ValueError, r"norm_bias: expected shape \(4\)"),
         ({"bias": torch.rand(4, device="meta")}, ValueError, "bias: expected a tensor on cpu"),
@@ -421,7 +425,7 @@ def test_bad_rows():
     with pytest.raises(ValueError, match="neighborhoods: expected those of 47 tokens"):
         scored_merge(**case | {"neighborhoods": other})
     broken = case["neighborhoods"].cluster_index.clone()
-    broken[case["centers"][0], 0] = 99
+    broken[case["center_index"][0], 0] = 99
     broken = Neighborhoods(broken, case["neighborhoods"].clusters)
     with pytest.raises(IndexError, match="99"):
         scored_merge(**case | {"neighborhoods": broken}, impl="cpu")

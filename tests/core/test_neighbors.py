@@ -82,7 +82,7 @@ def test_knn_is_brute_force(points, k, with_query, data):
         found, distance = knn(
             torch.from_numpy(positions),
             k,
-            query=None if query is None else torch.from_numpy(query),
+            query_positions=None if query is None else torch.from_numpy(query),
             sizes=sizes,
             query_sizes=query_sizes,
             include_self=include_self,
@@ -395,10 +395,13 @@ CLUSTERS = balanced_cluster(POINTS, 4)
         (lambda: knn(POINTS, None), "k: expected a positive integer, got None"),
         (lambda: knn(POINTS * 1e19, 2), "sample 0 is farther than 4.6e.18 .* larger units"),
         (lambda: knn(POINTS, 2, sizes=[3, 4]), "sizes"),
-        (lambda: knn(POINTS, 2, query=POINTS, include_self=False), "include_self"),
+        (lambda: knn(POINTS, 2, query_positions=POINTS, include_self=False), "include_self"),
         (lambda: knn(POINTS, 2, query_sizes=[20]), "query_sizes"),
-        (lambda: knn(POINTS, 2, query=POINTS, query_sizes=[10, 10]), "query_sizes: expected 1"),
-        (lambda: knn(POINTS, 2, query=POINTS * torch.inf), "query: sample 0"),
+        (
+            lambda: knn(POINTS, 2, query_positions=POINTS, query_sizes=[10, 10]),
+            "query_sizes: expected 1",
+        ),
+        (lambda: knn(POINTS, 2, query_positions=POINTS * torch.inf), "query_positions: sample 0"),
         (lambda: knn(POINTS.double(), 2), "positions: expected dtype float32"),
     ],
 )

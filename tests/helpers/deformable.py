@@ -17,7 +17,7 @@ def make_case(
     positions, lookups, start = [], [], 0
     for count in tokens:  # levels, each packed over the samples
         level = [c[torch.randperm(len(c), generator=g)[:count]].float() for c in canvas]
-        lists = [knn(p, 4, query=c.float()) for p, c in zip(level, canvas, strict=True)]
+        lists = [knn(p, 4, query_positions=c.float()) for p, c in zip(level, canvas, strict=True)]
         rows = []
         for p, index in zip(level, lists, strict=True):
             rows.append(torch.where(index >= 0, index + start, index))

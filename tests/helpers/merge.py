@@ -54,7 +54,7 @@ def make_case(
         "features": torch.randn(tokens, channels, generator=g),
         "scores": torch.rand(tokens, generator=g),
         "positions": torch.randint(-6, 7, (tokens, dimensions), generator=g) / 2,
-        "centers": torch.randperm(tokens, generator=g)[: (tokens + 2) // 3],
+        "center_index": torch.randperm(tokens, generator=g)[: (tokens + 2) // 3],
         "neighborhoods": make_neighborhoods(sizes, cluster_size, num_clusters, g, dimensions, drop),
         "weight": torch.randn(4, width, generator=g),
         "bias": torch.randn(4, generator=g),

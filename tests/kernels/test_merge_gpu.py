@@ -37,7 +37,7 @@ def merge_case(tokens, channels, dimensions=2, cluster_size=8, num_clusters=6, d
         "features": torch.randn(tokens, channels, device="cuda").to(dtype),
         "scores": torch.rand(tokens, device="cuda"),
         "positions": positions,
-        "centers": torch.randperm(tokens, device="cuda")[: tokens // 4],
+        "center_index": torch.randperm(tokens, device="cuda")[: tokens // 4],
         "neighborhoods": nearest_clusters(positions, clusters, num_clusters),
         **random_net(dimensions),
     }
@@ -136,8 +136,8 @@ def test_features_beyond_the_cache_are_merged_in_another_order():
     torch.manual_seed(2)
     case = merge_case(300_000, 64, dtype=torch.bfloat16)
     out = scored_merge(**case)
-    some = torch.arange(0, len(case["centers"]), 500, device="cuda")
-    expected = scored_merge(**case | {"centers": case["centers"][some]}, impl="reference")
+    some = torch.arange(0, len(case["center_index"]), 500, device="cuda")
+    expected = scored_merge(**case | {"center_index": case["center_index"][some]}, impl="reference")
     torch.testing.assert_close(out[some], expected, rtol=2**-7, atol=2**-7)
 
 
@@ -207,7 +207,7 @@ def test_graphs_replay():
     centers = torch.arange(0, len(features), 4, device="cuda")
     net = {name: x.requires_grad_() for name, x in random_net(2).items()}
     power = torch.tensor(6.0, device="cuda", requires_grad=True)
-    index = knn(tokens.positions[centers], 4, query=tokens.positions, sizes=(768, 768),
+    index = knn(tokens.positions[centers], 4, query_positions=tokens.positions, sizes=(768, 768),
                 query_sizes=(3072, 3072))  # fmt: skip
     leaves = (features, scores, power, *net.values())
 
@@ -240,5 +240,5 @@ def test_memory_of_a_step_does_not_grow_with_neighborhoods():
     before = torch.cuda.memory_allocated()
     with_gradients(scored_merge, case)
     rise = torch.cuda.max_memory_allocated() - before
-    pairs = len(case["centers"]) * 48
+    pairs = len(case["center_index"]) * 48
     assert rise < pairs * 64 * 2  # what a gathered copy of the features takes

@@ -52,7 +52,7 @@ def test_merge_is_as_accurate_as_eager(sample, cluster_size, num_clusters, drop,
         "features": torch.randn(count, options["channels"], generator=g),
         "scores": torch.rand(count, generator=g),
         "positions": positions,
-        "centers": torch.randperm(count, generator=g)[: (count + 3) // 4],
+        "center_index": torch.randperm(count, generator=g)[: (count + 3) // 4],
         "neighborhoods": neighborhoods,
         **random_net(g, 2 * dimensions + 1 if options["full"] else dimensions),
     }
@@ -132,7 +132,7 @@ def test_samples_do_not_see_each_other():
     case = make_case((20, 30))
     case["features"][20:] = float("nan")
     case["scores"][20:] = float("inf")
-    mine = case["centers"] < 20
+    mine = case["center_index"] < 20
     out = scored_merge(**case, impl="triton")
     assert out[mine].isfinite().all()
     features = case["features"].requires_grad_()
@@ -147,9 +147,9 @@ def test_centers_do_not_see_each_other():
     index[:] = torch.tensor([0, -1, -1])
     expected = scored_merge(**case, impl="triton")
     case["features"][8:] = float("nan")
-    index[case["centers"][::2]] = torch.tensor([1, 2, 0], dtype=torch.int32)
+    index[case["center_index"][::2]] = torch.tensor([1, 2, 0], dtype=torch.int32)
     assert torch.equal(scored_merge(**case, impl="triton")[1::2], expected[1::2])
-    index[case["centers"][1::2]] = -1
+    index[case["center_index"][1::2]] = -1
     assert scored_merge(**case, impl="triton")[1::2].eq(0).all()
 
 
@@ -225,9 +225,9 @@ def test_empty_inputs():
     ):
         with dirty_memory():
             result = value_and_gradients(scored_merge, case, MERGED, impl="triton")
-        assert result["out"].shape == (len(case["centers"]), 4 * case["features"].shape[1])
+        assert result["out"].shape == (len(case["center_index"]), 4 * case["features"].shape[1])
         assert all(value.eq(0).all() for value in result.values())
-    case = make_case() | {"centers": torch.empty(0, dtype=torch.int64)}
+    case = make_case() | {"center_index": torch.empty(0, dtype=torch.int64)}
     assert value_and_gradients(scored_merge, case, MERGED, impl="triton")["features"].eq(0).all()
     net = {name: case[name] for name in NET}
     index = torch.full((5, 3), -1)
@@ -238,8 +238,8 @@ def test_empty_inputs():
 
 
 def fused_arguments(case, impl):
-    chosen = case["neighborhoods"].select(case["centers"])
-    positions = case["positions"], case["positions"][case["centers"]]
+    chosen = case["neighborhoods"].select(case["center_index"])
+    positions = case["positions"], case["positions"][case["center_index"]]
     lists = chosen.clusters.offsets, chosen.cluster_index
     floats = [case[name].requires_grad_() for name in MERGED]
     size = chosen.clusters.cluster_size

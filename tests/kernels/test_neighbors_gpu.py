@@ -54,8 +54,8 @@ def test_knn_of_queries_is_that_of_the_cpu(dimensions, sizes):
     asking = [size // 3 + 1 for size in sizes]
     query = scattered(asking, dimensions, seed=1) * 1.1 - 20
     kwargs = {"sizes": sizes, "query_sizes": asking, "return_distance": True}
-    ours = knn(points.cuda(), 5, query=query.cuda(), **kwargs)
-    assert_same(ours, knn(points, 5, query=query, **kwargs))
+    ours = knn(points.cuda(), 5, query_positions=query.cuda(), **kwargs)
+    assert_same(ours, knn(points, 5, query_positions=query, **kwargs))
 
 
 @pytest.mark.parametrize("scope", ["token", "tile"])

@@ -50,7 +50,7 @@ def test_knn_is_that_of_the_cpu(sample, k, scale, data):
     if data.draw(st.booleans()):
         sizes = [data.draw(st.integers(0, 9)) for _ in sample.sizes]
         query = torch.rand(sum(sizes), sample.dimensions) * 40 * scale
-        kwargs = {"query": query, "query_sizes": sizes}
+        kwargs = {"query_positions": query, "query_sizes": sizes}
     kwargs |= {"sizes": sample.sizes, "return_distance": True}
     kwargs["along_curve"] = data.draw(st.booleans())
     with mock.patch.multiple(kernels, _IN_LIST=8, _LISTS=(4, 8)):  # longer ones take two passes
@@ -91,7 +91,7 @@ def test_a_tree_of_several_levels(dimensions):
     positions = torch.rand(1500, dimensions, generator=generator)
     positions[:1300] *= 0.01
     query = positions[::40] + 0.001
-    kwargs = {"query": query, "sizes": [700, 800], "query_sizes": [18, 20]}
+    kwargs = {"query_positions": query, "sizes": [700, 800], "query_sizes": [18, 20]}
     assert_same(lambda impl: knn(positions, 6, return_distance=True, impl=impl, **kwargs))
     assert_same(lambda impl: knn(positions.round(decimals=1), 40, impl=impl, **kwargs)[None])
 
@@ -100,7 +100,7 @@ def test_a_tree_made_by_two_launches():
     positions = torch.rand(8500, 2, generator=torch.Generator().manual_seed(1))
     positions[:7000] *= 0.02
     query = positions[::2000] + 1e-4
-    kwargs = {"query": query, "sizes": [300, 8200], "query_sizes": [1, 4]}
+    kwargs = {"query_positions": query, "sizes": [300, 8200], "query_sizes": [1, 4]}
     assert_same(lambda impl: knn(positions, 4, return_distance=True, impl=impl, **kwargs))
 
 
@@ -113,7 +113,7 @@ def test_a_tree_of_four_levels(along_curve):
     positions[: count // 2] *= 0.01
     positions = positions[balanced_cluster(positions).order]
     query = positions[torch.arange(6) * count // 6] + 1e-4
-    kwargs = {"query": query, "return_distance": True, "along_curve": along_curve}
+    kwargs = {"query_positions": query, "return_distance": True, "along_curve": along_curve}
     with mock.patch.object(kernels, "_BLOCK", 1 << 14):
         assert_same(lambda impl: knn(positions, 6, impl=impl, **kwargs))
 
@@ -136,7 +136,7 @@ def points_per_query(positions, query):
     """Points that a tile of far apart queries looks at, for each of them."""
     looks = mock.Mock(wraps=kernels._point_squares)
     with mock.patch.object(kernels, "_point_squares", looks):
-        knn(positions, 4, query=query, impl="triton")
+        knn(positions, 4, query_positions=query, impl="triton")
     return looks.call_count / len(query)
 
 
@@ -196,7 +196,7 @@ def test_a_uniform_batch_can_be_captured(scope):
         for query in (None, torch.rand(40, 2, device="cuda")):
             sizes = None if query is None else [20, 20]
             index, distance = knn(
-                tokens.positions, 3, query=query, sizes=tokens.sizes, query_sizes=sizes,
+                tokens.positions, 3, query_positions=query, sizes=tokens.sizes, query_sizes=sizes,
                 include_self=query is not None, return_distance=True,
             )  # fmt: skip
             assert index.shape == distance.shape == (192 if query is None else 40, 3)

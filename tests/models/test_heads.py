@@ -157,7 +157,7 @@ def test_candidates_of_tokens_that_stayed_are_the_windows():
     Others lie between coarse tokens: their windows lean to one side, the nearest nine do not.
     """
     fine, coarse = grids(12, 12)
-    index = knn(coarse.positions, 9, query=fine.positions, sizes=coarse.sizes,
+    index = knn(coarse.positions, 9, query_positions=fine.positions, sizes=coarse.sizes,
                 query_sizes=fine.sizes)  # fmt: skip
     windows = three_by_three(12, 12)
     x, y = fine.positions[:144].unbind(1)

@@ -159,8 +159,10 @@ def test_work_of_lists():
         listed + lists + out + 6 * 20 + 24, 5 * 4 * 5
     )
     points, query = torch.rand(6, 2), torch.rand(3, 2)
-    found = knn(points, 2, query=query)
-    assert work.knn({"positions": points, "query": query}, found) == Work(48 + 24 + 24, 6 * 5)
+    found = knn(points, 2, query_positions=query)
+    assert work.knn({"positions": points, "query_positions": query}, found) == Work(
+        48 + 24 + 24, 6 * 5
+    )
     net = {"weight": torch.rand(4, 5), "bias": torch.rand(4)}
     net |= {"norm_weight": torch.rand(4), "norm_bias": torch.rand(4)}
     a = {"features": features, "positions": points, "neighbor_index": index} | net

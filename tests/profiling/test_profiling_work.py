@@ -92,7 +92,7 @@ def test_merge():
         "features": features,
         "scores": scores,
         "positions": POSITIONS,
-        "centers": torch.tensor([0, 6]),
+        "center_index": torch.tensor([0, 6]),
         "neighborhoods": NEIGHBORHOODS,
     } | net
     out = scored_merge(**a)
@@ -132,7 +132,7 @@ def test_clustering_search_and_selection():
     a = {"scores": scores, "positions": POSITIONS}
     kept = select_centers(scores, POSITIONS, extent=(10, 10), rate=0.5, stride=8)
     assert work.select_centers(a, kept) == Work(4 * 7 + 8 * 7 + 8 * len(kept[0]), 14)
-    a = {"positions": POSITIONS, "query": None}
+    a = {"positions": POSITIONS, "query_positions": None}
     assert work.knn(a, knn(POSITIONS, 3, return_distance=True)) == Work(56 + 2 * 84, 21 * 5)
 
 
