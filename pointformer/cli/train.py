@@ -57,7 +57,6 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     made = read_recipe(recipe, changes, task=options.task, model=options.model, init=options.init)
     train(made, options.out, device=options.device, say=say)
-    say(f"the model is in {options.out / 'model.safetensors'}")
     return 0
 
 

@@ -36,6 +36,7 @@ from pointformer.train.checkpoints import (
 from pointformer.train.loading import Batch, Batches
 from pointformer.train.logs import Logs
 from pointformer.train.optimization import Average, Budget, clip_gradients
+from pointformer.train.processes import Processes, started_processes
 from pointformer.train.recipe import Recipe, write_recipe
 
 RECIPE, WEIGHTS, CHECKPOINTS = "recipe.yaml", "model.safetensors", "checkpoints"
@@ -99,18 +100,29 @@ def _copy_stages(trained: Model, model: Model, stages: int) -> None:
 class Trainer:
     """A model in training: weights, their average, optimizer, and what of the budget is used.
 
+    Args:
+        pictures: how many there are in a pass.
+        processes: that train together; each has its part of every batch.
+
     Attributes:
         averaged: what is scored and saved.
         steps, seconds: done so far.
-        recent: of the steps since the last line of the log, terms of the loss and more.
+        clock: seconds by this process's own clock, from which all agree on `seconds`.
+        recent: of the steps since the last line of the log, terms of the loss and more, as means
+            over all processes.
     """
 
     def __init__(
-        self, recipe: Recipe, model: Model, task: Task, pictures: int, device: str | torch.device
+        self,
+        recipe: Recipe,
+        model: Model,
+        task: Task,
+        pictures: int,
+        processes: Processes | None = None,
     ) -> None:
         self.recipe = recipe
-        self.model = model.to(device)
-        self.device = torch.device(device)
+        self.processes = processes = processes or Processes()
+        self.model = model.to(processes.device)
         self.task = task
         self.epoch_steps = pictures / recipe.batch
         if recipe.freeze_batch_norm:
@@ -119,8 +131,9 @@ class Trainer:
         model.set_grad_checkpointing(recipe.gradient_checkpointing)
         self.optimizer = recipe.optimizer.make(model, recipe.batch)
         self.average = Average(model, recipe.average) if recipe.average else None
+        self.wrapped = processes.wrapped(model)
         self.steps = 0
-        self.seconds = 0.0
+        self.seconds = self.clock = 0.0
         self.recent: list[dict[str, float]] = []
         self._unchecked: tuple[int, list[str], dict[str, Tensor]] | None = None
 
@@ -149,7 +162,7 @@ class Trainer:
         if recipe.freeze_batch_norm:
             for norm in _batch_norms(self.model):
                 norm.eval()
-        torch.manual_seed(_seed_of(recipe.seed, self.steps))
+        torch.manual_seed(_seed_of(recipe.seed, self.steps, self.processes.rank))
         factor = recipe.schedule.factor(self.used)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor
@@ -183,8 +196,8 @@ class Trainer:
 
     def _normalized(self, images: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
         if isinstance(images, Tensor):
-            return self.model.preprocess(images.to(self.device, non_blocking=True))
-        return [self.model.preprocess(image.to(self.device, non_blocking=True)) for image in images]
+            return self.model.preprocess(images.to(self.processes.device, non_blocking=True))
+        return [self._normalized(image) for image in images]  # type: ignore[misc]
 
     def _mixed_loss(self, images: Any, annotations: Sequence[Annotation]) -> dict[str, Tensor]:
         """The loss of mixtures of pictures, where the recipe mixes them."""
@@ -209,13 +222,13 @@ class Trainer:
         return self.task.loss(self._output(images), annotations)
 
     def _output(self, images: Any) -> Any:
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"
-        ):
-            return self.model(images)
+        half = self.recipe.precision == "bfloat16"
+        with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=half):
+            return self.wrapped(images)
 
     def check(self) -> None:
-        """Look at the loss of the last step, which on a GPU is known by the next one.
+        """Look at the loss of the last step, which on a GPU is known by the next one, and agree
+        with the other processes on what it was, and on the time.
 
         Raises:
             FloatingPointError: it, or the gradient, is not finite; the message names the pictures.
@@ -224,14 +237,18 @@ class Trainer:
             return
         step, names, total = self._unchecked
         self._unchecked = None
-        values = dict(
-            zip(total, torch.stack([v.float() for v in total.values()]).tolist(), strict=True)
-        )
+        numbers = torch.stack([value.double() for value in total.values()])
+        clock = numbers.new_tensor([self.clock])
+        found = self.processes.mean(torch.cat([numbers, clock])).tolist()
+        values = dict(zip(total, found, strict=False))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
+            own = [] if numbers.isfinite().all() else names
+            pictures = [name for some in self.processes.gathered(own) for name in some]
             raise FloatingPointError(
-                f"the {bad[0]} is {values[bad[0]]} at step {step}, with {', '.join(names)}"
+                f"the {bad[0]} is {values[bad[0]]} at step {step}, with {', '.join(pictures)}"
             )
+        self.seconds = found[-1]
         self.recent.append(values)
 
     def state(self) -> dict[str, Any]:
@@ -263,7 +280,8 @@ class Trainer:
         if self.average is not None:
             self.average.model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps, self.seconds = state["steps"], state["seconds"]
+        self.steps = state["steps"]
+        self.seconds = self.clock = state["seconds"]
         self.recent = list(state["recent"])
 
 
@@ -271,9 +289,10 @@ def _batch_norms(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
-def _seed_of(seed: int, step: int) -> int:
+def _seed_of(seed: int, step: int, rank: int) -> int:
     """Of the model's random numbers in a step."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    sequence = np.random.SeedSequence([seed, step, rank])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Run:
@@ -301,6 +320,7 @@ class Run:
         self.out = out
         self.say = say
         self.recipe = trainer.recipe
+        self.main = trainer.processes.main
         self.checkpoints = out / CHECKPOINTS
         self.scores: dict[str, float] | None = None  # of the end, once it is reached
 
@@ -310,8 +330,9 @@ class Run:
         Raises:
             ValueError: there are some, but none can be read, or it is of another recipe.
         """
-        for folder in (self.out, self.checkpoints):
-            remove_unfinished(folder)
+        if self.main:
+            for folder in (self.out, self.checkpoints):
+                remove_unfinished(folder)
         paths = list_checkpoints(self.checkpoints)
         newest, problems = newest_checkpoint(paths)
         for problem in problems:
@@ -336,7 +357,7 @@ class Run:
         try:
             if trainer.steps == 0:  # one from before, should the first steps fail
                 self.save()
-            with Logs(self.out, trainer.steps) as logs:
+            with Logs(self.out, trainer.steps, self.main) as logs:
                 if trainer.used < 1:
                     self.scores = None
                     self._train(logs)
@@ -344,7 +365,9 @@ class Run:
                 if self.scores is None:
                     self.scores = self._score(logs, final=True)
                     self.save()
-            save_model(trainer.averaged, self.out / WEIGHTS, trained=self._trained())
+            if self.main:
+                save_model(trainer.averaged, self.out / WEIGHTS, trained=self._trained())
+            self.say(f"the model is in {self.out / WEIGHTS}")
         except (OSError, FloatingPointError) as error:
             saved = [path.name for path in list_checkpoints(self.checkpoints)[:1]]
             where = f"{saved[0]} is from before" if saved else "there is no checkpoint"
@@ -357,14 +380,17 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint."""
         state = {**self.trainer.state(), "scores": self.scores}
-        save_checkpoint(self.checkpoints, self.trainer.steps, state, self.recipe.checkpoints.keep)
+        if self.main:
+            keep = self.recipe.checkpoints.keep
+            save_checkpoint(self.checkpoints, self.trainer.steps, state, keep)
 
     def _train(self, logs: Logs) -> None:
         trainer, often = self.trainer, self.recipe.checkpoints
         saved_step, saved_seconds = trainer.steps, trainer.seconds
-        logged_seconds, waited = trainer.seconds, 0.0
+        logged_step, logged_seconds, waited = trainer.steps, trainer.seconds, 0.0
         steps = self.batches.steps(trainer.steps)
         bar = tqdm(
+            disable=not self.main,
             total=100.0,
             initial=round(100 * trainer.used, 2),
             bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
@@ -375,16 +401,18 @@ class Run:
                 batch = next(steps)
                 waited += time.perf_counter() - start
                 trainer.step(batch)
-                trainer.seconds += time.perf_counter() - start
+                trainer.clock += time.perf_counter() - start
                 bar.update(100 * trainer.used - bar.n)
                 if trainer.steps % self.recipe.log_every == 0:
-                    row = self._log(logs, trainer.seconds - logged_seconds, waited)
+                    trainer.check()
+                    seconds = max(trainer.seconds - logged_seconds, 1e-9)
+                    rate = (trainer.steps - logged_step) * self.recipe.batch / seconds
+                    loss = self._log(logs, rate, waited / seconds)
                     bar.set_postfix_str(
-                        f"step {trainer.steps}, loss {row['loss']:.3f}, "
-                        f"{row['images_per_second']:.1f} images/s",
+                        f"step {trainer.steps}, loss {loss:.3f}, {rate:.1f} images/s",
                         refresh=False,
                     )
-                    logged_seconds, waited = trainer.seconds, 0.0
+                    logged_step, logged_seconds, waited = trainer.steps, trainer.seconds, 0.0
                 parts = self.recipe.validation.times + 1
                 if int(before * parts) < int(trainer.used * parts) and trainer.used < 1:
                     self._score(logs)
@@ -394,21 +422,20 @@ class Run:
                     self.save()
                     saved_step, saved_seconds = trainer.steps, trainer.seconds
 
-    def _log(self, logs: Logs, seconds: float, waited: float) -> dict[str, float]:
-        """Write what was since the last line."""
+    def _log(self, logs: Logs, rate: float, waiting: float) -> float:
+        """Write what was since the last line; the mean loss."""
         trainer = self.trainer
-        trainer.check()
         recent, trainer.recent = trainer.recent, []
         row = {
             "epoch": trainer.steps / trainer.epoch_steps,
             "seconds": trainer.seconds,
             **{name: float(np.mean([values[name] for values in recent])) for name in recent[0]},
             "learning_rate": trainer.learning_rate,
-            "images_per_second": len(recent) * self.recipe.batch / max(seconds, 1e-9),
-            "waiting": waited / max(seconds, 1e-9),
+            "images_per_second": rate,
+            "waiting": waiting,
         }
         logs.add_training(trainer.steps, row)
-        return row
+        return row["loss"]
 
     def _score(self, logs: Logs, final: bool = False) -> dict[str, float]:
         """Score the averaged weights: at the end on all pictures, before on some."""
@@ -423,7 +450,11 @@ class Run:
             self.validation,
             trainer.task,
             annotations=tqdm(
-                (self.validation[index] for index in some), "validation", len(some), leave=False
+                (self.validation[index] for index in some),
+                "validation",
+                len(some),
+                leave=False,
+                disable=not self.main,
             ),
             tile=self._tile(),
             transform=self.recipe.validation.transform(),
@@ -466,6 +497,7 @@ def train(
     model.safetensors, which `create_model` takes.
 
     Args:
+        device: "cuda" is a GPU for each process of `torchrun`.
         out: folder of a new run, or of one with the same recipe, which goes on from its newest
             checkpoint; the budget and what does not change the result may be others.
         say: shows a line.
@@ -479,25 +511,33 @@ def train(
     if recipe.budget == Budget():
         raise ValueError("budget: expected steps, epochs or minutes, as in budget.epochs=20")
     check_folder(out)
-    training, validation = open_data(recipe)
-    model = make_model(recipe, training.categories)
-    task = task_of(model, recipe.task, training.categories, **recipe.loss)
-    trainer = Trainer(recipe, model, task, len(training), device)
-    batches = Batches(
-        training,
-        recipe.augmentation.transform(),
-        batch=recipe.batch,
-        seed=recipe.seed,
-        workers=recipe.workers,
-        pin=trainer.device.type == "cuda",
-        weights=_weights(training) if recipe.data.draw == "by_objects" else None,
-    )
-    run = Run(trainer, batches, validation, out, say)
-    run.resume()
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out / RECIPE) as temporary:
-        temporary.write_text(write_recipe(recipe), "utf-8")
-    return run.finish()
+    with started_processes(device) as processes:
+        training, validation = open_data(recipe)
+        model = make_model(recipe, training.categories)
+        task = task_of(model, recipe.task, training.categories, **recipe.loss)
+        trainer = Trainer(recipe, model, task, len(training), processes)
+        batches = Batches(
+            training,
+            recipe.augmentation.transform(),
+            batch=recipe.batch,
+            seed=recipe.seed,
+            workers=recipe.workers,
+            pin=processes.device.type == "cuda",
+            rank=processes.rank,
+            world=processes.world,
+            weights=_weights(training) if recipe.data.draw == "by_objects" else None,
+        )
+        run = Run(trainer, batches, validation, out, say if processes.main else _silent)
+        run.resume()
+        if processes.main:
+            out.mkdir(parents=True, exist_ok=True)
+            with atomic_path(out / RECIPE) as temporary:
+                temporary.write_text(write_recipe(recipe), "utf-8")
+        return run.finish()
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def check_folder(out: Path) -> None:

@@ -52,12 +52,16 @@ class Logs:
     Args:
         out: folder of the run.
         step: that the run continues from; what was written of later ones is dropped.
+        enabled: `False` in processes that leave it to another.
     """
 
-    def __init__(self, out: Path, step: int) -> None:
+    def __init__(self, out: Path, step: int, enabled: bool = True) -> None:
+        self.board = None
+        self.enabled = enabled
+        if not enabled:
+            return
         self.training = Table(out / "log.csv", step)
         self.scores = Table(out / "scores.csv", step)
-        self.board = None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -66,13 +70,15 @@ class Logs:
 
     def add_training(self, step: int, values: Mapping[str, float]) -> None:
         """Losses, learning rate and speed of the last steps."""
-        self.training.add(step, values)
-        self._show("training", step, values)
+        if self.enabled:
+            self.training.add(step, values)
+            self._show("training", step, values)
 
     def add_scores(self, step: int, values: Mapping[str, float]) -> None:
         """Scores on validation pictures."""
-        self.scores.add(step, values)
-        self._show("validation", step, values)
+        if self.enabled:
+            self.scores.add(step, values)
+            self._show("validation", step, values)
 
     def _show(self, group: str, step: int, values: Mapping[str, float]) -> None:
         if self.board is not None:

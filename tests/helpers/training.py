@@ -83,4 +83,4 @@ def recipe_of(folder, *changes, task="instance", **values):
 def trainer_of(dataset, recipe):
     model = make_model(recipe, dataset.categories)
     task = task_of(model, recipe.task, dataset.categories, **recipe.loss)
-    return Trainer(recipe, model, task, len(dataset), "cpu")
+    return Trainer(recipe, model, task, len(dataset))

@@ -115,7 +115,7 @@ def test_a_run_in_a_folder(folder, tmp_path):
 
     lines = []
     assert train(recipe, tmp_path, say=lines.append) == pytest.approx(scores, nan_ok=True)
-    assert len(lines) == 1
+    assert len(lines) == 2
     assert lines[0].startswith("goes on from step-00000004-")
     longer = replace(recipe, budget=replace(recipe.budget, epochs=3), workers=0)
     train(longer, tmp_path, say=silent)
