@@ -385,9 +385,15 @@ class RandomErasing:
 
 @dataclass(frozen=True)
 class Resize:
-    """The picture with a shorter side of `short` pixels and a longer one of at most `longest`."""
+    """The whole picture in another size.
 
-    short: int
+    Attributes:
+        size: height and width in pixels; one number is the shorter side, and the shape stays.
+        longest: the longer side has at most so many pixels, where `size` is one number.
+        interpolation: of the picture; antialiased.
+    """
+
+    size: int | tuple[int, int]
     longest: int | None = None
     interpolation: Interpolation = "bicubic"
 
@@ -395,10 +401,13 @@ class Resize:
         self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
     ) -> Sample:
         height, width = image.shape[:2]
-        scale = self.short / min(height, width)
-        if self.longest is not None:
-            scale = min(scale, self.longest / max(height, width))
-        size = max(1, round(height * scale)), max(1, round(width * scale))
+        if isinstance(self.size, int):
+            scale = self.size / min(height, width)
+            if self.longest is not None:
+                scale = min(scale, self.longest / max(height, width))
+            size = max(1, round(height * scale)), max(1, round(width * scale))
+        else:
+            size = _pair(self.size)
         return _window(image, annotation, (0, height), (0, width), size, self.interpolation)
 
 

@@ -559,6 +559,11 @@ def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
     data = recipe.data
     if data.path is None:
         raise ValueError("data.path: expected the folder of a data set")
-    training = read_folder(data.path, data.train or "train", recipe.task, skip_bad=data.skip_bad)
-    validation = read_folder(data.path, data.val or "val", recipe.task, skip_bad=data.skip_bad)
+    options: dict[str, Any] = {
+        "categories": data.categories,
+        "void": data.void,
+        "skip_bad": data.skip_bad,
+    }
+    training = read_folder(data.path, data.train or "train", recipe.task, **options)
+    validation = read_folder(data.path, data.val or "val", recipe.task, **options)
     return training, validation

@@ -46,6 +46,7 @@ SCALED = [
     RandomResizedCrop((9, 31), areas=(0.3, 0.9), interpolation="bilinear"),
     Resize(18),
     Resize(30, longest=41),
+    Resize((14, 25)),
 ]
 
 

@@ -1,0 +1,100 @@
+"""The recipes of the package: each makes its model, and trains."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.training import dataset_of, trainer_of
+from pointformer.annotations import Category
+from pointformer.data import ADE20K, CITYSCAPES, CITYSCAPES_THINGS, COCO
+from pointformer.train.engine import make_model
+from pointformer.train.loading import Batches
+from pointformer.train.recipe import RECIPES, read_recipe, write_recipe
+
+NAMES = sorted(path.name for path in RECIPES.glob("*.yaml"))
+SMALL = [
+    "options.dims=[16,16,16,16]", "options.depths=[1,1,1,1]", "options.heads=[2,2,2,2]",
+    "batch=4", "workers=0",
+]  # fmt: skip
+SMALL_HEAD = [
+    "options.queries=8", "options.dim=32", "options.hidden=32", "options.pixel_hidden=32",
+    "options.pixel_layers=1", "options.decoder_layers=2", "loss.points=128",
+]  # fmt: skip
+NUCLEUS = [Category(1, "nucleus")]
+PUBLISHED = {  # classes, and millions of parameters, of which the published parts are made
+    "imagenet_mini.yaml": (1000, {"aff_mini": 6.75, "aff_mini_1_5th": 6.75}),
+    "imagenet_tiny.yaml": (1000, {"aff_tiny": 27.0, "aff_tiny_1_5th": 27.0}),
+    "imagenet_small.yaml": (1000, {"aff_small": 42.6, "aff_small_1_5th": 42.6}),
+    "imagenet22k_base.yaml": (1000, {"aff_base": 75.34}),
+    "imagenet_base_384.yaml": (1000, {"aff_base_384": 75.34}),
+    "ade20k.yaml": (ADE20K, {"aff_tiny": 46.0, "aff_tiny_1_5th": 46.0, "aff_small": 61.5}),
+    "cityscapes_instance.yaml": (CITYSCAPES_THINGS, {"aff_tiny": 45.9, "aff_base_384": 94.6}),
+    "cityscapes_panoptic.yaml": (CITYSCAPES, {"aff_tiny": 45.9, "aff_base_384": 94.6}),
+    "coco.yaml": (COCO, {"aff_tiny": 46.0, "aff_mini": 26.0}),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_make_their_models(name):
+    """Of full size, without memory; parameters are those of the published models."""
+    classes, sizes = PUBLISHED.get(name, (NUCLEUS, {None: None}))
+    if isinstance(classes, int):
+        classes = [Category(n, str(n)) for n in range(classes)]
+    for model_name, millions in sizes.items():
+        recipe = read_recipe(name, model=model_name)
+        with torch.device("meta"):
+            model = make_model(recipe, classes)
+        assert model.task == recipe.task
+        if millions is not None:
+            count = sum(p.numel() for p in model.parameters()) / 1e6
+            assert count == pytest.approx(millions, rel=0.02), model_name
+        groups = recipe.optimizer.make(model, recipe.batch).param_groups
+        assert max(group["rate"] for group in groups) == pytest.approx(
+            4e-3 if name.startswith(("imagenet_", "imagenet22k")) and "384" not in name
+            else 1.6e-4 if "384" in name else recipe.optimizer.learning_rate
+        )  # fmt: skip
+
+
+def one_step(name, folder, *changes, count=4):
+    """Losses before and after a step of a recipe, on a stand-in for its data."""
+    recipe = read_recipe(name, changes)
+    dataset = dataset_of(folder, recipe.task, count)
+    trainer = trainer_of(dataset, recipe)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    steps = Batches(
+        dataset, recipe.augmentation.transform(), batch=recipe.batch, seed=recipe.seed
+    ).steps()
+    for _ in range(2):  # where the rate warms up, the first step moves nothing
+        trainer.step(next(steps))
+    trainer.check()
+    assert all(np.isfinite(list(values.values())).all() for values in trainer.recent)
+    pairs = zip(before, trainer.model.parameters(), strict=True)
+    moved = [not torch.equal(old, new) for old, new in pairs]
+    assert np.mean(moved) > 0.7
+    return recipe
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_train(name, tmp_path):
+    """A step of a narrow model on small pictures."""
+    recipe = read_recipe(name)
+    crop = "crop" if recipe.augmentation.crop else "resized_crop"
+    changes = [*SMALL, f"augmentation.{crop}.size=32", "budget.steps=8"]
+    if recipe.head == "mask2former" or recipe.task == "panoptic":
+        changes += SMALL_HEAD
+    one_step(name, tmp_path, *changes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_train_at_full_width(name, tmp_path):
+    recipe = read_recipe(name)
+    crop = "crop" if recipe.augmentation.crop else "resized_crop"
+    one_step(name, tmp_path, f"augmentation.{crop}.size=64", "batch=2", "budget.steps=8", count=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_are_written_as_they_are_read(name, tmp_path):
+    recipe = read_recipe(name)
+    (tmp_path / "written.yaml").write_text(write_recipe(recipe), "utf-8")
+    assert read_recipe(tmp_path / "written.yaml") == recipe
