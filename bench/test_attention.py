@@ -22,7 +22,7 @@ def stage(side, channels, heads):
         positions, sizes=sizes, extent=((float(side), float(side)),) * BATCH, global_size=49
     )
     positions = positions[clusters.order]
-    neighborhoods = nearest_clusters(positions, clusters, global_size=49).with_plan()
+    neighborhoods = nearest_clusters(positions, clusters).with_plan()
     tokens, width = len(positions), channels // heads
     leaves = {
         "query": torch.randn(tokens, heads, width),

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pointformer import (
     Neighborhoods,
     TokenSet,
-    nearest_clusters,
     neighborhood_attention,
     scored_merge,
     select_centers,
@@ -163,13 +162,9 @@ class Stage(nn.Module):
             check_values=False,  # the positions are a lattice's
             impl=impl,
         )
-        assert tokens.clusters is not None
-        neighborhoods = nearest_clusters(
-            tokens.positions,
-            tokens.clusters,
+        neighborhoods = tokens.neighborhoods(
             round(size / config.cluster_size),
             scope=config.scope,
-            global_size=size,
             check_values=False,  # the positions are a lattice's
             impl=impl,
         )

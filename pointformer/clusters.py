@@ -46,6 +46,7 @@ class Clusters:
         sizes: tokens per sample, B host integers.
         counts: clusters per sample, B host integers; an empty sample has none.
         cluster_size: no cluster has more tokens than this.
+        global_size: neighborhoods in samples of at most this many tokens are all their clusters.
     """
 
     order: Tensor
@@ -54,6 +55,7 @@ class Clusters:
     sizes: tuple[int, ...]
     counts: tuple[int, ...]
     cluster_size: int
+    global_size: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -25,9 +25,10 @@ from pointformer._checks import (
     check_tensor,
     describe,
 )
-from pointformer.clusters import Clusters, offsets_of
+from pointformer.clusters import Clusters, Neighborhoods, offsets_of
 from pointformer.geometry.boxes import bounding_boxes
 from pointformer.geometry.clustering import balanced_cluster
+from pointformer.geometry.neighbors import nearest_clusters
 from pointformer.graph import batch_from_sizes
 
 Extent = tuple[tuple[float, ...], ...]
@@ -218,6 +219,34 @@ class TokenSet:
         if any(size > global_size for size in self.sizes):  # the others keep their order
             positions, features = positions[clusters.order], features[clusters.order]
         return TokenSet(positions, features, self.sizes, self.extent, self.origin, clusters)
+
+    def neighborhoods(
+        self,
+        num_clusters: int = 6,
+        *,
+        scope: str = "token",
+        tile_size: int = 16,
+        include_own: bool = False,
+        check_values: bool = True,
+        impl: str | None = None,
+    ) -> Neighborhoods:
+        """The clusters nearest to each token; see `nearest_clusters`.
+
+        Raises:
+            ValueError: the tokens have no clusters.
+        """
+        if self.clusters is None:
+            raise ValueError("neighborhoods: these tokens have no clusters; call cluster() first")
+        return nearest_clusters(
+            self.positions,
+            self.clusters,
+            num_clusters,
+            scope=scope,
+            tile_size=tile_size,
+            include_own=include_own,
+            check_values=check_values,
+            impl=impl,
+        )
 
     def input_order(self) -> TokenSet:
         """Undo `cluster`: the tokens in the order they had before, without clusters."""
@@ -432,13 +461,11 @@ class TokenSet:
             raise TypeError(f"dtype: expected a floating dtype, got {describe(dtype)}")
         clusters = self.clusters
         if clusters is not None:
-            clusters = Clusters(
-                clusters.order.to(device),
-                clusters.offsets.to(device),
-                clusters.centers.to(device),
-                clusters.sizes,
-                clusters.counts,
-                clusters.cluster_size,
+            clusters = replace(
+                clusters,
+                order=clusters.order.to(device),
+                offsets=clusters.offsets.to(device),
+                centers=clusters.centers.to(device),
             )
         return TokenSet(
             self.positions.to(device),

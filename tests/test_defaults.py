@@ -12,15 +12,15 @@ CLUSTERS = {
     "remainder": "spread",
     "global_size": 0,
 }
+NEIGHBORHOODS = {
+    "num_clusters": 6,
+    "scope": "token",
+    "tile_size": 16,
+    "include_own": False,
+}
 DEFAULTS = {
     "balanced_cluster": CLUSTERS | {"extent": None, "origin": None},
-    "nearest_clusters": {
-        "num_clusters": 6,
-        "scope": "token",
-        "tile_size": 16,
-        "include_own": False,
-        "global_size": 0,
-    },
+    "nearest_clusters": NEIGHBORHOODS,
     "neighborhood_attention": {
         "position_weight": None,
         "position_bias": None,
@@ -58,6 +58,7 @@ DEFAULTS = {
     "sizes_from_batch": {"batch_size": None},
     "batch_from_sizes": {"device": None},
     "TokenSet.cluster": CLUSTERS,
+    "TokenSet.neighborhoods": NEIGHBORHOODS,
     "TokenSet.to_grid": {"fill": 0.0},
     "Neighborhoods.with_plan": {"training": True},
 }

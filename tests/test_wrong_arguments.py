@@ -102,6 +102,14 @@ def made(**changes):
 
 
 # By name; what stands in parentheses tells several calls of one function apart.
+LISTING = {
+    "num_clusters": 2,
+    "scope": "tile",
+    "tile_size": 4,
+    "include_own": True,
+    "check_values": True,
+    **R,
+}
 CALLS = {
     "TokenSet": (
         TokenSet,
@@ -117,6 +125,7 @@ CALLS = {
     "TokenSet.with_features": (TOKENS.with_features, {"features": FEATURES}),
     "TokenSet.select": (TOKENS.select, {"index": torch.arange(6), "sizes": (2, 4)}),
     "TokenSet.cluster": (TOKENS.cluster, CLUSTERING),
+    "TokenSet.neighborhoods": (TOKENS.neighborhoods, LISTING),
     "TokenSet.from_world": (
         TokenSet.from_world,
         {
@@ -212,13 +221,7 @@ CALLS = {
         {
             "positions": TOKENS.positions,
             "clusters": TOKENS.clusters,
-            "num_clusters": 2,
-            "scope": "tile",
-            "tile_size": 4,
-            "include_own": True,
-            "global_size": 0,
-            "check_values": True,
-            **R,
+            **LISTING,
         },
     ),
     "neighborhood_attention": (

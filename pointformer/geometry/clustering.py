@@ -93,7 +93,8 @@ def balanced_cluster(
             3-D, 4,096 for more than 262,144 samples), of "snake" over the cells described above.
         remainder: "spread" for ceil(n / cluster_size) clusters whose sizes differ by at most one,
             larger ones first; "last" for full clusters, where a sample's last may be short.
-        global_size: samples with at most this many tokens keep the order of their rows.
+        global_size: samples with at most this many tokens are not worth a neighborhood: they keep
+            the order of their rows, and `nearest_clusters` lists all of their clusters.
         check_values: whether to look for positions that are not finite, which waits for the device.
             Never done under `torch.compile` and while a CUDA graph is captured.
         impl: "reference", "cpu" or "triton"; `None` chooses by device.
@@ -147,13 +148,13 @@ def balanced_cluster(
         offsets, centers = fused_cluster_ranges(
             positions, order, len(sizes), sizes[0], counts[0], *lengths, chosen
         )
-        return Clusters(order, offsets, centers, sizes, counts, cluster_size)
+        return Clusters(order, offsets, centers, sizes, counts, cluster_size, global_size)
     offsets = _cluster_offsets(sizes, counts, cluster_size, remainder, device)
     centers_of = reference.cluster_centers
     if chosen != "reference":
         centers_of = partial(fused_cluster_centers, impl=chosen)
     centers = centers_of(positions, order, offsets)
-    return Clusters(order, offsets, centers, sizes, counts, cluster_size)
+    return Clusters(order, offsets, centers, sizes, counts, cluster_size, global_size)
 
 
 def _adaptive_order(

@@ -36,7 +36,6 @@ def nearest_clusters(
     scope: str = "token",
     tile_size: int = 16,
     include_own: bool = False,
-    global_size: int = 0,
     check_values: bool = True,
     impl: str | None = None,
 ) -> Neighborhoods:
@@ -50,7 +49,8 @@ def nearest_clusters(
     Args:
         positions: (T, D) float32, D = 2 or 3, rows in cluster order.
         clusters: the clusters of these tokens.
-        num_clusters: clusters in a neighborhood; a sample with fewer lists all it has.
+        num_clusters: clusters in a neighborhood. A sample with fewer, or with at most
+            `clusters.global_size` tokens, lists all it has.
         scope: "token" for a neighborhood around each token; "tile" to let the tokens of a query
             tile share the one around their mean position. Tiles are `tile_size` consecutive rows,
             starting with a sample's first; its last tile may be short. The mean is the float32 sum
@@ -59,7 +59,6 @@ def nearest_clusters(
         include_own: put clusters that the token, or a token of its tile, belongs to in the place of
             the farthest others if they are missing. Where a tile belongs to more than
             `num_clusters` clusters, some of them are left out.
-        global_size: samples with at most this many tokens list all their clusters.
         check_values: whether to look for positions that are not finite, which waits for the device.
             Never done under `torch.compile` and while a CUDA graph is captured.
         impl: "reference", "cpu" or "triton"; `None` chooses by device. "torch_cluster" for
@@ -83,19 +82,15 @@ def nearest_clusters(
     centers = check_tensor(
         "clusters.centers", clusters.centers, ("K", dimensions), (torch.float32,), positions.device
     ).detach()
-    for name, value, least in (
-        ("num_clusters", num_clusters, 1),
-        ("tile_size", tile_size, 1),
-        ("global_size", global_size, 0),
-    ):
-        check_count(name, value, least)
+    check_count("num_clusters", num_clusters)
+    check_count("tile_size", tile_size)
     check_option("scope", scope, _SCOPES)
     check_flags(include_own=include_own, check_values=check_values)
     sizes, counts = clusters.sizes, clusters.counts
     if check_values:
         check_finite("positions", positions, sizes)
     limits = tuple(
-        count if size <= global_size else min(num_clusters, count)
+        count if size <= clusters.global_size else min(num_clusters, count)
         for size, count in zip(sizes, counts, strict=True)
     )
     width = max((0, *limits))

@@ -157,6 +157,16 @@ def test_world_coordinates_that_do_not_fit():
         TokenSet.from_world(bad[[0, 1, 1, 1]] * 1e300, features)
 
 
+def test_neighborhoods_follow_the_clusters():
+    tokens = TokenSet(torch.rand(70, 2), torch.zeros(70, 1), sizes=(50, 20))
+    tokens = tokens.cluster(4, global_size=20).to("cpu")
+    index = tokens.neighborhoods(3).cluster_index
+    assert torch.equal(index, nearest_clusters(tokens.positions, tokens.clusters, 3).cluster_index)
+    assert (index >= 0).sum(1).tolist() == [3] * 50 + [5] * 20  # the small sample lists them all
+    with pytest.raises(ValueError, match="neighborhoods: these tokens have no clusters"):
+        tokens.select(torch.arange(10), (5, 5)).neighborhoods()
+
+
 def test_selecting_clears_clusters():
     tokens = ragged(20, 12).cluster(4)
     part = tokens.select(torch.tensor([3, 5, 25]), (2, 1))
@@ -207,7 +217,7 @@ def test_is_a_pytree_and_survives_export():
 def test_saved_and_loaded_without_running_code():
     tokens = TokenSet.from_world(torch.rand(20, 2).double() + 5e6, torch.rand(20, 3), (12, 8))
     tokens = tokens.cluster(4)
-    around = nearest_clusters(tokens.positions, tokens.clusters, 2).with_plan()
+    around = tokens.neighborhoods(2).with_plan()
     buffer = io.BytesIO()
     torch.save({"tokens": tokens, "around": around}, buffer)
     buffer.seek(0)
@@ -221,7 +231,7 @@ def test_saved_and_loaded_without_running_code():
 
 def test_edges_are_the_neighborhoods():
     tokens = ragged(30, 9).cluster(8)
-    neighborhoods = nearest_clusters(tokens.positions, tokens.clusters, 2)
+    neighborhoods = tokens.neighborhoods(2)
     token, query = neighborhoods.to_edge_index()
     rows, mask = neighborhoods.members()
     assert token.shape[0] == int(mask.sum())

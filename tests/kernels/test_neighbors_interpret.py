@@ -76,7 +76,6 @@ def test_clusters_are_those_of_the_cpu(
         "scope": "token" if tile == 1 else "tile",
         "tile_size": tile,
         "include_own": include_own,
-        "global_size": global_size,
     }
     assert_same(
         lambda impl: [
