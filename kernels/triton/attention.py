@@ -148,6 +148,8 @@ def _variant(dtype, learned, axes, width, heads):
             "KEYS": 16 if wide else 32,
             "PRECISION": "bf16x6",
         },
+        writes=("output", "normal"),
+        tiles={"KEYS": (16, 32, 64), "HEADS": (1,)},
         num_warps=max(1, width // (32 if wide else 64)),
         max_registers=255,
         rounds=_rounds,
@@ -178,7 +180,7 @@ def forward(
     width = width_of(channels)
     together = max(n for n in heads_together(query.dtype, width) if heads % n == 0)
     _variant(query.dtype, learned[0].dtype, positions.shape[1], width, together).launch(
-        (-(-tokens // TILE) * (heads // together),),
+        lambda constants: (-(-tokens // TILE) * (heads // constants["HEADS"]),),
         *(*inputs, positions.contiguous(), *tiles, *learned, output, normal),
         *(number for pair in strides for number in pair),
         *(tokens, heads, channels // 8, *flags),

@@ -298,6 +298,8 @@ def _query_variant(dtype, learned, axes, width):
             "KEYS": 16 if wide or (axes == 3 and width > 16) else 32,
             "PRECISION": "ieee" if width > 32 else "bf16x6",
         },
+        writes=("grad_query", "means", "shares"),
+        tiles={"KEYS": (16, 32)},
         num_warps=_warps(dtype, width),
         num_stages=1 if wide and width == 16 else 2,  # registers
         amd_warps=min(4, _warps(dtype, width)),
@@ -323,6 +325,8 @@ def _key_variant(dtype, learned, axes, width, heads):
             "QUERIES": 16 if wide or width > 64 else 32,
             "PRECISION": "ieee" if width > 64 else "bf16x6",
         },
+        writes=("grad_key", "grad_value"),
+        tiles={"QUERIES": (16, 32), "HEADS": (1,)},
         num_warps=_warps(dtype, width),
         max_registers=255,
         rounds=_key_rounds,
@@ -338,6 +342,8 @@ _SUM = Variant(
     sum_shares_kernel,
     (torch.float32, torch.float32, "i32", "i32"),
     {"SPAN": _SPAN, **_BLOCK},
+    writes=("target",),
+    tiles={"ROWS": (16, 64)},
     rounds=lambda a: {"start": min(a["SPAN"], a["rows"]) / a["ROWS"]},
 )
 
@@ -348,6 +354,8 @@ def _learned_variant(dtype):
         learned_gradients_kernel,
         (torch.float32, *(dtype,) * 4) + ("i32",) * 6,
         _BLOCK,
+        writes=("grad_weight", "grad_bias", "grad_blank_key", "grad_blank_value"),
+        tiles={"ROWS": (16, 64)},
         rounds=lambda a: {"start": triton.cdiv(a["rows"], a["ROWS"])},
     )
 
@@ -399,7 +407,10 @@ def backward(
     group = clusters_per_group(cluster_size)
     together = max(n for n in heads_together(query.dtype, width) if heads % n == 0)
     _key_variant(query.dtype, learned[0].dtype, axes, width, together).launch(
-        (groups[1].shape[0] * (heads // together), -(-group * cluster_size // GROUP_KEYS)),
+        lambda constants: (
+            groups[1].shape[0] * (heads // constants["HEADS"]),
+            -(-group * cluster_size // GROUP_KEYS),
+        ),
         *(grad, normal, means, *inputs, positions, cluster_offsets, *groups, *learned[:2]),
         *(*d_rows[1:], *strides, clusters, heads, channels // 8, *flags[:2], group, scale),
     )

@@ -173,6 +173,7 @@ def _tile_variant(per_query):
         neighborhood_tiles_kernel,
         (torch.int32,) * 6 + ("i32",) * 4,
         {"TILE": TILE, "BLOCK": min(_BLOCK, triton.next_power_of_2(max(per_query, 1)))},
+        writes=("counts", "rows", "lengths", "members"),
         num_warps=1,
         rounds=_tile_rounds,
     )
@@ -184,6 +185,8 @@ def _group_variant(group):
         neighborhood_groups_kernel,
         (torch.int32, torch.int64) + (torch.int32,) * 4 + ("i32",),
         {"GROUP": group, "BLOCK": _BLOCK},
+        writes=("counts", "queries", "members"),
+        tiles={"BLOCK": (64,)},
         num_warps=1,
         rounds=_group_rounds,
     )

@@ -357,6 +357,8 @@ def _keys_variant(dimensions, curve, anchors, ragged):
             "RAGGED": ragged,
             "BLOCK": _BLOCK,
         },
+        writes=("keys",),
+        tiles={"BLOCK": (64, 256)},
         fp_fusion=False,
         rounds=lambda a: {"step": a["bits"], "span": halvings(a["samples"])},
     )
@@ -377,6 +379,8 @@ def _centers_variant(dimensions, uniform):
         cluster_centers_fwd_kernel,
         (torch.float32, torch.int64, torch.int32, torch.float32, *("i32",) * 5),
         {"D": dimensions, "UNIFORM": uniform, "BLOCK": 64},
+        writes=("offsets", "centers") if uniform else ("centers",),
+        tiles={"BLOCK": (32, 128)},
         num_warps=2,
         fp_fusion=False,
         rounds=_centers_rounds,
@@ -431,8 +435,10 @@ def curve_keys(positions, sizes, origin, cell_size, shape, longest, curve, ancho
         for rows in grids:
             tables += [*rows[0], rows[0][-1]][:3]
     variant = _keys_variant(dimensions, curve, anchors, ragged)
-    grid = (triton.cdiv(tokens, variant.constants["BLOCK"]),)
-    variant.launch(grid, positions.contiguous(), keys, *tables, tokens, len(sizes), bits)
+    variant.launch(
+        lambda constants: (triton.cdiv(tokens, constants["BLOCK"]),),
+        *(positions.contiguous(), keys, *tables, tokens, len(sizes), bits),
+    )
     return keys
 
 
@@ -451,6 +457,8 @@ def _centers(positions, order, offsets, sizes, uniform):
     clusters, dimensions = offsets.shape[0] - 1, positions.shape[1]
     out = torch.empty(clusters, dimensions, device=positions.device, dtype=torch.float32)
     variant = _centers_variant(dimensions, uniform)
-    grid = (triton.cdiv(clusters, variant.constants["BLOCK"]),)
-    variant.launch(grid, positions.contiguous(), order, offsets, out, clusters, *sizes)
+    variant.launch(
+        lambda constants: (triton.cdiv(clusters, constants["BLOCK"]),),
+        *(positions.contiguous(), order, offsets, out, clusters, *sizes),
+    )
     return out

@@ -387,6 +387,8 @@ def _forward_variant(dtypes, near, width, unit):
         + ("i32",) * len(_INTEGERS)
         + ("fp32",),
         _constants(near, width, unit),
+        writes=("output",),
+        tiles={"QUERIES": (4, 16), "POINTS": (2, 8)},
         num_warps=_warps(near, width, unit),
         num_stages=1,
         max_registers=255,
@@ -404,6 +406,8 @@ def _place_variant(dtypes, index, near, width, unit):
         + ("i32",) * len(_BACKWARD_INTEGERS)
         + ("fp32",),
         _constants(near, width, unit),
+        writes=("d_offsets", "d_weights", "d_power", "factors", "cells"),
+        tiles={"POINTS": (2, 8)},
         num_warps=_warps(near, width, unit),
         num_stages=1,
         max_registers=255,
@@ -417,6 +421,7 @@ def _token_variant(dtype, listed, index, near, width, unit):
         (dtype, torch.float32, listed, torch.int64, index, torch.int64, dtype)
         + ("i32",) * len(_TOKEN_INTEGERS),
         {"K": near, "WIDTH": width, "UNIT": unit, "ROWS": _ROWS},
+        writes=("d_value",),
         num_warps=1,
         num_stages=1,
         max_registers=255,
@@ -460,8 +465,10 @@ def forward(value, positions, offsets, weights, query_positions, canvas, lookup,
     if tokens * weights.numel() * lookup.numel() == 0:
         return output.zero_()
     tensors, sizes, dtypes, constants = _prepare(*given)
-    grid = (triton.cdiv(queries, _QUERIES) * heads, triton.cdiv(channels, constants[1]))
-    _forward_variant(dtypes, *constants).launch(grid, *tensors, output, *sizes, eps)
+    _forward_variant(dtypes, *constants).launch(
+        lambda c: (triton.cdiv(queries, c["QUERIES"]) * heads, triton.cdiv(channels, c["WIDTH"])),
+        *(*tensors, output, *sizes, eps),
+    )
     return output
 
 

@@ -99,8 +99,19 @@ def _variant(kernel, dtype, channels):
     unit = 8 if channels % 8 == 0 else 1  # divides the channels: 16-byte loads need it
     # Other numbers of channels are the slow path: one width for all.
     width = 32 if unit == 1 else min(max(_LEAST, triton.next_power_of_2(channels)), _MOST)
-    constants = {"ROWS": _ROWS, "WIDTH": width, "UNIT": unit}
-    return Variant(kernel, types[kernel], constants, num_warps=max(1, width // 32), rounds=_rounds)
+    return Variant(
+        kernel,
+        types[kernel],
+        {"ROWS": _ROWS, "WIDTH": width, "UNIT": unit},
+        writes={
+            gather_fwd_kernel: ("output",),
+            gather_bwd_weights_kernel: ("d_weights",),
+            gather_bwd_features_kernel: ("d_features",),
+        }[kernel],
+        tiles={"ROWS": (8, 32), "WIDTH": (max(_LEAST, width // 2),)},
+        num_warps=max(1, width // 32),
+        rounds=_rounds,
+    )
 
 
 def forward(features, index, weights):
@@ -109,7 +120,10 @@ def forward(features, index, weights):
     output = features.new_empty(queries, channels)
     variant = _variant(gather_fwd_kernel, features.dtype, channels)
     variant.launch(
-        (-(-queries // _ROWS), -(-channels // variant.constants["WIDTH"])),
+        lambda constants: (
+            -(-queries // constants["ROWS"]),
+            -(-channels // constants["WIDTH"]),
+        ),
         *(features.contiguous(), index.contiguous(), weights.contiguous(), output),
         *(queries, len(features), k, channels // variant.constants["UNIT"]),
     )
@@ -124,13 +138,13 @@ def backward(grad, features, index, weights):
     variant = _variant(gather_bwd_weights_kernel, features.dtype, channels)
     units = channels // variant.constants["UNIT"]
     variant.launch(
-        (-(-queries // _ROWS),),
+        lambda constants: (-(-queries // constants["ROWS"]),),
         *(grad, features.contiguous(), index, d_weights, queries, tokens, k, units),
     )
     begins, entries = inverse_lists(index, tokens)
     variant = _variant(gather_bwd_features_kernel, features.dtype, channels)
     variant.launch(
-        (tokens, -(-channels // variant.constants["WIDTH"])),
+        lambda constants: (tokens, -(-channels // constants["WIDTH"])),
         *(grad, weights, begins, entries, d_features, k, units),
     )
     return d_features, d_weights

@@ -212,6 +212,8 @@ def _forward_variant(dtype, learned, dimensions, channels):
         interpolate_fwd_kernel,
         (dtype, f32, f32, i32, learned, dtype, "i32", "i32", "i32", "i32", "fp32"),
         {**constants, "QUERIES": _QUERIES},
+        writes=("out",),
+        tiles={"QUERIES": (16, 64), "BLOCK_C": (max(16, constants["BLOCK_C"] // 2),)},
         num_warps=1,
         num_stages=1,
         max_registers=255,
@@ -227,6 +229,7 @@ def _query_variant(dtype, learned, dimensions, channels, learn):
         interpolate_bwd_query_kernel,
         (dtype, dtype, f32, f32, i32, learned, f32, f32, f32, *("i32",) * 4, "fp32"),
         {**constants, "LEARN": learn, "QUERIES": _QUERIES},
+        writes=("normals", "nearests", "partial") if learn else ("normals", "nearests"),
         num_warps=1,
         num_stages=1,
         max_registers=255,
@@ -245,6 +248,8 @@ def _token_variant(dtype, learned, dimensions, channels):
             *("i32", "i32", "fp32"),
         ),
         {**constants, "ENTRIES": _ENTRIES},
+        writes=("d_features",),
+        tiles={"ENTRIES": (16, 64), "BLOCK_C": (max(16, constants["BLOCK_C"] // 2),)},
         num_warps=1,
         num_stages=1,
         max_registers=255,
@@ -270,12 +275,14 @@ def forward(features, positions, query_positions, neighbor_index, power, eps):
     (tokens, channels), (queries, k) = features.shape, neighbor_index.shape
     power = _readable(power, features)
     variant = _forward_variant(features.dtype, power.dtype, positions.shape[1], channels)
-    constants = variant.constants
     out = torch.empty(queries, channels, dtype=features.dtype, device=features.device)
     variant.launch(
-        (triton.cdiv(queries, constants["QUERIES"]), triton.cdiv(channels, constants["BLOCK_C"])),
+        lambda constants: (
+            triton.cdiv(queries, constants["QUERIES"]),
+            triton.cdiv(channels, constants["BLOCK_C"]),
+        ),
         *_contiguous(features, positions, query_positions, neighbor_index, power),
-        *(out, queries, k, tokens, channels // constants["UNIT"], eps),
+        *(out, queries, k, tokens, channels // variant.constants["UNIT"], eps),
     )
     return out
 
@@ -305,13 +312,12 @@ def backward(grad, features, positions, query_positions, neighbor_index, power, 
         *(queries, k, tokens, channels // constants["UNIT"], eps),
     )
     variant = _token_variant(*kind, channels)
-    constants = variant.constants
     d_features = torch.empty(features.shape, dtype=features.dtype, device=features.device)
     variant.launch(
-        (tokens, triton.cdiv(channels, constants["BLOCK_C"])),
+        lambda constants: (tokens, triton.cdiv(channels, constants["BLOCK_C"])),
         *(grad, positions, query_positions, power, normals, nearests),
         *inverse_lists(neighbor_index, tokens),
-        *(d_features, k, channels // constants["UNIT"], eps),
+        *(d_features, k, channels // variant.constants["UNIT"], eps),
     )
     if not learn_power:
         return d_features, torch.zeros_like(like)

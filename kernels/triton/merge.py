@@ -439,6 +439,8 @@ def _forward_variant(dtype, learned, dimensions, ordered, channels):
             "CHUNK": _block(channels, _WIDEST[dtype]),
             "UNIT": _unit(channels),
         },
+        writes=("out",),
+        tiles={"CENTERS": (1, 4), "PLACES": (32,), "CHUNK": (16, 32, 64)},
         num_warps=1,
         num_stages=1,
         max_registers=255,
@@ -471,6 +473,11 @@ def _backward_variant(dtype, learned, dimensions, size, channels, parts):
             "CHUNK": chunk,
             "UNIT": _unit(channels),
         },
+        writes=(
+            *(("d_features",) if parts != "net" else ()),
+            *(("d_scores", "partial") if parts != "features" else ()),
+        ),
+        tiles={"CENTERS": (4, 8)},
         num_warps=1,
         num_stages=1,
         max_registers=255,
@@ -502,6 +509,8 @@ def _sum_variant(learned, dimensions):
         sum_partials_kernel,
         (torch.float32, *((learned,) * 4), "i32", "i32"),
         {"F": 2 * dimensions + 1, "BLOCK": 256},
+        writes=("d_weight", "d_bias", "d_norm_weight", "d_norm_bias"),
+        tiles={"BLOCK": (128, 512)},
         rounds=lambda a: {"start": triton.cdiv(a["programs"], a["BLOCK"])},
     )
 
@@ -537,16 +546,18 @@ def forward(
     order = torch.sort(index[:, 0], stable=True).indices if ordered else index
     net = _net(weight, bias, norm_weight, norm_bias, features)
     variant = _forward_variant(features.dtype, net[0].dtype, dimensions, ordered, channels)
-    constants = variant.constants
-    groups = triton.cdiv(queries, constants["CENTERS"])
+    groups = triton.cdiv(queries, variant.constants["CENTERS"])
     span = min(max(groups // _ENOUGH_PROGRAMS, 1), 8)
     arrays = (features, scores, positions, center_positions, offsets, index, order)
     cluster_size = min(cluster_size, tokens)
     variant.launch(
-        (triton.cdiv(groups, span), triton.cdiv(channels, constants["CHUNK"])),
+        lambda constants: (
+            triton.cdiv(triton.cdiv(queries, constants["CENTERS"]), span),
+            triton.cdiv(channels, constants["CHUNK"]),
+        ),
         *(*_contiguous(*arrays), *net, out),
         *(tokens, queries, per_query, clusters, cluster_size, *division(cluster_size, 31)),
-        *(weight.shape[1], channels // constants["UNIT"], span, eps),
+        *(weight.shape[1], channels // variant.constants["UNIT"], span, eps),
     )
     return out
 

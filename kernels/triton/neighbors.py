@@ -418,6 +418,8 @@ def _order_variant(dimensions, ragged, bits):
             "i32",
         ),
         {"D": dimensions, "BITS": bits, "RAGGED": ragged, "BLOCK": _BLOCK},
+        writes=("keys",),
+        tiles={"BLOCK": (128, 512)},
         rounds=lambda a: {"step": a["BITS"] // a["D"], "span": halvings(a["samples"])},
     )
 
@@ -454,6 +456,8 @@ def _search_variant(dimensions, width, by_order, given, again, ragged):
             "RAGGED": ragged,
             "TQ": _QUERIES,
         },
+        # Later parts of a list read the earlier ones.
+        writes=() if again else ("index", "distance"),
         num_warps=1,
         fp_fusion=False,
         max_registers=255 if width > 16 else None,  # else it spills a few for more warps
@@ -497,8 +501,10 @@ def _curve_order(positions, sizes, frame):
     if ragged:
         starts = from_host(starts_of(sizes), torch.int32, positions.device)
     variant = _order_variant(dimensions, ragged, _CURVE_BITS[len(sizes) >= _FEW_SAMPLES])
-    grid = (triton.cdiv(tokens, variant.constants["BLOCK"]),)
-    variant.launch(grid, positions, *frame, keys, starts, tokens, len(sizes))
+    variant.launch(
+        lambda constants: (triton.cdiv(tokens, constants["BLOCK"]),),
+        *(positions, *frame, keys, starts, tokens, len(sizes)),
+    )
     return torch.sort(keys, stable=True)
 
 

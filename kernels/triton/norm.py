@@ -57,6 +57,8 @@ def _variant(x, branch, learned, scaled, channels):
             "ROWS": max(1, _TOGETHER // width),
             "WIDTH": width,
         },
+        writes=("total", "normed", "mean", "inverse"),
+        tiles={"ROWS": tuple(max(1, _TOGETHER // width * n // 2) for n in (1, 4))},
         num_warps=4 if width <= _TOGETHER else 8,
         max_registers=128,  # of its own the assembler aims at more warps, and spills for it
     )
@@ -82,7 +84,7 @@ def forward(x, branch, scale, weight, bias, eps):
     learned = x.dtype if {p.dtype for p in given} == {x.dtype} else torch.float32
     variant = _variant(x.dtype, branch.dtype, learned, scale is not None, channels)
     variant.launch(
-        (triton.cdiv(rows, variant.constants["ROWS"]),),
+        lambda constants: (triton.cdiv(rows, constants["ROWS"]),),
         *(x.contiguous(), branch.contiguous(), *(p.to(learned).contiguous() for p in given)),
         *(total, normed, mean, inverse, rows, channels // variant.constants["UNIT"], eps),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pointformer.kernels.triton import tuning
+
+# Programs along each axis, or what gives them for the constants, which the tuner varies.
+Grid = tuple[int, ...] | Callable[[Mapping[str, Any]], tuple[int, ...]]
 
 INTERPRETED = triton.knobs.runtime.interpret
 _LARGEST = (1 << 31) - 1  # of the integers that are 32 bits wide
@@ -38,6 +41,10 @@ class Variant:
         arguments: type of each argument that is not a constant, in order: a dtype for a pointer to
             such elements, or a scalar's type ("i32", "i64", "fp32").
         constants: the `tl.constexpr` arguments by name, which are the kernel's last.
+        writes: names of the tensors that the kernel writes and does not read; the tuner leaves out
+            a kernel that reads what it writes, and has none here.
+        tiles: other values of constants that are right for the same arguments, at most with another
+            grid: what the tuner may choose.
         num_warps, num_stages: see Triton. With Triton's warps of 32 threads on NVIDIA, 64 on AMD.
         amd_warps: the number of warps on AMD, if another.
         rounds: for the cost model, from the arguments and constants of a launch by name: how many
@@ -52,7 +59,9 @@ class Variant:
 
     kernel: Callable
     arguments: tuple[torch.dtype | str, ...]
-    constants: Mapping[str, object] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    writes: tuple[str, ...] = field(default=(), compare=False)
+    tiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
     num_warps: int = 4
     num_stages: int = 2
     fp_fusion: bool = True
@@ -65,6 +74,11 @@ class Variant:
     # By device and by what Triton specializes arguments for: what it compiled. To look that up
     # takes Triton several times as long as to launch.
     _compiled: dict[tuple, triton.compiler.CompiledKernel] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    # By what the tuner chose.
+    _changed: dict[tuple, Variant] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -86,7 +100,11 @@ class Variant:
             for name, kind in zip(names, self.arguments, strict=True)
         ]
 
-    def launch(self, grid: tuple[int, ...], *arguments) -> None:
+    def programs(self, grid: Grid) -> tuple[int, ...]:
+        """Along each axis."""
+        return grid(self.constants) if callable(grid) else grid
+
+    def launch(self, grid: Grid, *arguments) -> None:
         """Run on the device of the tensors; nothing happens where the grid is empty."""
         device, traits = None, []
         for (kind, specialized), given in zip(self._kinds, arguments, strict=True):
@@ -104,41 +122,70 @@ class Variant:
                 traits.append(kind)
             else:
                 traits.append(None)
-        if 0 in grid:
+        if 0 in self.programs(grid):
             return
-        if INTERPRETED:
-            self.kernel[grid](*arguments, **self.constants)
-        elif device.type == "cuda" and device.index != torch.cuda.current_device():
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self._run(grid, arguments, device, tuple(traits))
         else:
             self._run(grid, arguments, device, tuple(traits))
 
     def _run(
-        self,
-        grid: tuple[int, ...],
-        arguments: tuple,
-        device: torch.device,
-        traits: tuple[int, ...],
+        self, grid: Grid, arguments: tuple, device: torch.device, traits: tuple[object, ...]
     ) -> None:
         """Launch on the current device."""
-        options: Mapping[str, object] | None = None
-        key: tuple = (device.index, traits)
-        if tuning.enabled():
-
-            def run(options: Mapping[str, object]):
-                return self.kernel[grid](*arguments, **self.constants, **options)
-
-            name = self._key(torch.cuda.get_device_name(device), tuning.size_class(grid))
-            options = tuning.tuner().best(name, self._options(_BACKEND), run)
-            key = (*key, *options.items())
-        compiled = self._compiled.get(key)
+        variant = self
+        if self.writes and tuning.enabled():
+            variant = self._tuned(grid, arguments, device)
+        key = (device.index, traits)
+        compiled = variant._compiled.get(key)
         if compiled is None:
-            options = options or self._options(_BACKEND)
-            compiled = self.kernel[grid](*arguments, **self.constants, **options)
-            self._compiled[key] = compiled
+            compiled = variant._first_launch(grid, arguments)
+            if not INTERPRETED:
+                variant._compiled[key] = compiled
             return
-        compiled[(*grid, 1, 1)[:3]](*arguments, *self._last)
+        compiled[(*variant.programs(grid), 1, 1)[:3]](*arguments, *variant._last)
+
+    def _first_launch(self, grid: Grid, arguments: tuple) -> triton.compiler.CompiledKernel:
+        """Launch what is not compiled yet, in the interpreter at every launch."""
+        launcher = self.kernel[self.programs(grid)]
+        return launcher(*arguments, **self.constants, **self._options(_BACKEND))
+
+    def _tuned(self, grid: Grid, arguments: tuple, device: torch.device) -> Variant:
+        """The variant that the tuner chooses for such a launch."""
+        name = "interpreter" if INTERPRETED else torch.cuda.get_device_name(device)
+        names = self.kernel.arg_names
+        choice = tuning.tuner().best(
+            self._key(name, tuning.size_class(self.programs(grid))),
+            self.choices,
+            lambda choice: self.changed(choice)._first_launch(grid, arguments),
+            [arguments[names.index(output)] for output in self.writes],
+            tuning.budget_of(self.arguments),
+        )
+        return self.changed(choice)
+
+    @cached_property
+    def choices(self) -> list[tuning.Choice]:
+        """All that the tuner compares, the default first."""
+        tiles = {
+            name: tuple(dict.fromkeys((self.constants[name], *values)))
+            for name, values in self.tiles.items()
+        }
+        warps = self._options(_BACKEND)["num_warps"]
+        return list(tuning.choices(warps, self.num_stages, tiles))
+
+    def changed(self, choice: tuning.Choice) -> Variant:
+        """With other constants, warps or stages, always the same for the same choice."""
+        if not choice:
+            return self
+        key = tuple(choice.items())
+        if key not in self._changed:
+            constants = {name: choice.get(name, value) for name, value in self.constants.items()}
+            options = {name: value for name, value in choice.items() if name not in constants}
+            if "num_warps" in options:
+                options["amd_warps"] = options["num_warps"]
+            self._changed[key] = replace(self, constants=constants, **options)
+        return self._changed[key]
 
     def compile(self, target: GPUTarget) -> triton.compiler.CompiledKernel:
         """Compile for a GPU that need not be there."""
@@ -160,7 +207,8 @@ class Variant:
     def _key(self, device: str, size: int) -> str:
         """What a choice of the tuner depends on; the kernel by a hash of its source."""
         types = [str(kind).removeprefix("torch.") for kind in self.arguments]
-        parts = (device, triton.__version__, self.name, self.kernel.cache_key[:16], *types)
+        source = getattr(self.kernel, "cache_key", "interpreted")[:16]
+        parts = (self.name, device, triton.__version__, source, *types)
         constants = (f"{name}={value}" for name, value in self.constants.items())
         return " ".join((*parts, *constants, str(size)))
 
@@ -168,8 +216,8 @@ class Variant:
     def name(self) -> str:
         return self.kernel.__name__
 
-    def _options(self, backend: str) -> dict[str, object]:
-        options: dict[str, object] = {
+    def _options(self, backend: str) -> dict[str, Any]:
+        options: dict[str, Any] = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.fp_fusion,

@@ -111,6 +111,8 @@ def _keys_variant(dimensions, prior, ragged):
             *(torch.int32 if ragged else "i32", "i32", "i32", "fp32", "i32", "i32"),
         ),
         {"D": dimensions, "PRIOR": prior, "RAGGED": ragged, "BLOCK": _BLOCK},
+        writes=("keys",),
+        tiles={"BLOCK": (128, 512)},
         fp_fusion=False,
         rounds=lambda a: {"span": halvings(a["samples"])},
     )
@@ -123,6 +125,8 @@ def _rows_variant(ragged):
         selected_rows_fwd_kernel,
         (*(torch.int64,) * 3, table, table, *("i32",) * 3),
         {"RAGGED": ragged, "BLOCK": _BLOCK},
+        writes=("out",),
+        tiles={"BLOCK": (128, 512)},
         rounds=lambda a: {"span": halvings(a["longest"] + 1)},
     )
 
@@ -155,12 +159,14 @@ def select_from_nearest(scores, positions, nearest, sizes, kept, alpha, stride, 
         prior, nearest = ADAPTIVE, nearest.contiguous()
     variant = _keys_variant(dimensions, prior.value, ragged)
     variant.launch(
-        (triton.cdiv(tokens, variant.constants["BLOCK"]),),
+        lambda constants: (triton.cdiv(tokens, constants["BLOCK"]),),
         scores.contiguous(), positions, nearest, keys, tables[0], tokens, len(sizes), alpha,
         min(stride, _LARGEST), min(2 * stride * reserve, _LARGEST),
     )  # fmt: skip
     keys, order = torch.sort(keys, stable=True)
     variant = _rows_variant(ragged)
-    grid = (triton.cdiv(len(out), variant.constants["BLOCK"]),)
-    variant.launch(grid, keys, order, out, *tables, len(out), len(sizes), max(kept))
+    variant.launch(
+        lambda constants: (triton.cdiv(len(out), constants["BLOCK"]),),
+        *(keys, order, out, *tables, len(out), len(sizes), max(kept)),
+    )
     return out
