@@ -94,7 +94,7 @@ class Tuner:
             budget: see `agree`.
         """
         known = self.choices.get(key)
-        if known in choices:
+        if known is not None and known in choices:
             return known
         if _capturing():
             return choices[0]
@@ -136,7 +136,7 @@ class Tuner:
                     stacklevel=2,
                 )
                 continue
-            times.append((self.time(lambda choice=choice: run(choice)), number))
+            times.append((self.time(functools.partial(run, choice)), number))
         for output, content in zip(outputs, before, strict=True):
             output.copy_(content)
         return choices[min(times)[1]]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pointformer import Neighborhoods, _dispatch
 from pointformer.kernels.triton import runtime
-from pointformer.kernels.triton.runtime import Variant
+from pointformer.kernels.triton.runtime import Grid, Variant
 from pointformer.profiling.machine_code import TARGET, Code, machine_code
 from pointformer.profiling.ops import BACKWARD, FORWARD, Call
 
@@ -137,13 +137,14 @@ def recorded() -> Iterator[list[Launch]]:
     """Collects the launches of ops with impl="triton" on CPU tensors, instead of launching."""
     launches: list[Launch] = []
 
-    def record(variant: Variant, grid: tuple[int, ...], *arguments: Any) -> None:
-        if 0 in grid:
+    def record(variant: Variant, grid: Grid, *arguments: Any) -> None:
+        programs = variant.programs(grid)
+        if 0 in programs:
             return
         names = [name for name in variant.kernel.arg_names if name not in variant.constants]
         given = dict(zip(names, arguments, strict=True)) | dict(variant.constants)
         rounds = variant.rounds(given) if variant.rounds else {}
-        launches.append(Launch(variant, grid, rounds))
+        launches.append(Launch(variant, programs, rounds))
 
     with ExitStack() as patches:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):

@@ -42,7 +42,7 @@ class _Launches(TorchDispatchMode):
         return op(*args, **kwargs)
 
     def launch(self, variant, grid, *arguments):
-        if 0 not in grid:
+        if 0 not in variant.programs(grid):
             self.names.append(variant.name)
 
 
@@ -129,6 +129,8 @@ def dirty_memory():
         return made
 
     with contextlib.ExitStack() as patches:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        made = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+        made += [(torch.Tensor, name) for name in ("new_empty", "new_empty_strided")]
+        for owner, name in made:
             patches.enter_context(mock.patch.object(owner, name, dirty(getattr(owner, name))))
         yield

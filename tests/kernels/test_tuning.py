@@ -1,92 +1,156 @@
-"""The opt-in tuner, with made-up times; that tuned kernels are right is tested on GPUs."""
+"""The opt-in tuner, with made-up times: what it chooses and refuses, and that all it may choose
+computes the same."""
 
+import itertools
 import json
+import warnings
 
 import pytest
 import torch
 import triton
 
+from helpers.fake_gpu import dirty_memory
+from helpers.ops import op_calls
 from pointformer.kernels.triton import merge, tuning
-from pointformer.kernels.triton.tuning import Tuner, candidates, size_class
+from pointformer.kernels.triton.runtime import INTERPRETED, Variant
+from pointformer.kernels.triton.tuning import Tuner, size_class
 
-DEFAULT = {"num_warps": 4, "num_stages": 2, "maxnreg": 255}
+CHOICES = list(tuning.choices(4, 2, {"KEYS": (32, 16)}))
 
 
 class Kernel:
-    """Launches that take `times[num_warps, num_stages]`, or 9; counts them."""
+    """Launches that take `times[warps, stages, keys]`, or 9, and write the same numbers, but for
+    those that are wrong; counts them."""
 
-    def __init__(self, times, spills=(), fails=()):
-        self.times, self.spills, self.fails = times, spills, fails
+    def __init__(self, times, spills=(), fails=(), wrong=()):
+        self.times, self.spills, self.fails, self.wrong = times, spills, fails, wrong
         self.launches = 0
         self.n_spills = 0
+        self.output = torch.arange(6.0)
 
-    def run(self, options):
-        assert options["maxnreg"] == 255
-        place = options["num_warps"], options["num_stages"]
+    def run(self, choice):
+        place = tuple(({"num_warps": 4, "num_stages": 2, "KEYS": 32} | choice).values())
         if place in self.fails:
             raise triton.runtime.errors.OutOfResources(1, 0, "registers")
         self.launches += 1
         self.last = self.times.get(place, 9.0)
         self.n_spills = int(place in self.spills)
+        self.output[:4] = torch.tensor([1e-3, -2.0, torch.inf, torch.nan])
+        if place in self.wrong:
+            self.output[1] = 3.0
         return self
 
     def time(self, run):
         run()
         return self.last
 
+    def tuned(self, tuner, key="a"):
+        return tuner.best(key, CHOICES, self.run, [self.output])
+
+
+def test_choices_begin_with_the_default():
+    assert CHOICES[0] == {}
+    assert len(CHOICES) == 12
+    assert {"num_warps": 8, "KEYS": 16} in CHOICES
+    assert {"num_warps": 2, "num_stages": 3, "KEYS": 16} in CHOICES
+
 
 def test_fastest_is_chosen_and_remembered(tmp_path):
     path = tmp_path / "cache" / "autotune.json"
-    kernel = Kernel({(8, 2): 1.0, (2, 3): 2.0, (8, 3): 3.0})
+    kernel = Kernel({(8, 2, 16): 1.0, (2, 3, 32): 2.0, (8, 3, 32): 3.0})
     tuner = Tuner(path, kernel.time)
-    assert tuner.best("a", DEFAULT, kernel.run) == DEFAULT | {"num_warps": 8}
+    assert kernel.tuned(tuner) == {"num_warps": 8, "KEYS": 16}
     launches = kernel.launches
-    assert launches == 2 * len(list(candidates(DEFAULT))) == 12
-    tuner.best("a", DEFAULT, kernel.run)
-    assert Tuner(path, kernel.time).best("a", DEFAULT, kernel.run)["num_warps"] == 8
+    assert launches == 2 * len(CHOICES)
+    kernel.tuned(tuner)
+    assert kernel.tuned(Tuner(path, kernel.time))["num_warps"] == 8
     assert kernel.launches == launches
-    Tuner(path, kernel.time).best("b", DEFAULT, kernel.run)
+    kernel.tuned(Tuner(path, kernel.time), "b")
     assert kernel.launches == 2 * launches
     assert set(json.loads(path.read_text())) == {"a", "b"}
     assert [file.name for file in path.parent.iterdir()] == ["autotune.json"]
 
 
 def test_what_spills_or_does_not_fit_is_left_out(tmp_path):
-    kernel = Kernel({(8, 2): 1.0, (2, 2): 2.0}, spills=[(8, 2)], fails=[(8, 3)])
-    best = Tuner(tmp_path / "a.json", kernel.time).best("a", DEFAULT, kernel.run)
-    assert best == DEFAULT | {"num_warps": 2}
-    nothing_fits = Kernel({}, fails=[(4, 2)])
+    times = {(8, 2, 32): 1.0, (2, 2, 32): 2.0}
+    kernel = Kernel(times, spills=[(8, 2, 32)], fails=[(8, 3, 32)])
+    assert kernel.tuned(Tuner(tmp_path / "a.json", kernel.time)) == {"num_warps": 2}
+    nothing_fits = Kernel({}, fails=[(4, 2, 32)])
     with pytest.raises(triton.runtime.errors.OutOfResources):  # the default must
-        Tuner(tmp_path / "b.json", kernel.time).best("a", DEFAULT, nothing_fits.run)
+        nothing_fits.tuned(Tuner(tmp_path / "b.json", kernel.time))
+
+
+def test_what_computes_something_else_is_refused_with_a_warning(tmp_path):
+    kernel = Kernel({(8, 2, 32): 1.0, (2, 2, 32): 2.0}, wrong=[(8, 2, 32)])
+    with pytest.warns(
+        RuntimeWarning, match=r"^a_kernel: \{'num_warps': 8\} computes other results"
+    ):
+        chosen = kernel.tuned(Tuner(tmp_path / "a.json", kernel.time), "a_kernel of a card")
+    assert chosen == {"num_warps": 2}
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a_kernel of a card": chosen}
+
+
+def test_outputs_are_left_as_they_were(tmp_path):
+    """Some begin with values that the kernel leaves alone."""
+    kernel = Kernel({})
+    kernel.tuned(Tuner(tmp_path / "a.json", kernel.time))
+    assert kernel.output.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("choice", [{"num_warps": 3}, {"KEYS": 7}, {"num_warps": "8"}, 8, None])
+def test_choices_of_a_file_that_are_none_are_searched_anew(tmp_path, choice):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"a": choice}))
+    kernel = Kernel({(2, 2, 32): 1.0})
+    assert kernel.tuned(Tuner(path, kernel.time)) == {"num_warps": 2}
+
+
+def test_agreement():
+    """Integers bit for bit; floats by their own size or what is typical of the tensor."""
+    budget = tuning.budget_of([torch.float32, "i32"])
+    assert budget < tuning.budget_of([torch.float32, torch.float16])
+    assert tuning.budget_of([torch.bfloat16]) < 0.05
+    numbers = torch.tensor([1.0, -1e3, 1e-6, -3e38, torch.inf, torch.nan])
+    assert tuning.agree(numbers, numbers, budget)
+    assert tuning.agree(numbers * (1 + budget / 2), numbers, budget)
+    for place, value in itertools.product(range(6), (7.0, torch.inf, -torch.inf, torch.nan)):
+        changed = numbers.clone()
+        changed[place] = value
+        same = numbers[place] == value or (place == 5 and value != value)
+        assert tuning.agree(changed, numbers, budget) == bool(same), (place, value)
+    counts = torch.arange(4, dtype=torch.int32)
+    assert tuning.agree(counts, counts.clone(), budget)
+    assert not tuning.agree(counts, counts + (counts == 3), budget)
+    assert tuning.agree(numbers[:0], numbers[:0], budget)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]"])
 def test_unreadable_file_counts_as_empty(tmp_path, content):
     path = tmp_path / "autotune.json"
     path.write_text(content)
-    kernel = Kernel({(2, 2): 1.0})
-    assert Tuner(path, kernel.time).best("a", DEFAULT, kernel.run)["num_warps"] == 2
+    kernel = Kernel({(2, 2, 32): 1.0})
+    assert kernel.tuned(Tuner(path, kernel.time))["num_warps"] == 2
     assert "a" in json.loads(path.read_text())
 
 
 def test_choices_last_without_a_place_for_them(tmp_path):
     (tmp_path / "file").write_text("")
-    kernel = Kernel({(2, 2): 1.0})
+    kernel = Kernel({(2, 2, 32): 1.0})
     tuner = Tuner(tmp_path / "file" / "autotune.json", kernel.time)
     for key in "abab":
-        assert tuner.best(key, DEFAULT, kernel.run)["num_warps"] == 2
-    assert kernel.launches == 24
+        assert kernel.tuned(tuner, key)["num_warps"] == 2
+    assert kernel.launches == 4 * len(CHOICES)
 
 
 def test_a_choice_stays_when_another_process_chooses_otherwise(tmp_path):
     path = tmp_path / "autotune.json"
-    ours, theirs = Kernel({(2, 2): 1.0}), Kernel({(8, 2): 1.0})
+    ours, theirs = Kernel({(2, 2, 32): 1.0}), Kernel({(8, 2, 32): 1.0})
     tuner = Tuner(path, ours.time)
-    tuner.best("a", DEFAULT, ours.run)
+    ours.tuned(tuner)
     path.unlink()
-    Tuner(path, theirs.time).best("a", DEFAULT, theirs.run)
-    tuner.best("b", DEFAULT, ours.run)
-    assert tuner.best("a", DEFAULT, ours.run)["num_warps"] == 2
+    theirs.tuned(Tuner(path, theirs.time))
+    ours.tuned(tuner, "b")
+    assert ours.tuned(tuner)["num_warps"] == 2
 
 
 def test_off_by_default(monkeypatch):
@@ -97,13 +161,13 @@ def test_off_by_default(monkeypatch):
 
 
 def test_graphs_get_what_is_known(tmp_path, monkeypatch):
-    kernel = Kernel({(2, 2): 1.0})
+    kernel = Kernel({(2, 2, 32): 1.0})
     tuner = Tuner(tmp_path / "a.json", kernel.time)
-    tuner.best("known", DEFAULT, kernel.run)
+    kernel.tuned(tuner, "known")
     launches = kernel.launches
     monkeypatch.setattr(tuning, "_capturing", lambda: True)
-    assert tuner.best("known", DEFAULT, kernel.run)["num_warps"] == 2
-    assert tuner.best("new", DEFAULT, kernel.run) == DEFAULT
+    assert kernel.tuned(tuner, "known")["num_warps"] == 2
+    assert kernel.tuned(tuner, "new") == {}
     assert kernel.launches == launches
 
 
@@ -119,16 +183,91 @@ def test_keys_tell_specializations_and_sizes_apart(monkeypatch):
     assert len({variants[0]._key(gpu, size) for gpu in "ab" for size in sizes}) == 4
 
 
-@pytest.mark.gpu
-def test_tuned_results_are_right(tmp_path, monkeypatch):
-    from pointformer import weighted_gather
+LONG = (
+    "merge",
+    "attention",
+    "attention in 3-D",
+    "merge in 3-D",
+    "point_conv",
+    "deformable",
+    "select",
+)
+LONG += ("knn", "knn, long lists")
 
+
+def same_bits(tensor, other):
+    return torch.equal(tensor.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if INTERPRETED and name in LONG else [])
+        for name in op_calls()
+    ],
+)
+def test_all_that_can_be_chosen_computes_the_same(tmp_path, monkeypatch, name):
+    """And kernels write what they are said to write, and do not read it."""
+    call = op_calls()[name]
+    if not INTERPRETED:
+        call = call.to("cuda")
+    launched = []
+    first_launch = Variant._first_launch
+
+    def launch(variant, grid, arguments):
+        given = dict(zip(variant.kernel.arg_names, arguments, strict=False))
+        before = {name: x.clone() for name, x in given.items() if isinstance(x, torch.Tensor)}
+        compiled = first_launch(variant, grid, arguments)
+        changed = {name for name, x in before.items() if not same_bits(given[name], x)}
+        launched.append(variant)
+        if variant.writes:
+            assert changed <= set(variant.writes), variant.name
+        return compiled
+
+    def one_at_a_time(variant):
+        """Warps and stages mean nothing to the interpreter."""
+        tiles = [(name, x) for name, values in variant.tiles.items() for x in values]
+        return [{}, *({name: x} for name, x in tiles if x != variant.constants[name])]
+
+    tuner = Tuner(tmp_path / "a.json", lambda run: -len(launched))  # the last is the fastest
+    monkeypatch.setattr(Variant, "_first_launch", launch)
+    if INTERPRETED:
+        monkeypatch.setattr(Variant, "choices", property(one_at_a_time))
+    monkeypatch.setattr(tuning, "tuner", lambda: tuner)
+    monkeypatch.setenv("POINTFORMER_AUTOTUNE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with dirty_memory():
+            tuned = call.run("triton")
+    monkeypatch.delenv("POINTFORMER_AUTOTUNE")
+    with dirty_memory():
+        expected = call.run("triton")
+    assert tuner.choices
+    if any(variant.tiles for variant in launched):
+        assert any(tuner.choices.values())
+    assert all(tuning.agree(*pair, 1e-3) for pair in zip(tuned, expected, strict=True))
+
+
+def test_what_reads_its_output_is_not_tuned(monkeypatch):
+    """Kernels that go on where an earlier launch has ended."""
+    launched = []
+    monkeypatch.setattr(Variant, "launch", lambda variant, *given: launched.append(variant))
+    op_calls()["knn, long lists"].run("triton")
+    names = {variant.name for variant in launched if not variant.writes}
+    assert names == {"box_tree_fwd_kernel", "nearest_fwd_kernel"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", op_calls())
+def test_tuned_results_are_right(tmp_path, monkeypatch, name):
+    """With real times, which need no wrong choice to be refused."""
+    call = op_calls()[name].to("cuda")
     monkeypatch.setenv("POINTFORMER_AUTOTUNE", "1")
     monkeypatch.setattr(tuning, "tuner", lambda: Tuner(tmp_path / "a.json", tuning._median_time))
-    features = torch.randn(500, 64, device="cuda")
-    index = torch.randint(-1, 500, (300, 9), device="cuda")
-    weights = torch.rand(300, 9, device="cuda")
-    tuned = weighted_gather(features, index, weights)
-    expected = weighted_gather(features, index, weights, impl="reference")
-    torch.testing.assert_close(tuned, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        tuned = call.run("triton")
+    monkeypatch.delenv("POINTFORMER_AUTOTUNE")
+    for ours, expected in zip(tuned, call.run("triton"), strict=True):
+        assert tuning.agree(ours, expected, 1e-3)
     assert json.loads((tmp_path / "a.json").read_text())

@@ -120,9 +120,9 @@ def test_failing_and_hanging_parts_end_alone_and_what_is_done_stays(run, tmp_pat
 
 def test_tests_are_recorded_one_by_one(run, tmp_path):
     """On GPU tests that need none: here they are skipped, and each says so in the report."""
-    done, lines = run("--only", "tests", "--pytest", "-k 'test_tuned_results_are_right'")
+    done, lines = run("--only", "tests", "--pytest", "-k 'test_tuned_results_are_right and gather'")
     status = statuses(lines, "tests")
-    test = "tests/kernels/test_tuning.py::test_tuned_results_are_right"
+    test = "tests/kernels/test_tuning.py::test_tuned_results_are_right[gather]"
     assert status[test] in ("skipped", "done"), done.stdout
     assert status["pytest"] == "done"
     assert test in (tmp_path / "out" / "log.txt").read_text()
