@@ -141,7 +141,13 @@ def op_calls():
         ),
         "knn": OpCall(knn, {"positions": positions, "k": 2, "return_distance": True, **even}),
         "knn, long lists": OpCall(
-            knn, {"positions": positions, "k": 40, "query": ordered[:9], "return_distance": True}
+            knn,
+            {
+                "positions": positions,
+                "k": 40,
+                "query_positions": ordered[:9],
+                "return_distance": True,
+            },
         ),
         "select": OpCall(select_centers, {"positions": lattice, **selection, **uneven}),
         "select by a grid": OpCall(
