@@ -1,6 +1,6 @@
 """AutoFocusFormer and its heads, built from the public ops."""
 
-from pointformer.models.complexity import Complexity, count
+from pointformer.models.complexity import Complexity, complexity_of
 from pointformer.models.config import AFFConfig, SwinConfig
 from pointformer.models.files import load_model, save_model
 from pointformer.models.grid import GridBackbone, token_sets
@@ -19,7 +19,7 @@ __all__ = [
     "Output",
     "Preprocess",
     "SwinConfig",
-    "count",
+    "complexity_of",
     "create_model",
     "list_models",
     "load_model",

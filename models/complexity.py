@@ -110,7 +110,7 @@ def merge_multiply_adds(pairs: int, channels: int, mid_channels: int, features: 
     return pairs * mid_channels * (channels + features)
 
 
-def count(model: Model, height: int, width: int) -> Complexity:
+def complexity_of(model: Model, height: int, width: int) -> Complexity:
     """Run one made-up image of height x width pixels and count what each layer did.
 
     A layer counts by the shapes that it sees, so rate, neighborhood size and options count as
@@ -209,9 +209,8 @@ def _multihead(module: MultiheadAttention, args: tuple, output: Tensor) -> dict[
 
 
 def _deformable(module: DeformableAttention, args: tuple, output: Tensor) -> dict[str, int]:
-    places = args[2]
-    _, levels, points = module.shape
-    return {"points": output.numel() * levels * points * places.lookup.shape[2]}
+    lookup, (_, levels, points) = args[2], module.shape
+    return {"points": output.numel() * levels * points * lookup.index.shape[2]}
 
 
 def _point_conv(module: PointConv, args: tuple, output) -> dict[str, int]:

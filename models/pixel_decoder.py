@@ -50,26 +50,26 @@ class DeformableAttention(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, code: Tensor, places: Places, impl: str | None) -> Tensor:
+    def forward(self, x: Tensor, code: Tensor, lookup: TokenLookup, impl: str | None) -> Tensor:
         query = x + code
         heads = self.shape[0]
         weights = self.weights(query).view(len(x), heads, -1).softmax(-1)
         out = deformable_attention(
             self.value(x).view(len(x), heads, -1),
-            places.positions,
+            lookup.positions,
             self.offsets(query).view(len(x), *self.shape, 2),
             weights.view(len(x), *self.shape),
-            places.positions,
-            places.sample,
-            places.lookup,
-            places.extent,
+            lookup.positions,
+            lookup.sample,
+            lookup.index,
+            lookup.extent,
             power=self.power,
             impl=impl,
         )
         return self.proj(out.flatten(1))
 
 
-class Places:
+class TokenLookup:
     """The tokens of all levels in one list, and where to find them from a cell of the canvas."""
 
     def __init__(self, grid: TokenSet, levels: Sequence[TokenSet], impl: str | None) -> None:
@@ -90,9 +90,9 @@ class Places:
             )
             lists.append(torch.where(index >= 0, index + start, index))
             start += tokens.num_tokens
-        self.lookup = torch.stack(lists, 1)  # rows as in the grid's token set
+        self.index = torch.stack(lists, 1)  # rows as in the grid's token set
         if grid.clusters is not None:  # to raster order
-            self.lookup = self.lookup[grid.clusters.inverse_order]
+            self.index = self.index[grid.clusters.inverse_order]
 
 
 class PixelDecoder(nn.Module):
@@ -157,7 +157,7 @@ class PixelDecoder(nn.Module):
             stages: the token sets of the stages, finest first.
         """
         grid, levels = stages[0], list(stages[:0:-1])
-        places = Places(grid, levels, impl)
+        lookup = TokenLookup(grid, levels, impl)
         pairs = list(zip(levels, self.projections, strict=True))
         x = torch.cat([project(tokens.features) for tokens, project in pairs])
         code = torch.cat(
@@ -167,7 +167,7 @@ class PixelDecoder(nn.Module):
             ]
         )
         for layer in self.layers:
-            x = layer(x, code, places, impl)
+            x = layer(x, code, lookup, impl)
         parts = x.split([tokens.num_tokens for tokens in levels])
         levels = [t.with_features(part) for t, part in zip(levels, parts, strict=True)]
         finest = levels[-1]

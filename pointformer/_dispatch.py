@@ -50,7 +50,7 @@ def choose(
     return chosen
 
 
-def everything() -> None:
+def lacks_nothing() -> None:
     """For `choose`: an implementation that can run all arguments."""
 
 

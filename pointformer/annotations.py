@@ -202,7 +202,7 @@ class Objects:
         """Those with at least this score."""
         return self.chosen(self.scores >= min_score)
 
-    def painted(self) -> SegmentMap:
+    def segment_map(self) -> SegmentMap:
         """A map without overlaps: a pixel goes to the highest score, of equals to the first.
 
         Segments are numbered from 1 in the order of the objects; hidden ones are left out.

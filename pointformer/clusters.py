@@ -9,7 +9,7 @@ from torch import Tensor
 
 import pointformer.kernels.attention  # noqa: F401  (registers the plan)
 from pointformer._checks import INTEGERS, check_flags, check_tensor, describe
-from pointformer._dispatch import choose, everything
+from pointformer._dispatch import choose, lacks_nothing
 from pointformer.kernels.tables import from_host, starts_of
 
 _MOST_ROWS = 2**31 - 64  # int32, with room for the last tile
@@ -126,7 +126,7 @@ class Neighborhoods:
         """
         check_flags(training=training)
         index, clusters = self.cluster_index, self.clusters
-        lacks = {"cpu": everything, "triton": self.triton_lacks}
+        lacks = {"cpu": lacks_nothing, "triton": self.triton_lacks}
         chosen = choose("Neighborhoods.with_plan", impl, lacks, index.device)
         if chosen == "reference" or (chosen == "cpu" and not training):
             return self

@@ -59,7 +59,7 @@ class Segmentation:
         return self.picture.read()
 
     @property
-    def count(self) -> int:
+    def num_objects(self) -> int:
         return int(self.labels.max(initial=0))
 
     def class_name(self, id: int) -> str:

@@ -354,7 +354,10 @@ CALLS = {
         {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     ),
     "models.Preprocess.forward": (SMALL.preprocess.forward, {"image": torch.zeros(3, 8, 8)}),
-    "models.count": (pointformer.models.count, {"model": SMALL, "height": 16, "width": 16}),
+    "models.complexity_of": (
+        pointformer.models.complexity_of,
+        {"model": SMALL, "height": 16, "width": 16},
+    ),
     "models.create_model": (
         pointformer.models.create_model,
         {

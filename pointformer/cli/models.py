@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from pointformer.models import count, create_model, list_models
+    from pointformer.models import complexity_of, create_model, list_models
     from pointformer.models.complexity import PUBLISHED
 
     for name in ("size", "classes"):
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
             trained[name] = model
         classifies = model.head_name == "classification"
         size = options.size or (model.config.image_size if classifies else 512)
-        c = count(model, size, size)
+        c = complexity_of(model, size, size)
         published = PUBLISHED.get((name, model.head_name))
         if (size, model.num_classes) != ((224, 1000) if classifies else (512, 150)):
             published = None

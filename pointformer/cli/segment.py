@@ -131,7 +131,7 @@ def _segment_file(
     )
     write(result, name, files, options.model, results)
     tokens = " -> ".join(str(n) for n in result.tokens)
-    return f"{result.count} objects in {result.seconds:.2f} s, tokens {tokens}"
+    return f"{result.num_objects} objects in {result.seconds:.2f} s, tokens {tokens}"
 
 
 def write(
@@ -147,7 +147,7 @@ def write(
     Raises:
         ValueError: naming each file that could not be written, and why.
     """
-    labels = _FEW if result.count <= 65535 else _MANY
+    labels = _FEW if result.num_objects <= 65535 else _MANY
     files[labels].parent.mkdir(parents=True, exist_ok=True)
     failures: dict[Path, Exception] = {}
     made: dict[Path, Path] = {}
@@ -215,7 +215,7 @@ def _write_summary(
         "width": width,
         "height": height,
         "model": model,
-        "count": result.count,
+        "count": result.num_objects,
         "seconds": round(result.seconds, 4),
         "tokens": list(result.tokens),
         "files": files,

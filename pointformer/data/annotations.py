@@ -111,7 +111,7 @@ class Annotation:
         """
         if self.semantic is not None:
             return self.semantic
-        return self._painted(
+        return self._map_of(
             [VOID if segment.crowd else segment.category for segment in self.segments], VOID
         )
 
@@ -125,9 +125,9 @@ class Annotation:
         for segment, mask in zip(self.segments, self.masks(), strict=True):
             if segment.crowd:
                 crowds[mask.window] |= mask.pixels
-        return self._painted(numbers, 0), crowds
+        return self._map_of(numbers, 0), crowds
 
-    def _painted(self, values: Sequence[int | None], empty: int) -> np.ndarray:
+    def _map_of(self, values: Sequence[int | None], empty: int) -> np.ndarray:
         """(H, W) int32 of the segments' values but `None`, smaller segments on top.
 
         In a crop, what was smaller before: the same as in the picture is on top.

@@ -196,7 +196,7 @@ def write_folder_objects(
             raise ValueError(f"{root}: expected each picture once, got {name} twice")
         objects = Objects.of(predicted)
         category_ids(objects.classes, categories)  # of hidden ones too
-        found = objects.painted()
+        found = objects.segment_map()
         path, other = (path_inside(root / "instances", f"{name}{end}") for end in (".png", ".tif"))
         if len(found.segments) > MOST_PNG_IDS:
             path, other = other, path

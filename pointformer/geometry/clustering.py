@@ -20,7 +20,7 @@ from pointformer._checks import (
     check_positions,
     check_sizes,
 )
-from pointformer._dispatch import choose, everything
+from pointformer._dispatch import choose, lacks_nothing
 from pointformer.clusters import Clusters, offsets_of
 from pointformer.geometry.boxes import bounding_boxes
 from pointformer.geometry.curves import CURVES, curve_code
@@ -128,7 +128,9 @@ def balanced_cluster(
 
     device = positions.device
     triton_lacks = partial(_triton_lacks, positions)
-    chosen = choose("balanced_cluster", impl, {"cpu": everything, "triton": triton_lacks}, device)
+    chosen = choose(
+        "balanced_cluster", impl, {"cpu": lacks_nothing, "triton": triton_lacks}, device
+    )
     counts = tuple(-(-size // cluster_size) for size in sizes)
     in_order = [size <= global_size for size in sizes]
     if all(in_order):

@@ -18,7 +18,7 @@ from pointformer._checks import (
     check_tensor,
     describe,
 )
-from pointformer._dispatch import choose, everything
+from pointformer._dispatch import choose, lacks_nothing
 from pointformer.clusters import Clusters, Neighborhoods, offsets_of
 from pointformer.kernels.neighbors import fused_nearest
 from pointformer.reference import neighbors as reference
@@ -256,7 +256,7 @@ def _fast(
             return f"{width_name} asks for lists of {width}, more than {_LONGEST_LIST}"
         return None
 
-    return {"cpu": everything, "triton": triton_lacks, "torch_cluster": torch_cluster_lacks}
+    return {"cpu": lacks_nothing, "triton": triton_lacks, "torch_cluster": torch_cluster_lacks}
 
 
 def _tile_rows(

@@ -23,7 +23,7 @@ from pointformer._checks import (
     check_sizes,
     check_tensor,
 )
-from pointformer._dispatch import choose, everything
+from pointformer._dispatch import choose, lacks_nothing
 from pointformer.clusters import offsets_of
 from pointformer.geometry.boxes import bounding_boxes
 from pointformer.geometry.neighbors import knn
@@ -131,7 +131,7 @@ def select_centers(
     )
     triton_lacks = partial(_triton_lacks, sides, lattice)
     chosen = choose(
-        "select_centers", impl, {"cpu": everything, "triton": triton_lacks}, positions.device
+        "select_centers", impl, {"cpu": lacks_nothing, "triton": triton_lacks}, positions.device
     )
     search = partial(
         knn, positions, sizes=sizes, along_curve=along_curve, check_values=False, impl=chosen

@@ -4,17 +4,17 @@ Each metric is a `Metric`: `update` with pictures, `merge` with other parts of a
 scores by name, or see them in detail in `scores()`.
 """
 
-from pointformer.metrics.boundary import boundary_iou, mask_boundary
-from pointformer.metrics.cityscapes import CityscapesAP, CityscapesScores
-from pointformer.metrics.classification import Accuracy, AccuracyScores
-from pointformer.metrics.coco import CocoAP, CocoScores
-from pointformer.metrics.instances import (
+from pointformer.metrics.average_precision import (
     IOU_THRESHOLDS,
     AveragePrecision,
     InstanceAP,
     average_precision,
     match_instances,
 )
+from pointformer.metrics.boundary import boundary_iou, mask_boundary
+from pointformer.metrics.cityscapes import CityscapesAP, CityscapesScores
+from pointformer.metrics.classification import Accuracy, AccuracyScores
+from pointformer.metrics.coco import CocoAP, CocoScores
 from pointformer.metrics.metric import Metric
 from pointformer.metrics.panoptic import PanopticQuality, PanopticScores, Quality
 from pointformer.metrics.semantic import SemanticIoU, SemanticScores

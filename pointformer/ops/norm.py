@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pointformer._checks import FLOATS, check_number, check_tensor
-from pointformer._dispatch import choose, everything
+from pointformer._dispatch import choose, lacks_nothing
 from pointformer.kernels.norm import fused_add_norm
 from pointformer.reference.norm import add_norm as reference
 
@@ -56,7 +56,7 @@ def add_norm(
             return f"x has {channels} channels, not 1 to {_MOST_CHANNELS}"
         return None
 
-    chosen = choose("add_norm", impl, {"cpu": everything, "triton": lacks}, x.device)
+    chosen = choose("add_norm", impl, {"cpu": lacks_nothing, "triton": lacks}, x.device)
     if chosen != "triton":
         return reference(x, branch, scale, weight, bias, eps)
     total, normed, _, _ = fused_add_norm(x, branch, scale, weight, bias, eps, chosen)

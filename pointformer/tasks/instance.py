@@ -123,4 +123,4 @@ class InstanceMasks(MaskTask, Instance):
         return stitch_objects(shape, list(zip(windows, parts, strict=True)))
 
     def shown(self, prediction: Objects, min_score: float | None = None) -> SegmentMap:
-        return prediction.confident(0.5 if min_score is None else min_score).painted()
+        return prediction.confident(0.5 if min_score is None else min_score).segment_map()

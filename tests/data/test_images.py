@@ -80,7 +80,7 @@ def test_cases(model, example, name):
         assert image_size(path) == picture.shape[:2]
         if name == "orientation_6.tif":
             np.testing.assert_array_equal(picture, example)
-        assert abs(segment(model, path, **reading).count - COUNT) <= 5
+        assert abs(segment(model, path, **reading).num_objects - COUNT) <= 5
     if name in CHOICES:
         message = refusal(path)
         assert ("3 channels" in message) == name.startswith("three")
@@ -213,7 +213,7 @@ def test_whatever_tifffile_writes_of_a_picture_is_that_picture(tmp_path_factory,
 @pytest.mark.parametrize("dtype", [name for name in DTYPES if name not in ("bool", "complex64")])
 def test_every_depth_finds_the_objects(model, example, dtype):
     values = DTYPES[dtype](example[..., 0].astype(np.int64))
-    assert abs(segment(model, values).count - COUNT) <= 5
+    assert abs(segment(model, values).num_objects - COUNT) <= 5
 
 
 def test_deep_samples_lie_where_those_of_8_bits_do(example):
@@ -244,7 +244,7 @@ def spoiled(example):
 
 @pytest.mark.parametrize("name", ["hot", "dead", "lines", "dirt", "border", "ends"])
 def test_a_few_bad_samples_change_nothing(model, example, name):
-    assert abs(segment(model, spoiled(example)[name]).count - COUNT) <= 5
+    assert abs(segment(model, spoiled(example)[name]).num_objects - COUNT) <= 5
 
 
 def test_values_a_little_above_a_full_scale_change_nothing(example):
@@ -261,11 +261,11 @@ def test_noise_is_not_stretched_to_objects(model, example):
     """An empty picture, and one with objects in a thousandth of it."""
     rng = np.random.default_rng(0)
     empty = rng.normal(1000, 30, (256, 256)).astype(np.uint16)
-    assert segment(model, empty).count == 0
+    assert segment(model, empty).num_objects == 0
     few = rng.normal(100, 4, (512, 512))
     few[100:150, 100:150] += example[60:110, 60:110, 0] * 4.0
     found = segment(model, few.astype(np.uint16))
-    assert 1 <= found.count <= 4
+    assert 1 <= found.num_objects <= 4
     rows, columns = np.nonzero(found.labels)
     assert rows.min() >= 95
     assert columns.max() <= 155
@@ -354,7 +354,7 @@ def test_means_of_planes_are_not_dark(model, tmp_path, example):
     samples = np.zeros((30, 256, 256), np.uint8)
     samples[7] = example[..., 0]
     tifffile.imwrite(path, samples, photometric="minisblack", compression="zlib")
-    assert abs(segment(model, path, project="mean").count - COUNT) <= 5
+    assert abs(segment(model, path, project="mean").num_objects - COUNT) <= 5
 
 
 def test_pages_of_different_sizes_and_what_is_beside_a_picture(tmp_path):
@@ -690,7 +690,7 @@ def test_a_large_file_is_segmented_by_windows(model, tmp_path, example):
     deep = np.tile(example[..., 0].astype(np.uint16) * 16, (2, 2))
     tifffile.imwrite(path, deep, tile=(64, 64), compression="zlib", photometric="minisblack")
     result = segment(model, path, tile=256, overlap=48)
-    assert abs(result.count - 4 * COUNT) <= 16
+    assert abs(result.num_objects - 4 * COUNT) <= 16
     assert result.labels.shape == deep.shape
     assert "image" not in vars(result)  # not read until it is asked for
     np.testing.assert_array_equal(result.image, read_image(deep))
@@ -743,19 +743,21 @@ def test_pictures_travel_to_other_processes(tmp_path, monkeypatch, example):
 def test_objects_of_other_sizes_than_the_trained(model, example, side, low, high):
     """By factor, and by diameter: the nuclei's median is 9.8 pixels."""
     resized = np.asarray(Image.fromarray(example).resize((side, side), Image.Resampling.BICUBIC))
-    assert abs(segment(model, resized).count - COUNT) > 10
+    assert abs(segment(model, resized).num_objects - COUNT) > 10
     for size in ({"scale": 256 / side}, {"diameter": 9.8 * side / 256}):
         result = segment(model, resized, **size)
-        assert low <= result.count <= high
+        assert low <= result.num_objects <= high
         assert result.labels.shape == (side, side)
-        assert len(result.classes) == len(result.scores) == len(result.objects()) == result.count
+        assert {len(result.classes), len(result.scores), len(result.objects())} == {
+            result.num_objects
+        }
 
 
 def test_scaled_tiles_agree_with_the_whole(model, example):
     large = np.asarray(Image.fromarray(example).resize((1024, 900), Image.Resampling.BICUBIC))
     tiled = segment(model, large, scale=0.25, tile=160, overlap=48)
     whole = segment(model, large, scale=0.25)
-    assert abs(tiled.count - whole.count) <= 3
+    assert abs(tiled.num_objects - whole.num_objects) <= 3
     picture = open_picture(large)
     for factor in (0.25, 0.37, 1.7):
         seen = picture.scaled(factor)

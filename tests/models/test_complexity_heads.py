@@ -9,7 +9,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pointformer import cli
-from pointformer.models import AFFConfig, GridBackbone, Model, SwinConfig, count, create_model
+from pointformer.models import (
+    AFFConfig,
+    GridBackbone,
+    Model,
+    SwinConfig,
+    complexity_of,
+    create_model,
+)
 from pointformer.models.complexity import PUBLISHED
 
 AFF = AFFConfig(dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), rate=0.2)
@@ -48,7 +55,7 @@ def counted(name, rate=None):
 
     kinds = nn.LayerNorm | nn.BatchNorm2d
     hooks = [m.register_forward_hook(norm) for m in model.modules() if isinstance(m, kinds)]
-    counts = count(model, 512, 512)
+    counts = complexity_of(model, 512, 512)
     for hook in hooks:
         hook.remove()
     config = model.config
@@ -89,7 +96,7 @@ def test_multiply_adds_are_those_of_table_3(name, rate, entry):
 
 @pytest.mark.parametrize("name", ["swin_mini", "swin_tiny", "swin_small"])
 def test_multiply_adds_of_swin_are_those_of_table_2(name):
-    counts = count(create_model(name), 224, 224)
+    counts = complexity_of(create_model(name), 224, 224)
     assert counts.published == counts.dense
     assert counts.dense / 1e9 == pytest.approx(PUBLISHED[name, "classification"], rel=0.005)
 
@@ -100,7 +107,7 @@ def test_torchs_counter_agrees(head, size):
     """On a grid the products are torch's own, all but sums over listed tokens."""
     torch.manual_seed(0)
     model = Model("small", SWIN, head, 3, **SMALL[head]).eval().requires_grad_(False)
-    ours = count(model, *size)
+    ours = complexity_of(model, *size)
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.randn(1, 3, *size))
@@ -113,12 +120,12 @@ def test_torchs_counter_agrees(head, size):
 
 def test_sums_over_listed_tokens_by_hand():
     model = Model("small", SWIN, "mask2former", 3, **SMALL["mask2former"])
-    counts = count(model, 64, 64)
+    counts = complexity_of(model, 64, 64)
     cells, levels = 256, 64 + 16 + 4
     places = levels * 3 * 4  # per head: levels and points, each between 4 tokens
     conv = cells * 9 * 4 * (32 + 5)
     assert counts.points == 2 * places * 4 * 32 + conv + cells * 4 * 32
-    dense = count(Model("small", SWIN, "dense", 3, channels=8), 64, 64)
+    dense = complexity_of(Model("small", SWIN, "dense", 3, channels=8), 64, 64)
     assert dense.points == cells * 3 * 3 * 8
 
 
@@ -128,8 +135,8 @@ def test_counts_of_irregular_tokens(head):
     torch.manual_seed(0)
     config = AFF.override(neighborhood_size=48)
     model = Model("small", config, head, 3, **SMALL[head]).train()
-    counts = count(model, 96, 96)
-    plain = count(Model("small", config, "features", 3), 96, 96)
+    counts = complexity_of(model, 96, 96)
+    plain = complexity_of(Model("small", config, "features", 3), 96, 96)
     assert (counts.attention, counts.merge) == (plain.attention, plain.merge)
     assert plain.published == plain.dense < counts.dense
     assert (counts.semantic > 0) == (head in ("mask2former", "hcformer"))
@@ -149,7 +156,7 @@ def test_a_foreign_backbone_counts_by_its_layers():
             return [x, self.second(x)]
 
     model = Model("maps", GridBackbone(Maps(), (8, 12)), "classification", 3)
-    counts = count(model, 32, 48)
+    counts = complexity_of(model, 32, 48)
     assert counts.dense == 96 * 8 * 48 + 24 * 12 * 8 + 3 * 12
     assert counts.total == counts.dense
 

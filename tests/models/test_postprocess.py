@@ -92,11 +92,11 @@ def test_a_query_can_be_objects_of_two_classes():
     assert (found.size, found.masks[0].box) == ((32, 48), (24, 0, 48, 32))
 
 
-def test_better_objects_are_painted_on_top():
+def test_better_objects_are_on_top():
     masks = np.zeros((3, 6, 9), bool)
     masks[0, :4, :5], masks[1, 2:, 3:], masks[2, 3:5, 4:5] = True, True, True
     found = Objects(masks, [4, 5, 6], [0.6, 0.9, 0.7])
-    result = found.painted()
+    result = found.segment_map()
     assert [(s.id, s.category, s.area) for s in result.segments] == [(1, 4, 16), (2, 5, 24)]
     assert [s.score for s in result.segments] == [np.float32(0.6), np.float32(0.9)]
     np.testing.assert_array_equal(result.ids == 2, masks[1])  # hides the third

@@ -19,7 +19,7 @@ from pointformer import (
     weighted_gather,
 )
 from pointformer.cli.warmup import compile_for
-from pointformer.models import AFFConfig, GridBackbone, Model, count
+from pointformer.models import AFFConfig, GridBackbone, Model, complexity_of
 from pointformer.profiling import Limits, Work, measure_limits, profile, record, table, work
 from pointformer.profiling.machine_code import Code
 from pointformer.profiling.report import _tensors
@@ -57,7 +57,7 @@ def neighborhoods_of(positions, sizes, extent, cluster_size=8):
 
 def test_operations_are_those_of_the_models_complexity():
     model, images = made(batch=1)
-    expected = count(model, 64, 64)
+    expected = complexity_of(model, 64, 64)
     counted = by_op(profile(model.eval(), images))
     dense = counted["linear"].operations + counted["convolution"].operations
     outputs = []
@@ -248,7 +248,7 @@ def test_a_model_in_training_is_left_as_it_was():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
     profile(model, images, backward=True, repeats=1)
-    count(model, 64, 64)
+    complexity_of(model, 64, 64)
     assert torch.equal(random, torch.get_rng_state())
     compile_for(model)
     assert modes == [module.training for module in model.modules()]

@@ -164,7 +164,7 @@ def test_the_score_of_a_joined_object_is_the_highest(seen_ids, monkeypatch, task
     monkeypatch.setattr(kind, "decode", decode)
     grid = windows_of(*ids.shape, 40, 16)
     result = segment(mask_model(task, 1), dataset[0].image, tile=40, overlap=16, min_score=0.0)
-    assert result.count == 6
+    assert result.num_objects == 6
     for number in range(1, 7):
         shares = [(ids[window.window] == number).sum() / areas[number] for window in grid]
         (mine,) = np.unique(result.labels[ids == number])
@@ -243,7 +243,7 @@ def test_objects_of_a_dense_model_have_the_name_of_their_kind(folder, tmp_path):
         model.head.classify[1].weight.zero_()
         model.head.classify[1].bias.copy_(torch.tensor([0.0, 9.0, 0.0]))
     result = segment(model, folder / "val/images/a.png")
-    assert result.count == 1
+    assert result.num_objects == 1
     assert result.class_name(1) == "nucleus"
     scores = evaluate(model, read_folder(folder, "val", "instance"), "instance").scores
     assert scores["COCO AP"] == 0

@@ -32,12 +32,12 @@ def test_finds_the_nuclei_of_the_example(result):
     truth = read_instances(TRUTH)
     score = average_precision([(result.labels, truth)])
     assert score.at(0.5) > 0.6
-    assert abs(result.count - len(np.unique(truth)) + 1) < 0.25 * result.count
+    assert abs(result.num_objects - len(np.unique(truth)) + 1) < 0.25 * result.num_objects
 
 
 def test_objects_describe_the_labels(result):
     objects = result.objects()
-    assert [item.id for item in objects] == list(range(1, result.count + 1))
+    assert [item.id for item in objects] == list(range(1, result.num_objects + 1))
     for item in objects[:5]:
         rows, columns = np.nonzero(result.labels == item.id)
         assert item.area == len(rows)
@@ -121,16 +121,16 @@ def mask_model(request):
 def test_mask_models_give_ids_with_classes(mask_model, tile):
     result = segment(mask_model, EXAMPLE, tile=tile, overlap=32, min_score=0.1)
     assert result.labels.shape == result.image.shape[:2]
-    assert len(result.classes) == len(result.scores) == result.count
-    assert set(np.unique(result.labels)) <= set(range(result.count + 1))
+    assert len(result.classes) == len(result.scores) == result.num_objects
+    assert set(np.unique(result.labels)) <= set(range(result.num_objects + 1))
     if mask_model.task == "semantic":
         assert (result.labels > 0).all()
         assert len(set(result.classes)) == len(result.classes)
-    for number in range(1, result.count + 1):
+    for number in range(1, result.num_objects + 1):
         assert result.class_name(number) in ("nucleus", "tissue")
     picture = overlay(result)
     assert picture.width == result.image.shape[1]
-    assert picture.height > result.image.shape[0] or result.count == 0
+    assert picture.height > result.image.shape[0] or result.num_objects == 0
 
 
 def test_every_query_can_be_an_object_and_scores_are_the_published_ones(mask_model, monkeypatch):
@@ -147,9 +147,12 @@ def test_every_query_can_be_an_object_and_scores_are_the_published_ones(mask_mod
 
     monkeypatch.setattr(mask_model.__class__, "forward", forward)
     picture = np.zeros((8, width, 3), np.uint8)
-    found = segment(mask_model, picture).count
+    found = segment(mask_model, picture).num_objects
     assert found == {"semantic": 1, "instance": queries, "panoptic": 0}[mask_model.task]
-    assert mask_model.task != "panoptic" or segment(mask_model, picture, min_score=0.5).count == 150
+    assert (
+        mask_model.task != "panoptic"
+        or segment(mask_model, picture, min_score=0.5).num_objects == 150
+    )
 
 
 def test_a_dense_head_can_have_a_task():

@@ -87,14 +87,14 @@ class InstanceAP:
         self.counts: list[np.ndarray] = []  # one of `match_instances` for each picture
 
     def update(self, predicted: SegmentMap | Objects, annotation: Annotation) -> None:
-        """Add one picture. Of objects, those with a score of at least 0.5 count, painted as a map;
+        """Add one picture. Of objects, those with a score of at least 0.5 count, drawn as a map;
         on crowds none do.
 
         Raises:
             ValueError: if the sizes differ.
         """
         if isinstance(predicted, Objects):
-            predicted = predicted.confident().painted()
+            predicted = predicted.confident().segment_map()
         truth, crowd = annotation.instances()
         if predicted.ids.shape != truth.shape:
             raise ValueError(
