@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
 from pointformer.data.annotations import Annotation, Dataset
-from pointformer.data.images import Picture, Reading, open_picture
+from pointformer.data.images import Reading, open_picture
 from pointformer.data.transforms import Transform
 from pointformer.metrics import Metric
 from pointformer.models import Model
@@ -73,11 +73,17 @@ def evaluate(
     check_copies(task, scales, flip)
     scored = list(task.metrics() if metrics is None else metrics)
     pictures = 0
-    for annotation, picture in _with_pictures(
-        dataset if annotations is None else annotations, dataset, transform, reading
+    for annotation, _, prediction in predictions(
+        model,
+        task,
+        dataset,
+        annotations=annotations,
+        scales=scales,
+        flip=flip,
+        tile=tile,
+        transform=transform,
+        **reading,
     ):
-        windows = windows_for(model, picture, tile)
-        prediction, _ = predict(model, task, picture, windows, scales=scales, flip=flip)
         truth = task.truth(annotation)
         for metric in scored:
             metric.update(prediction, truth)
@@ -88,20 +94,33 @@ def evaluate(
     return Evaluation(scores, pictures, tuple(scored))
 
 
-def _with_pictures(
-    annotations: Iterable[Annotation],
+def predictions(
+    model: Model,
+    task: Task,
     dataset: Dataset,
-    transform: Transform | None,
-    reading: Reading,
-) -> Iterator[tuple[Annotation, Picture]]:
-    for annotation in annotations:
+    *,
+    annotations: Iterable[Annotation] | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    tile: int | None = None,
+    transform: Transform | None = None,
+    **reading: Unpack[Reading],
+) -> Iterator[tuple[Annotation, np.ndarray, Any]]:
+    """Annotations of a data set, their pictures (H, W, 3) uint8, and what the model finds there.
+
+    Arguments and errors are those of `evaluate`.
+    """
+    for annotation in dataset if annotations is None else annotations:
         try:
             image = annotation.read_image(**reading)
         except ValueError as error:
             if not dataset.skip_bad:
                 raise
             dataset.skipped[annotation.name] = str(error)
-        else:
-            if transform is not None:
-                image, annotation = transform(image, annotation, np.random.default_rng(0))
-            yield annotation, open_picture(image)
+            continue
+        if transform is not None:
+            image, annotation = transform(image, annotation, np.random.default_rng(0))
+        picture = open_picture(image)
+        windows = windows_for(model, picture, tile)
+        found, _ = predict(model, task, picture, windows, scales=scales, flip=flip)
+        yield annotation, image, found

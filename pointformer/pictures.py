@@ -109,7 +109,7 @@ def focus_picture(image: np.ndarray, stages: list[StageOutput], stride: int) -> 
                 Image.Resampling.NEAREST,
             )
             bottom.append((cells.crop((0, 0, *size)), f"scores of stage {number}"))
-    return _table([top, bottom], size)
+    return panels([top, bottom], size)
 
 
 def _dots(photo: Image.Image, positions: np.ndarray, pitch: float) -> Image.Image:
@@ -147,8 +147,8 @@ def _legend(size: tuple[int, int]) -> Image.Image:
     return picture
 
 
-def _table(rows: list[list[tuple[Image.Image, str]]], size: tuple[int, int]) -> Image.Image:
-    """Panels with captions, in rows."""
+def panels(rows: list[list[tuple[Image.Image, str]]], size: tuple[int, int]) -> Image.Image:
+    """Pictures of one size, (width, height) in pixels, with captions, in rows."""
     columns = max(len(row) for row in rows)
     step = (size[0] + _GAP, size[1] + _CAPTION + _GAP)
     sheet = Image.new("RGB", (columns * step[0] + _GAP, len(rows) * step[1] + _GAP), "white")

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-from pointformer.cli import evaluate, focus, models, profile, segment, train, warmup
+from pointformer.cli import evaluate, focus, models, profile, report, segment, train, warmup
 from pointformer.cli.common import abandon, complain, say
 
 _COMMANDS = {
@@ -20,6 +20,7 @@ _COMMANDS = {
     "evaluate": evaluate,
     "focus": focus,
     "train": train,
+    "report": report,
     "models": models,
     "profile": profile,
     "warmup": warmup,

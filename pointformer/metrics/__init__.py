@@ -18,6 +18,7 @@ from pointformer.metrics.coco import CocoAP, CocoScores
 from pointformer.metrics.metric import Metric
 from pointformer.metrics.panoptic import PanopticQuality, PanopticScores, Quality
 from pointformer.metrics.semantic import SemanticIoU, SemanticScores
+from pointformer.metrics.sizes import RecallBySize, SizeScores, size_names
 
 __all__ = [
     "IOU_THRESHOLDS",
@@ -33,10 +34,13 @@ __all__ = [
     "PanopticQuality",
     "PanopticScores",
     "Quality",
+    "RecallBySize",
     "SemanticIoU",
     "SemanticScores",
+    "SizeScores",
     "average_precision",
     "boundary_iou",
     "mask_boundary",
     "match_instances",
+    "size_names",
 ]

@@ -38,6 +38,7 @@ from pointformer.train.logs import Logs
 from pointformer.train.optimization import Average, Budget, clip_gradients
 from pointformer.train.processes import Processes, started_processes
 from pointformer.train.recipe import Recipe, write_recipe
+from pointformer.train.report import draw_token_maps, save_curves
 
 RECIPE, WEIGHTS, CHECKPOINTS = "recipe.yaml", "model.safetensors", "checkpoints"
 """What a run writes into its folder, besides its logs."""
@@ -367,6 +368,7 @@ class Run:
                     self.save()
             if self.main:
                 save_model(trainer.averaged, self.out / WEIGHTS, trained=self._trained())
+                save_curves(self.out)
             self.say(f"the model is in {self.out / WEIGHTS}")
         except (OSError, FloatingPointError) as error:
             saved = [path.name for path in list_checkpoints(self.checkpoints)[:1]]
@@ -456,21 +458,17 @@ class Run:
                 leave=False,
                 disable=not self.main,
             ),
-            tile=self._tile(),
+            tile=validation_tile(self.recipe, trainer.task),
             transform=self.recipe.validation.transform(),
         )
         row = {"final": int(final), "pictures": result.pictures, **result.scores}
         logs.add_scores(trainer.steps, row)
+        shown = [self.validation[index] for index in some[: self.recipe.validation.token_maps]]
+        if self.main:
+            draw_token_maps(trainer.averaged, shown, self.out, trainer.steps)
         first = ", ".join(f"{name} {value:.3f}" for name, value in list(result.scores.items())[:3])
         self.say(f"step {trainer.steps}, {result.pictures} pictures: {first}")
         return result.scores
-
-    def _tile(self) -> int | None:
-        """Queries know their place in a window and how many objects it can have."""
-        tile, crop = self.recipe.validation.tile, self.recipe.augmentation.crop
-        if tile is None and self.trainer.task.output is Output.MASKS and crop is not None:
-            return crop.size if isinstance(crop.size, int) else min(crop.size)
-        return tile
 
     def _trained(self) -> dict[str, Any]:
         """What the file of the weights says of their training."""
@@ -493,8 +491,8 @@ def train(
 ) -> dict[str, float]:
     """Train, or go on with an interrupted run, until the budget is used up; return the scores then.
 
-    In `out` there are then recipe.yaml, checkpoints/, log.csv, scores.csv, tensorboard/ and
-    model.safetensors, which `create_model` takes.
+    In `out` there are then recipe.yaml, checkpoints/, log.csv, scores.csv, curves.png, tokens/,
+    tensorboard/ and model.safetensors, which `create_model` takes.
 
     Args:
         device: "cuda" is a GPU for each process of `torchrun`.
@@ -538,6 +536,15 @@ def train(
 
 def _silent(line: str) -> None:
     pass
+
+
+def validation_tile(recipe: Recipe, task: Task) -> int | None:
+    """Side of the windows to score in: queries know their place in a window and how many objects it
+    can have."""
+    tile, crop = recipe.validation.tile, recipe.augmentation.crop
+    if tile is None and task.output is Output.MASKS and crop is not None:
+        return crop.size if isinstance(crop.size, int) else min(crop.size)
+    return tile
 
 
 def check_folder(out: Path) -> None:

@@ -111,6 +111,7 @@ class Validation:
     Attributes:
         times: how often on the way, at equal shares of the budget.
         pictures: how many are scored then, the same ones each time.
+        token_maps: of how many it is drawn where the model puts its tokens, for the report.
         resize, crop: what is done with a picture before.
         tile: side of the windows in pixels; `None`: whole pictures, and for heads with queries,
             which know their place in a window, that of the crops.
@@ -118,6 +119,7 @@ class Validation:
 
     times: int = 4
     pictures: int = 16
+    token_maps: int = 2
     resize: Resize | None = None
     crop: CenterCrop | None = None
     tile: int | None = None

@@ -1,0 +1,322 @@
+"""What came of a run: its curves as a picture, and all of it as one page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from pointformer._files import atomic_path
+from pointformer.annotations import VOID, Category, SegmentMap
+from pointformer.data import Annotation, Dataset
+from pointformer.data.transforms import Transform
+from pointformer.evaluation import predictions
+from pointformer.metrics import RecallBySize, SemanticIoU, size_names
+from pointformer.models import Model
+from pointformer.pictures import focus_picture, outline, panels
+from pointformer.prediction import to_tensor
+from pointformer.tasks import MapTask, Task, task_of
+
+try:
+    from jinja2 import Environment, PackageLoader
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError(f"training needs {error.name}: pip install 'pointformer[train]'") from None
+
+TOKEN_MAPS = "tokens"  # folder of a run
+_SEEN = 512  # side in pixels of the largest picture that is shown
+
+
+def draw_token_maps(model: Model, pictures: Sequence[Annotation], run: Path, step: int) -> None:
+    """Write where a model in training puts its tokens, for the run's report.
+
+    Args:
+        pictures: what to look at, each the middle `512 x 512` pixels.
+        run: folder, in which tokens/STEP-NUMBER.jpg are written.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    for number, annotation in enumerate(pictures):
+        image = _middle(annotation.read_image())
+        with torch.inference_mode():
+            stages = model.backbone(model.preprocess(to_tensor(image).to(device))[None])
+        drawn = focus_picture(image, stages, model.config.patch_stride)
+        (run / TOKEN_MAPS).mkdir(parents=True, exist_ok=True)
+        with atomic_path(run / TOKEN_MAPS / f"{step:08d}-{number}.jpg") as temporary:
+            drawn.save(temporary, quality=85)
+
+
+def _middle(image: np.ndarray) -> np.ndarray:
+    rows, columns = (slice(max(0, (n - _SEEN) // 2), (n + _SEEN) // 2) for n in image.shape[:2])
+    return np.ascontiguousarray(image[rows, columns])
+
+
+def read_table(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a CSV file of a run by name, float64; no columns if there is no such file."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = rows[0] if rows else ()
+    return {name: np.array([_number(row[name]) for row in rows]) for name in names}
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
+
+
+def plot_curves(run: Path) -> Figure:
+    """Loss, scores, learning rate and speed of a run over its steps.
+
+    Raises:
+        ValueError: nothing was logged yet.
+    """
+    log, scores = read_table(run / "log.csv"), read_table(run / "scores.csv")
+    if not log:
+        raise ValueError(f"{run / 'log.csv'}: nothing was logged yet")
+    figure = Figure((11, 7), layout="constrained")
+    loss, score, rate, speed = figure.subplots(2, 2).flat
+    known = ("step", "epoch", "seconds", "gradient", "learning_rate", "images_per_second")
+    terms = [name for name in log if name not in (*known, "waiting")]
+    _lines(loss, log, terms, "loss", log_scale=True)
+    if scores:
+        _lines(
+            score, scores, [n for n in scores if n not in ("step", "final", "pictures")], "score"
+        )
+    score.set_ylim(0, 1)
+    _lines(rate, log, ["learning_rate", "gradient"], "learning rate, gradient", log_scale=True)
+    _lines(speed, log, ["images_per_second"], "pictures per second")
+    for axes in (rate, speed):
+        axes.set_xlabel("step")
+    return figure
+
+
+def _lines(
+    axes: Axes, table: dict[str, np.ndarray], names: Sequence[str], title: str, *, log_scale=False
+) -> None:
+    axes.set_title(title)
+    shown = [name for name in names if np.isfinite(table[name]).any()]
+    for name in shown:
+        mark = "o" if len(table["step"]) < 30 else ""
+        axes.plot(table["step"], table[name], label=name, marker=mark, markersize=3, linewidth=1.2)
+    if log_scale and all((table[name][np.isfinite(table[name])] > 0).all() for name in shown):
+        axes.set_yscale("log")
+    if len(shown) > 1:
+        axes.legend(fontsize="x-small")
+    axes.grid(alpha=0.3)
+
+
+def save_curves(run: Path) -> Path:
+    """Write `plot_curves` as curves.png in the run's folder."""
+    figure = plot_curves(run)
+    with atomic_path(run / "curves.png") as temporary:
+        figure.savefig(temporary, dpi=100)
+    return run / "curves.png"
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A picture and how well the model did on it."""
+
+    name: str
+    score: float
+    picture: Image.Image
+
+
+def write_report(
+    run: Path,
+    model: Model,
+    dataset: Dataset | None,
+    out: Path,
+    *,
+    task: Task | None = None,
+    pictures: int = 200,
+    worst: int = 8,
+    tile: int | None = None,
+    transform: Transform | None = None,
+    say: Callable[[str], None] = tqdm.write,
+) -> None:
+    """Write one page of HTML that opens without a network.
+
+    It has the curves, the scores, the token maps of sample pictures through training, what is found
+    of each class and size, and the pictures that the model does worst on.
+
+    Args:
+        run: folder of a run.
+        model: trained by it.
+        dataset: what to look for the worst pictures in; `None`: the page does without.
+        out: the file.
+        task: of the model; `None`: as it says.
+        pictures: how many of the data set, drawn at random, are looked at.
+        worst: how many are shown.
+        tile, transform: see `pointformer.evaluation.evaluate`.
+
+    Raises:
+        ValueError: nothing was logged yet, or a picture cannot be read.
+    """
+    curves = io.BytesIO()
+    plot_curves(run).savefig(curves, format="png", dpi=100)
+    scores = read_table(run / "scores.csv")
+    content: dict[str, Any] = {
+        "title": run.resolve().name,
+        "facts": _facts(model, run),
+        "curves": _uri(curves.getvalue(), "png"),
+        "scores": {n: v.tolist() for n, v in scores.items() if n not in ("step", "final")},
+        "steps": [int(step) for step in scores.get("step", ())],
+        "final": bool(scores and scores["final"][-1]),
+        "token_maps": _token_maps(run),
+    }
+    if dataset is not None:
+        task = task or task_of(model, None, dataset.categories)
+        content |= _examined(model, task, dataset, pictures, worst, tile, transform, say)
+    environment = Environment(
+        loader=PackageLoader("pointformer.train", "."), autoescape=True, trim_blocks=True
+    )
+    text = environment.get_template("report.html").render(content)
+    with atomic_path(out) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def _facts(model: Model, run: Path) -> dict[str, Any]:
+    trained = model.trained or {}
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "model": f"{model.name} with head {model.head_name}",
+        "task": model.task,
+        "parameters": f"{parameters:,}",
+        "data": trained.get("data"),
+        "steps": trained.get("steps"),
+        "minutes of training": trained.get("minutes"),
+        "pointformer": trained.get("pointformer"),
+        "recipe": (run / "recipe.yaml").name,
+    }
+
+
+def _token_maps(run: Path) -> list[list[tuple[int, str]]]:
+    """For each sample picture: step and picture, in the order of the steps."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for path in sorted((run / TOKEN_MAPS).glob("*-*.jpg")):
+        step, _, number = path.stem.partition("-")
+        found.setdefault(number, []).append((int(step), _uri(path.read_bytes(), "jpeg")))
+    return list(found.values())
+
+
+def _examined(
+    model: Model,
+    task: Task,
+    dataset: Dataset,
+    pictures: int,
+    worst: int,
+    tile: int | None,
+    transform: Transform | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What looking at pictures tells: counts by class and size, and the worst pictures."""
+    order = np.random.default_rng(0).permutation(len(dataset))[:pictures].tolist()
+    chosen = (dataset[index] for index in order)
+    bar = tqdm(chosen, "looking at pictures", len(order), leave=False)
+    sizes = RecallBySize(task.categories)
+    cases: list[_Case] = []
+    whole = task.metrics()[0]
+    for annotation, image, prediction in predictions(
+        model, task, dataset, annotations=bar, tile=tile, transform=transform
+    ):
+        truth = task.truth(annotation)
+        sizes.update(prediction, truth)
+        single = task.metrics()[0]
+        single.update(prediction, truth)
+        whole.merge(single)
+        score = next(iter(single.compute().values()))
+        if not math.isnan(score) and (len(cases) < worst or score < cases[-1].score):
+            cases.append(_Case(annotation.name, score, _compared(task, image, truth, prediction)))
+            cases = sorted(cases, key=lambda case: case.score)[:worst]
+    say(f"{len(order)} pictures looked at")
+    counts = sizes.scores()
+    iou = whole.scores().iou if isinstance(whole, SemanticIoU) else None
+    rows = [
+        {
+            "name": category.name,
+            "iou": None if iou is None else float(iou[number]),
+            "cells": list(
+                zip(counts.found[number].tolist(), counts.annotated[number].tolist(), strict=True)
+            ),
+        }
+        for number, category in enumerate(task.categories)
+        if counts.annotated[number].any()
+    ]
+    return {
+        "looked_at": len(order),
+        "groups": size_names(counts.sides),
+        "classes": rows,
+        "measure": next(iter(whole.compute())),
+        "worst": [(case.name, case.score, _uri_of(case.picture)) for case in cases],
+    }
+
+
+def _compared(
+    task: Task, image: np.ndarray, truth: Annotation, prediction: Any
+) -> Image.Image:
+    """What is annotated beside what was found; of a whole picture, in words."""
+    if isinstance(task, MapTask):
+        annotated = SegmentMap.of(*_regions(truth))
+        sides = [
+            (_tinted(image, annotated, task.categories), "annotated"),
+            (_tinted(image, task.shown(prediction), task.categories), "found"),
+        ]
+    else:
+        guess = task.categories[int(np.argmax(prediction))].name
+        sides = [(image, f"{task.categories[truth.label].name}, taken for {guess}")]
+    scale = min(1.0, _SEEN / max(image.shape[:2]))
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    row = [(Image.fromarray(side).resize(size), caption) for side, caption in sides]
+    return panels([row], size)
+
+
+def _regions(truth: Annotation) -> tuple[np.ndarray, list[int], list[float]]:
+    """Ids (H, W) from 1 on of what is annotated, the class and a score of each."""
+    if truth.semantic is not None:
+        classes = truth.semantic
+        known = [kind for kind in np.unique(classes).tolist() if kind != VOID]
+        ids = np.searchsorted(known, classes) + 1 if known else np.zeros_like(classes)
+        ids = np.where(classes == VOID, 0, ids)
+    else:
+        owner, _ = truth.instances()
+        numbers = np.unique(owner[owner > 0])
+        ids = np.where(owner > 0, np.searchsorted(numbers, owner) + 1, 0)
+        known = [truth.segments[number - 1].category for number in numbers.tolist()]
+    return ids.astype(np.int32), known, [1.0] * len(known)
+
+
+def _tinted(image: np.ndarray, found: SegmentMap, categories: Sequence[Category]) -> np.ndarray:
+    """The picture with rims, in the classes' colors where there are several."""
+    if len(categories) > 1:
+        colors = np.zeros((found.ids.max(initial=0) + 1, 3))
+        for segment in found.segments:
+            colors[int(segment.id)] = categories[segment.category].color
+        tinted = 0.5 * image + 0.5 * colors[found.ids]
+        image = np.where(found.ids[..., None] > 0, tinted, image).astype(np.uint8)
+    return outline(image, found.ids)
+
+
+def _uri_of(picture: Image.Image) -> str:
+    content = io.BytesIO()
+    picture.save(content, "jpeg", quality=88)
+    return _uri(content.getvalue(), "jpeg")
+
+
+def _uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

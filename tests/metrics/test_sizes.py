@@ -1,0 +1,73 @@
+"""Recall by class and size: small scenes whose answer is plain."""
+
+import numpy as np
+import pytest
+
+from pointformer.annotations import VOID, Category, Mask, Objects, Segment, SegmentMap
+from pointformer.data import Annotation
+from pointformer.metrics import RecallBySize, size_names
+
+KINDS = (Category(1, "sky", False), Category(2, "car"))
+
+
+def square(ids, value, top, left, side):
+    ids[top : top + side, left : left + side] = value
+    return ids
+
+
+def scene():
+    """A car of 4 pixels' side, one of 10, a crowd, and sky in the rest."""
+    ids = np.full((40, 40), 9, np.int32)
+    for value, top, left, side in ((1, 0, 0, 4), (2, 20, 20, 10), (3, 0, 30, 5)):
+        square(ids, value, top, left, side)
+    segments = (
+        Segment(1, 1, 16),
+        Segment(2, 1, 100),
+        Segment(3, 1, 25, crowd=True),
+        Segment(9, 0, int((ids == 9).sum())),
+    )
+    return Annotation("a", None, (40, 40), "a", ids=ids, segments=segments)
+
+
+def test_what_is_annotated_finds_itself():
+    annotation = scene()
+    metric = RecallBySize(KINDS, (8, 32))
+    metric.update(SegmentMap(annotation.ids, annotation.segments), annotation)
+    assert metric.scores().annotated.tolist() == [[0, 0, 1], [1, 1, 0]]
+    assert metric.scores().found.tolist() == metric.scores().annotated.tolist()
+    assert set(metric.compute()) == {f"recall, {name}" for name in size_names((8, 32))}
+    assert set(metric.compute().values()) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("side", "category", "found"), [(10, 1, 1), (8, 1, 1), (7, 1, 0), (10, 0, 0)]
+)
+def test_an_object_is_found_by_one_of_its_class_that_covers_it(side, category, found):
+    """64 of 100 pixels are an IoU of 0.64, 49 are one of 0.49."""
+    metric = RecallBySize(KINDS, (8, 32))
+    mask = Mask.of(np.ones((side, side), bool), 20, 20)
+    unsure = Mask.of(np.ones((4, 4), bool))
+    metric.update(Objects([mask, unsure], [category, 1], [0.9, 0.4], (40, 40)), scene())
+    assert metric.scores().found.tolist() == [[0, 0, 0], [0, found, 0]]
+
+
+def test_parts_of_a_map_of_classes_count_each():
+    truth = np.full((20, 20), VOID, np.int32)
+    square(square(truth, 1, 0, 0, 4), 1, 10, 10, 9)
+    annotation = Annotation("a", None, (20, 20), "a", semantic=truth)
+    found = np.zeros((20, 20), np.int32)
+    square(found, 1, 0, 0, 20)[:, 14:] = 0  # of the larger part 4 of 9 columns
+    metric = RecallBySize(KINDS, (8,))
+    metric.update(found, annotation)
+    assert metric.scores().annotated.tolist() == [[0, 0], [1, 1]]
+    assert metric.scores().found.tolist() == [[0, 0], [1, 0]]
+
+
+def test_pictures_have_a_size_too_and_parts_of_a_data_set_add_up():
+    one, other = RecallBySize(KINDS, (8,)), RecallBySize(KINDS, (8,))
+    one.update(np.array([0.2, 0.8]), Annotation("a", None, (4, 4), "a", label=1))
+    other.update(np.array([0.2, 0.8]), Annotation("b", None, (9, 9), "b", label=0))
+    other.update(np.array([0.2, 0.8]), Annotation("c", None, (9, 9), "c"))
+    one.merge(other)
+    assert one.compute() == {"recall, below 8 px": 1.0, "recall, from 8 px": 0.0}
+    assert np.isnan(one.scores().recall).tolist() == [[True, False], [False, True]]

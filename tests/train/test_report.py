@@ -1,0 +1,98 @@
+"""Curves and the page of a run, which opens without a network."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from helpers.training import TINY, dataset_of, recipe_of, trainer_of, write_folder
+from pointformer import cli
+from pointformer.train.logs import Logs
+from pointformer.train.report import write_report
+
+
+class Page(HTMLParser):
+    """What a browser would fetch, and the headings and cells that it would show."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.texts = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.texts += [data.strip()] if data.strip() else []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    data = write_folder(tmp_path_factory.mktemp("data"))
+    out = tmp_path_factory.mktemp("runs") / "<run> & more"
+    arguments = ["--task", "instance", "--model", "aff_nano", "--out", out, "--threads", "1"]
+    changes = ["budget.steps=4", "log_every=1", "validation.times=1", *TINY]
+    assert cli.main(["train", str(data), *map(str, arguments), *changes]) == 0
+    return data, out
+
+
+def test_a_run_leaves_curves_and_token_maps(run):
+    _, out = run
+    assert Image.open(out / "curves.png").size == (1100, 700)
+    names = sorted(path.name for path in (out / "tokens").iterdir())
+    assert names == [f"{step:08d}-{n}.jpg" for step in (2, 4) for n in (0, 1)]
+
+
+def test_the_page_has_all_and_fetches_nothing(run, capsys):
+    _, out = run
+    assert cli.main(["report", str(out)]) == 0
+    page = Page((out / "report.html").read_text("utf-8"))
+    assert page.sources
+    assert all(source.startswith("data:image/") for source in page.sources)
+    assert page.texts.count("<run> & more") == 2  # the title and the heading, escaped in the file
+    for heading in ("Curves", "Scores", "What is found, by class and size", "Worst pictures",
+                    "Tokens through training", "step 2", "step 4"):  # fmt: skip
+        assert heading in page.texts
+    assert len(page.sources) == 1 + 2 + 4  # curves, the worst of 2 pictures, token maps
+    rows = re.findall(r"<tr><td>\d+</td>", (out / "report.html").read_text("utf-8"))
+    assert len(rows) == 2  # of scores
+    assert cli.main(["report", str(out), "--pictures", "0"]) == 0  # replaces its own
+    assert "Worst pictures" not in (out / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic", "classification"])
+def test_every_task_has_its_page(task, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    for folder in (data, run):
+        folder.mkdir()
+    dataset = dataset_of(data, task, count=4)
+    trainer = trainer_of(dataset, recipe_of(data, task=task))
+    with Logs(run, 0) as logs:
+        logs.add_training(1, {"epoch": 0.5, "loss": 2.0, "learning_rate": 1e-3, "gradient": 1.0,
+                              "seconds": 1.0, "images_per_second": 3.0})  # fmt: skip
+    write_report(run, trainer.model.eval(), dataset, run / "a.html", worst=3, say=lambda text: None)
+    page = Page((run / "a.html").read_text("utf-8"))
+    assert len(page.sources) == 1 + 3
+    names = {category.name for category in dataset.categories}
+    assert names & set(page.texts)
+    assert ("IoU" in page.texts) == (task == "semantic")
+
+
+def test_bad_input_is_one_line(run, capsys, tmp_path):
+    _, out = run
+    foreign = tmp_path / "notes.html"
+    foreign.write_text("mine")
+    for arguments, message in (
+        ([tmp_path], f"{tmp_path / 'recipe.yaml'}: no such file: expected the folder of a run"),
+        ([out, "--pictures", "-1"], "--pictures: expected at least 0, got -1"),
+        ([out, "--out", foreign], f"{foreign}: is there, and not as this program wrote it"),
+        ([out, "--out", out / "recipe.yaml", "--overwrite"], "is an input"),
+        ([out, "--data", tmp_path], f"{tmp_path}"),
+    ):
+        capsys.readouterr()
+        assert cli.main(["report", *map(str, arguments)]) == 1
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert message in lines[0]
+    assert foreign.read_text() == "mine"
