@@ -405,7 +405,7 @@ class Run:
                 trainer.step(batch)
                 trainer.clock += time.perf_counter() - start
                 bar.update(100 * trainer.used - bar.n)
-                if trainer.steps % self.recipe.log_every == 0:
+                if trainer.steps % self.recipe.log_every == 0 or trainer.used >= 1:
                     trainer.check()
                     seconds = max(trainer.seconds - logged_seconds, 1e-9)
                     rate = (trainer.steps - logged_step) * self.recipe.batch / seconds

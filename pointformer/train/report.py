@@ -267,9 +267,7 @@ def _examined(
     }
 
 
-def _compared(
-    task: Task, image: np.ndarray, truth: Annotation, prediction: Any
-) -> Image.Image:
+def _compared(task: Task, image: np.ndarray, truth: Annotation, prediction: Any) -> Image.Image:
     """What is annotated beside what was found; of a whole picture, in words."""
     if isinstance(task, MapTask):
         annotated = SegmentMap.of(*_regions(truth))

@@ -87,7 +87,7 @@ def test_a_run_that_is_killed_at_random_equals_one_that_is_not(folder, tmp_path,
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     for name in ("log.csv", "scores.csv"):
         assert rows(tmp_path / "whole" / name) == rows(tmp_path / "killed" / name)
-    assert len(rows(tmp_path / "whole/log.csv")) == 5
+    assert len(rows(tmp_path / "whole/log.csv")) == 6
     left = [path.name for path in (tmp_path / "killed").rglob(".pointformer-*")]
     assert left == []
 
@@ -97,7 +97,8 @@ def test_a_run_in_a_folder(folder, tmp_path):
     recipe = recipe_of(folder, "budget.epochs=2", "average=0.5", "log_every=1")
     scores = train(recipe, tmp_path, say=silent)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "recipe.yaml", "checkpoints", "log.csv", "scores.csv", "tensorboard", "model.safetensors",
+        "recipe.yaml", "checkpoints", "log.csv", "scores.csv", "curves.png", "tokens", "tensorboard",
+        "model.safetensors",
     }  # fmt: skip
     assert read_recipe(tmp_path / "recipe.yaml") == recipe
     log = rows(tmp_path / "log.csv")

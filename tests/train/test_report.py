@@ -31,9 +31,9 @@ class Page(HTMLParser):
 def run(tmp_path_factory):
     data = write_folder(tmp_path_factory.mktemp("data"))
     out = tmp_path_factory.mktemp("runs") / "<run> & more"
-    arguments = ["--task", "instance", "--model", "aff_nano", "--out", out, "--threads", "1"]
-    changes = ["budget.steps=4", "log_every=1", "validation.times=1", *TINY]
-    assert cli.main(["train", str(data), *map(str, arguments), *changes]) == 0
+    arguments = ["--task", "instance", "--out", out, "--threads", "1"]
+    changes = ["budget.steps=4", "log_every=1", "validation.times=1"]
+    assert cli.main(["train", str(TINY), str(data), *map(str, arguments), *changes]) == 0
     return data, out
 
 
