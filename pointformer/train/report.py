@@ -89,7 +89,7 @@ def plot_curves(run: Path) -> Figure:
     if not log:
         raise ValueError(f"{run / 'log.csv'}: nothing was logged yet")
     figure = Figure((11, 7), layout="constrained")
-    loss, score, rate, speed = figure.subplots(2, 2).flat
+    loss, score, rate, speed = figure.subplots(2, 2, sharex=True).flat
     known = ("step", "epoch", "seconds", "gradient", "learning_rate", "images_per_second")
     terms = [name for name in log if name not in (*known, "waiting")]
     _lines(loss, log, terms, "loss", log_scale=True)
