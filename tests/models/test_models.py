@@ -13,7 +13,7 @@ from pointformer.models import (
     Model,
     Preprocess,
     SwinConfig,
-    count,
+    complexity_of,
     create_model,
     list_models,
 )
@@ -70,7 +70,7 @@ def test_parameter_counts(name, parameters):
     ],
 )
 def test_multiply_adds_at_224(name, billions):
-    complexity = count(create_model(name), 224, 224)
+    complexity = complexity_of(create_model(name), 224, 224)
     assert complexity.dense / 1e9 == pytest.approx(billions, rel=0.01)
     assert 0 < complexity.merge < complexity.attention < complexity.dense
 
