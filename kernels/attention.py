@@ -5,6 +5,8 @@ blocks of a stage share it: a list of int32 tensors, as long as the worst case n
 ops take it as `plan` and make what is missing; an empty list will do. The CPU's plan are, for
 training, offsets (K + 1) and queries (Q * R): for each cluster the queries that attend to it.
 Triton's is in `kernels.triton.attention_plan`. No cluster may be twice in one neighborhood.
+Where the lists of all samples are those of the first one with clusters counted on, `copies` is the
+number of samples, else 1: it lets a plan be made of one of them.
 
 `normal` (T, H, 2) holds the largest logit in units of log2 and the inverse of the softmax's sum,
 0 where there is nothing to sum. Weights and blank tokens are of any dtypes. The backward op may use
@@ -32,12 +34,12 @@ def tile_capacity(per_query, clusters):
 
 LIBRARY.define(
     "neighborhood_plan(Tensor cluster_index, Tensor cluster_offsets, int cluster_size, "
-    "bool training, str impl) -> Tensor[]"
+    "bool training, int copies, str impl) -> Tensor[]"
 )
 
 
 @torch.library.register_fake("pointformer::neighborhood_plan", lib=LIBRARY)
-def _plan_fake(cluster_index, cluster_offsets, cluster_size, training, impl):
+def _plan_fake(cluster_index, cluster_offsets, cluster_size, training, copies, impl):
     (queries, per_query), clusters = cluster_index.shape, cluster_offsets.shape[0] - 1
     if impl == "cpu":
         shapes = [(clusters + 1,), (queries * per_query,)] if training else []
@@ -45,7 +47,7 @@ def _plan_fake(cluster_index, cluster_offsets, cluster_size, training, impl):
         tiles, groups = -(-queries // TILE), -(-clusters // clusters_per_group(cluster_size))
         shapes = [(tiles,), *[(tiles, tile_capacity(per_query, clusters))] * 3]
         if training:
-            shapes += [(groups + 1,), (groups,), (queries * per_query,), (queries * per_query,)]
+            shapes += [(groups,), (groups,), (queries * per_query,), (queries * per_query,)]
     return [cluster_index.new_empty(shape) for shape in shapes]
 
 

@@ -27,6 +27,15 @@ def from_host(values: Sequence, dtype: torch.dtype, device: torch.device | None)
     return table.pin_memory().to(device, non_blocking=True)
 
 
+def shifted_copies(index: torch.Tensor, copies: int, rows: int) -> torch.Tensor:
+    """Lists of rows, -1 for none, of several samples of `rows` rows each that have those of one."""
+    if copies == 1:
+        return index
+    starts = torch.arange(copies, dtype=index.dtype, device=index.device) * rows
+    starts = starts.view(-1, *[1] * index.dim())
+    return torch.where(index < 0, index, index + starts).flatten(0, 1)
+
+
 def plain_bits(dimensions: int, samples: int) -> int:
     """Bits per axis of a curve's fine lattice: D times as many and the sample fill 63 bits."""
     if dimensions == 2:

@@ -223,6 +223,7 @@ class PatchMerge(nn.Module):
             self.linear(self.norm(coarse.features)),
             coarse.sizes,
             tokens.extent,
+            same_positions=coarse.same_positions,
         )
 
     @staticmethod

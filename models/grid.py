@@ -44,7 +44,15 @@ def token_sets(maps: Sequence[Tensor]) -> list[TokenSet]:
                     f"{tuple(maps[0].shape[-2:])} divided by {stride}"
                 )
         extent = sets[0].extent if sets else tokens.extent
-        sets.append(TokenSet(tokens.positions * stride, tokens.features, tokens.sizes, extent))
+        sets.append(
+            TokenSet(
+                tokens.positions * stride,
+                tokens.features,
+                tokens.sizes,
+                extent,
+                same_positions=True,
+            )
+        )
     return sets
 
 
@@ -61,6 +69,8 @@ def by_shape(
     for row, image in enumerate(images):
         rows.setdefault(image.shape, []).append(row)
     outputs = [run(torch.stack([images[row] for row in same])) for same in rows.values()]
+    if len(outputs) == 1:
+        return outputs[0]
     order = [row for same in rows.values() for row in same]
     places = sorted(range(len(order)), key=order.__getitem__)
 

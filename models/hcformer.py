@@ -55,6 +55,7 @@ class SoftAssignment(nn.Module):
                 query_positions=fine.positions,
                 sizes=coarse.sizes,
                 query_sizes=fine.sizes,
+                same_positions=fine.same_positions and coarse.same_positions,
                 check_values=False,
                 impl=impl,
             )

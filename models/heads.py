@@ -158,6 +158,7 @@ class DenseHead(Head):
                 grid.positions,
                 sizes=tokens.sizes,
                 query_sizes=grid.sizes,
+                same_positions=tokens.same_positions and grid.same_positions,
                 k=3,
                 power=2.0,
                 check_values=False,

@@ -64,7 +64,14 @@ class PointConv(nn.Module):
         self.linear = nn.Linear(mid * dim, out_dim)
 
     def forward(self, tokens: TokenSet, impl: str | None = None) -> TokenSet:
-        index = knn(tokens.positions, self.k, sizes=tokens.sizes, check_values=False, impl=impl)
+        index = knn(
+            tokens.positions,
+            self.k,
+            sizes=tokens.sizes,
+            same_positions=tokens.same_positions,
+            check_values=False,
+            impl=impl,
+        )
         summed = point_conv(
             tokens.features,
             tokens.positions,

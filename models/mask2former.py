@@ -145,6 +145,7 @@ class MaskDecoder(nn.Module):
             query_positions=level.positions,
             sizes=finest.sizes,
             query_sizes=level.sizes,
+            same_positions=finest.same_positions and level.same_positions,
             check_values=False,
             impl=impl,
         )[:, 0].long()

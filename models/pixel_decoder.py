@@ -85,6 +85,7 @@ class TokenLookup:
                 query_positions=grid.positions,
                 sizes=tokens.sizes,
                 query_sizes=grid.sizes,
+                same_positions=tokens.same_positions and grid.same_positions,
                 check_values=False,
                 impl=impl,
             )
@@ -177,6 +178,7 @@ class PixelDecoder(nn.Module):
             grid.positions,
             sizes=finest.sizes,
             query_sizes=grid.sizes,
+            same_positions=finest.same_positions and grid.same_positions,
             check_values=False,
             impl=impl,
         )

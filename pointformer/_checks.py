@@ -286,6 +286,22 @@ def check_finite(
         start += size
 
 
+def check_same_positions(
+    name: str, positions: Tensor, sizes: Sequence[int], check_values: bool
+) -> None:
+    """Raise if samples differ in size or, where values may be looked at, in their positions."""
+    if any(size != sizes[0] for size in sizes[1:]):
+        raise ValueError(f"same_positions: expected samples of one size, got {brief(sizes)}")
+    if not check_values or not can_read(positions) or positions.numel() == 0:
+        return
+    samples = positions.view(len(sizes), -1, positions.shape[1])
+    same = (samples == samples[:1]).flatten(1).all(1)
+    if not bool(same.all()):
+        raise ValueError(
+            f"same_positions: {name} of sample {int(same.int().argmin())} are not those of sample 0"
+        )
+
+
 def check_per_sample(
     name: str, value: object, samples: int | None, dimensions: int, least: float = -_LARGEST_SIDE
 ) -> tuple[tuple[float, ...], ...]:

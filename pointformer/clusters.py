@@ -47,6 +47,7 @@ class Clusters:
         counts: clusters per sample, B host integers; an empty sample has none.
         cluster_size: no cluster has more tokens than this.
         global_size: neighborhoods in samples of at most this many tokens are all their clusters.
+        same_positions: promises that all samples have the clusters of the first one.
     """
 
     order: Tensor
@@ -56,6 +57,7 @@ class Clusters:
     counts: tuple[int, ...]
     cluster_size: int
     global_size: int = 0
+    same_positions: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -97,12 +99,15 @@ class Neighborhoods:
         plan: index lists that fast ops derive from the two above, in an order of their own. Build
             them once per stage with `with_plan`, else each call builds its own.
         plan_impl: the implementation that `plan` is for; the others do not use it.
+        copies: how many samples there are whose lists are those of the first one, with clusters
+            counted on; 1 where that is not known.
     """
 
     cluster_index: Tensor
     clusters: Clusters
     plan: tuple[Tensor, ...] = ()
     plan_impl: str | None = None
+    copies: int = 1
 
     @property
     def num_queries(self) -> int:
@@ -131,9 +136,9 @@ class Neighborhoods:
         if chosen == "reference" or (chosen == "cpu" and not training):
             return self
         lists = torch.ops.pointformer.neighborhood_plan(
-            index, clusters.offsets, clusters.cluster_size, training, chosen
+            index, clusters.offsets, clusters.cluster_size, training, self.copies, chosen
         )
-        return Neighborhoods(index, clusters, tuple(lists), chosen)
+        return Neighborhoods(index, clusters, tuple(lists), chosen, self.copies)
 
     def triton_lacks(self) -> str | None:
         """For `choose`: why Triton kernels cannot take these neighborhoods, or `None`."""

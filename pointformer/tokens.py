@@ -21,6 +21,7 @@ from pointformer._checks import (
     check_number,
     check_per_sample,
     check_positions,
+    check_same_positions,
     check_sizes,
     check_tensor,
     describe,
@@ -78,6 +79,9 @@ class TokenSet:
             `None` for zero.
         clusters: set by `cluster`; rows are then in cluster order. Permuting or selecting rows
             clears it.
+        same_positions: promises that all samples have the same positions, in the same order, and
+            one extent: what depends on positions alone is then found once. `from_grid` knows it of
+            maps of one size; `with_features`, `cluster`, `input_order` and `to` keep it.
 
     Raises:
         TypeError, ValueError: a shape, dtype, device or size does not fit; the message names it.
@@ -89,6 +93,7 @@ class TokenSet:
     extent: Extent | None
     origin: Tensor | None
     clusters: Clusters | None
+    same_positions: bool
 
     def __init__(
         self,
@@ -98,6 +103,7 @@ class TokenSet:
         extent: Sequence | Tensor | None = None,
         origin: Tensor | None = None,
         clusters: Clusters | None = None,
+        same_positions: bool = False,
     ) -> None:
         check_positions("positions", positions)
         count, dimensions = positions.shape
@@ -118,6 +124,11 @@ class TokenSet:
             )
         if clusters is not None and clusters.sizes != sizes:
             raise ValueError(f"clusters: expected samples of {brief(sizes)} tokens, got {clusters}")
+        check_flags(same_positions=same_positions)
+        if same_positions:
+            check_same_positions("positions", positions, sizes, False)
+            if extent is not None and any(sides != extent[0] for sides in extent[1:]):
+                raise ValueError(f"same_positions: expected one extent, got {brief(extent)}")
         for name, value in (
             ("positions", positions),
             ("features", features),
@@ -125,6 +136,7 @@ class TokenSet:
             ("extent", extent),
             ("origin", origin),
             ("clusters", clusters),
+            ("same_positions", same_positions),
         ):
             object.__setattr__(self, name, value)
 
@@ -169,9 +181,14 @@ class TokenSet:
 
     def with_features(self, features: Tensor) -> TokenSet:
         """The same tokens with other features (T, C')."""
-        return TokenSet(
-            self.positions, features, self.sizes, self.extent, self.origin, self.clusters
-        )
+        return self._with_rows(self.positions, features, self.clusters)
+
+    def _with_rows(
+        self, positions: Tensor, features: Tensor, clusters: Clusters | None
+    ) -> TokenSet:
+        """The same samples with rows in an order that may be another, the same one in each."""
+        rest = (self.sizes, self.extent, self.origin, clusters, self.same_positions)
+        return TokenSet(positions, features, *rest)
 
     def select(self, index: Tensor, sizes: Sequence[int]) -> TokenSet:
         """The rows `index` (T',), grouped by sample, `sizes` of them per sample; no clusters.
@@ -212,13 +229,14 @@ class TokenSet:
             anchors=anchors,
             remainder=remainder,
             global_size=global_size,
+            same_positions=self.same_positions,
             check_values=check_values,
             impl=impl,
         )
         positions, features = self.positions, self.features
         if any(size > global_size for size in self.sizes):  # the others keep their order
             positions, features = positions[clusters.order], features[clusters.order]
-        return TokenSet(positions, features, self.sizes, self.extent, self.origin, clusters)
+        return self._with_rows(positions, features, clusters)
 
     def neighborhoods(
         self,
@@ -252,7 +270,8 @@ class TokenSet:
         """Undo `cluster`: the tokens in the order they had before, without clusters."""
         if self.clusters is None:
             return self
-        return self.select(self.clusters.inverse_order, self.sizes)
+        index = self.clusters.inverse_order
+        return self._with_rows(self.positions[index], self.features[index], None)
 
     @classmethod
     def from_world(
@@ -335,7 +354,8 @@ class TokenSet:
             batch, _, *shape = maps.shape
             positions = _cells(batch, shape, maps.device)
             features = maps.flatten(2).transpose(1, 2).flatten(0, 1)
-            return cls(positions, features, [math.prod(shape)] * batch, shape[::-1])
+            sizes = [math.prod(shape)] * batch
+            return cls(positions, features, sizes, shape[::-1], same_positions=True)
         if not maps:
             raise ValueError("maps: expected at least one feature map, got none")
         for sample in maps:
@@ -355,6 +375,7 @@ class TokenSet:
             torch.cat([sample.flatten(1).T for sample in maps]),
             [len(grids[shape]) for shape in shapes],
             [shape[::-1] for shape in shapes],
+            same_positions=len(grids) == 1,
         )
 
     def to_grid(self, fill: float = 0.0, *, check_values: bool = True) -> Tensor | list[Tensor]:
@@ -467,14 +488,8 @@ class TokenSet:
                 offsets=clusters.offsets.to(device),
                 centers=clusters.centers.to(device),
             )
-        return TokenSet(
-            self.positions.to(device),
-            self.features.to(device=device, dtype=dtype),
-            self.sizes,
-            self.extent,
-            self.origin,
-            clusters,
-        )
+        features = self.features.to(device=device, dtype=dtype)
+        return self._with_rows(self.positions.to(device), features, clusters)
 
     def __repr__(self) -> str:
         sizes = f"{self.sizes[0]} each" if self.is_uniform and self.sizes else brief(self.sizes)

@@ -4,7 +4,7 @@ import inspect
 
 import pointformer
 
-EVERYWHERE = {"check_values": True, "impl": None, "sizes": None}
+EVERYWHERE = {"check_values": True, "impl": None, "same_positions": False, "sizes": None}
 CLUSTERS = {
     "cluster_size": 8,
     "curve": "hilbert",

@@ -291,16 +291,22 @@ def attend_backward(
         )  # fmt: skip
 
 
-def make_plan(cluster_index, cluster_offsets, cluster_size, training):
+def make_plan(cluster_index, cluster_offsets, cluster_size, training, copies=1):
     """See `pointformer.kernels.attention`; entries beyond the last list are 0."""
     if not training:
         return []
     per_query = max(cluster_index.shape[1], 1)
     index = cluster_index.contiguous().view(-1).numpy()
-    offsets, entries = inverse_lists(index, cluster_offsets.shape[0] - 1)
+    clusters, rows = (cluster_offsets.shape[0] - 1) // copies, len(cluster_index) // copies
+    offsets, entries = inverse_lists(index[: len(index) // copies], clusters)
+    ahead = np.arange(copies, dtype=np.int32)[:, None]
+    begins = np.empty(copies * clusters + 1, np.int32)
+    begins[:-1] = (ahead * len(entries) + offsets[:-1].astype(np.int32)).ravel()
+    begins[-1] = copies * len(entries)
     queries = np.zeros(len(index), np.int32)
-    queries[: len(entries)] = entries // per_query
-    return [torch.from_numpy(offsets.astype(np.int32)), torch.from_numpy(queries)]
+    listed = (entries // per_query).astype(np.int32)
+    queries[: copies * len(entries)] = (ahead * np.int32(rows) + listed).ravel()
+    return [torch.from_numpy(begins), torch.from_numpy(queries)]
 
 
 def backward(

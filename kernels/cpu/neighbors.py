@@ -34,6 +34,7 @@ from pointformer.kernels.cpu.simd import (
     where_less,
     zero,
 )
+from pointformer.kernels.tables import shifted_copies
 
 _LANES = 8
 _BLOCKS_PER_CHUNK = 32  # of work for a thread
@@ -470,7 +471,7 @@ def _plant(points, ids, sizes):
     return tree
 
 
-def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve):
+def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve, copies):
     """See `pointformer.kernels.neighbors`."""
     points = points.detach().contiguous().numpy()
     query = points if query is None else query.detach().contiguous().numpy()
@@ -497,4 +498,5 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve)
         query.reshape(-1), query.shape[1], rows, first_rows, last_rows, samples, limits, tree,
         width, index.reshape(-1), distance.reshape(-1),
     )  # fmt: skip
-    return torch.from_numpy(index), torch.from_numpy(distance)
+    index = shifted_copies(torch.from_numpy(index), copies, len(points))
+    return index, torch.from_numpy(distance).repeat(copies, 1)

@@ -3,6 +3,8 @@
 import torch
 import torch_cluster
 
+from pointformer.kernels.tables import shifted_copies
+
 _MISSING = (1 << 63) - 1
 
 
@@ -12,7 +14,7 @@ def _samples(sizes, device):
     return torch.repeat_interleave(torch.arange(len(sizes)), lengths).to(device)
 
 
-def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve):
+def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve, copies):
     """See `pointformer.kernels.neighbors`; of equally far points any may be listed last."""
     points = points.detach().contiguous()
     query = points if query is None else query.detach().contiguous()
@@ -34,4 +36,5 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve)
     listed = torch.tensor(limits, device=device)[sample, None]
     listed = (torch.arange(width, device=device) < listed) & (keys < _MISSING)
     index = torch.where(listed, keys & 0xFFFFFFFF, -1).int()
-    return index, torch.where(listed, (keys >> 32).int().view(torch.float32), torch.inf)
+    distance = torch.where(listed, (keys >> 32).int().view(torch.float32), torch.inf)
+    return shifted_copies(index, copies, len(points)), distance.repeat(copies, 1)

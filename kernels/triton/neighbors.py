@@ -252,7 +252,7 @@ def _lowest_bit(bits):
 
 _SEARCH_INTEGERS = (
     "query_starts", "point_starts", "limits", "tile_starts", "samples", "points", "room",
-    "top", "beside", "listed", "width",
+    "top", "beside", "listed", "width", "queries", "copies",
 )  # fmt: skip
 
 
@@ -260,12 +260,12 @@ _SEARCH_INTEGERS = (
 def nearest_fwd_kernel(
     query, rows, query_order, order, home, boxes, least, index, distance,
     query_starts, point_starts, limits, tile_starts,
-    samples, points, room, top, beside, listed, width,
+    samples, points, room, top, beside, listed, width, queries, copies,
     D: tl.constexpr, K: tl.constexpr, BY_ORDER: tl.constexpr, GIVEN: tl.constexpr,
     AGAIN: tl.constexpr, RAGGED: tl.constexpr, TQ: tl.constexpr,
 ):  # fmt: skip
     """Fill the places from `listed` on (0 unless AGAIN), K at most, of the lists `index`,
-    `distance` (Q, width).
+    `distance` (Q, width), and their copies for as many more queries and points.
 
     `top` is the level of the highest boxes, 32 at most; `beside` points around its place on the
     curve bound a query's list. That place is in `home` where queries are not the points (GIVEN) and
@@ -385,14 +385,17 @@ def nearest_fwd_kernel(
         else:
             level = -1
 
-    for slot in tl.static_range(K):
-        place = slot - (K - wanted)
-        place = listed + tl.where(place < 0, place + K, place)
-        if place < width:
-            tl.store(index + out + place, names[slot], mask=stored)
-            square = squares[slot].to(tl.float32, bitcast=True)
-            square = tl.where(names[slot] >= 0, square, float("inf"))
-            tl.store(distance + out + place, square, mask=stored)
+    for copy in range(copies):
+        for slot in tl.static_range(K):
+            entry = slot - (K - wanted)
+            entry = listed + tl.where(entry < 0, entry + K, entry)
+            if entry < width:
+                name = tl.where(names[slot] < 0, -1, names[slot] + copy * points)
+                tl.store(index + out + entry, name, mask=stored)
+                square = squares[slot].to(tl.float32, bitcast=True)
+                square = tl.where(names[slot] < 0, float("inf"), square)
+                tl.store(distance + out + entry, square, mask=stored)
+        out += queries.to(tl.int64) * width
 
 
 def _search_rounds(a):
@@ -403,6 +406,7 @@ def _search_rounds(a):
         "level": a["top"] + 2.1,
         "leaf": 2 + a["K"],
         "taken": 4 * a["K"],
+        "copy": a["copies"],
     }
 
 
@@ -445,7 +449,7 @@ def _search_variant(dimensions, width, by_order, given, again, ragged):
             *(torch.float32, torch.float32, order, order, torch.int64 if given else order),
             *(torch.float32, torch.int32, torch.int32, torch.float32),
             *(tables,) * 4,
-            *("i32",) * 7,
+            *("i32",) * 9,
         ),
         {
             "D": dimensions,
@@ -534,14 +538,14 @@ def _plant(positions, order):
     return rows, boxes, least, top
 
 
-def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve):
+def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve, copies):
     """See `pointformer.kernels.neighbors`."""
     points = points.detach().contiguous()
     asking = points if query is None else query.detach().contiguous()
     queries, dimensions = asking.shape
     device = points.device
-    index = torch.empty(queries, width, dtype=torch.int32, device=device)
-    distance = torch.empty(queries, width, device=device, dtype=torch.float32)
+    index = torch.empty(copies * queries, width, dtype=torch.int32, device=device)
+    distance = torch.empty(copies * queries, width, device=device, dtype=torch.float32)
     if queries == 0 or width == 0 or len(points) == 0:
         return index.fill_(-1), distance.fill_(torch.inf)
     order = query_order = home = None
@@ -572,5 +576,6 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve)
         variant.launch(
             (sum(tiles),), asking, rows, *names, home, boxes, least, index, distance, *tables,
             len(query_sizes), len(points), boxes.shape[1], top, last + _BESIDE, listed, width,
+            queries, copies,
         )  # fmt: skip
     return index, distance

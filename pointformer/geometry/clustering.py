@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from pointformer._checks import (
+    brief,
     check_count,
     check_finite,
     check_flags,
     check_option,
     check_per_sample,
     check_positions,
+    check_same_positions,
     check_sizes,
 )
 from pointformer._dispatch import choose, lacks_nothing
@@ -53,6 +55,7 @@ def balanced_cluster(
     anchors: bool = True,
     remainder: str = "spread",
     global_size: int = 0,
+    same_positions: bool = False,
     check_values: bool = True,
     impl: str | None = None,
 ) -> Clusters:
@@ -90,13 +93,17 @@ def balanced_cluster(
         curve: "hilbert", "morton" or "snake".
         anchors: `False` for the plain order of the curve, ties by input row: of "hilbert" and
             "morton" over a fine lattice (65,536 levels along the longest axis in 2-D, 32,768 in
-            3-D, 4,096 for more than 262,144 samples), of "snake" over the cells described above.
+            3-D, 4,096 for more than 262,144 different samples), of "snake" over the cells described
+            above.
         remainder: "spread" for ceil(n / cluster_size) clusters whose sizes differ by at most one,
             larger ones first; "last" for full clusters, where a sample's last may be short.
         global_size: samples with at most this many tokens are not worth a neighborhood: they keep
             the order of their rows, and `nearest_clusters` lists all of their clusters.
-        check_values: whether to look for positions that are not finite, which waits for the device.
-            Never done under `torch.compile` and while a CUDA graph is captured.
+        same_positions: promises that all samples have the positions of the first one, row by row,
+            and its canvas: only that one is sorted.
+        check_values: whether to look for positions that are not finite, or not the same where that
+            is promised, which waits for the device. Never done under `torch.compile` and while a
+            CUDA graph is captured.
         impl: "reference", "cpu" or "triton"; `None` chooses by device.
 
     Returns:
@@ -113,15 +120,19 @@ def balanced_cluster(
     check_count("global_size", global_size, least=0)
     check_option("curve", curve, CURVES)
     check_option("remainder", remainder, _REMAINDERS)
-    check_flags(anchors=anchors, check_values=check_values)
+    check_flags(anchors=anchors, same_positions=same_positions, check_values=check_values)
     if check_values:
         check_finite("positions", positions, sizes)
+    if same_positions:
+        check_same_positions("positions", positions, sizes, check_values)
     canvas = None
     if extent is not None:
         if origin is None:
             origin = (0.0,) * dimensions
         corners = check_per_sample("origin", origin, len(sizes), dimensions)
         sides = check_per_sample("extent", extent, len(sizes), dimensions, least=0)
+        if same_positions and len(set(zip(corners, sides, strict=True))) > 1:
+            raise ValueError(f"same_positions: expected one extent and origin, got {brief(extent)}")
         canvas = [*itertools.chain(*corners)], [*itertools.chain(*sides)]
     elif origin is not None:
         raise ValueError("origin: give extent too, or neither")
@@ -139,24 +150,35 @@ def balanced_cluster(
         along_curve = partial(
             _along_curve, cluster_size=cluster_size, curve=curve, anchors=anchors, impl=chosen
         )
+        different = 1 if same_positions else len(sizes)  # samples, to be sorted
+        rows = positions[: sum(sizes[:different])], sizes[:different]
+        in_order = in_order[:different]
         if canvas is None:
             ratio_bits = reference.RATIO_BITS if anchors else 0
             most = _CROWDED * cluster_size
-            order = _adaptive_order(along_curve, positions, sizes, in_order, ratio_bits, most)
+            order = _adaptive_order(along_curve, *rows, in_order, ratio_bits, most)
         else:
-            order = along_curve(positions, sizes, canvas, in_order)[1]
+            canvas = canvas[0][: different * dimensions], canvas[1][: different * dimensions]
+            order = along_curve(*rows, canvas, in_order)[1]
+        if different < len(sizes):
+            starts = torch.arange(0, len(positions), sizes[0], device=device)
+            order = (order + starts[:, None]).view(-1)
     if chosen == "triton" and sum(counts) and _all_equal(sizes):
         lengths = _cluster_lengths(sizes[0], counts[0], cluster_size, remainder)
         offsets, centers = fused_cluster_ranges(
             positions, order, len(sizes), sizes[0], counts[0], *lengths, chosen
         )
-        return Clusters(order, offsets, centers, sizes, counts, cluster_size, global_size)
+        return Clusters(
+            order, offsets, centers, sizes, counts, cluster_size, global_size, same_positions
+        )
     offsets = _cluster_offsets(sizes, counts, cluster_size, remainder, device)
     centers_of = reference.cluster_centers
     if chosen != "reference":
         centers_of = partial(fused_cluster_centers, impl=chosen)
     centers = centers_of(positions, order, offsets)
-    return Clusters(order, offsets, centers, sizes, counts, cluster_size, global_size)
+    return Clusters(
+        order, offsets, centers, sizes, counts, cluster_size, global_size, same_positions
+    )
 
 
 def _adaptive_order(

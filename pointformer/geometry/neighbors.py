@@ -14,6 +14,7 @@ from pointformer._checks import (
     check_flags,
     check_option,
     check_positions,
+    check_same_positions,
     check_sizes,
     check_tensor,
     describe,
@@ -48,7 +49,8 @@ def nearest_clusters(
 
     Args:
         positions: (T, D) float32, D = 2 or 3, rows in cluster order.
-        clusters: the clusters of these tokens.
+        clusters: the clusters of these tokens. Where they promise the same positions in all
+            samples, only the first one's are searched for.
         num_clusters: clusters in a neighborhood. A sample with fewer, or with at most
             `clusters.global_size` tokens, lists all it has.
         scope: "token" for a neighborhood around each token; "tile" to let the tokens of a query
@@ -89,6 +91,8 @@ def nearest_clusters(
     sizes, counts = clusters.sizes, clusters.counts
     if check_values:
         check_finite("positions", positions, sizes)
+    if clusters.same_positions:
+        check_same_positions("positions", positions, sizes, check_values)
     limits = tuple(
         count if size <= clusters.global_size else min(num_clusters, count)
         for size, count in zip(sizes, counts, strict=True)
@@ -105,10 +109,12 @@ def nearest_clusters(
     if tile > 1:
         rows, query_sizes = _tile_rows(sizes, tile, positions.device)
         query = _tile_means(positions, rows)
+    copies = len(sizes) if clusters.same_positions and sizes else 1
     if chosen == "reference":
         index, _ = reference.nearest(query, centers, query_sizes, counts, limits, width)
     else:
-        index, _ = fused_nearest(query, centers, query_sizes, counts, limits, width, True, chosen)
+        search = _of_first(copies, query, centers, query_sizes, counts, limits)
+        index, _ = fused_nearest(*search, width, True, copies, chosen)
     if include_own and width:
         own = clusters.assignment.int()
         own = own[rows.clamp(min=0)].where(rows >= 0, -1) if tile > 1 else own[:, None]
@@ -116,7 +122,7 @@ def nearest_clusters(
     if tile > 1:
         repeats = (rows >= 0).sum(1)
         index = torch.repeat_interleave(index, repeats, 0, output_size=tokens)
-    return Neighborhoods(index, clusters)
+    return Neighborhoods(index, clusters, copies=copies)
 
 
 @overload
@@ -130,6 +136,7 @@ def knn(
     include_self: bool = ...,
     return_distance: Literal[False] = ...,
     along_curve: bool = ...,
+    same_positions: bool = ...,
     check_values: bool = ...,
     impl: str | None = ...,
 ) -> Tensor: ...
@@ -146,6 +153,7 @@ def knn(
     include_self: bool = ...,
     return_distance: Literal[True],
     along_curve: bool = ...,
+    same_positions: bool = ...,
     check_values: bool = ...,
     impl: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -161,6 +169,7 @@ def knn(
     include_self: bool = True,
     return_distance: bool = False,
     along_curve: bool = False,
+    same_positions: bool = False,
     check_values: bool = True,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -179,8 +188,11 @@ def knn(
         return_distance: also return the distances.
         along_curve: whether the rows of each sample follow a space-filling curve, as in cluster
             order, so that no such order has to be found. The result is the same in any case.
-        check_values: whether to look for positions that are not finite, which waits for the device.
-            Never done under `torch.compile` and while a CUDA graph is captured.
+        same_positions: promises that all samples have the points and queries of the first one, row
+            by row: only that one is searched.
+        check_values: whether to look for positions that are not finite, or not the same where that
+            is promised, which waits for the device. Never done under `torch.compile` and while a
+            CUDA graph is captured.
         impl: "reference", "cpu" or "triton"; `None` chooses by device. "torch_cluster" for
             comparison where torch-cluster is installed: of equally far points it may list others.
 
@@ -199,10 +211,13 @@ def knn(
         include_self=include_self,
         return_distance=return_distance,
         along_curve=along_curve,
+        same_positions=same_positions,
         check_values=check_values,
     )
     if check_values:
         check_finite("positions", positions, sizes)
+    if same_positions:
+        check_same_positions("positions", positions, sizes, check_values)
     check_count("k", k)
     if query_positions is None:
         if query_sizes is not None:
@@ -224,6 +239,8 @@ def knn(
             )
         if check_values:
             check_finite("query_positions", query_positions, query_sizes)
+        if same_positions:
+            check_same_positions("query_positions", query_positions, query_sizes, check_values)
     width = k if include_self else k + 1
     limits = (width,) * len(sizes)
     chosen = choose("knn", impl, _fast(positions, width, "positions", "k"), positions.device)
@@ -231,14 +248,31 @@ def knn(
         asking = positions if query_positions is None else query_positions
         index, distance = reference.nearest(asking, positions, query_sizes, sizes, limits, width)
     else:
-        options = (query_sizes, sizes, limits, width, along_curve, chosen)
-        index, distance = fused_nearest(query_positions, positions, *options)
+        copies = len(sizes) if same_positions and sizes else 1
+        search = _of_first(copies, query_positions, positions, query_sizes, sizes, limits)
+        index, distance = fused_nearest(*search, width, along_curve, copies, chosen)
     if not include_self:
         own = torch.arange(positions.shape[0], dtype=torch.int32, device=positions.device)
         after_own = (index == own[:, None]).cumsum(1)[:, :k] > 0
         index = torch.where(after_own, index[:, 1:], index[:, :k])
         distance = torch.where(after_own, distance[:, 1:], distance[:, :k])
     return (index, distance.sqrt()) if return_distance else index
+
+
+def _of_first(
+    copies: int,
+    query: Tensor | None,
+    points: Tensor,
+    query_sizes: tuple[int, ...],
+    point_sizes: tuple[int, ...],
+    limits: tuple[int, ...],
+) -> tuple[Tensor | None, Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """What to search for what, where the samples are so many copies of the first one."""
+    if copies > 1:
+        query_sizes, point_sizes, limits = query_sizes[:1], point_sizes[:1], limits[:1]
+        query = None if query is None else query[: query_sizes[0]]
+        points = points[: point_sizes[0]]
+    return query, points, query_sizes, point_sizes, limits
 
 
 def _fast(

@@ -17,6 +17,7 @@ from pointformer._checks import (
     check_number,
     check_positions,
     check_power,
+    check_same_positions,
     check_sizes,
     check_tensor,
 )
@@ -39,6 +40,7 @@ def interpolate(
     k: int = 4,
     power: Tensor | float = 6.0,
     eps: float = 1e-11,
+    same_positions: bool = False,
     check_values: bool = True,
     impl: str | None = None,
 ) -> Tensor:
@@ -64,7 +66,10 @@ def interpolate(
         k: neighbors to search for.
         power: of the distance, a positive number, or a tensor of one element to learn it.
         eps: positive. Larger ones flatten the weights; the default changes no digit.
-        check_values: whether to look for positions that are not finite, which waits for the device.
+        same_positions: promises that all samples have the same positions and query positions, row
+            by row: only the first one is searched.
+        check_values: whether to look for positions that are not finite, or not the same where that
+            is promised, which waits for the device.
         impl: "reference", "cpu", "triton" or None (the device's own). "cpu" and "triton" do not
             take float64, give no gradient for positions, and are differentiable once; the reference
             does all of these.
@@ -85,10 +90,13 @@ def interpolate(
     queries = query_positions.shape[0]
     sizes = check_sizes("sizes", sizes, tokens)
     query_sizes = check_sizes("query_sizes", query_sizes, queries)
-    check_flags(check_values=check_values)
+    check_flags(same_positions=same_positions, check_values=check_values)
     if check_values:
         check_finite("positions", positions, sizes)
         check_finite("query_positions", query_positions, query_sizes)
+    if same_positions:
+        check_same_positions("positions", positions, sizes, check_values)
+        check_same_positions("query_positions", query_positions, query_sizes, check_values)
     check_power(power, device)
     check_number("eps", eps, above=0)
     check_count("k", k)
@@ -99,6 +107,7 @@ def interpolate(
             query_positions=query_positions.detach(),
             sizes=sizes,
             query_sizes=query_sizes,
+            same_positions=same_positions,
             check_values=False,
             impl=impl,
         )

@@ -282,7 +282,7 @@ def test_opcheck(options, dtype):
     tensors = {n: t.to(dtype if n in rows else torch.float32) for n, t in tensors.items()}
     tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     plan = torch.ops.pointformer.neighborhood_plan.default
-    torch.library.opcheck(plan, (*neighborhood_lists(neighborhoods), True, "cpu"))
+    torch.library.opcheck(plan, (*neighborhood_lists(neighborhoods), True, 1, "cpu"))
     arguments = registered_arguments(tensors, positions, neighborhoods.with_plan())
     torch.library.opcheck(torch.ops.pointformer.neighborhood_attention.default, arguments)
     with torch.no_grad():

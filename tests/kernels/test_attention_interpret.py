@@ -149,7 +149,7 @@ def test_lists_of_the_plan(num_clusters, clusters, size, queries, seed):
     offsets = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
     want = {(q, c) for q, row in enumerate(index.tolist()) for c in row if 0 <= c < clusters}
     with dirty_memory():
-        tiles, groups = attention.make_plan(index, offsets, size, True), clusters_per_group(size)
+        tiles, groups = attention.make_plan(index, offsets, size, True, 1), clusters_per_group(size)
     counts, rows, row_counts, members = (lists.tolist() for lists in tiles[:4])
     cluster_of = {row: c for c, row in enumerate(offsets[:-1].tolist())}
     found = []
@@ -287,7 +287,7 @@ def test_opcheck(options):
     # Not "test_aot_dispatch_dynamic", which compares values: the ends of the lists have none.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for training in (False, True):
-        lists = (*neighborhood_lists(neighborhoods), training, "triton")
+        lists = (*neighborhood_lists(neighborhoods), training, 1, "triton")
         torch.library.opcheck(plan, lists, test_utils=checks)
     neighborhoods = neighborhoods.with_plan(impl="triton")
     arguments = registered_arguments(tensors, positions, neighborhoods, "triton")
@@ -365,7 +365,7 @@ def test_can_be_captured(training):
         # The registered ops ran as their fakes: now what stands behind them.
         lists = neighborhood_lists(neighborhoods)
         with mock.patch.object(Variant, "launch") as launch:
-            plan = attention.make_plan(*lists, training)
+            plan = attention.make_plan(*lists, training, 1)
             for made, planned in zip(plan, neighborhoods.plan, strict=True):
                 assert (made.shape, made.dtype) == (planned.shape, planned.dtype)
             arguments = (*rows, positions, *lists, plan, *learned, 0.25)
