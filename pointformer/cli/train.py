@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a data set, as evaluate reads them; a recipe, of the package by its name; "
         "changes of the recipe, as optimizer.learning_rate=1e-3",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--out", type=Path, help="folder of the run")
+    parser.add_argument("--fields", action="store_true", help="show the fields of recipes")
     parser.add_argument("--task", choices=("semantic", "instance", "panoptic", "classification"))
     parser.add_argument("--model", help="name, see the command models")
     parser.add_argument("--init", help="NAME.TAG or a .safetensors file to start from")
@@ -40,8 +41,13 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from pointformer.train.engine import RECIPE, train
-    from pointformer.train.recipe import read_recipe
+    from pointformer.train.recipe import describe_fields, read_recipe
 
+    if options.fields:
+        say(describe_fields())
+        return 0
+    if options.out is None:
+        raise ValueError("--out: expected the folder of the run")
     recipe, data, changes = _sorted(options.sources)
     if options.resume:
         if recipe is not None:

@@ -8,6 +8,7 @@ continued from a checkpoint is, bit for bit, the run that was not.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import time
@@ -33,6 +34,7 @@ from pointformer.train.checkpoints import (
     remove_unfinished,
     save_checkpoint,
 )
+from pointformer.train.ending import Ending
 from pointformer.train.loading import Batch, Batches
 from pointformer.train.logs import Logs
 from pointformer.train.optimization import Average, Budget, clip_gradients
@@ -109,6 +111,7 @@ class Trainer:
         averaged: what is scored and saved.
         steps, seconds: done so far.
         clock: seconds by this process's own clock, from which all agree on `seconds`.
+        ending: whether this process was told to end; `ends`: whether any was.
         recent: of the steps since the last line of the log, terms of the loss and more, as means
             over all processes.
     """
@@ -135,6 +138,7 @@ class Trainer:
         self.wrapped = processes.wrapped(model)
         self.steps = 0
         self.seconds = self.clock = 0.0
+        self.ending, self.ends = Ending(), False
         self.recent: list[dict[str, float]] = []
         self._unchecked: tuple[int, list[str], dict[str, Tensor]] | None = None
 
@@ -239,8 +243,8 @@ class Trainer:
         step, names, total = self._unchecked
         self._unchecked = None
         numbers = torch.stack([value.double() for value in total.values()])
-        clock = numbers.new_tensor([self.clock])
-        found = self.processes.mean(torch.cat([numbers, clock])).tolist()
+        more = numbers.new_tensor([self.clock, self.ending.told > 0])
+        found = self.processes.mean(torch.cat([numbers, more])).tolist()
         values = dict(zip(total, found, strict=False))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
@@ -249,7 +253,8 @@ class Trainer:
             raise FloatingPointError(
                 f"the {bad[0]} is {values[bad[0]]} at step {step}, with {', '.join(pictures)}"
             )
-        self.seconds = found[-1]
+        self.seconds, told = found[-2:]
+        self.ends = told > 0
         self.recent.append(values)
 
     def state(self) -> dict[str, Any]:
@@ -323,6 +328,8 @@ class Run:
         self.recipe = trainer.recipe
         self.main = trainer.processes.main
         self.checkpoints = out / CHECKPOINTS
+        self.ending = trainer.ending
+        self.validations = 0  # that were due on the way
         self.scores: dict[str, float] | None = None  # of the end, once it is reached
 
     def resume(self) -> None:
@@ -345,7 +352,12 @@ class Run:
         if newest is not None:
             path, state = newest
             self.trainer.load(state, path)
-            self.scores = state["scores"]
+            if state["pictures"] != self._pictures():
+                raise ValueError(
+                    f"{path}: made with other training pictures; use another --out, and --init to "
+                    "start from the weights of this run"
+                )
+            self.validations, self.scores = state["validations"], state["scores"]
             self.say(f"goes on from {path.name}")
 
     def finish(self) -> dict[str, float]:
@@ -381,13 +393,23 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        state = {**self.trainer.state(), "scores": self.scores}
+        state = {
+            **self.trainer.state(),
+            "pictures": self._pictures(),
+            "validations": self.validations,
+            "scores": self.scores,
+        }
         if self.main:
             keep = self.recipe.checkpoints.keep
             save_checkpoint(self.checkpoints, self.trainer.steps, state, keep)
 
+    def _pictures(self) -> str:
+        """A digest of the names, on whose order the run depends."""
+        names = [entry.name for entry in self.batches.dataset.entries]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
     def _train(self, logs: Logs) -> None:
-        trainer, often = self.trainer, self.recipe.checkpoints
+        trainer, often, ending = self.trainer, self.recipe.checkpoints, self.ending
         saved_step, saved_seconds = trainer.steps, trainer.seconds
         logged_step, logged_seconds, waited = trainer.steps, trainer.seconds, 0.0
         steps = self.batches.steps(trainer.steps)
@@ -397,9 +419,17 @@ class Run:
             initial=round(100 * trainer.used, 2),
             bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
         )
-        with contextlib.closing(steps), bar:
+        with contextlib.closing(steps), bar, ending.awaited():
             while trainer.used < 1:
-                before, start = trainer.used, time.perf_counter()
+                due = int(trainer.used * (self.recipe.validation.times + 1))
+                if due > self.validations:
+                    if trainer.steps > saved_step:
+                        self.save()
+                        saved_step, saved_seconds = trainer.steps, trainer.seconds
+                    with ending.at_once():
+                        self._score(logs)
+                    self.validations = due
+                start = time.perf_counter()
                 batch = next(steps)
                 waited += time.perf_counter() - start
                 trainer.step(batch)
@@ -415,14 +445,19 @@ class Run:
                         refresh=False,
                     )
                     logged_step, logged_seconds, waited = trainer.steps, trainer.seconds, 0.0
-                parts = self.recipe.validation.times + 1
-                if int(before * parts) < int(trainer.used * parts) and trainer.used < 1:
-                    self._score(logs)
-                if trainer.seconds - saved_seconds >= 60 * often.minutes or (
-                    often.steps is not None and trainer.steps - saved_step >= often.steps
+                if (
+                    trainer.ends
+                    or trainer.seconds - saved_seconds >= 60 * often.minutes
+                    or (often.steps is not None and trainer.steps - saved_step >= often.steps)
                 ):
                     self.save()
                     saved_step, saved_seconds = trainer.steps, trainer.seconds
+                if trainer.ends:
+                    self.say(f"told to end at step {trainer.steps}; the same command goes on")
+                    ending.end()
+        if ending.told:
+            self.save()
+            ending.end()
 
     def _log(self, logs: Logs, rate: float, waiting: float) -> float:
         """Write what was since the last line; the mean loss."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import re
-from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -243,17 +243,12 @@ def read_recipe(
         ValueError: naming the file or the field, if a field is unknown or its value does not fit.
         ImportError: packages of the extra [train] are missing.
     """
-    try:
-        import jsonargparse
-    except ImportError:
-        raise ImportError("training needs jsonargparse: pip install 'pointformer[train]'") from None
     known = [f.name for f in fields(Recipe)]
     for text in overrides:
         name = re.match(r"(\w+)(\.\w+)*=", text)
         if name is None or name[1] not in known:
             raise ValueError(f"{text}: expected field=value, of the fields {', '.join(known)}")
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recipe)
+    parser = _parser()
     parser.add_argument("--file", action="config")
     file = f"{values.get('task') or Recipe.task}.yaml" if file is None else file
     given = [f"--file={find_recipe(file)}"]
@@ -261,10 +256,31 @@ def read_recipe(
     try:
         parsed = parser.parse_args([*given, *(f"--{text}" for text in overrides)])
         chosen = parser.instantiate(parsed).as_dict()
-    except (ArgumentError, TypeError, ValueError) as error:
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(f"{file or 'recipe'}: {' '.join(str(error).split())}") from None
     del chosen["file"]
     return Recipe(**chosen)
+
+
+def describe_fields() -> str:
+    """All fields of recipes, what they are and their defaults, as text."""
+    lines = _parser().format_help().splitlines()
+    kept = [line for line in lines if not re.match(r"  --[\w.]+( CONFIG|\.help)\b", line)]
+    text = "\n".join(line for line in kept if "Show the help for" not in line)
+    return re.sub(r"(?m)^  --", "    ", text)
+
+
+def _parser() -> Any:
+    """Of the fields of recipes."""
+    try:
+        import jsonargparse
+    except ImportError:
+        raise ImportError("training needs jsonargparse: pip install 'pointformer[train]'") from None
+    parser = jsonargparse.ArgumentParser(
+        usage=argparse.SUPPRESS, add_help=False, print_config=None, exit_on_error=False
+    )
+    parser.add_class_arguments(Recipe)
+    return parser
 
 
 def find_recipe(file: str | Path) -> Path:

@@ -19,16 +19,17 @@ NUCLEUS = Category(1, "nucleus")
 KINDS = (Category(1, "background", False), Category(2, "small"), Category(3, "large"))
 
 
-def crops(count, side):
-    """Pictures (side, side, 3) of nuclei and ids (side, side) of these, from the example."""
+def crops(count, side, times=1):
+    """Pictures of nuclei, magnified, and their ids, from the example: (side, side, 3), (side, side)
+    times `times`."""
     picture = np.asarray(Image.open(ROOT / "docs/nuclei.png").convert("RGB"))
     ids = np.asarray(Image.open(ROOT / "tests/cases/nuclei_instances.png")).astype(np.int32)
     steps = np.linspace(0, len(picture) - side, int(np.ceil(count**0.5))).astype(int)
-    places = [(top, left) for top in steps for left in steps][:count]
-    return [
-        (picture[top : top + side, left : left + side], ids[top : top + side, left : left + side])
-        for top, left in places
-    ]
+    size = (side * times, side * times)
+    for top, left in [(top, left) for top in steps for left in steps][:count]:
+        window = slice(top, top + side), slice(left, left + side)
+        colors = Image.fromarray(picture[window]).resize(size, Image.Resampling.BICUBIC)
+        yield np.asarray(colors), ids[window].repeat(times, 0).repeat(times, 1)
 
 
 def write_folder(root, train=4, val=2, side=64):
@@ -44,12 +45,12 @@ def write_folder(root, train=4, val=2, side=64):
     return root
 
 
-def dataset_of(folder, task, count=8, side=48, kinds=2):
+def dataset_of(folder, task, count=8, side=48, times=1):
     """Real pictures with what a task learns: nuclei, small and large ones, or how many."""
     categories = KINDS[1:] if task == "classification" else KINDS
     categories = categories if task in ("panoptic", "semantic", "classification") else (NUCLEUS,)
     annotations = []
-    for number, (picture, ids) in enumerate(crops(count, side)):
+    for number, (picture, ids) in enumerate(crops(count, side, times)):
         file = folder / f"{number}.png"
         Image.fromarray(picture).save(file)
         annotation = Annotation.of_objects(ids, str(number), file)
@@ -62,13 +63,14 @@ def dataset_of(folder, task, count=8, side=48, kinds=2):
 
 def _with_kinds(annotation, task, number):
     ids = annotation.ids
-    large = sum(np.where(ids == s.id, int(s.area > 90), 0) for s in annotation.segments)
-    classes = (ids > 0) + large  # 0, 1 or 2
+    middle = np.median([0, *(segment.area for segment in annotation.segments)])
+    large = [segment.id for segment in annotation.segments if segment.area > middle]
+    classes = (ids > 0) + np.isin(ids, large).astype(np.int32)  # 0, 1 or 2
     if task == "classification":
         return replace(annotation, ids=None, segments=(), label=int(len(annotation.segments) > 5))
     if task == "semantic":
         return replace(annotation, ids=None, segments=(), semantic=classes.astype(np.int32))
-    kept = [replace(s, category=1 + int(s.area > 90)) for s in annotation.segments]
+    kept = [replace(s, category=1 + int(s.id in large)) for s in annotation.segments]
     background = int(ids.max()) + 1
     ids = np.where(ids == 0, background, ids)
     kept.append(Segment(background, 0, int((ids == background).sum())))

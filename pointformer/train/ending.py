@@ -1,0 +1,58 @@
+"""Ending when told to, without losing what was done."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Ending:
+    """Signals that tell this process to end (Ctrl-C, SIGTERM), kept for the right moment.
+
+    A second one ends it at once.
+
+    Attributes:
+        told: number of the signal; 0 as long as there was none.
+    """
+
+    def __init__(self) -> None:
+        self.told = 0
+        self._at_once = False
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Within it signals are kept."""
+        old = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                old[number] = signal.signal(number, self._tell)
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it the first one ends the process, also one that came before."""
+        if self.told:
+            self.end()
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def end(self) -> None:
+        """End the process as the signal would have."""
+        if self.told in (0, signal.SIGINT):
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.told)
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        again, self.told = self.told, number
+        if again or self._at_once:
+            self.end()
