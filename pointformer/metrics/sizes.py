@@ -62,7 +62,7 @@ class RecallBySize:
                 `SegmentMap`, classes (H, W) or scores (K,).
         """
         if isinstance(predicted, Objects):
-            predicted = predicted.confident().painted()
+            predicted = predicted.confident().segment_map()
         if isinstance(predicted, SegmentMap):
             self._add_segments(predicted, annotation)
         elif predicted.ndim == 2:
