@@ -185,6 +185,8 @@ class Mask2FormerHead(Head):
 
     Args:
         queries: objects that an image can have at most.
+        token_queries: queries start from tokens, see `MaskDecoder`; the published ones are learned,
+            which takes a hundred times as long.
         position_norm: see `sine_encoding`.
         power, learn_power: see `PixelDecoder`.
         pixel_layers, decoder_layers: layers of the two decoders.
@@ -199,6 +201,7 @@ class Mask2FormerHead(Head):
         num_classes: int,
         *,
         queries: int = 100,
+        token_queries: bool = False,
         position_norm: str = "image",
         power: float = 6.0,
         learn_power: bool = True,
@@ -228,6 +231,7 @@ class Mask2FormerHead(Head):
             hidden=hidden,
             position_norm=position_norm,
             stride=config.patch_stride,
+            token_queries=token_queries,
         )
 
     def forward(
@@ -247,6 +251,8 @@ class HCFormerHead(Head):
 
     Args:
         queries: objects that an image can have at most.
+        token_queries: queries start from tokens, see `MaskDecoder`; the published ones are learned,
+            which takes a hundred times as long.
         neighbors: coarse tokens that a fine token can be assigned to.
         temperature: of the assignments, at the start.
         encoder_layers: of an `Encoder` of the coarsest tokens.
@@ -261,6 +267,7 @@ class HCFormerHead(Head):
         num_classes: int,
         *,
         queries: int = 100,
+        token_queries: bool = False,
         neighbors: int = 9,
         temperature: float = 0.1,
         encoder_layers: int = 0,
@@ -278,7 +285,15 @@ class HCFormerHead(Head):
         self.encoder = Encoder(dim, encoder_layers, hidden=hidden) if encoder_layers else None
         self.mask_features = nn.Linear(dim if encoder_layers else config.dims[-1], dim)
         self.stride = config.patch_stride
-        self.decoder = MaskDecoder(num_classes, 1, dim, queries, decoder_layers, hidden=hidden)
+        self.decoder = MaskDecoder(
+            num_classes,
+            1,
+            dim,
+            queries,
+            decoder_layers,
+            hidden=hidden,
+            token_queries=token_queries,
+        )
 
     def forward(
         self, stages: list[StageOutput], images: Images, impl: str | None
@@ -301,7 +316,7 @@ class HCFormerHead(Head):
             wanted = (*predictions.auxiliary, predictions) if self.training else (predictions,)
             masks = decode(torch.cat([p.mask_logits for p in wanted], 1), assignments, impl)
             outputs = [
-                MaskPredictions(p.class_logits, part, grid, self.stride)
+                replace(p, mask_logits=part, tokens=grid, stride=self.stride, auxiliary=())
                 for p, part in zip(wanted, masks.chunk(len(wanted), 1), strict=True)
             ]
             temperatures = tuple(assign.temperature for assign in self.assignments)

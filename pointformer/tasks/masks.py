@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -38,7 +38,8 @@ class MaskTask(Task):
     """Learns a query for each object, or for each class that is annotated.
 
     Args:
-        weights, points: see `segmentation_loss`.
+        weights, points: see `segmentation_loss`; the weights also by their names, others as they
+            are.
         stride: see `targets_of`.
     """
 
@@ -47,12 +48,12 @@ class MaskTask(Task):
     def __init__(
         self,
         categories: Sequence[Category],
-        weights: LossWeights | None = None,
+        weights: LossWeights | Mapping[str, float] | None = None,
         points: int = 12544,
         stride: int = 2,
     ) -> None:
         super().__init__(categories)
-        self.weights = weights
+        self.weights = LossWeights(**weights) if isinstance(weights, Mapping) else weights
         self.points = points
         self.stride = stride
 

@@ -10,7 +10,7 @@ from pointformer.models import create_model, load_model, save_model
 from pointformer.models.hcformer import SoftAssignment, decode
 from pointformer.models.layers import sine_encoding
 from pointformer.models.losses import Targets, segmentation_loss
-from pointformer.models.mask2former import MaskDecoder
+from pointformer.models.mask2former import MaskDecoder, Spotlight, TokenQueries
 from pointformer.models.pixel_decoder import PixelDecoder
 from pointformer.tasks import task_of
 
@@ -24,12 +24,15 @@ SMALL = {
         "queries": 5, "dim": 32, "hidden": 48, "decoder_layers": 2, "encoder_layers": 2,
     },
 }  # fmt: skip
+SMALL |= {f"{head} of tokens": SMALL[head] | {"token_queries": True} for head in list(SMALL)[:2]}
 
 
 def small_model(head, **options):
     torch.manual_seed(0)
     options = {**SMALL[head], **options}
-    return create_model("aff_nano", head=head.removesuffix("+"), num_classes=3, **options)
+    return create_model(
+        "aff_nano", head=head.split()[0].removesuffix("+"), num_classes=3, **options
+    )
 
 
 def small_targets(*shapes):
@@ -53,6 +56,7 @@ def test_gradients_reach_every_parameter(head):
     assert out.masks().shape == (2, 5, 16, 18)
     losses = segmentation_loss(out, small_targets((4, 64, 72), (0, 64, 72)), points=200)
     assert ("temperature" in losses) == head.startswith("hcformer")
+    assert ("middles" in losses) == head.endswith("of tokens")
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -288,6 +292,65 @@ def test_mask_decoder_is_its_definition():
         torch.testing.assert_close(ours.class_logits, classes, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(ours.masks().flatten(2), masks, atol=1e-3, rtol=1e-4)
     assert out.stride == 4
+
+
+def test_queries_of_tokens_are_peaks_first():
+    """Of two bumps first both tops, then other tokens by their logits; of a sample with fewer
+    tokens than queries all, and the others are not there."""
+    torch.manual_seed(0)
+    choose = TokenQueries(2, queries=3)
+    choose.norm = torch.nn.Identity()
+    with torch.no_grad():
+        choose.middle.weight.copy_(torch.tensor([[1.0, 0]]))
+    low, high = torch.zeros(2, 5, 8), torch.zeros(2, 1, 2)
+    low[0] -= (torch.arange(5)[:, None] + torch.arange(8)) / 100  # a level ground were all peaks
+    low[0, 1, 1:4] = torch.tensor([2.0, 3, 2.5])
+    low[0, 3, 6] = 1.0
+    high[0, 0, 1] = 1.0
+    tokens = TokenSet.from_grid([low, high])
+    code = torch.arange(42.0)[:, None]
+    queries, logits = choose(tokens, code)
+    assert queries.positions[0].tolist() == [[2, 1], [6, 3], [3, 1]]
+    assert queries.positions[1, :2].tolist() == [[1, 0], [0, 0]]
+    assert queries.present.tolist() == [[True] * 3, [True, True, False]]
+    assert queries.code[0, :, 0].tolist() == [10, 30, 11]
+    torch.testing.assert_close(queries.content[0, 0], choose.content(tokens.features[10]))
+    start = math.log(0.01 / 0.99)  # of all tokens the same, but for their features
+    torch.testing.assert_close(logits.features[:, 0], tokens.features[:, 0] + start)
+
+
+def test_a_query_without_a_token_is_no_object():
+    model, images, stages = aff_stages((64, 64), (8, 8), token_queries=True)
+    assert stages[3].tokens.sizes == (4, 1)
+    with torch.no_grad():
+        out = model.head(stages, images, None)
+    for logits, count in zip(out.class_logits, stages[3].tokens.sizes, strict=True):
+        probability = logits.softmax(1)
+        assert (probability[:count, -1] < 0.9).all()
+        assert (probability[count:, -1] > 0.9999).all()
+
+
+def test_spotlight_is_its_formula():
+    """At the start a disk of 2.7 cells around the query; later where and as wide as it says."""
+    torch.manual_seed(0)
+    light = Spotlight(4)
+    x, places = torch.randn(1, 2, 4), 9 * torch.rand(1, 30, 2)
+    positions = torch.tensor([[[2.0, 3], [7, 5]]])
+    with torch.no_grad():
+        distance = (positions[:, :, None] - places[:, None]).norm(dim=3)
+        assert torch.equal(
+            light(x, positions, places) > 0, distance < 3 * math.sqrt(2 * math.log(1.5))
+        )
+        torch.nn.init.normal_(light.shape.weight, std=0.3)
+        logits = light(x, positions, places)
+        for query in range(2):
+            shift_x, shift_y, scale = light.shape(x[0, query]).tolist()
+            width = 3 * math.exp(scale)
+            for token in range(30):
+                dx = places[0, token, 0].item() - positions[0, query, 0].item() - width * shift_x
+                dy = places[0, token, 1].item() - positions[0, query, 1].item() - width * shift_y
+                expected = 9 * math.exp(-(dx**2 + dy**2) / (2 * width**2)) - 6
+                assert logits[0, query, token].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_sine_encoding_is_its_formula():

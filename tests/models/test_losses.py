@@ -16,6 +16,8 @@ from pointformer.models.losses import (
     mask_cross_entropy,
     match,
     matching_cost,
+    middle_loss,
+    middle_targets,
     sample_points,
     sample_targets,
     segmentation_loss,
@@ -309,3 +311,61 @@ def test_a_diverged_query_is_matched_last():
     queries, objects = match(class_logits, maps, targets, WEIGHTS, 10)
     assert sorted(queries.tolist()) == [1, 2]
     assert sorted(objects.tolist()) == [0, 1]
+
+
+# Middles of objects --------------------------------------------------------------------------
+
+
+def test_middles_of_objects():
+    """A disk's is at its center and fades as a Gaussian of half its radius; a ring's is on it; an
+    object that lies between the tokens has one all the same."""
+    y, x = torch.meshgrid(torch.arange(80) + 0.5, torch.arange(120) + 0.5, indexing="ij")
+
+    def from_(center_x, center_y):
+        return ((x - center_x) ** 2 + (y - center_y) ** 2).sqrt()
+
+    disk, ring = from_(30, 30) < 20, (from_(84, 40) - 24).abs() < 6
+    speck = from_(8, 72) < 2
+    positions = TokenSet.from_grid(torch.zeros(1, 1, 20, 30)).positions
+
+    def targets(*masks):
+        objects = Targets(torch.zeros(len(masks), dtype=torch.int64), torch.stack(masks))
+        return middle_targets(objects, positions, (20, 30), 4).view(20, 30)
+
+    heat = targets(disk)
+    assert heat[7, 7] == 1
+    assert heat[7, 5].item() == pytest.approx(math.exp(-(2**2) / (2 * 2.5**2)), rel=0.01)
+    assert heat[7, 14:].max() < 1e-3
+    row, column = divmod(int(targets(ring).argmax()), 30)
+    assert 18 < from_(84, 40)[4 * row + 2, 4 * column + 2] < 30
+    assert targets(speck).max() == 1
+    torch.testing.assert_close(targets(disk, ring), torch.maximum(targets(disk), targets(ring)))
+    shares = torch.nn.functional.avg_pool2d(disk[None].float(), 2)  # in cells of two pixels
+    coarse = Targets(torch.zeros(1, dtype=torch.int64), shares, 2)
+    found = middle_targets(coarse, positions, (20, 30), 4).view(20, 30)
+    torch.testing.assert_close(found, heat, atol=0.02, rtol=0)
+
+
+def test_the_loss_of_middles_is_the_literal_one():
+    g = torch.Generator().manual_seed(6)
+    maps = torch.randn(2, 3, 4, 5, generator=g)
+    grid = TokenSet.from_grid(maps)
+    rows = torch.tensor([0, 3, 7, 19, 20, 31])
+    tokens = grid.select(rows, (4, 2)).with_features(torch.randn(6, 1, generator=g))
+    out = replace(predictions_of(torch.randn(2, 3, 4), maps), middles=tokens)
+    targets = [
+        Targets(torch.tensor([1, 0]), torch.rand(2, 16, 20, generator=g) > 0.6),
+        Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 16, 20)),
+    ]
+    wanted = [middle_targets(targets[0], tokens.positions[:4], (4, 5), 4), torch.zeros(2)]
+    assert wanted[0].max() == 1
+    expected = 0.0
+    for logit, target in zip(
+        tokens.features[:, 0].tolist(), torch.cat(wanted).tolist(), strict=True
+    ):
+        p = 1 / (1 + math.exp(-logit))
+        entropy = -target * math.log(p) - (1 - target) * math.log(1 - p)
+        expected += (p - target) ** 2 * entropy
+    assert middle_loss(out, targets).item() == pytest.approx(expected, rel=1e-5)
+    terms = segmentation_loss(out, targets, points=10)
+    assert terms["middles"].item() == pytest.approx(2 * expected / 2, rel=1e-5)  # of two objects
