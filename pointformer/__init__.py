@@ -21,7 +21,7 @@ from pointformer.ops import (
 from pointformer.tokens import TokenSet
 
 if TYPE_CHECKING:
-    from pointformer.segmentation import Segmentation, segment
+    from pointformer.segmentation.segment import Segmentation, segment
 
 __version__ = "0.1.0"
 
@@ -51,9 +51,9 @@ _LATER = ("Segmentation", "segment")  # need models, Pillow and the like
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        from pointformer import segmentation
+        from pointformer.segmentation import segment
 
-        return getattr(segmentation, name)
+        return getattr(segment, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

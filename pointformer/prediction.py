@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pointformer.data import Picture
 from pointformer.models import Model
 from pointformer.models.inference import evaluating
+from pointformer.segmentation.tiling import Tile, windows_of
 from pointformer.tasks import Task
-from pointformer.tiling import Tile, windows_of
 
 _BYTES_PER_PIXEL = 300  # at the least: 430 were measured with the smallest model, on 2048 x 2048
 

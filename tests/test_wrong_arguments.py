@@ -28,7 +28,7 @@ from pointformer import (
 )
 from pointformer.annotations import Category
 from pointformer.models import AFFConfig, GridBackbone, Model, SwinConfig
-from pointformer.segmentation import open_picture
+from pointformer.segmentation.segment import open_picture
 
 R = {"impl": "reference"}
 POSITIONS = torch.rand(24, 2, generator=torch.Generator().manual_seed(0))

@@ -34,8 +34,8 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from pointformer.data import read_image
-    from pointformer.pictures import focus_picture
     from pointformer.prediction import to_tensor
+    from pointformer.segmentation.drawing import focus_picture
 
     if options.out.suffix.lower() != ".png":
         raise ValueError(f"{options.out}: expected a file name that ends in .png")

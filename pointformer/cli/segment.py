@@ -37,7 +37,7 @@ from pointformer.cli.results import Results, content_of, is_result, write_sealed
 
 if TYPE_CHECKING:
     from pointformer.models import Model
-    from pointformer.segmentation import Segmentation
+    from pointformer.segmentation.segment import Segmentation
 
 _FEW, _MANY = "labels.png", "labels.tif"  # which ids of 16 bits are enough for, or not
 _SUMMARY = "summary.json"
@@ -112,7 +112,7 @@ def _segment_file(
     model: Model, path: Path, name: str, options: argparse.Namespace, results: Results
 ) -> str:
     """Write the results of one picture; what it found, in words."""
-    from pointformer.segmentation import segment
+    from pointformer.segmentation.segment import segment
 
     # Names are the file system's own here: in "./C:x.png" the colon makes no drive.
     files = {kind: path_inside(options.out, f"./{name}_{kind}") for kind in _KINDS}
@@ -201,7 +201,7 @@ def _write_objects(path: Path, result: Segmentation) -> None:
 
 
 def _write_overlay(path: Path, result: Segmentation) -> None:
-    from pointformer.pictures import overlay
+    from pointformer.segmentation.drawing import overlay
 
     overlay(result).save(path)
 

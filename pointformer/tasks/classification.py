@@ -11,8 +11,8 @@ from torch import Tensor
 from pointformer.annotations import VOID, Category
 from pointformer.metrics import Accuracy, Metric
 from pointformer.models import Output
+from pointformer.segmentation.tiling import Tile
 from pointformer.tasks.task import Size, Task, Truth, on_device
-from pointformer.tiling import Tile
 
 
 class Classification(Task):

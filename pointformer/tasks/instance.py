@@ -18,10 +18,10 @@ from pointformer.metrics import CityscapesAP, CocoAP, InstanceAP, Metric
 from pointformer.models import Output
 from pointformer.models.mask2former import MaskPredictions
 from pointformer.models.postprocess import instances
+from pointformer.segmentation.tiling import Tile, stitch_maps, stitch_objects
 from pointformer.tasks.borders import dense_loss, instance_target, instances_from_logits
 from pointformer.tasks.masks import MaskTask
 from pointformer.tasks.task import MapTask, Size, Truth, on_device
-from pointformer.tiling import Tile, stitch_maps, stitch_objects
 
 
 class Instance(MapTask):

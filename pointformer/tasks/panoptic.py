@@ -8,9 +8,9 @@ from pointformer.annotations import SegmentMap
 from pointformer.metrics import Metric, PanopticQuality
 from pointformer.models.mask2former import MaskPredictions
 from pointformer.models.postprocess import panoptic
+from pointformer.segmentation.tiling import Tile, stitch_maps
 from pointformer.tasks.masks import MaskTask
 from pointformer.tasks.task import MapTask, Size
-from pointformer.tiling import Tile, stitch_maps
 
 
 class Panoptic(MaskTask, MapTask):

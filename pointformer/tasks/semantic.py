@@ -14,9 +14,9 @@ from pointformer.metrics import Metric, SemanticIoU
 from pointformer.models import Output
 from pointformer.models.mask2former import MaskPredictions
 from pointformer.models.postprocess import semantic_scores
+from pointformer.segmentation.tiling import Tile, blend
 from pointformer.tasks.masks import MaskTask
 from pointformer.tasks.task import MapTask, Size, Truth, on_device
-from pointformer.tiling import Tile, blend
 
 
 class Semantic(MapTask):

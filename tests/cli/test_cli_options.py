@@ -14,7 +14,7 @@ import pointformer.evaluation
 import pointformer.models
 import pointformer.models.complexity
 import pointformer.profiling
-import pointformer.segmentation
+import pointformer.segmentation.segment
 import pointformer.tasks
 from pointformer import cli
 from pointformer.profiling import Limits
@@ -73,7 +73,7 @@ def seen(tmp_path, monkeypatch):
 
     spy(pointformer.models, "create_model", lambda *a, **k: FakeModel(seen))
     spy(torch, "set_num_threads")
-    spy(pointformer.segmentation, "segment", stop)
+    spy(pointformer.segmentation.segment, "segment", stop)
     spy(pointformer.evaluation, "evaluate", draw)
     spy(pointformer.tasks, "task_of", lambda _, name: SimpleNamespace(name=name or "instance"))
     for name in ("folder", "ade20k", "cityscapes", "coco_instances", "coco_panoptic"):
@@ -85,7 +85,7 @@ def seen(tmp_path, monkeypatch):
     spy(pointformer.profiling, "profile", [SimpleNamespace(as_dict=dict)])
     spy(pointformer.profiling, "table", "")
     spy(pointformer.data, "read_image", pointformer.data.read_image)
-    spy(pointformer.models, "count", stop)
+    spy(pointformer.models, "complexity_of", stop)
     spy(cli.common.traceback, "print_exception")
     results = cli.segment.Results
 
@@ -230,7 +230,7 @@ TABLE = {
         (["aff_mini"], argument("create_model", 0), "aff_mini"),
         (["--head", "mask2former"], argument("create_model", 3), "mask2former"),
         (["--classes", "5"], argument("create_model", 2), "5"),
-        (["--size", "96"], lambda seen: seen["count"][0][1:], (96, 96)),
+        (["--size", "96"], lambda seen: seen["complexity_of"][0][1:], (96, 96)),
         (["--debug"], lambda seen: "print_exception" in seen, True),
     ],
     "warmup": [

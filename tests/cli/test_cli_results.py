@@ -23,9 +23,10 @@ from pointformer.cli.common import printable, reason, result_names
 from pointformer.cli.results import Results, is_result, save_sealed, write_sealed
 from pointformer.data.images import open_picture
 from pointformer.models import AFFConfig, Model, save_model
-from pointformer.segmentation import Segmentation
+from pointformer.segmentation.segment import Segmentation
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
+SEGMENT = "pointformer.segmentation.segment.segment"
 KINDS = ("labels.png", "objects.csv", "overlay.png", "summary.json")
 
 
@@ -86,7 +87,7 @@ def quick(monkeypatch):
         Image.open(path).load()
         return found(labels)
 
-    monkeypatch.setattr("pointformer.segmentation.segment", segment)
+    monkeypatch.setattr(SEGMENT, segment)
 
 
 # Inputs and files of others
@@ -153,7 +154,7 @@ def test_nothing_is_computed_for_a_picture_that_cannot_be_written(capsys, model,
     picture("c.png")
     Path("out").mkdir()
     Path("out/c_objects.csv").write_text("mine")
-    monkeypatch.setattr("pointformer.segmentation.segment", lambda *a, **k: pytest.fail("computed"))
+    monkeypatch.setattr(SEGMENT, lambda *a, **k: pytest.fail("computed"))
     code, _, error = run(capsys, "segment", "c.png", "--out", "out", "--model", model)
     assert code == 1
     assert "c_objects.csv" in error
@@ -166,7 +167,7 @@ def test_a_file_that_comes_while_computing_stays(capsys, model, monkeypatch):
         Path("out/c_overlay.png").write_text("mine")
         return found(np.ones((4, 6), np.int32))
 
-    monkeypatch.setattr("pointformer.segmentation.segment", segment)
+    monkeypatch.setattr(SEGMENT, segment)
     code, _, error = run(capsys, "segment", "c.png", "--out", "out", "--model", model)
     assert code == 1
     assert "c_overlay.png" in error
@@ -425,7 +426,7 @@ def test_more_objects_than_16_bits_hold(capsys, model, monkeypatch):
     many = np.arange(257 * 256, dtype=np.int32).reshape(257, 256)
     for count, kept in ((65536, "tif"), (65535, "png"), (65536, "tif")):
         labels = np.minimum(many, count)
-        monkeypatch.setattr("pointformer.segmentation.segment", lambda *a, _=labels, **k: found(_))
+        monkeypatch.setattr(SEGMENT, lambda *a, _=labels, **k: found(_))
         code, text, error = run(capsys, "segment", "c.png", "--out", "o", "--model", model)
         assert (code, error) == (0, "")
         assert f"{count} objects" in text
@@ -514,7 +515,7 @@ def test_one_bad_picture_does_not_end_the_batch(capsys, model, monkeypatch, erro
             raise error
         return found(np.ones((4, 6), np.int32))
 
-    monkeypatch.setattr("pointformer.segmentation.segment", segment)
+    monkeypatch.setattr(SEGMENT, segment)
     for name in "abc":
         picture(f"in/{name}.png")
     code, text, message = run(capsys, "segment", "in", "--out", "o", "--model", model)
@@ -596,7 +597,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_computing(capsys, model,
     picture("a.png")
     Path("o").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # also as root
-    monkeypatch.setattr("pointformer.segmentation.segment", lambda *a, **k: pytest.fail("computed"))
+    monkeypatch.setattr(SEGMENT, lambda *a, **k: pytest.fail("computed"))
     code, _, error = run(capsys, "segment", "a.png", "--out", "o", "--model", model)
     assert code == 1
     assert "o: no permission to write" in error
@@ -619,9 +620,7 @@ def test_an_ended_run_leaves_nothing_half_done(capsys, model, monkeypatch, reque
         os.kill(os.getpid(), number)
 
     picture("a.png")
-    monkeypatch.setattr(
-        "pointformer.segmentation.segment", lambda *a, **k: found(np.ones((4, 6), np.int32))
-    )
+    monkeypatch.setattr(SEGMENT, lambda *a, **k: found(np.ones((4, 6), np.int32)))
     monkeypatch.setitem(command._WRITERS, "overlay.png", end)
     arguments = ["segment", "a.png", "--out", "o", "--model", model]
     if signal == "SIGINT":

@@ -16,9 +16,9 @@ from pointformer.data.annotations import Entry
 from pointformer.evaluation import evaluate
 from pointformer.metrics import CocoAP
 from pointformer.models import AFFConfig, Model, load_model, save_model
+from pointformer.segmentation.tiling import windows_of
 from pointformer.tasks.instance import InstanceMasks
 from pointformer.tasks.panoptic import Panoptic
-from pointformer.tiling import windows_of
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
 CATEGORIES = (Category(0, "background", False), Category(1, "cell", True))

@@ -11,8 +11,8 @@ from pointformer.data import Category, read_image, read_instances
 from pointformer.metrics import average_precision
 from pointformer.models import create_model
 from pointformer.models.mask2former import MaskPredictions
-from pointformer.pictures import focus_picture, heat, outline, overlay
 from pointformer.prediction import to_tensor
+from pointformer.segmentation.drawing import focus_picture, heat, outline, overlay
 
 EXAMPLE = Path(__file__).parents[2] / "docs/nuclei.png"
 TRUTH = Path(__file__).parents[1] / "cases/nuclei_instances.png"

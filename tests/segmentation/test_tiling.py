@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from skimage.measure import label
 
 from pointformer.annotations import Objects
-from pointformer.tiling import blend, stitch, stitch_objects, tiles
+from pointformer.segmentation.tiling import blend, stitch, stitch_objects, tiles
 
 
 @given(

@@ -14,7 +14,7 @@ from pointformer.models.backbone import StageOutput
 
 if TYPE_CHECKING:
     from pointformer.annotations import Category
-    from pointformer.segmentation import Segmentation
+    from pointformer.segmentation.segment import Segmentation
 
 _GAP, _CAPTION, _PANEL = 8, 24, 400
 # Dark to light and evenly spaced in lightness, so that it reads in gray as well.
