@@ -22,8 +22,8 @@ from pointformer.data.transforms import Transform
 from pointformer.evaluation import predictions
 from pointformer.metrics import RecallBySize, SemanticIoU, size_names
 from pointformer.models import Model
-from pointformer.pictures import focus_picture, outline, panels
 from pointformer.prediction import to_tensor
+from pointformer.segmentation.drawing import focus_picture, outline, panels
 from pointformer.tasks import MapTask, Task, task_of
 
 try:
