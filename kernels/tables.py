@@ -17,14 +17,26 @@ def starts_of(sizes: Sequence[int]) -> list[int]:
 def from_host(values: Sequence, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
     """A tensor of host numbers. A GPU is not waited for: the copy is from pinned memory.
 
-    A CUDA graph cannot capture that copy: batches whose samples are alike do without.
+    While a CUDA graph is captured nothing is copied: see `from_arguments`.
     """
     if torch.compiler.is_compiling():
         return torch.tensor(values, dtype=dtype, device=device)
-    table = torch.from_numpy(np.array(values)).to(dtype)  # faster than torch.tensor of a list
+    array = np.array(values)  # faster than torch.tensor of a list
     if device is None or device.type != "cuda":
-        return table.to(device)
-    return table.pin_memory().to(device, non_blocking=True)
+        return torch.from_numpy(array).to(device, dtype)
+    if not torch.cuda.is_current_stream_capturing():
+        return torch.from_numpy(array).to(dtype).pin_memory().to(device, non_blocking=True)
+    return from_arguments(array, dtype, device)
+
+
+def from_arguments(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The same numbers as arguments of launches, which a CUDA graph keeps; a copy it would repeat
+    from memory that is gone by then. A launch takes about a hundred of them.
+    """
+    table = torch.zeros(array.shape, dtype=dtype, device=device)
+    if array.size:
+        torch._foreach_add_(table.view(-1).unbind(), array.ravel().tolist())
+    return table
 
 
 def shifted_copies(index: torch.Tensor, copies: int, rows: int) -> torch.Tensor:

@@ -72,7 +72,7 @@ def mean_tokens(tokens: TokenSet) -> Tensor:
     features = at_least_float32(tokens.features)
     sums = features.new_zeros(tokens.batch_size, tokens.channels)
     sums = sums.index_add(0, tokens.sample_index, features)
-    means = sums / torch.tensor(tokens.sizes, device=sums.device)[:, None]
+    means = sums / tokens.batch_offsets.diff()[:, None]
     return means.to(tokens.features.dtype)
 
 

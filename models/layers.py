@@ -162,8 +162,8 @@ def pad_samples(rows: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor | 
     if len(set(sizes)) <= 1:
         return rows.view(len(sizes), -1, *rows.shape[1:]), None
     padded = nn.utils.rnn.pad_sequence(rows.split(sizes), batch_first=True)
-    lengths = torch.tensor(sizes, device=rows.device)
-    return padded, torch.arange(padded.shape[1], device=rows.device) < lengths[:, None]
+    there = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    return padded, nn.utils.rnn.pad_sequence(there.split(sizes), batch_first=True)
 
 
 def pack_samples(padded: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -31,6 +31,7 @@ from pointformer.geometry.boxes import bounding_boxes
 from pointformer.geometry.clustering import balanced_cluster
 from pointformer.geometry.neighbors import nearest_clusters
 from pointformer.graph import batch_from_sizes
+from pointformer.kernels.tables import from_host
 
 Extent = tuple[tuple[float, ...], ...]
 
@@ -398,7 +399,7 @@ class TokenSet:
         volumes = [math.prod(shape) for shape in shapes]
         sample = self.sample_index
         same = len(set(shapes)) == 1  # then nothing is copied from the host
-        sides = torch.tensor(shapes, device=self.device)[sample] if not same else None
+        sides = from_host(shapes, torch.int64, self.device)[sample] if not same else None
         cell = torch.zeros_like(sample)
         places = self.positions.floor().long()  # NaN becomes the least integer
         outside = None

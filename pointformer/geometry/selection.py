@@ -28,6 +28,7 @@ from pointformer.clusters import offsets_of
 from pointformer.geometry.boxes import bounding_boxes
 from pointformer.geometry.neighbors import knn
 from pointformer.kernels.selection import fused_select_from_nearest, fused_select_on_lattice
+from pointformer.kernels.tables import from_host
 from pointformer.reference import selection as reference
 
 _CELLS_PER_TOKEN = 1024  # emptier lattices are searched with `knn`
@@ -214,7 +215,7 @@ def _free_parts(
     if len(set(sides)) == 1:  # no copy from the host
         limit = torch.stack([torch.full_like(positions[:, 0], side) for side in sides[0]], 1)
     else:
-        limit = torch.tensor(sides, dtype=torch.float32, device=positions.device)
+        limit = from_host(sides, torch.float32, positions.device)
         limit = limit.reshape(len(sizes), positions.shape[1])[sample]
     nobody = torch.zeros_like(sample, dtype=torch.bool)
     every = torch.full_like(limit[:, 0], stride)

@@ -23,6 +23,7 @@ from pointformer._checks import (
 from pointformer._dispatch import choose
 from pointformer.clusters import offsets_of
 from pointformer.kernels.deformable import fused_deformable
+from pointformer.kernels.tables import from_host
 from pointformer.reference.deformable import deformable_attention as reference
 
 _MOST = 2**31 - 1  # groups of eight channels have int32 numbers on GPUs
@@ -136,4 +137,4 @@ def _canvas(extent: Sequence, lookup: Tensor, device: torch.device) -> Tensor:
     if len(set(shapes)) == 1:  # no copy from the host
         columns, rows = (torch.full_like(first, side) for side in shapes[0])
         return torch.cat([first, columns, rows], 1)
-    return torch.cat([first, torch.tensor(shapes, dtype=torch.int64, device=device).view(-1, 2)], 1)
+    return torch.cat([first, from_host(shapes, torch.int64, device).view(-1, 2)], 1)

@@ -146,14 +146,17 @@ def test_compiles_in_one_graph():
         {"global_size": 100},
     ],
 )
-def test_a_uniform_batch_can_be_captured(options):
+@pytest.mark.parametrize("widths", [(12, 12, 12), (12, 9, 15)])
+def test_batches_can_be_captured(options, widths):
+    """Uniform ones and ragged ones: nothing is copied from the host."""
     with fake_gpu():
-        tokens = TokenSet.from_grid(torch.rand(3, 5, 8, 12, device="cuda"))
-        tokens = tokens.cluster(**options)
+        maps = [torch.rand(5, 8, width, device="cuda") for width in widths]
+        tokens = TokenSet.from_grid(maps).cluster(**options)
         assert tokens.features.shape == (288, 5)
         assert tokens.clusters.centers.device.type == "cuda"
         assert tokens.sample_index.shape == (288,)
-        assert tokens.to_grid().shape == (3, 5, 8, 12)
+        back = tokens.to_grid()
+        assert [tuple(m.shape) for m in back] == [(5, 8, width) for width in widths]
 
 
 def test_too_many_tokens_are_an_error():

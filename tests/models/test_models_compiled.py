@@ -71,18 +71,38 @@ def test_export():
         torch.testing.assert_close(program.module()(images), model(images))
 
 
+def on_fake_gpu(model, images, *, training=False):
+    """What a model gives for images of (C, H, W), a batch or a list, with all values on the GPU."""
+    for layer in model.modules():
+        layer.training = training and not isinstance(layer, torch.nn.BatchNorm2d)
+    images = [torch.empty(shape, device="cuda") for shape in images]
+    state = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="cuda")
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+    }
+    # Nothing asks for a gradient: autograd on CUDA devices is not in CPU builds of torch.
+    with torch.set_grad_enabled(training):
+        return torch.func.functional_call(model, state, (images,))
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU is there: tests marked gpu capture real graphs")
-@pytest.mark.parametrize("name", ["aff_mini", "aff_tiny", "aff_nano"])
-def test_forward_does_not_wait_for_the_gpu(name):
-    """No copy from or to the host and no shape that depends on values: a CUDA graph can hold it."""
-    model = create_model(name).eval()
-    with fake_gpu(), torch.no_grad():
-        state = {
-            key: torch.empty(value.shape, dtype=value.dtype, device="cuda")
-            for key, value in model.state_dict(keep_vars=True).items()
-        }
-        images = torch.empty(4, 3, 224, 224, device="cuda")
-        assert torch.func.functional_call(model, state, images).shape == (4, 1000)
+@pytest.mark.parametrize("head", [*HEADS, "dense"])
+@pytest.mark.parametrize(
+    ("name", "sizes", "training"),
+    [
+        ("aff_nano", [(64, 48)] * 2, False),
+        ("aff_nano", [(64, 48), (40, 96)], True),
+        ("swin_mini", [(64, 48), (40, 96)], False),
+    ],
+)
+def test_forward_does_not_wait_for_the_gpu(name, head, sizes, training):
+    """No copy from or to the host and no shape that depends on values: a CUDA graph can hold it,
+    of images of one size and of several."""
+    model = create_model(name, head=head, num_classes=3, **HEADS.get(head, {}))
+    with fake_gpu():
+        output = on_fake_gpu(model, [(3, *size) for size in sizes], training=training)
+        if head == "classification":
+            assert output.shape == (2, 3)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="kernels run compiled here")
