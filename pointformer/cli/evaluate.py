@@ -1,7 +1,8 @@
 """Score a model on an annotated data set.
 
-Formats: "folder" (SPLIT/images beside SPLIT/labels or SPLIT/instances), "ade20k", "cityscapes",
-"coco" and "coco-panoptic" (with --annotations for the JSON and DATA for the pictures).
+Formats, by which DATA is recognized: "folder" (SPLIT/images beside SPLIT/labels or
+SPLIT/instances), "classes" (SPLIT/CLASS/pictures), "ade20k", "cityscapes", "coco" and
+"coco-panoptic" (with --annotations for a JSON of any name, and DATA for its pictures).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pointformer.cli.common import (
     add_model_arguments,
@@ -23,19 +23,16 @@ from pointformer.cli.common import (
 )
 from pointformer.cli.results import Results, is_result, write_sealed
 
-if TYPE_CHECKING:
-    from pointformer.data.annotations import Dataset
-
-_FORMATS = ("folder", "ade20k", "cityscapes", "coco", "coco-panoptic")
+_FORMATS = ("folder", "classes", "ade20k", "cityscapes", "coco", "coco-panoptic")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
-    parser.add_argument("--format", choices=_FORMATS, default="folder", help="default: folder")
-    parser.add_argument("--split", help="default: val, of ade20k validation")
+    parser.add_argument("--format", choices=_FORMATS, help="default: what DATA looks like")
+    parser.add_argument("--split", help="default: val, or all")
     parser.add_argument(
         "--task",
-        choices=("semantic", "instance", "panoptic"),
+        choices=("semantic", "instance", "panoptic", "classification"),
         help="default: the model's",
     )
     parser.add_argument("--annotations", type=Path, help="JSON file of COCO's formats")
@@ -68,12 +65,24 @@ def run(options: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from pointformer.data import find_source, open_dataset
     from pointformer.evaluation import evaluate
     from pointformer.tasks import task_of
 
     model = model_from(options)
     task = task_of(model, options.task).name
-    dataset = _dataset(options, task, model)
+    source = find_source(options.data, options.format, task, options.annotations)
+    if options.format is None:
+        say(printable(str(source)))
+    dataset = open_dataset(
+        source,
+        task=task,
+        split=options.split,
+        annotations=options.annotations,
+        segments=options.segments,
+        categories=None if source.lists_classes else model.categories,
+        skip_bad=options.skip_bad,
+    )
     results = Results(overwrite=options.overwrite)
     if options.json is not None:
         read = [path for entry in dataset.entries for path in (entry.image, entry.labels)]
@@ -111,22 +120,3 @@ def run(options: argparse.Namespace) -> int:
         with results.write(options.json) as path:
             write_sealed(path, content)
     return 0
-
-
-def _dataset(options: argparse.Namespace, task: str, model) -> Dataset:
-    from pointformer import data
-
-    bad = {"skip_bad": options.skip_bad}
-    split = options.split or ("validation" if options.format == "ade20k" else "val")
-    if options.format.startswith("coco"):
-        if options.annotations is None:
-            raise ValueError(f"--annotations: --format {options.format} needs its JSON file")
-        if options.format == "coco":
-            return data.read_coco_instances(options.annotations, options.data, **bad)
-        folder = options.segments or options.annotations.with_suffix("")
-        return data.read_coco_panoptic(options.annotations, folder, options.data, **bad)
-    if options.format == "ade20k":
-        return data.read_ade20k(options.data, split, **bad)
-    if options.format == "cityscapes":
-        return data.read_cityscapes(options.data, split, task, **bad)
-    return data.read_folder(options.data, split, task, categories=model.categories, **bad)

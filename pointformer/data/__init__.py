@@ -19,6 +19,7 @@ from pointformer.data.cityscapes import (
     read_cityscapes_objects,
     write_cityscapes_objects,
 )
+from pointformer.data.classes import read_class_folders
 from pointformer.data.coco import (
     CocoResults,
     read_coco_instances,
@@ -37,6 +38,7 @@ from pointformer.data.images import (
     read_labels,
 )
 from pointformer.data.labels import read_ade20k, write_labels, write_map
+from pointformer.data.sources import FORMATS, find_source, open_dataset, open_splits
 
 __all__ = [
     "ADE20K",
@@ -44,6 +46,7 @@ __all__ = [
     "CITYSCAPES_THINGS",
     "COCO",
     "COCO_PANOPTIC",
+    "FORMATS",
     "VOID",
     "Annotation",
     "Category",
@@ -55,13 +58,17 @@ __all__ = [
     "Reading",
     "Segment",
     "SegmentMap",
+    "find_source",
     "image_size",
     "named_categories",
+    "open_dataset",
     "open_picture",
+    "open_splits",
     "read_ade20k",
     "read_categories",
     "read_cityscapes",
     "read_cityscapes_objects",
+    "read_class_folders",
     "read_coco_instances",
     "read_coco_panoptic",
     "read_folder",

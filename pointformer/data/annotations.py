@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import colorsys
+import copy
+import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -143,12 +145,21 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where an annotation comes from: `labels` is its own file, if it has one."""
+    """Where an annotation comes from.
+
+    Attributes:
+        name: of the picture.
+        image: its file.
+        labels: the annotation's own file, if it has one.
+        read: gives the annotation.
+        label: class of the picture as a whole, where that is known without reading.
+    """
 
     name: str
     image: Path | None
     labels: Path | None
     read: Callable[[], Annotation]
+    label: int = VOID
 
 
 class Dataset(Sequence[Annotation]):
@@ -206,6 +217,49 @@ class Dataset(Sequence[Annotation]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def subset(self, indices: Iterable[int]) -> Dataset:
+        """Some of the pictures, in this order."""
+        part = copy.copy(self)
+        part.entries = [self.entries[index] for index in indices]
+        part.skipped = dict(self.skipped)
+        return part
+
+    def divided(self, share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+        """The data set without a share of its pictures, and that share.
+
+        Which pictures that are is a function of their names and the seed: of each class of pictures
+        (see `Entry.label`) those whose hashes are lowest. So pictures that come or go change little
+        for the others. Classes of few pictures give none as long as others do.
+
+        Raises:
+            ValueError: the share is not between 0 and 1, or there is only one picture.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"val_share: expected a number between 0 and 1, got {share}")
+        if len(self) < 2:
+            raise ValueError(
+                f"{self.entries[0].image or self.entries[0].name}: is the only picture; expected "
+                "at least two, to learn from and to be scored on"
+            )
+        by_class: dict[int, list[int]] = defaultdict(list)
+        ranks = [
+            hashlib.sha256(f"{seed}/{entry.name}".encode("utf-8", "surrogateescape")).digest()
+            for entry in self.entries
+        ]
+        for index in sorted(range(len(self)), key=ranks.__getitem__):
+            by_class[self.entries[index].label].append(index)
+        kept = {
+            index
+            for members in by_class.values()
+            for index in members[: min(round(share * len(members)), len(members) - 1)]
+        }
+        if not kept:  # of the largest class
+            kept = {max(by_class.values(), key=len)[0]}
+        return (
+            self.subset(index for index in range(len(self)) if index not in kept),
+            self.subset(sorted(kept)),
+        )
 
     def __getitem__(self, index: int) -> Annotation:  # type: ignore[override]
         """Read one annotation; of a picture as a whole, errors are raised even with `skip_bad`."""

@@ -76,10 +76,10 @@ def seen(tmp_path, monkeypatch):
     spy(pointformer.segmentation.segment, "segment", stop)
     spy(pointformer.evaluation, "evaluate", draw)
     spy(pointformer.tasks, "task_of", lambda _, name: SimpleNamespace(name=name or "instance"))
-    for name in ("folder", "ade20k", "cityscapes", "coco_instances", "coco_panoptic"):
-        data = argparse.Namespace(entries=[], skipped={})
-        dataset = type("Data", (list,), vars(data))(["first", "second"])
-        spy(pointformer.data, f"read_{name}", dataset)
+    data = argparse.Namespace(entries=[], skipped={})
+    dataset = type("Data", (list,), vars(data))(["first", "second"])
+    spy(pointformer.data, "open_dataset", dataset)
+    spy(pointformer.data, "find_source", SimpleNamespace(lists_classes=True))
     spy(cli.warmup, "compile_for")
     spy(pointformer.profiling, "measure_limits", Limits(1e9, 1e12))
     spy(pointformer.profiling, "profile", [SimpleNamespace(as_dict=dict)])
@@ -101,9 +101,9 @@ def seen(tmp_path, monkeypatch):
     return seen
 
 
-def option(function, name):
+def option(function, name, kind=lambda value: value):
     """What `function` got for its keyword argument `name`."""
-    return lambda seen: seen[function][1].get(name)
+    return lambda seen: kind(seen[function][1].get(name))
 
 
 def argument(function, position):
@@ -166,37 +166,22 @@ TABLE = {
     ],
     "evaluate": [
         *[row for row in MODEL if row[0] != ["--debug"]],
-        (["--debug", "--format", "coco"], lambda seen: "print_exception" in seen, True),
+        (["--debug", "--json", "a.png"], lambda seen: "print_exception" in seen, True),
         *reading("evaluate"),
-        (["other"], argument("read_folder", 0), "other"),
-        (["--split", "test"], argument("read_folder", 1), "test"),
-        (["--task", "semantic"], argument("read_folder", 2), "semantic"),
+        (["other"], argument("find_source", 0), "other"),
+        (["--format", "coco"], argument("find_source", 1), "coco"),
+        (["--annotations", "x.json"], argument("find_source", 3), "x.json"),
+        (["--annotations", "x.json"], option("open_dataset", "annotations", str), "x.json"),
+        (["--segments", "maps"], option("open_dataset", "segments", str), "maps"),
+        (["--split", "test"], option("open_dataset", "split"), "test"),
+        (["--task", "semantic"], option("open_dataset", "task"), "semantic"),
         (["--task", "semantic"], argument("evaluate", 2), "semantic"),
-        (["--skip-bad"], option("read_folder", "skip_bad"), True),
+        (["--skip-bad"], option("open_dataset", "skip_bad"), True),
         (["--limit", "1"], lambda seen: seen["drawn"], 1),
         (["--scales", "0.5", "1"], option("evaluate", "scales"), [0.5, 1.0]),
         (["--flip"], option("evaluate", "flip"), True),
         (["--tile", "256"], option("evaluate", "tile"), 256),
         (["--json", "s.json"], lambda seen: seen["exists"]("s.json"), True),
-        *[
-            (["--format", kind, "--annotations", "x.json"], lambda seen, f=f: f in seen, True)
-            for kind, f in (
-                ("ade20k", "read_ade20k"),
-                ("cityscapes", "read_cityscapes"),
-                ("coco", "read_coco_instances"),
-                ("coco-panoptic", "read_coco_panoptic"),
-            )
-        ],
-        (
-            ["--format", "coco", "--annotations", "x.json", "--skip-bad"],
-            lambda seen: [str(a) for a in seen.get("read_coco_instances", [[]])[0]],
-            ["x.json", "data"],
-        ),
-        (
-            ["--format", "coco-panoptic", "--annotations", "x.json", "--segments", "maps"],
-            lambda seen: [str(a) for a in seen.get("read_coco_panoptic", [[]])[0]],
-            ["x.json", "maps", "data"],
-        ),
     ],
     "profile": [
         (["aff_tiny"], argument("create_model", 0), "aff_tiny"),

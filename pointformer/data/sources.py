@@ -1,0 +1,498 @@
+"""Data sets by their folder, in any of the formats: which one it is, and which splits there are."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pointformer._files import path_inside
+from pointformer.annotations import Category
+from pointformer.data.annotations import Dataset, named_categories, read_categories
+from pointformer.data.cityscapes import read_cityscapes
+from pointformer.data.classes import class_folders, read_class_folders
+from pointformer.data.coco import read_coco_instances, read_coco_panoptic
+from pointformer.data.folders import read_folder
+from pointformer.data.images import read_labels
+from pointformer.data.labels import paired_files, read_ade20k
+
+_SAME = (("train", "training"), ("val", "validation", "valid", "dev"), ("test", "testing"))
+_SPLITS = {name for names in _SAME for name in names}
+_SPLIT_IN_NAME = re.compile(
+    rf"(?:^|[^a-z])({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?:20\d\d)?(?:$|[^a-z])"
+)
+
+_CLASS_LISTS = ("categories.json", "classes.json", "classes.txt", "labels.txt")
+_VOID = 255
+
+
+class Source(NamedTuple):
+    """What a folder was found to hold.
+
+    Attributes:
+        path: of the data set.
+        format: one of `FORMATS`.
+        splits: names of its parts; "" is one that has no name.
+    """
+
+    path: Path
+    format: str
+    splits: tuple[str, ...]
+
+    @property
+    def lists_classes(self) -> bool:
+        """Whether the files tell which classes there are, whatever else is known of them."""
+        return FORMATS[self.format].lists_classes
+
+    def split(self, name: str) -> str | None:
+        """What the data set calls a split: "val" may be its "validation"."""
+        same = next((names for names in _SAME if name in names), (name,))
+        return next((split for split in (name, *same) if split in self.splits), None)
+
+    def __str__(self) -> str:
+        names = ", ".join(name for name in self.splits if name)
+        return f"{self.path}: {self.format}, {f'splits {names}' if names else 'no splits'}"
+
+
+def find_source(
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    task: str | None = None,
+    annotations: str | os.PathLike[str] | None = None,
+) -> Source:
+    """What format a data set has, and which splits.
+
+    Args:
+        path: its folder.
+        format: one of `FORMATS`; `None`: what it looks like.
+        task: of several formats that it looks like, the one that is first of all for this task.
+        annotations: a JSON file of COCO's formats; `path` then is the folder of its pictures.
+
+    Raises:
+        ValueError: naming the path, if there is no such thing or it looks like no format.
+    """
+    path = Path(path)
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if annotations is not None:
+        if format is None:
+            panoptic = _tells(Path(annotations), b'"segments_info"')
+            format = "coco-panoptic" if panoptic else "coco"
+        return Source(path, format, ("",))
+    if not path.exists():
+        raise ValueError(f"{path}: expected a data set, there is no such folder")
+
+    def rank(name: str) -> int:
+        tasks = FORMATS[name].tasks
+        return tasks.index(task) if task in tasks else len(FORMATS)
+
+    for name in sorted(FORMATS, key=rank) if format is None else (format,):
+        splits = FORMATS[name].splits(path)
+        if splits:
+            return Source(path, name, tuple(splits))
+    if format is None:
+        raise ValueError(
+            f"{path}: looks like no data set of a known format: expected SPLIT/images beside "
+            "SPLIT/labels or SPLIT/instances, a folder of pictures for each class, COCO's JSON in "
+            "annotations/, leftImg8bit/ beside gtFine/, or ADE20K's images/ beside annotations/"
+        )
+    hint = "; pass its JSON (--annotations)" if format.startswith("coco") else ""
+    raise ValueError(f"{path}: expected {FORMATS[format].layout}, found none{hint}")
+
+
+def open_dataset(
+    path: str | os.PathLike[str] | Source,
+    format: str | None = None,
+    task: str = "semantic",
+    split: str | None = None,
+    *,
+    annotations: str | os.PathLike[str] | None = None,
+    segments: str | os.PathLike[str] | None = None,
+    categories: Sequence[Category] | Sequence[str] | None = None,
+    void: Sequence[int] | None = None,
+    skip_bad: bool = False,
+) -> Dataset:
+    """A data set of any format.
+
+    Args:
+        path: its folder, or what `find_source` found.
+        format: one of `FORMATS`; `None`: what it looks like.
+        task: what is to be learned or scored: "semantic", "instance", "panoptic",
+            "classification".
+        split: its name; "val" also finds "validation", and so on. `None`: "val", or all where there
+            are no splits.
+        annotations: the JSON file of COCO's formats; `path` is the folder of its pictures then.
+        segments: folder of the PNGs of a panoptic JSON; `None`: beside it, with its name.
+        categories: classes, or their names, where the format does not fix them. `None`: those that
+            the data set lists (in categories.json or classes.txt), or else that are in its maps.
+        void: labels of maps that mean void, see `read_folder`.
+        skip_bad: leave out what is bad, see `Dataset`.
+
+    Raises:
+        ValueError: naming the path: it has no such format or split, none for this task, or what is
+            in it is bad.
+    """
+    source = path if isinstance(path, Source) else find_source(path, format, task, annotations)
+    name = source.split("val" if split is None else split)
+    if name is None and split is None and source.splits == ("",):
+        name = ""
+    if name is None:
+        names = ", ".join(other for other in source.splits if other) or "none"
+        raise ValueError(f"{source.path}: has no split {split or 'val'!r}; there are: {names}")
+    kind = FORMATS[source.format]
+    if task not in kind.tasks:
+        raise ValueError(
+            f"{source.path}: {source.format} has nothing for the task {task!r}, only for "
+            f"{', '.join(kind.tasks)}"
+        )
+    request = _Request(source.path, name, task, annotations, segments, categories, void, skip_bad)
+    return kind.read(request)
+
+
+def open_splits(
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    task: str = "semantic",
+    *,
+    train: str | None = None,
+    val: str | None = None,
+    val_share: float = 0.1,
+    seed: int = 0,
+    categories: Sequence[Category] | Sequence[str] | None = None,
+    void: Sequence[int] | None = None,
+    skip_bad: bool = False,
+) -> tuple[Dataset, Dataset | None]:
+    """The pictures to learn from, and those to be scored on.
+
+    Args:
+        train, val: names of the splits; `None`: "train" and "val", under any of their names.
+        val_share: of the pictures that are kept to be scored on where there is no split for that,
+            see `Dataset.divided`; 0: none are.
+        seed: of that choice.
+        path, format, task, categories, void, skip_bad: see `open_dataset`.
+
+    Returns:
+        Both have the classes of the first.
+
+    Raises:
+        ValueError: as `open_dataset`, or the share is none.
+    """
+    source = find_source(path, format, task)
+    if train is None and source.splits == ("",):
+        train = ""
+    options = {"void": void, "skip_bad": skip_bad}
+    training = open_dataset(
+        source, task=task, split="train" if train is None else train, categories=categories,
+        **options,
+    )  # fmt: skip
+    if val is not None or source.split("val") is not None:
+        return training, open_dataset(
+            source, task=task, split=val, categories=training.categories, **options
+        )
+    if val_share == 0:
+        return training, None
+    return training.divided(val_share, seed)
+
+
+class _Request(NamedTuple):
+    path: Path
+    split: str
+    task: str
+    annotations: str | os.PathLike[str] | None
+    segments: str | os.PathLike[str] | None
+    categories: Sequence[Category] | Sequence[str] | None
+    void: Sequence[int] | None
+    skip_bad: bool
+
+
+class _Format(NamedTuple):
+    """How a format is told from others, and read.
+
+    Attributes:
+        layout: what a folder of it holds, in words.
+        tasks: that it has annotations for.
+        splits: names of the splits in a folder, none if it is of another format.
+        lists_classes: see `Source`.
+    """
+
+    layout: str
+    tasks: tuple[str, ...]
+    splits: Callable[[Path], list[str]]
+    read: Callable[[_Request], Dataset]
+    lists_classes: bool = True
+
+
+def _folders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return []
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+# Plain folders ------------------------------------------------------------------------------------
+
+
+def _folder_splits(path: Path) -> list[str]:
+    def has_maps(folder: Path) -> bool:
+        return all(
+            any((folder / name).is_dir() for name in names)
+            for names in (("images",), ("labels", "instances"))
+        )
+
+    if has_maps(path):
+        return [""]
+    return [folder.name for folder in _folders(path) if has_maps(folder)]
+
+
+def _read_folder(request: _Request) -> Dataset:
+    categories, void = request.categories, request.void
+    if categories is None:
+        categories = _listed_classes(request.path)
+    base = request.path / request.split
+    if categories is None and request.task == "semantic":
+        void = (_VOID,) if void is None else void
+        categories = _found_classes(base, void)
+    return read_folder(
+        request.path,
+        request.split,
+        request.task,
+        categories=categories,
+        void=void,
+        skip_bad=request.skip_bad,
+    )
+
+
+def _listed_classes(path: Path) -> tuple[Category, ...] | None:
+    """From a list in the data set's folder, if there is one: JSON, or a name in each line."""
+    for name in _CLASS_LISTS:
+        file = path / name
+        if file.is_file():
+            if file.suffix == ".json":
+                return read_categories(file)
+            try:
+                lines = file.read_text("utf-8-sig").splitlines()
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{file}: expected names of classes, but {error}") from None
+            return named_categories(line.strip() for line in lines if line.strip())
+    return None
+
+
+def _found_classes(base: Path, void: Sequence[int]) -> tuple[Category, ...]:
+    """A class for each label in the maps of a split."""
+    maps = [path for _, _, path in paired_files(base / "images", base / "labels")]
+
+    def labels(path: Path) -> set[int]:
+        try:
+            return set(np.unique(read_labels(path)).tolist())
+        except ValueError:
+            return set()  # what is wrong with it is said when it is read
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = set[int]().union(*pool.map(labels, maps))
+    kept = sorted(found - set(void))
+    if not kept:
+        raise ValueError(
+            f"{base / 'labels'}: expected labels, found "
+            + (f"only void ({', '.join(map(str, sorted(found)))})" if found else "none")
+        )
+    if len(kept) == 1 and len(found) == 2 and found & set(void):
+        raise ValueError(
+            f"{base / 'labels'}: the maps hold only {kept[0]}, and {min(found & set(void))}, which "
+            "is void; if both are classes, void is to be empty (data.void=[])"
+        )
+    if len(kept) > 4096:
+        raise ValueError(
+            f"{base / 'labels'}: holds {len(kept)} different labels; maps of objects belong in "
+            "a folder 'instances', for the task 'instance'"
+        )
+    return tuple(
+        Category(label, other.name, other.is_thing, other.color)
+        for label, other in zip(kept, named_categories(map(str, kept)), strict=True)
+    )
+
+
+# Folders of classes -------------------------------------------------------------------------------
+
+
+def _class_splits(path: Path) -> list[str]:
+    if _folder_splits(path):  # "images" and "labels" are no classes
+        return []
+    named = [folder for folder in _folders(path) if folder.name.lower() in _SPLITS]
+    if named:
+        return [folder.name for folder in named if class_folders(folder)]
+    found = class_folders(path)
+    if any(_SPLIT_IN_NAME.fullmatch(name.lower()) for name in found):  # COCO's train2017
+        return []
+    return [""] if len(found) > 1 else []
+
+
+def _read_classes(request: _Request) -> Dataset:
+    splits = [request.path / split for split in _class_splits(request.path)]
+    return read_class_folders(
+        request.path / request.split,
+        categories=request.categories or _listed_classes(request.path),
+        beside=splits,
+        skip_bad=request.skip_bad,
+    )
+
+
+# COCO ---------------------------------------------------------------------------------------------
+
+_FILE_NAME = re.compile(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")')
+
+
+def _tells(path: Path, key: bytes) -> bool:
+    """Whether a file has some bytes."""
+    try:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            return content.find(key) >= 0
+    except (OSError, ValueError):  # an empty file has no map
+        return False
+
+
+def _coco_files(path: Path, key: bytes) -> dict[str, list[Path]]:
+    """JSON files of a data set that have a key, by their split."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for folder in (path, *_folders(path)):
+        for file in sorted(folder.glob("*.json")):
+            if _tells(file, key) and _tells(file, b'"images"'):
+                name = _SPLIT_IN_NAME.search(file.stem.lower())
+                split = name[1] if name else folder.name if folder.name in _SPLITS else ""
+                found[split].append(file)
+    return found
+
+
+def _coco_file(request: _Request, key: bytes) -> tuple[Path, Path]:
+    """The JSON of a split, and the folder of its pictures."""
+    if request.annotations is not None:
+        return Path(request.annotations), request.path
+    files = _coco_files(request.path, key)[request.split]
+    if len(files) > 1:
+        files = [file for file in files if file.stem.startswith("instances")] or files
+    if len(files) > 1:
+        names = " and ".join(str(file) for file in files[:2])
+        raise ValueError(
+            f"{request.path}: both {names} may be the annotations; choose (--annotations)"
+        )
+    (file,) = files
+    year = _SPLIT_IN_NAME.search(file.stem.lower())
+    names = [request.split, *([year[0].strip("_-. ")] if year else [])]
+    root = request.path
+    folders = [file.parent, *(root / name for name in names)]
+    folders += [root / "images" / name for name in names]
+    folders += [root / name / "images" for name in names]
+    folders += [root / "images", root]
+    shown = _first_names(file)
+    for folder in folders:
+        for name in shown:
+            try:
+                if path_inside(folder, name.replace("\\", "/"), follow_links=True).is_file():
+                    return file, folder
+            except (OSError, ValueError):
+                continue  # reading says what is wrong with such names
+    return file, root
+
+
+def _first_names(file: Path) -> list[str]:
+    """Some of the pictures' names in a JSON."""
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        start = max(0, text.find(b'"images"'))
+        matches = _FILE_NAME.finditer(text[start : start + 2**20])
+        names = [match[1] for match in islice(matches, 20)]
+    found = []
+    for name in names:
+        try:
+            found.append(json.loads(name))
+        except ValueError:
+            continue
+    return found
+
+
+def _read_coco(request: _Request) -> Dataset:
+    file, images = _coco_file(request, b'"segmentation"')
+    return read_coco_instances(
+        file, images, categories=_with_ids(request.categories), skip_bad=request.skip_bad
+    )
+
+
+def _read_coco_panoptic(request: _Request) -> Dataset:
+    file, images = _coco_file(request, b'"segments_info"')
+    folder = request.segments or file.with_suffix("")
+    return read_coco_panoptic(
+        file, folder, images, categories=_with_ids(request.categories), skip_bad=request.skip_bad
+    )
+
+
+def _with_ids(
+    categories: Sequence[Category] | Sequence[str] | None,
+) -> tuple[Category, ...] | None:
+    """Classes as the formats need them that have ids of their own."""
+    if categories is None or not all(isinstance(c, Category) for c in categories):
+        return None
+    return tuple(c for c in categories if isinstance(c, Category))
+
+
+# ADE20K and Cityscapes ----------------------------------------------------------------------------
+
+
+def _ade20k_splits(path: Path) -> list[str]:
+    maps = {folder.name for folder in _folders(path / "annotations")}
+    return [f.name for f in _folders(path / "images") if f.name in maps and f.name in _SPLITS]
+
+
+def _cityscapes_splits(path: Path) -> list[str]:
+    return [folder.name for folder in _folders(path / "leftImg8bit")]
+
+
+FORMATS: dict[str, _Format] = {
+    "cityscapes": _Format(
+        "leftImg8bit/SPLIT beside gtFine/SPLIT",
+        ("semantic", "instance", "panoptic"),
+        _cityscapes_splits,
+        lambda r: read_cityscapes(r.path, r.split, r.task, skip_bad=r.skip_bad),
+    ),
+    "ade20k": _Format(
+        "images/SPLIT beside annotations/SPLIT",
+        ("semantic",),
+        _ade20k_splits,
+        lambda r: read_ade20k(r.path, r.split, skip_bad=r.skip_bad),
+    ),
+    "coco-panoptic": _Format(
+        "a JSON file of segments",
+        ("panoptic", "semantic", "instance"),
+        lambda path: sorted(_coco_files(path, b'"segments_info"')),
+        _read_coco_panoptic,
+    ),
+    "coco": _Format(
+        "a JSON file of objects",
+        ("instance", "semantic"),
+        lambda path: sorted(_coco_files(path, b'"segmentation"')),
+        _read_coco,
+    ),
+    "folder": _Format(
+        "images beside labels or instances",
+        ("semantic", "instance"),
+        _folder_splits,
+        _read_folder,
+        lists_classes=False,
+    ),
+    "classes": _Format(
+        "a folder of pictures for each class",
+        ("classification",),
+        _class_splits,
+        _read_classes,
+        lists_classes=False,
+    ),
+}
+"""Formats by name."""

@@ -1,0 +1,238 @@
+"""Which format a folder has, its splits, and the classes of what has none."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from helpers import scenes
+from helpers.scenes import picture, rectangles, save
+from pointformer.annotations import Category
+from pointformer.cli.evaluate import _FORMATS
+from pointformer.data import FORMATS, find_source, open_dataset, open_splits
+
+
+def folder(root, splits=("train", "val"), labels=(0, 1, 2), number=3, kind="labels"):
+    for split in splits:
+        for n in range(number):
+            picture(root / split / "images" / f"{n}.png")
+            values = rectangles([v for v in labels if v], seed=n).astype(np.uint8)
+            save(root / split / kind / f"{n}.png", values)
+    return root
+
+
+def classes(root, counts, splits=("train", "val")):
+    for split in splits:
+        for name, count in counts.items():
+            for n in range(count):
+                picture(root / split / name / f"{n}.jpg", (12, 16))
+    return root
+
+
+def ade20k(root):
+    for split in ("training", "validation"):
+        picture(root / "images" / split / "a.jpg")
+        save(root / "annotations" / split / "a.png", rectangles([1, 150]).astype(np.uint8))
+    return root
+
+
+def coco(root):
+    """As it is published: annotations/ with all kinds of files beside train2017/ and val2017/."""
+    for split in ("train", "val"):
+        scenes.coco_instances(root)
+        made = root / "val2017"
+        if split == "train":
+            made.rename(root / "train2017")
+    files = list(root.rglob("*.json"))
+    (root / "annotations").mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        shutil.copy(files[0], root / "annotations" / f"instances_{split}2017.json")
+        (root / "annotations" / f"captions_{split}2017.json").write_text(
+            '{"images": [], "annotations": [{"caption": "a"}]}'
+        )
+    for file in files:
+        if file.parent != root / "annotations":
+            file.unlink()
+    return root
+
+
+def roboflow(root):
+    coco(root / "as")
+    for split, name in (("train", "train"), ("val", "valid")):
+        (root / "as" / f"{split}2017").rename(root / name)
+        shutil.move(
+            root / "as" / "annotations" / f"instances_{split}2017.json",
+            root / name / "_annotations.coco.json",
+        )
+    shutil.rmtree(root / "as")
+    return root
+
+
+def cityscapes(root):
+    for split in ("train", "val"):
+        scenes.cityscapes(root, 1, split)
+    return root
+
+
+MADE = {
+    "folder": (folder, "semantic"),
+    "instances": (lambda root: folder(root, kind="instances"), "instance"),
+    "classes": (lambda root: classes(root, {"cat": 2, "dog": 3}), "classification"),
+    "ade20k": (ade20k, "semantic"),
+    "cityscapes": (cityscapes, "panoptic"),
+    "coco": (coco, "instance"),
+    "roboflow": (roboflow, "instance"),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_format_is_recognized(tmp_path, name):
+    make, task = MADE[name]
+    root = make(tmp_path)
+    source = find_source(root, task=task)
+    assert source.format == {"instances": "folder", "roboflow": "coco"}.get(name, name)
+    assert str(root) in str(source)
+    assert source.format in str(source)
+    training, validation = open_splits(root, task=task)
+    assert training.categories == validation.categories
+    for part, split in ((training, "train"), (validation, "val")):
+        assert len(part)
+        assert all(source.split(split) in str(entry.image) for entry in part.entries)
+        for annotation in part:
+            assert annotation.read_image().shape[:2] == annotation.size
+    assert len(open_dataset(root, task=task)) == len(validation)
+    for other in {"semantic", "instance", "panoptic", "classification"} - set(
+        FORMATS[source.format].tasks
+    ):
+        with pytest.raises(ValueError, match=r"nothing for the task|looks like no data set"):
+            open_dataset(root, task=other)
+
+
+def test_the_command_line_knows_all_formats():
+    assert set(_FORMATS) == set(FORMATS)
+
+
+def test_a_folder_of_nothing_known_is_an_error(tmp_path):
+    picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=f"^{tmp_path}: looks like no data set of a known format"):
+        find_source(tmp_path)
+    with pytest.raises(ValueError, match="gone: expected a data set, there is no such folder"):
+        find_source(tmp_path / "gone")
+    with pytest.raises(ValueError, match="expected a JSON file of objects, found none; pass its"):
+        find_source(tmp_path, "coco")
+    with pytest.raises(ValueError, match=r"format: expected one of .*, got 'voc'"):
+        find_source(tmp_path, "voc")
+
+
+def test_splits_have_several_names(tmp_path):
+    folder(tmp_path, ("training", "valid", "extra"))
+    source = find_source(tmp_path)
+    assert source.split("train") == "training"
+    assert source.split("val") == "valid"
+    assert source.split("extra") == "extra"
+    assert source.split("test") is None
+    with pytest.raises(ValueError, match="no split 'test'; there are: extra, training, valid"):
+        open_dataset(tmp_path, split="test")
+
+
+def test_a_task_that_a_format_has_nothing_for(tmp_path):
+    folder(tmp_path)
+    with pytest.raises(ValueError, match="folder has nothing for the task 'classification', only"):
+        open_dataset(tmp_path, task="classification")
+
+
+def test_classes_are_listed_or_found_in_the_maps(tmp_path):
+    folder(tmp_path, labels=(0, 1, 7))
+    found = open_dataset(tmp_path, split="train").categories
+    assert [category.id for category in found] == [0, 1, 7]
+    (tmp_path / "classes.txt").write_text("sky\n" + "\n".join(f"c{n}" for n in range(1, 8)))
+    listed = open_dataset(tmp_path, split="train").categories
+    assert [category.name for category in listed] == ["sky", *(f"c{n}" for n in range(1, 8))]
+    named = open_dataset(tmp_path, split="train", categories=[str(n) for n in range(8)])
+    assert len(named.categories) == 8
+
+
+def test_masks_of_0_and_255_have_one_class_or_two(tmp_path):
+    folder(tmp_path, labels=(0, 255))
+    with pytest.raises(ValueError, match=r"hold only 0, and 255, which is void; .*void=\[\]"):
+        open_dataset(tmp_path)
+    assert [c.id for c in open_dataset(tmp_path, void=()).categories] == [0, 255]
+
+
+def test_maps_that_are_all_void(tmp_path):
+    picture(tmp_path / "images/a.png")
+    save(tmp_path / "labels/a.png", np.full(scenes.SIZE, 255, np.uint8))
+    with pytest.raises(ValueError, match=r"labels: expected labels, found only void \(255\)"):
+        open_dataset(tmp_path)
+
+
+def test_class_folders_count_classes_that_a_split_lacks(tmp_path):
+    classes(tmp_path, {"a": 1, "b": 1, "c": 2}, ["train"])
+    classes(tmp_path, {"a": 1, "c": 1}, ["val"])
+    (tmp_path / "val" / "b").mkdir()
+    validation = open_dataset(tmp_path, task="classification")
+    assert [category.name for category in validation.categories] == ["a", "b", "c"]
+    assert [annotation.label for annotation in validation] == [0, 2]
+    assert [entry.name for entry in validation.entries] == ["a/0", "c/0"]
+    (tmp_path / "val" / "b").rmdir()
+    own = [Category(5, "a"), Category(6, "c")]
+    assert [a.label for a in open_dataset(tmp_path, task="classification", categories=own)] == [
+        0,
+        1,
+    ]
+    picture(tmp_path / "val/x/0.png")
+    with pytest.raises(ValueError, match=r"val/x: is none of the 2 classes \(a, c\)"):
+        open_dataset(tmp_path, task="classification", categories=own)
+    kept = open_dataset(tmp_path, task="classification", categories=own, skip_bad=True)
+    assert len(kept) == 2
+    assert list(kept.skipped) == ["x"]
+
+
+def test_a_share_is_kept_where_there_is_no_split(tmp_path):
+    for name, count in (("rare", 1), ("few", 4), ("many", 40)):
+        for n in range(count):
+            picture(tmp_path / name / f"{n}.png", (4, 4))
+    training, validation = open_splits(tmp_path, task="classification", val_share=0.25)
+    labels = [entry.label for entry in validation.entries]
+    assert [training.categories[k].name for k in sorted(set(labels))] == ["few", "many"]
+    assert np.bincount(labels).tolist() == [1, 10]
+    names = {entry.name for entry in training.entries} | {e.name for e in validation.entries}
+    assert len(names) == len(training) + len(validation) == 45
+    again = open_splits(tmp_path, task="classification", val_share=0.25)[1]
+    assert [e.name for e in again.entries] == [e.name for e in validation.entries]
+    other = open_splits(tmp_path, task="classification", val_share=0.25, seed=1)[1]
+    assert [e.name for e in other.entries] != [e.name for e in validation.entries]
+    picture(tmp_path / "many" / "new.png", (4, 4))  # changes little for the others
+    more = open_splits(tmp_path, task="classification", val_share=0.25)[1]
+    kept = {e.name for e in more.entries} & {e.name for e in validation.entries}
+    assert len(kept) >= 10
+    alone, nothing = open_splits(tmp_path, task="classification", val_share=0)
+    assert (len(alone), nothing) == (46, None)
+
+
+@pytest.mark.parametrize(
+    ("number", "share", "message"),
+    [(1, 0.1, "is the only picture; expected at least two"), (3, 1.0, "val_share: expected a")],
+)
+def test_what_cannot_be_divided(tmp_path, number, share, message):
+    folder(tmp_path, [""], number=number)
+    with pytest.raises(ValueError, match=message):
+        open_splits(tmp_path, val_share=share)
+
+
+def test_two_pictures_are_one_to_learn_from_and_one_to_score(tmp_path):
+    folder(tmp_path, [""], number=2)
+    assert [len(part) for part in open_splits(tmp_path, val_share=0.01)] == [1, 1]
+    assert [len(part) for part in open_splits(tmp_path, val_share=0.99)] == [1, 1]
+
+
+def test_annotations_of_any_name(tmp_path):
+    coco(tmp_path)
+    (tmp_path / "annotations" / "instances_val2017.json").rename(tmp_path / "mine.json")
+    options = {"annotations": tmp_path / "mine.json", "task": "instance"}
+    assert len(open_dataset(tmp_path / "val2017", **options)) == 5
+    (tmp_path / "annotations" / "instances_more_train2017.json").write_bytes(
+        (tmp_path / "mine.json").read_bytes()
+    )
+    with pytest.raises(ValueError, match="may be the annotations; choose"):
+        open_dataset(tmp_path, task="instance", split="train")
