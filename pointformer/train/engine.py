@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import pointformer
 from pointformer._files import atomic_path
-from pointformer.data import Annotation, Category, Dataset, read_folder
+from pointformer.data import Annotation, Category, Dataset, open_splits
 from pointformer.evaluation import evaluate
 from pointformer.models import Model, Output, create_model, save_model
 from pointformer.tasks import Task, task_of
@@ -601,11 +601,15 @@ def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
     data = recipe.data
     if data.path is None:
         raise ValueError("data.path: expected the folder of a data set")
-    options: dict[str, Any] = {
-        "categories": data.categories,
-        "void": data.void,
-        "skip_bad": data.skip_bad,
-    }
-    training = read_folder(data.path, data.train or "train", recipe.task, **options)
-    validation = read_folder(data.path, data.val or "val", recipe.task, **options)
-    return training, validation
+    return open_splits(
+        data.path,
+        data.format,
+        recipe.task,
+        train=data.train,
+        val=data.val,
+        val_share=data.val_share,
+        seed=recipe.seed,
+        categories=data.categories,
+        void=data.void,
+        skip_bad=data.skip_bad,
+    )
