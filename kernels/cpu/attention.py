@@ -169,7 +169,7 @@ def forward(
         as_rows(value),
         flat(positions),
         cluster_index.contiguous().view(-1).numpy(),
-        cluster_offsets.numpy(),
+        cluster_offsets.contiguous().numpy(),
         as_bias(position_weight, position_bias, blank_key, blank_value, *query.shape[1:]),
         f32(scale * LOG2_E),
         shape,

@@ -333,7 +333,7 @@ def backward(
         as_rows(value),
         flat(positions),
         cluster_index.contiguous().view(-1).numpy(),
-        cluster_offsets.numpy(),
+        cluster_offsets.contiguous().numpy(),
         *(lists.numpy() for lists in inverse),
         as_bias(position_weight, position_bias, blank_key, blank_value, *query.shape[1:]),
         f32(scale),

@@ -411,7 +411,16 @@ def backward(
             groups[1].shape[0] * (heads // constants["HEADS"]),
             -(-group * cluster_size // GROUP_KEYS),
         ),
-        *(grad, normal, means, *inputs, positions, cluster_offsets, *groups, *learned[:2]),
+        *(
+            grad,
+            normal,
+            means,
+            *inputs,
+            positions,
+            cluster_offsets.contiguous(),
+            *groups,
+            *learned[:2],
+        ),
         *(*d_rows[1:], *strides, clusters, heads, channels // 8, *flags[:2], group, scale),
     )
     given = (position_weight, position_bias, blank_key, blank_value)

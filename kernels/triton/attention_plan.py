@@ -50,7 +50,7 @@ def tile_lists(cluster_index, cluster_offsets, copies=1):
     variant = _tile_variant(per_query, copies > 1)
     variant.launch(
         (tiles, triton.cdiv(copies, variant.constants["COPIES"])),
-        *(cluster_index.contiguous(), cluster_offsets, counts, rows, lengths, members),
+        *(cluster_index.contiguous(), cluster_offsets.contiguous(), counts, rows, lengths, members),
         *(queries, per_query, clusters, capacity, tiles, copies),
     )
     return [counts, rows, lengths, members]
