@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pointformer.cli.common import (
     add_model_arguments,
@@ -22,6 +23,9 @@ from pointformer.cli.common import (
     say,
 )
 from pointformer.cli.results import Results, is_result, write_sealed
+
+if TYPE_CHECKING:
+    from pointformer.data.transforms import Transform
 
 _FORMATS = ("folder", "classes", "ade20k", "cityscapes", "coco", "coco-panoptic")
 
@@ -54,6 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--flip", action="store_true", help="semantic: and mirrored copies")
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="work in windows of this side")
+    parser.add_argument(
+        "--resize",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="classification: resize pictures before, to this shorter side, or height and width",
+    )
+    parser.add_argument(
+        "--center-crop", type=int, metavar="PIXELS", help="classification: and look at the middle"
+    )
     parser.add_argument("--json", type=Path, help="write the scores to this file too")
     add_result_arguments(parser)
     add_picture_arguments(parser)
@@ -71,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
 
     model = model_from(options)
     task = task_of(model, options.task).name
+    transform = _transform(options, task)
     source = find_source(options.data, options.format, task, options.annotations)
     if options.format is None:
         say(printable(str(source)))
@@ -101,6 +116,7 @@ def run(options: argparse.Namespace) -> int:
         scales=options.scales,
         flip=options.flip,
         tile=options.tile,
+        transform=transform,
         **reading_from(options),
     )
     for name, value in result.scores.items():
@@ -120,3 +136,24 @@ def run(options: argparse.Namespace) -> int:
         with results.write(options.json) as path:
             write_sealed(path, content)
     return 0
+
+
+def _transform(options: argparse.Namespace, task: str) -> Transform | None:
+    from pointformer.data.transforms import CenterCrop, Chain, Resize
+
+    given = options.resize or [], [] if options.center_crop is None else [options.center_crop]
+    if not any(given):
+        return None
+    if task != "classification":
+        raise ValueError(f"--resize, --center-crop: are for classification, not for {task}")
+    sides, crop = given
+    if len(sides) > 2 or min(sides + crop) < 1:
+        raise ValueError(
+            "--resize, --center-crop: expected one or two positive numbers, and one, got "
+            f"{sides} and {crop}"
+        )
+    changes: list[Transform] = []
+    if sides:
+        changes.append(Resize(sides[0] if len(sides) == 1 else (sides[0], sides[1])))
+    changes += [CenterCrop(side) for side in crop]
+    return Chain(changes)

@@ -17,6 +17,7 @@ import pointformer.profiling
 import pointformer.segmentation.segment
 import pointformer.tasks
 from pointformer import cli
+from pointformer.data.transforms import CenterCrop, Chain, Resize
 from pointformer.profiling import Limits
 
 
@@ -181,6 +182,21 @@ TABLE = {
         (["--scales", "0.5", "1"], option("evaluate", "scales"), [0.5, 1.0]),
         (["--flip"], option("evaluate", "flip"), True),
         (["--tile", "256"], option("evaluate", "tile"), 256),
+        (
+            ["--task", "classification", "--resize", "30", "40"],
+            option("evaluate", "transform"),
+            Chain([Resize((30, 40))]),
+        ),
+        (
+            ["--task", "classification", "--resize", "40", "--center-crop", "24"],
+            option("evaluate", "transform"),
+            Chain([Resize(40), CenterCrop(24)]),
+        ),
+        (
+            ["--center-crop", "24"],
+            lambda seen: "--resize, --center-crop: are for classification" in seen["errors"],
+            True,
+        ),
         (["--json", "s.json"], lambda seen: seen["exists"]("s.json"), True),
     ],
     "profile": [
