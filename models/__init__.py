@@ -3,6 +3,7 @@
 from pointformer.models.complexity import Complexity, complexity_of
 from pointformer.models.config import AFFConfig, SwinConfig
 from pointformer.models.files import load_model, save_model
+from pointformer.models.graphs import capture
 from pointformer.models.grid import GridBackbone, token_sets
 from pointformer.models.heads import Output
 from pointformer.models.model import Model, Preprocess
@@ -19,6 +20,7 @@ __all__ = [
     "Output",
     "Preprocess",
     "SwinConfig",
+    "capture",
     "complexity_of",
     "create_model",
     "list_models",

@@ -9,7 +9,7 @@ from helpers.deformable import LEARNED
 from helpers.deformable import make_case as deformable_case
 from helpers.gather import make_case as gather_case
 from pointformer import deformable_attention, weighted_gather
-from pointformer.models import create_model
+from pointformer.models import capture, create_model
 
 pytestmark = pytest.mark.gpu
 
@@ -77,16 +77,15 @@ def test_nothing_waits():
 
 
 def test_training_steps_replay_as_a_graph():
-    """Captured once, replayed on new images: the same losses and weights as without a graph."""
+    """Captured once, replayed on new images: the same losses as without a graph."""
     model = small_model().train()
-    other = copy.deepcopy(model)
     batches = [torch.randn(2, 3, 64, 64, device="cuda") for _ in range(5)]
 
-    def make_step(model, images):
+    def step_of(model):
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
 
-        def step():
-            optimizer.zero_grad(set_to_none=True)
+        def step(images):
+            optimizer.zero_grad()
             loss = model(images).square().mean()
             loss.backward()
             optimizer.step()
@@ -94,28 +93,26 @@ def test_training_steps_replay_as_a_graph():
 
         return step
 
-    images = batches[0].clone()
-    step = make_step(model, images)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-    losses = []
-    for batch in batches[1:]:
-        images.copy_(batch)
-        graph.replay()
-        losses.append(loss.item())
-    eager_images = batches[0].clone()
-    eager = make_step(other, eager_images)
+    plain = step_of(copy.deepcopy(model))
+    step = capture(step_of(model), batches[0], warmup=2)
     for _ in range(2):
-        eager()
-    expected = []
+        plain(batches[0])
     for batch in batches[1:]:
-        eager_images.copy_(batch)
-        expected.append(eager().item())
-    assert losses == pytest.approx(expected, rel=1e-4)
+        assert step(batch).item() == pytest.approx(plain(batch).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("head", ["classification", "dense", "mask2former", "hcformer"])
+@pytest.mark.parametrize("sizes", [[(64, 48)] * 2, [(64, 48), (40, 96)]])
+def test_inference_replays_as_a_graph(head, sizes):
+    """Batches of images of one size and of several, from the CPU or the GPU."""
+    torch.manual_seed(0)
+    model = create_model("aff_nano", head=head, num_classes=3).cuda().eval()
+    first, second = ([torch.randn(3, *size, device="cuda") for size in sizes] for _ in range(2))
+    with torch.no_grad():
+        run = capture(model, first)
+        for images in (first, second):
+            ours, theirs = run([image.cpu() for image in images]), model(images)
+            if "former" in head:
+                ours, theirs = ours.class_logits, theirs.class_logits
+            for mine, other in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(mine, other)
