@@ -27,7 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fields", action="store_true", help="show the fields of recipes")
     parser.add_argument("--task", choices=("semantic", "instance", "panoptic", "classification"))
     parser.add_argument("--model", help="name, see the command models")
-    parser.add_argument("--init", help="NAME.TAG or a .safetensors file to start from")
+    parser.add_argument(
+        "--init", help="NAME.TAG, a .safetensors file or a released checkpoint to start from"
+    )
+    parser.add_argument("--format", help="of the data set (default: what it looks like)")
+    parser.add_argument(
+        "--val-share",
+        type=float,
+        help="of the pictures that are kept to be scored on, where no split is (default: 0.1)",
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out pictures and objects that are bad, and list them",
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -55,8 +68,13 @@ def run(options: argparse.Namespace) -> int:
         recipe = options.out / RECIPE
         if not recipe.is_file():
             raise ValueError(f"--resume: {options.out} holds no run: there is no {RECIPE}")
-    if data is not None:
-        changes.insert(0, f"data.path={data}")
+    given = {
+        "data.path": data,
+        "data.format": options.format,
+        "data.val_share": options.val_share,
+        "data.skip_bad": "true" if options.skip_bad else None,
+    }
+    changes = [f"{name}={value}" for name, value in given.items() if value is not None] + changes
     if options.threads is not None:
         if options.threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {options.threads}")

@@ -26,7 +26,8 @@ import pointformer
 from pointformer._files import atomic_path
 from pointformer.data import Annotation, Category, Dataset, open_splits
 from pointformer.evaluation import evaluate
-from pointformer.models import Model, Output, create_model, save_model
+from pointformer.models import Model, Output, create_model, load_released, save_model
+from pointformer.models.state import is_safetensors
 from pointformer.tasks import Task, task_of
 from pointformer.train.checkpoints import (
     list_checkpoints,
@@ -72,18 +73,29 @@ def make_model(recipe: Recipe, categories: Sequence[Category]) -> Model:
     options |= {"num_classes": kinds, **recipe.options}
     name, trained = recipe.model, None
     if recipe.init is not None and recipe.init_stages is not None:
-        trained = create_model(recipe.init, pretrained=True)
+        trained = _trained_model(recipe)
         name = name or trained.name
     torch.manual_seed(recipe.seed)
     if recipe.init is None or trained is not None:
         model = create_model(name or "aff_tiny", pretrained=False, **options)
     else:
-        model = create_model(recipe.init, pretrained=True, **options)
+        model = _trained_model(recipe, **options)
     if trained is not None and recipe.init_stages is not None:
         _copy_stages(trained, model, recipe.init_stages)
     if name not in (None, model.name):
         raise ValueError(f"init: {recipe.init} holds weights of {model.name}, not of {name}")
     return model
+
+
+def _trained_model(recipe: Recipe, **options: Any) -> Model:
+    """The model that `init` stands for: of a tag, in a file of ours, or a released checkpoint."""
+    init = recipe.init
+    assert init is not None
+    if not os.path.isfile(init) or is_safetensors(init):
+        return create_model(init, pretrained=True, **options)
+    if recipe.model is None:
+        raise ValueError(f"model: needed, as {init} does not say what it holds")
+    return load_released(init, recipe.model, **options)
 
 
 def _copy_stages(trained: Model, model: Model, stages: int) -> None:
@@ -548,6 +560,8 @@ def train(
         training, validation = open_data(recipe)
         model = make_model(recipe, training.categories)
         task = task_of(model, recipe.task, training.categories, **recipe.loss)
+        if task.name == "instance":
+            model.object_diameter = object_diameter(training)
         trainer = Trainer(recipe, model, task, len(training), processes)
         batches = Batches(
             training,
@@ -594,6 +608,28 @@ def check_folder(out: Path) -> None:
 def _weights(dataset: Dataset) -> np.ndarray:
     """How often pictures are drawn: more where there is more to see, but not in proportion."""
     return np.sqrt([1.0 + len(annotation.segments) for annotation in dataset])
+
+
+def object_diameter(dataset: Dataset) -> float | None:
+    """Of a typical object, in pixels, as of a disk of its area: the median over pictures of the
+    pictures' medians; `None` without objects.
+
+    Of large data sets, 200 pictures are looked at.
+    """
+    medians = []
+    for index in np.unique(np.linspace(0, len(dataset) - 1, 200).round().astype(int)).tolist():
+        try:
+            segments = dataset[index].segments
+        except ValueError:
+            if not dataset.skip_bad:
+                raise
+            continue
+        areas = [
+            s.area for s in segments if not s.crowd and dataset.categories[s.category].is_thing
+        ]
+        if areas:
+            medians.append(2 * math.sqrt(float(np.median(areas)) / math.pi))
+    return round(float(np.median(medians)), 1) if medians else None
 
 
 def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:

@@ -14,11 +14,15 @@ import torch.nn.functional as F
 
 from helpers.training import dataset_of, recipe_of, trainer_of, write_folder
 from pointformer import segment
-from pointformer.annotations import Category
+from pointformer.annotations import Category, Segment
+from pointformer.data import Annotation, Dataset, read_folder
+from pointformer.data.annotations import Entry
 from pointformer.evaluation import evaluate
-from pointformer.models import create_model
+from pointformer.models import AFFConfig, create_model
+from pointformer.models.config import CONFIGS
+from pointformer.models.released import to_released
 from pointformer.train.checkpoints import list_checkpoints
-from pointformer.train.engine import Trainer, make_model, train
+from pointformer.train.engine import Trainer, make_model, object_diameter, train
 from pointformer.train.loading import Batches
 from pointformer.train.recipe import read_recipe
 
@@ -145,6 +149,7 @@ def test_a_run_in_a_folder(folder, tmp_path):
     assert model.trained["steps"] == 4
     assert model.trained["recipe"]["budget"]["epochs"] == 2
     assert model.task == "instance"
+    assert model.object_diameter == object_diameter(read_folder(folder, "train", "instance"))
     assert segment(model, folder / "val/images/0.png").labels.shape == (64, 64)
     dataset = dataset_of(tmp_path / "checkpoints", "instance", 2)
     assert evaluate(model, dataset).pictures == 2
@@ -381,3 +386,33 @@ def test_mixed_pictures_have_the_mixed_loss(tmp_path):
     assert trainer.recent[0]["loss"] == pytest.approx(sum(expected).item() / 2, rel=1e-5)
     with pytest.raises(ValueError, match=r"augmentation\.mix: only for the task 'classification'"):
         recipe_of("x", "augmentation.mix={}")
+
+
+def test_the_diameter_of_objects():
+    """Of things that are no crowds: the median of the pictures' medians."""
+    things = (Category(1, "sky", False), Category(2, "cell"))
+    sizes = [[(1, 4), (1, 100)], [(1, 16), (0, 9999)], [(0, 9)], [(1, 64), (1, 64), (1, 2)]]
+    entries = []
+    for number, segments in enumerate(sizes):
+        kept = tuple(Segment(n, kind, area) for n, (kind, area) in enumerate(segments, 1))
+        crowd = Segment(9, 1, 10**6, crowd=True)
+        annotation = Annotation(str(number), None, (9, 9), number, segments=(*kept, crowd))
+        entries.append(Entry(str(number), None, None, lambda a=annotation: a))
+    dataset = Dataset("x", things, entries)
+    # Areas of 52, 16 and 64 are of disks of 8.14, 4.51 and 9.03.
+    assert object_diameter(dataset) == 8.1
+    assert object_diameter(dataset.subset([2])) is None
+
+
+def test_a_released_checkpoint_is_a_start(tmp_path, monkeypatch):
+    small = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2))
+    monkeypatch.setitem(CONFIGS, "aff_mini", small)
+    model = create_model("aff_mini", num_classes=10)
+    state = to_released(model.state_dict(), model.config)
+    torch.save({"model": state}, tmp_path / "mini.pth")
+    recipe = read_recipe(task="semantic", model="aff_mini", init=str(tmp_path / "mini.pth"))
+    started = make_model(recipe, [Category(n, str(n)) for n in range(2)])
+    assert (started.head_name, started.num_classes) == ("dense", 2)
+    assert same(started.backbone.state_dict(), model.backbone.state_dict())
+    with pytest.raises(ValueError, match=r"model: needed, as .*mini\.pth does not say"):
+        make_model(replace(recipe, model=None), [Category(1, "x")])
