@@ -624,9 +624,8 @@ def object_diameter(dataset: Dataset) -> float | None:
             if not dataset.skip_bad:
                 raise
             continue
-        areas = [
-            s.area for s in segments if not s.crowd and dataset.categories[s.category].is_thing
-        ]
+        things = [s for s in segments if not s.crowd and dataset.categories[s.category].is_thing]
+        areas = [segment.area for segment in things]
         if areas:
             medians.append(2 * math.sqrt(float(np.median(areas)) / math.pi))
     return round(float(np.median(medians)), 1) if medians else None

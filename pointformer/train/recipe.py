@@ -139,8 +139,8 @@ class Recipe:
     Attributes:
         task: what is learned.
         model: name, as of `create_model`; `None`: that of `init`, or else aff_tiny.
-        init: NAME.TAG or a file whose weights to start from: of `save_model`, such as that of another
-            run, or a released checkpoint of `model`. `None`: random ones.
+        init: NAME.TAG or a file whose weights to start from: of `save_model`, such as that of
+            another run, or a released checkpoint of `model`. `None`: random ones.
         init_stages: how many stages of its backbone to take, and nothing of its head; `None`: all,
             and of the head what fits. The deep stages of a model with a dense head, which hardly
             needs them, can be worse than random ones.

@@ -411,7 +411,8 @@ def test_a_released_checkpoint_is_a_start(tmp_path, monkeypatch):
     state = to_released(model.state_dict(), model.config)
     torch.save({"model": state}, tmp_path / "mini.pth")
     recipe = read_recipe(task="semantic", model="aff_mini", init=str(tmp_path / "mini.pth"))
-    started = make_model(recipe, [Category(n, str(n)) for n in range(2)])
+    with pytest.warns(UserWarning, match="kept: the backbone and 0 of 24 weights of the head"):
+        started = make_model(recipe, [Category(n, str(n)) for n in range(2)])
     assert (started.head_name, started.num_classes) == ("dense", 2)
     assert same(started.backbone.state_dict(), model.backbone.state_dict())
     with pytest.raises(ValueError, match=r"model: needed, as .*mini\.pth does not say"):
