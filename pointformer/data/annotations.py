@@ -166,6 +166,7 @@ class Dataset(Sequence[Annotation]):
     """Annotated pictures, in order, each read from its files when asked for.
 
     Attributes:
+        source: the file or folder of its annotations.
         categories: the classes, in order.
         entries: one per picture; has the names without reading annotations.
         skipped: what was left out so far, as name and error in one line: categories that are no
@@ -186,6 +187,7 @@ class Dataset(Sequence[Annotation]):
         Args:
             skipped: what is left out in any case.
         """
+        self.source = source
         self.categories = tuple(categories)
         twice = repeated(str(category.id) for category in self.categories)
         if twice:

@@ -189,15 +189,24 @@ def open_splits(
     source = find_source(path, format, task)
     if train is None and source.splits == ("",):
         train = ""
-    options = {"void": void, "skip_bad": skip_bad}
     training = open_dataset(
-        source, task=task, split="train" if train is None else train, categories=categories,
-        **options,
-    )  # fmt: skip
+        source,
+        task=task,
+        split="train" if train is None else train,
+        categories=categories,
+        void=void,
+        skip_bad=skip_bad,
+    )
     if val is not None or source.split("val") is not None:
-        return training, open_dataset(
-            source, task=task, split=val, categories=training.categories, **options
+        validation = open_dataset(
+            source,
+            task=task,
+            split=val,
+            categories=training.categories,
+            void=void,
+            skip_bad=skip_bad,
         )
+        return training, validation
     if val_share == 0:
         return training, None
     return training.divided(val_share, seed)
@@ -385,13 +394,13 @@ def _coco_file(request: _Request, key: bytes) -> tuple[Path, Path]:
         raise ValueError(
             f"{request.path}: both {names} may be the annotations; choose (--annotations)"
         )
-    (file,) = files
+    file = files[0]
     year = _SPLIT_IN_NAME.search(file.stem.lower())
-    names = [request.split, *([year[0].strip("_-. ")] if year else [])]
+    parts = [request.split, *([year[0].strip("_-. ")] if year else [])]
     root = request.path
-    folders = [file.parent, *(root / name for name in names)]
-    folders += [root / "images" / name for name in names]
-    folders += [root / name / "images" for name in names]
+    folders = [file.parent, *(root / name for name in parts)]
+    folders += [root / "images" / name for name in parts]
+    folders += [root / name / "images" for name in parts]
     folders += [root / "images", root]
     shown = _first_names(file)
     for folder in folders:
@@ -409,9 +418,9 @@ def _first_names(file: Path) -> list[str]:
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         start = max(0, text.find(b'"images"'))
         matches = _FILE_NAME.finditer(text[start : start + 2**20])
-        names = [match[1] for match in islice(matches, 20)]
+        raw = [match[1] for match in islice(matches, 20)]
     found = []
-    for name in names:
+    for name in raw:
         try:
             found.append(json.loads(name))
         except ValueError:

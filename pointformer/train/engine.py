@@ -25,6 +25,7 @@ from tqdm import tqdm
 import pointformer
 from pointformer._files import atomic_path
 from pointformer.data import Annotation, Category, Dataset, open_splits
+from pointformer.data.statistics import Statistics, examine, without_bad
 from pointformer.evaluation import evaluate
 from pointformer.models import Model, Output, create_model, load_released, save_model
 from pointformer.models.state import is_safetensors
@@ -538,7 +539,7 @@ def train(
 ) -> dict[str, float]:
     """Train, or go on with an interrupted run, until the budget is used up; return the scores then.
 
-    In `out` there are then recipe.yaml, checkpoints/, log.csv, scores.csv, curves.png, tokens/,
+    In `out` there are then recipe.yaml, data/ (what is in the pictures), checkpoints/, log.csv, scores.csv, curves.png, tokens/,
     tensorboard/ and model.safetensors, which `create_model` takes.
 
     Args:
@@ -557,8 +558,15 @@ def train(
         raise ValueError("budget: expected steps, epochs or minutes, as in budget.epochs=20")
     check_folder(out)
     with started_processes(device) as processes:
+        speak = say if processes.main else _silent
         training, validation = open_data(recipe)
+        training, statistics = _checked(training, recipe, out / "data" / "train.json", processes)
+        statistics.check()
+        if validation is not None:
+            validation, _ = _checked(validation, recipe, out / "data" / "val.json", processes)
         model = make_model(recipe, training.categories)
+        if not (out / RECIPE).exists():
+            _describe(training, validation, statistics, recipe, model, speak)
         task = task_of(model, recipe.task, training.categories, **recipe.loss)
         if task.name == "instance":
             model.object_diameter = object_diameter(training)
@@ -572,9 +580,9 @@ def train(
             pin=processes.device.type == "cuda",
             rank=processes.rank,
             world=processes.world,
-            weights=_weights(training) if recipe.data.draw == "by_objects" else None,
+            weights=_weights(statistics) if recipe.data.draw == "by_objects" else None,
         )
-        run = Run(trainer, batches, validation, out, say if processes.main else _silent)
+        run = Run(trainer, batches, validation, out, speak)
         run.resume()
         if processes.main:
             out.mkdir(parents=True, exist_ok=True)
@@ -605,9 +613,50 @@ def check_folder(out: Path) -> None:
             raise ValueError(f"{out / name}: is there, but no {RECIPE} of a run; use another --out")
 
 
-def _weights(dataset: Dataset) -> np.ndarray:
+def _weights(statistics: Statistics) -> np.ndarray:
     """How often pictures are drawn: more where there is more to see, but not in proportion."""
-    return np.sqrt([1.0 + len(annotation.segments) for annotation in dataset])
+    return np.sqrt([1.0 + len(facts.areas) for facts in statistics.good])
+
+
+def _checked(
+    dataset: Dataset, recipe: Recipe, kept: Path, processes: Processes
+) -> tuple[Dataset, Statistics]:
+    """The pictures that can be read, see `without_bad`, and what is in them.
+
+    Args:
+        kept: a file that spares the next start from reading all of them again.
+    """
+    for first in (True, False):  # the others take what the first has found
+        if processes.main == first:
+            statistics = examine(dataset, recipe.task, cache=kept, progress=first)
+        processes.gathered(None)
+    return without_bad(dataset, statistics), statistics
+
+
+def _describe(
+    training: Dataset,
+    validation: Dataset | None,
+    statistics: Statistics,
+    recipe: Recipe,
+    model: Model,
+    say: Callable[[str], None],
+) -> None:
+    """Say what the model is to learn from, and where a setting will not do well."""
+    say(f"{training.source}: {'; '.join(statistics.lines())}")
+    scored = "no pictures to be scored on" if validation is None else (
+        f"{validation.source}: {len(validation)} pictures to be scored on"
+    )  # fmt: skip
+    say(scored)
+    for dataset in (training, validation):
+        for problem in {} if dataset is None else dataset.skipped.values():
+            say(f"left out: {problem}")
+    crop, size, scale = recipe.augmentation.crop, None, 1.0
+    if crop is not None and crop.measure == "pixels":
+        size = (crop.size, crop.size) if isinstance(crop.size, int) else crop.size
+        scale = max(crop.scales)
+    token = getattr(model.config, "patch_stride", 4)
+    for advice in statistics.advice(token, size, scale):
+        say(f"advice: {advice}")
 
 
 def object_diameter(dataset: Dataset) -> float | None:

@@ -137,7 +137,7 @@ def test_a_run_in_a_folder(folder, tmp_path):
     recipe = recipe_of(folder, "budget.epochs=2", "average=0.5", "log_every=1")
     scores = train(recipe, tmp_path, say=silent)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "recipe.yaml", "checkpoints", "log.csv", "scores.csv", "curves.png", "tokens",
+        "recipe.yaml", "data", "checkpoints", "log.csv", "scores.csv", "curves.png", "tokens",
         "tensorboard", "model.safetensors",
     }  # fmt: skip
     assert read_recipe(tmp_path / "recipe.yaml") == recipe

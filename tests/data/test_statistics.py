@@ -1,0 +1,147 @@
+"""What is in a data set, what is wrong with it, and what is advised."""
+
+import numpy as np
+import pytest
+
+from helpers.scenes import save
+from pointformer.data import open_dataset, statistics
+from pointformer.data.statistics import examine, without_bad
+
+
+def cells(root, sizes=((40, 60), (40, 60), (20, 20)), side=5):
+    """A picture of each size with two objects: squares of `side` and of 2 pixels."""
+    for n, size in enumerate(sizes):
+        ids = np.zeros(size, np.uint8)
+        ids[3 : 3 + side, 3 : 3 + side] = 1
+        ids[12:14, 12:14] = 2
+        save(root / f"images/{n}.png", np.full(size, 10 * n, np.uint8))
+        save(root / f"instances/{n}.png", ids)
+    return open_dataset(root, task="instance", skip_bad=False)
+
+
+def classes(root, labels, void=255):
+    """Maps of one label each."""
+    for n, label in enumerate(labels):
+        save(root / f"images/{n}.png", np.zeros((8, 8), np.uint8))
+        values = np.full((8, 8), label, np.uint8)
+        values[0] = void
+        save(root / f"labels/{n}.png", values)
+    return open_dataset(root, categories=["a", "b", "c"])
+
+
+def test_objects_are_counted_and_measured(tmp_path):
+    found = examine(cells(tmp_path), "instance")
+    assert found.per_class == [6]
+    assert found.diameters.tolist() == [5, 2] * 3
+    first, _, third = found.lines()
+    assert first == "3 pictures, width x height 60 x 40 (2), 20 x 20 (1)"
+    assert third.startswith("6 objects, up to 2 in a picture, diameters 2 to 5 px")
+    found.check()
+
+
+def test_small_objects_and_large_crops_are_advised_on(tmp_path):
+    found = examine(cells(tmp_path), "instance")
+    small, large = found.advice(4, (32, 32))
+    assert small.startswith("3 of 6 objects (50%) are smaller than a token of 4 x 4 px")
+    assert "enlarge the pictures 2 times" in small
+    assert large.startswith("crops of 32 x 32 px are larger than 1 of the 3 pictures (as 20 x 20)")
+    assert found.advice(4, (32, 32), scale=2) == []
+    assert found.advice(2, (20, 20)) == []
+
+
+def test_classes_of_pixels(tmp_path):
+    found = examine(classes(tmp_path, [0, 0, 2]), "semantic")
+    assert found.per_class == [112, 0, 56]
+    assert found.lines()[1:] == ["3 classes, by pixels: a 66.7%, c 33.3%, b 0%", "12.5% void"]
+    assert found.advice() == ["1 class (b) without pixels: nothing is learned of these"]
+    found.check()
+
+
+def test_classes_of_pictures(tmp_path):
+    for name, count in (("cat", 3), ("dog", 1)):
+        for n in range(count):
+            save(tmp_path / name / f"{n}.png", np.zeros((8, 8), np.uint8))
+    found = examine(open_dataset(tmp_path, task="classification"), "classification")
+    assert found.per_class == [3, 1]
+    assert found.lines()[1] == "2 classes, by pictures: cat 75%, dog 25%"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([255, 255], "a pixel with a class, the 2 pictures have none but void"),
+        ([1, 1], "two classes to be told apart, the 2 pictures have only 'b'"),
+    ],
+)
+def test_what_cannot_be_learned_from(tmp_path, labels, message):
+    with pytest.raises(ValueError, match=f"^data: expected .*{message}"):
+        examine(classes(tmp_path, labels), "semantic").check()
+
+
+def test_one_class_of_pixels_and_no_objects(tmp_path):
+    classes(tmp_path / "a", [0])
+    one = open_dataset(tmp_path / "a", categories=["only"])
+    with pytest.raises(ValueError, match=r"expected at least two classes .* got one \(only\)"):
+        examine(one, "semantic").check()
+    save(tmp_path / "b/images/0.png", np.zeros((8, 8), np.uint8))
+    save(tmp_path / "b/instances/0.png", np.zeros((8, 8), np.uint8))
+    empty = examine(open_dataset(tmp_path / "b", task="instance"), "instance")
+    with pytest.raises(ValueError, match="expected an object, the picture has none"):
+        empty.check()
+    assert empty.advice()[0].startswith("1 picture: the model will learn it by heart")
+
+
+def broken(root):
+    """Of six pictures one ends early, one is none, one has a map of another size."""
+    cells(root, [(20, 20)] * 6)
+    content = (root / "images/1.png").read_bytes()
+    (root / "images/1.png").write_bytes(content[: len(content) // 2])
+    (root / "images/3.png").write_text("no picture")
+    save(root / "instances/4.png", np.zeros((9, 9), np.uint8))
+    return ["1", "3", "4"]
+
+
+def test_broken_pictures_are_named_before_training(tmp_path):
+    bad = broken(tmp_path)
+    dataset = open_dataset(tmp_path, task="instance")
+    found = examine(dataset, "instance")
+    assert sorted(found.problems) == bad
+    with pytest.raises(ValueError, match=r"^3 of 6 pictures cannot be used: ") as error:
+        without_bad(dataset, found)
+    assert "\n" not in str(error.value)
+    for name in ("images/1.png", "images/3.png", "instances/4.png", "skip_bad leaves them out"):
+        assert name in str(error.value)
+    dataset = open_dataset(tmp_path, task="instance", skip_bad=True)
+    kept = without_bad(dataset, examine(dataset, "instance"))
+    assert [entry.name for entry in kept.entries] == ["0", "2", "5"]
+    assert sorted(kept.skipped) == bad
+    assert len(dataset) == 6
+
+
+def test_what_was_found_is_kept_until_a_file_changes(tmp_path, monkeypatch):
+    bad, cache = broken(tmp_path), tmp_path / "run" / "found.json"
+    dataset, read = open_dataset(tmp_path, task="instance"), []
+    look = statistics._facts
+
+    def spied(dataset, index, *rest):
+        read.append(dataset.entries[index].name)
+        return look(dataset, index, *rest)
+
+    monkeypatch.setattr(statistics, "_facts", spied)
+
+    def examined(task="instance", **reading):
+        read.clear()
+        found = examine(dataset, task, cache=cache, **reading)
+        return found, sorted(read)
+
+    everything = [str(n) for n in range(6)]
+    first, looked = examined()
+    assert looked == everything
+    assert examined() == (first, [])
+    save(tmp_path / "images/3.png", np.zeros((20, 20), np.uint8))
+    mended, looked = examined()
+    assert looked == ["3"]
+    assert sorted(mended.problems) == [name for name in bad if name != "3"]
+    assert examined(plane=0)[1] == everything
+    cache.write_text("[]")
+    assert examined()[1] == everything
