@@ -539,8 +539,8 @@ def train(
 ) -> dict[str, float]:
     """Train, or go on with an interrupted run, until the budget is used up; return the scores then.
 
-    In `out` there are then recipe.yaml, data/ (what is in the pictures), checkpoints/, log.csv, scores.csv, curves.png, tokens/,
-    tensorboard/ and model.safetensors, which `create_model` takes.
+    In `out` there are then recipe.yaml, data/ (what is in the pictures), checkpoints/, log.csv,
+    scores.csv, curves.png, tokens/, tensorboard/ and model.safetensors, which `create_model` takes.
 
     Args:
         device: "cuda" is a GPU for each process of `torchrun`.
