@@ -45,7 +45,7 @@ def capture(function: Callable[..., Any], *inputs: Any, warmup: int = 3) -> Call
         function: whatever does not wait for the GPU, as `model(images)` and losses of its logits do
             not. Matching objects to queries, as for masks, does.
         inputs: its arguments: tensors on one GPU, in lists, tuples or dictionaries if need be, and
-            other values, which stay the same.
+            other values, which stay the same. Without tensors it is the current GPU.
         warmup: how often to call it before, which compiles kernels and lets optimizers make their
             state. These calls count: a training step trains, on `inputs`.
 
@@ -55,8 +55,8 @@ def capture(function: Callable[..., Any], *inputs: Any, warmup: int = 3) -> Call
         tensors that its next call overwrites; clone what is to be kept.
 
     Raises:
-        TypeError, ValueError: `function` cannot be called, there is no tensor on a GPU in `inputs`,
-            tensors are on several devices, or inputs of a later call are not like these.
+        TypeError, ValueError: `function` cannot be called, `inputs` are not on one GPU, or those of
+            a later call are not like them.
     """
     if not callable(function):
         raise TypeError(f"function: expected a model or a function, got {describe(function)}")
@@ -95,6 +95,8 @@ def capture(function: Callable[..., Any], *inputs: Any, warmup: int = 3) -> Call
 
 def _gpu_of(leaves: list[Any]) -> torch.device:
     devices = sorted({str(leaf.device) for leaf in leaves if isinstance(leaf, Tensor)})
+    if not devices and torch.cuda.is_available():
+        devices = [f"cuda:{torch.cuda.current_device()}"]
     if len(devices) != 1 or not devices[0].startswith("cuda"):
         found = " and ".join(devices) or "none"
         raise ValueError(f"inputs: expected tensors on one GPU, got {found}; use .cuda()")

@@ -24,12 +24,11 @@ from report import Case, Part, Report
 from torch import Tensor, nn
 
 from pointformer import neighborhood_attention
-from pointformer.models import Model, create_model
+from pointformer.models import Model, capture, create_model
 from pointformer.profiling import (
     OPS,
     Call,
     Limits,
-    captured,
     describe_machine,
     measure_limits,
     profile,
@@ -268,7 +267,7 @@ def throughput() -> Iterator[Case]:
 def images_per_second(name: str) -> dict[str, object]:
     model, images = network(name, (224, 224), 64)
     with torch.no_grad():
-        replay = captured(lambda: model(images))
+        replay = capture(lambda: model(images))
         times = time_call(replay, device(), REPEATS)
     return {"ms": [1e3 * t for t in times.quantiles], "images_s": 64 / times.q50}
 

@@ -8,7 +8,7 @@ from pointformer.profiling.machine import Limits, describe_machine, measure_limi
 from pointformer.profiling.ops import LAYERS, OPS, Call, Op
 from pointformer.profiling.record import record
 from pointformer.profiling.report import Row, profile, table
-from pointformer.profiling.timing import Times, captured, time_call
+from pointformer.profiling.timing import Times, time_call
 from pointformer.profiling.traffic import Traffic
 from pointformer.profiling.work import Work
 
@@ -22,7 +22,6 @@ __all__ = [
     "Times",
     "Traffic",
     "Work",
-    "captured",
     "describe_machine",
     "measure_limits",
     "profile",

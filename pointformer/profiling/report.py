@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pointformer.models import Model
+from pointformer.models import Model, capture
 from pointformer.models.inference import unmoved
 from pointformer.models.mask2former import MaskPredictions
 from pointformer.profiling.machine import Limits
 from pointformer.profiling.ops import BACKWARD, FORWARD, OPS, Call
 from pointformer.profiling.record import record
-from pointformer.profiling.timing import Times, captured, time_call
+from pointformer.profiling.timing import Times, time_call
 from pointformer.profiling.work import Work
 
 REST, TOTAL = "rest", "total"
@@ -206,7 +206,7 @@ def _whole(
                 return model(images)
 
             if graph:
-                run = captured(run)
+                run = capture(run)
         else:
             run = _backward_of(model, images)
         times = time_call(run, images.device, repeats, warm=warm)

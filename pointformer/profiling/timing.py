@@ -95,17 +95,3 @@ def _events(run: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Eve
     run()
     end.record()
     return start, end
-
-
-def captured(run: Callable[[], object]) -> Callable[[], None]:
-    """`run` as a CUDA graph: a function that replays it. Its tensors are reused in place."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what kernels compile or allocate once is no part of a graph
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay

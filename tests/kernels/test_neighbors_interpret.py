@@ -184,10 +184,13 @@ def test_compiles_into_one_graph():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("widths", [(12, 12), (15, 9)])
 @pytest.mark.parametrize("scope", ["token", "tile"])
-def test_a_uniform_batch_can_be_captured(scope):
+def test_batches_can_be_captured(scope, widths):
+    """Uniform ones and ragged ones: nothing is copied from the host."""
     with fake_gpu():
-        tokens = TokenSet.from_grid(torch.rand(2, 3, 8, 12, device="cuda")).cluster()
+        maps = [torch.rand(3, 8, width, device="cuda") for width in widths]
+        tokens = TokenSet.from_grid(maps).cluster()
         neighborhoods = nearest_clusters(
             tokens.positions, tokens.clusters, scope=scope, include_own=True
         )

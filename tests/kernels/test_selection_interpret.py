@@ -133,18 +133,21 @@ def test_compiles_in_one_graph():
     assert torch.equal(compiled(scores, positions), run(scores, positions))
 
 
+@pytest.mark.parametrize("heights", [(6, 6), (4, 8)])
 @pytest.mark.parametrize("lattice", [True, False])
 @pytest.mark.parametrize("prior", PRIORS)
-def test_a_uniform_batch_can_be_captured(prior, lattice):
-    """And without an `impl` it is Triton's that runs on a GPU."""
+def test_batches_can_be_captured(prior, lattice, heights):
+    """Uniform ones and ragged ones; without an `impl` it is Triton's that runs on a GPU."""
     with fake_gpu():
         positions = torch.rand(96, 2, device="cuda")
-        kwargs = {"sizes": [48, 48], "extent": (8, 6), "rate": 0.25, "stride": 2, "prior": prior}
+        sizes, extent = [8 * height for height in heights], [(8, height) for height in heights]
+        kwargs = {"sizes": sizes, "extent": extent, "rate": 0.25, "stride": 2, "prior": prior}
         for impl in (None, "triton"):
             index, keep = select_centers(
                 torch.rand(96, device="cuda"), positions, lattice=lattice, impl=impl, **kwargs
             )
-            assert (index.shape, index.device.type, keep) == ((24,), "cuda", (12, 12))
+            kept = tuple(size // 4 for size in sizes)
+            assert (index.shape, index.device.type, keep) == ((24,), "cuda", kept)
 
 
 def test_a_side_too_long_is_an_error():
