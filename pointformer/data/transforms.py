@@ -1,15 +1,17 @@
 """Random changes of pictures for training, which what is annotated follows.
 
 A transform is called with a picture (H, W, 3) uint8, its `Annotation` and a generator of random
-numbers, and returns both anew; equal generators give equal results, bit for bit. Numbers of
-probabilities are shares from 0 to 1. Pixels of maps and masks are those nearest to the new pixels'
-centers. Segments that a crop leaves no pixel of are dropped, the others have their areas anew.
+numbers, and returns both; it writes to neither. Equal generators give equal results, bit for bit.
+Pixels of maps and masks are those nearest to the new pixels' centers. Segments that a crop leaves
+no pixel of are dropped, the others have their areas anew.
+
+Probabilities and shares are from 0 to 1. What cannot be is a `ValueError` when a transform is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import count
 from typing import Any, Literal, Protocol
 
@@ -18,6 +20,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
+from pointformer._checks import check_count, check_number
 from pointformer.annotations import VOID, Mask, Segment
 from pointformer.data.annotations import Annotation
 
@@ -49,8 +52,33 @@ class Chain:
         return image, annotation
 
 
+class _Checked:
+    """Checks of fields by their names."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            name, value = field.name, getattr(self, field.name)
+            if name in ("size", "short", "longest"):
+                for side in value if isinstance(value, tuple | list) else (value,):
+                    if side is not None:
+                        check_count(name, side)
+            elif name in ("scales", "areas", "ratios"):
+                if len(value) != 2 or not 0 < value[0] <= value[1]:
+                    raise ValueError(
+                        f"{name}: expected two positive numbers that rise, got {tuple(value)}"
+                    )
+            elif name == "operations":
+                check_count(name, value, least=0)
+            elif name in ("magnitude", "spread"):
+                check_number(name, value, least=0, most=10)
+            elif name in ("mixup", "cutmix"):
+                check_number(name, value, least=0)
+            elif isinstance(value, float | int) and not isinstance(value, bool):
+                check_number(name, value, least=0, most=1)
+
+
 @dataclass(frozen=True)
-class RandomCrop:
+class RandomCrop(_Checked):
     """A window of random place and magnification.
 
     Attributes:
@@ -79,9 +107,6 @@ class RandomCrop:
     beyond: Literal["void", "mirror"] = "void"
     interpolation: Interpolation = "bilinear"
 
-    def __post_init__(self) -> None:
-        _check_range("scales", self.scales)
-
     def __call__(
         self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
     ) -> Sample:
@@ -108,7 +133,7 @@ class RandomCrop:
 
 
 @dataclass(frozen=True)
-class RandomResizedCrop:
+class RandomResizedCrop(_Checked):
     """A window of random place, area and shape, resized: what classifiers are trained with.
 
     Attributes:
@@ -122,10 +147,6 @@ class RandomResizedCrop:
     areas: tuple[float, float] = (0.08, 1.0)
     ratios: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: Interpolation = "bicubic"
-
-    def __post_init__(self) -> None:
-        _check_range("areas", self.areas)
-        _check_range("ratios", self.ratios)
 
     def __call__(
         self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
@@ -142,7 +163,7 @@ class RandomResizedCrop:
 
 
 @dataclass(frozen=True)
-class RandomFlip:
+class RandomFlip(_Checked):
     """Mirror images: probabilities of left to right, and of top to bottom."""
 
     horizontal: float = 0.5
@@ -178,7 +199,7 @@ class RandomTurn:
 
 
 @dataclass(frozen=True)
-class RandomCurves:
+class RandomCurves(_Checked):
     """Random gamma, contrast, brightness and color balance, and now and then more: for pictures
     from microscopes, which differ in stain and light.
 
@@ -216,11 +237,11 @@ class RandomCurves:
 
 
 @dataclass(frozen=True)
-class ColorJitter:
+class ColorJitter(_Checked):
     """Random brightness, contrast, saturation and hue, as SSD was trained with (Liu et al. 2016).
 
     Attributes:
-        brightness: at most so much is added, of the range from black to white.
+        brightness: at most such a share of the range from black to white is added.
         contrast, saturation: factors are in 1 - this to 1 + this.
         hue: at most such a share of a turn.
         probability: of each of the four.
@@ -257,7 +278,7 @@ def _levels(image: np.ndarray, levels: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class RandAugment:
+class RandAugment(_Checked):
     """A few operations, each chosen at random among many (Cubuk et al. 2020).
 
     Where places are annotated the operations are those of colors only. They are Pillow's, with the
@@ -275,10 +296,6 @@ class RandAugment:
     magnitude: float = 9.0
     spread: float = 0.5
     probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.magnitude <= 10:
-            raise ValueError(f"magnitude: expected 0 to 10, got {self.magnitude}")
 
     def __call__(
         self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
@@ -350,7 +367,7 @@ _OPERATIONS = (
 
 
 @dataclass(frozen=True)
-class RandomErasing:
+class RandomErasing(_Checked):
     """Noise in the place of a rectangle (Zhong et al. 2020); what is annotated stays.
 
     Attributes:
@@ -362,10 +379,6 @@ class RandomErasing:
     probability: float = 0.25
     areas: tuple[float, float] = (0.02, 1 / 3)
     ratios: tuple[float, float] = (0.3, 1 / 0.3)
-
-    def __post_init__(self) -> None:
-        _check_range("areas", self.areas)
-        _check_range("ratios", self.ratios)
 
     def __call__(
         self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
@@ -384,7 +397,7 @@ class RandomErasing:
 
 
 @dataclass(frozen=True)
-class Resize:
+class Resize(_Checked):
     """The whole picture in another size.
 
     Attributes:
@@ -412,7 +425,7 @@ class Resize:
 
 
 @dataclass(frozen=True)
-class CenterCrop:
+class CenterCrop(_Checked):
     """The middle, of height and width `size`; void where the picture is smaller."""
 
     size: int | tuple[int, int]
@@ -429,7 +442,7 @@ class CenterCrop:
 
 
 @dataclass(frozen=True)
-class Mix:
+class Mix(_Checked):
     """Mixtures of two pictures each in a batch: mixup (Zhang et al. 2018) or CutMix (Yun et al.
     2019), for the classes of pictures.
 
@@ -447,11 +460,6 @@ class Mix:
     cutmix: float = 1.0
     probability: float = 1.0
     switch: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
     def __call__(self, images: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor, float]:
         """Mix a batch; all of it alike.
@@ -506,11 +514,6 @@ def _random_rectangle(
             left = int(rng.integers(shape[1] - width, endpoint=True))
             return (top, height), (left, width)
     return None
-
-
-def _check_range(name: str, values: Sequence[float]) -> None:
-    if len(values) != 2 or not 0 < values[0] <= values[1]:
-        raise ValueError(f"{name}: expected two positive numbers that rise, got {tuple(values)}")
 
 
 def _window(

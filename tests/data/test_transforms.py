@@ -433,12 +433,24 @@ def test_all_ways_of_mixing_are_drawn():
     assert min(shares) < 0.1
 
 
-def test_what_cannot_be_is_one_line():
-    with pytest.raises(ValueError, match=r"scales: expected .* got \(2.0, 1.0\)"):
-        RandomCrop(8, scales=(2.0, 1.0))
-    with pytest.raises(ValueError, match=r"areas: expected .* got \(0, 1\)"):
-        RandomResizedCrop(8, areas=(0, 1))
-    with pytest.raises(ValueError, match=r"magnitude: expected 0 to 10, got 11"):
-        RandAugment(magnitude=11)
-    with pytest.raises(ValueError, match=r"mixup: expected at least 0, got -1"):
-        Mix(mixup=-1)
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: RandomCrop(8, scales=(2.0, 1.0)), r"scales: expected .* got \(2.0, 1.0\)"),
+        (lambda: RandomCrop(0), "size: expected a positive integer, got 0"),
+        (lambda: RandomCrop((8, 0)), "size: expected a positive integer, got 0"),
+        (lambda: RandomCrop(8, longest=0), "longest: expected a positive integer, got 0"),
+        (lambda: RandomResizedCrop(8, areas=(0, 1)), r"areas: expected .* got \(0, 1\)"),
+        (lambda: RandomFlip(1.5), r"horizontal: expected a number in \[0, 1\], got 1.5"),
+        (lambda: ColorJitter(contrast=2), r"contrast: expected a number in \[0, 1\], got 2"),
+        (lambda: RandAugment(magnitude=11), r"magnitude: expected a number in \[0, 10\], got 11"),
+        (lambda: RandAugment(operations=-1), "operations: expected an integer of at least 0"),
+        (lambda: RandomErasing(ratios=(1,)), r"ratios: expected .* got \(1,\)"),
+        (lambda: Mix(mixup=-1), "mixup: expected a number of at least 0, got -1"),
+        (lambda: Mix(switch=float("nan")), r"switch: expected a number in \[0, 1\], got nan"),
+    ],
+)
+def test_what_cannot_be_is_one_line(made, message):
+    with pytest.raises(ValueError, match=message) as error:
+        made()
+    assert "\n" not in str(error.value)
