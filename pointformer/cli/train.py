@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pointformer.cli.common import say
+from pointformer.cli.common import is_out_of_memory, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,15 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--threads: expected at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     made = read_recipe(recipe, changes, task=options.task, model=options.model, init=options.init)
-    train(made, options.out, device=options.device, say=say)
+    try:
+        train(made, options.out, device=options.device, say=say)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise ValueError(
+                "out of memory: use a smaller batch or crop, accumulate=2 or more, "
+                "gradient_checkpointing=true, or precision=bfloat16"
+            ) from error
+        raise
     return 0
 
 

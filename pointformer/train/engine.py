@@ -174,6 +174,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: the loss or the gradient of the step before is not finite.
+            ValueError: the model cannot take these pictures; the message names them.
         """
         recipe = self.recipe
         self.model.train()
@@ -185,13 +186,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor
         self.optimizer.zero_grad()
-        total: dict[str, Tensor] = {}
-        for images, truth, share in self._parts(batch):
-            terms = self._mixed_loss(images, truth)
-            loss = torch.stack(list(terms.values())).sum()
-            (share * loss).backward()
-            for name, term in {"loss": loss, **terms}.items():
-                total[name] = total.get(name, 0) + share * term.detach()
+        try:
+            total = self._gradients(batch)
+        except ValueError as error:
+            self.check()  # weights of a step before that went wrong are no fault of these pictures
+            where = f"step {self.steps}, with {', '.join(batch.names)}"
+            raise ValueError(f"{error} (at {where})") from error
         total["gradient"] = clip_gradients(self.model, recipe.optimizer.clip).detach()
         self.check()
         self._unchecked = self.steps, batch.names, total
@@ -199,6 +199,17 @@ class Trainer:
         self.steps += 1
         if self.average is not None:
             self.average.update(self.model, self.steps)
+
+    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss and its terms, and their gradients in the parameters."""
+        total: dict[str, Tensor] = {}
+        for images, truth, share in self._parts(batch):
+            terms = self._mixed_loss(images, truth)
+            loss = torch.stack(list(terms.values())).sum()
+            (share * loss).backward()
+            for name, term in {"loss": loss, **terms}.items():
+                total[name] = total.get(name, 0) + share * term.detach()
+        return total
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Any, list[Annotation], float]]:
         """Parts of a batch, normalized, and their shares of it."""
@@ -377,7 +388,8 @@ class Run:
         """Train until the budget is used up; score and save the averaged weights.
 
         Raises:
-            OSError, FloatingPointError: see `train`.
+            OSError, FloatingPointError, ValueError: see `train`; the message says which checkpoint
+                is from before.
         """
         trainer = self.trainer
         try:
@@ -395,13 +407,15 @@ class Run:
                 save_model(trainer.averaged, self.out / WEIGHTS, trained=self._trained())
                 save_curves(self.out)
             self.say(f"the model is in {self.out / WEIGHTS}")
-        except (OSError, FloatingPointError) as error:
+        except (OSError, FloatingPointError, ValueError) as error:
             saved = [path.name for path in list_checkpoints(self.checkpoints)[:1]]
             where = f"{saved[0]} is from before" if saved else "there is no checkpoint"
             text = str(error)
             if isinstance(error, OSError) and error.strerror:
                 text = f"{error.filename or self.out}: {error.strerror}"
-            raise type(error)(f"{text}; {where}") from error
+            kinds = (OSError, FloatingPointError, ValueError)
+            kind = next(kind for kind in kinds if isinstance(error, kind))
+            raise kind(f"{text}; {where}") from error
         return self.scores
 
     def save(self) -> None:
@@ -569,7 +583,7 @@ def train(
             _describe(training, validation, statistics, recipe, model, speak)
         task = task_of(model, recipe.task, training.categories, **recipe.loss)
         if task.name == "instance":
-            model.object_diameter = object_diameter(training)
+            model.object_diameter = object_diameter(statistics)
         trainer = Trainer(recipe, model, task, len(training), processes)
         batches = Batches(
             training,
@@ -659,25 +673,11 @@ def _describe(
         say(f"advice: {advice}")
 
 
-def object_diameter(dataset: Dataset) -> float | None:
+def object_diameter(statistics: Statistics) -> float | None:
     """Of a typical object, in pixels, as of a disk of its area: the median over pictures of the
-    pictures' medians; `None` without objects.
-
-    Of large data sets, 200 pictures are looked at.
-    """
-    medians = []
-    for index in np.unique(np.linspace(0, len(dataset) - 1, 200).round().astype(int)).tolist():
-        try:
-            segments = dataset[index].segments
-        except ValueError:
-            if not dataset.skip_bad:
-                raise
-            continue
-        things = [s for s in segments if not s.crowd and dataset.categories[s.category].is_thing]
-        areas = [segment.area for segment in things]
-        if areas:
-            medians.append(2 * math.sqrt(float(np.median(areas)) / math.pi))
-    return round(float(np.median(medians)), 1) if medians else None
+    pictures' medians; `None` without objects."""
+    areas = [np.median(facts.areas) for facts in statistics.good if facts.areas]
+    return round(2 * math.sqrt(float(np.median(areas)) / math.pi), 1) if areas else None
 
 
 def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from helpers.training import dataset_of, recipe_of, trainer_of, write_folder
 from pointformer import segment
-from pointformer.annotations import Category, Segment
-from pointformer.data import Annotation, Dataset, read_folder
-from pointformer.data.annotations import Entry
+from pointformer.annotations import Category
+from pointformer.data import read_folder
+from pointformer.data.statistics import PictureFacts, Statistics, examine
 from pointformer.evaluation import evaluate
 from pointformer.models import AFFConfig, create_model
 from pointformer.models.config import CONFIGS
@@ -149,7 +149,8 @@ def test_a_run_in_a_folder(folder, tmp_path):
     assert model.trained["steps"] == 4
     assert model.trained["recipe"]["budget"]["epochs"] == 2
     assert model.task == "instance"
-    assert model.object_diameter == object_diameter(read_folder(folder, "train", "instance"))
+    facts = examine(read_folder(folder, "train", "instance"), "instance")
+    assert model.object_diameter == object_diameter(facts)
     assert segment(model, folder / "val/images/0.png").labels.shape == (64, 64)
     dataset = dataset_of(tmp_path / "checkpoints", "instance", 2)
     assert evaluate(model, dataset).pictures == 2
@@ -389,19 +390,24 @@ def test_mixed_pictures_have_the_mixed_loss(tmp_path):
 
 
 def test_the_diameter_of_objects():
-    """Of things that are no crowds: the median of the pictures' medians."""
-    things = (Category(1, "sky", False), Category(2, "cell"))
-    sizes = [[(1, 4), (1, 100)], [(1, 16), (0, 9999)], [(0, 9)], [(1, 64), (1, 64), (1, 2)]]
-    entries = []
-    for number, segments in enumerate(sizes):
-        kept = tuple(Segment(n, kind, area) for n, (kind, area) in enumerate(segments, 1))
-        crowd = Segment(9, 1, 10**6, crowd=True)
-        annotation = Annotation(str(number), None, (9, 9), number, segments=(*kept, crowd))
-        entries.append(Entry(str(number), None, None, lambda a=annotation: a))
-    dataset = Dataset("x", things, entries)
-    # Areas of 52, 16 and 64 are of disks of 8.14, 4.51 and 9.03.
-    assert object_diameter(dataset) == 8.1
-    assert object_diameter(dataset.subset([2])) is None
+    """The median of the pictures' medians: of areas of 52, 16 and 64 that of 52."""
+    facts = [PictureFacts(str(n), (9, 9), areas=areas)
+             for n, areas in enumerate([(4, 100), (16,), (), (64, 64, 2)])]  # fmt: skip
+    broken = PictureFacts("4", areas=(10**6,), problem="broken")
+    statistics = Statistics((Category(1, "cell"),), (*facts, broken), "objects")
+    assert object_diameter(statistics) == 8.1
+    assert object_diameter(replace(statistics, facts=(facts[2],))) is None
+
+
+def test_what_a_model_cannot_work_with_is_named(folder, tmp_path):
+    """Here it is numbers that ran away."""
+    recipe = recipe_of(
+        folder, "budget.steps=6", "optimizer.learning_rate=1e30", "schedule.warmup=0",
+        "optimizer.clip=null", "validation.times=0",
+    )  # fmt: skip
+    expected = r"got NaN in .*\(at step 1, with \d, \d\); step-00000000-\w+\.pt is from before"
+    with pytest.raises(ValueError, match=expected):
+        train(recipe, tmp_path, say=silent)
 
 
 def test_a_released_checkpoint_is_a_start(tmp_path, monkeypatch):
