@@ -298,7 +298,8 @@ def check_same_positions(
     same = (samples == samples[:1]).flatten(1).all(1)
     if not bool(same.all()):
         raise ValueError(
-            f"same_positions: {name} of sample {int(same.int().argmin())} are not those of sample 0"
+            f"same_positions: {name} of sample {int(same.int().argmin())} are not those of sample "
+            "0; do not promise it, for clusters by replace(clusters, same_positions=False)"
         )
 
 
