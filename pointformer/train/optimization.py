@@ -44,11 +44,12 @@ class Optimizer:
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if self.learning_rate < 0 or self.weight_decay < 0 or self.backbone_rate < 0:
-            raise ValueError(
-                "optimizer: expected a learning_rate, backbone_rate and weight_decay of at least 0"
-            )
-        if self.clip is not None and self.clip <= 0:
+        for name in ("learning_rate", "backbone_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"optimizer.{name}: expected a number of at least 0, got {getattr(self, name)}"
+                )
+        if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optimizer.clip: expected a positive number or null, got {self.clip}")
 
     def make(self, model: nn.Module, batch: int) -> torch.optim.AdamW:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,6 +256,9 @@ def read_recipe(
     given += [f"--{name}={value}" for name, value in values.items() if value is not None]
     try:
         parsed = parser.parse_args([*given, *(f"--{text}" for text in overrides)])
+        for group in (f.name for f in fields(Recipe) if is_dataclass(f.default_factory)):
+            if isinstance(parsed[group], str | int | float | list | None):
+                raise ValueError(f"{group}: expected its fields, got {parsed[group]!r}")
         chosen = parser.instantiate(parsed).as_dict()
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(f"{file or 'recipe'}: {' '.join(str(error).split())}") from None

@@ -1,0 +1,92 @@
+"""Checkpoints and tables: whole or not there, and what a killed run leaves."""
+
+import signal
+
+import pytest
+import torch
+
+from pointformer.train.checkpoints import (
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+)
+from pointformer.train.ending import Ending
+from pointformer.train.logs import Table
+
+
+def test_the_newest_are_kept_one_for_each_step(tmp_path):
+    for step in (9, 10, 10, 100):
+        save_checkpoint(tmp_path, step, {"value": torch.rand(3)}, keep=2)
+    assert [path.name[:13] for path in list_checkpoints(tmp_path)] == [
+        "step-00000100",
+        "step-00000010",
+    ]
+    path = save_checkpoint(tmp_path, 5, {"value": torch.zeros(1)}, keep=1)
+    assert list_checkpoints(tmp_path) == [path]  # what was just written stays
+    assert torch.equal(read_checkpoint(path)["value"], torch.zeros(1))
+    assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [(lambda path: path.write_bytes(path.read_bytes()[:-10]), "is damaged"),
+     (lambda path: path.write_bytes(b""), "is damaged"),
+     (lambda path: path.unlink() or path.mkdir(), "cannot be read: Is a directory")],
+)  # fmt: skip
+def test_what_cannot_be_read_is_passed_over(tmp_path, spoil, problem):
+    first = save_checkpoint(tmp_path, 1, {"step": 1}, keep=3)
+    second = save_checkpoint(tmp_path, 2, {"step": 2}, keep=3)
+    spoil(second)
+    found, problems = newest_checkpoint(list_checkpoints(tmp_path))
+    assert found == (first, {"step": 1})
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{second}: {problem}")
+    spoil(first)
+    found, problems = newest_checkpoint(list_checkpoints(tmp_path))
+    assert found is None
+    assert len(problems) == 2
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    for name in ("step-1.pt", "model.pt"):
+        with pytest.raises(ValueError, match=r"expected a checkpoint, step-STEP-DIGEST\.pt"):
+            read_checkpoint(tmp_path / name)
+    (tmp_path / "mine.pt").write_text("mine")
+    save_checkpoint(tmp_path, 1, {}, keep=1)
+    (tmp_path / ".pointformer-0123.pt").write_text("cut off")
+    remove_unfinished(tmp_path)
+    assert sorted(path.name[:7] for path in tmp_path.iterdir()) == ["mine.pt", "step-00"]
+
+
+def test_a_table_goes_on_after_its_last_good_step(tmp_path):
+    path = tmp_path / "log.csv"
+    table = Table(path, 0)
+    for step in (2, 4, 6):
+        table.add(step, {"loss": step / 2, "name, quoted": 'a "b"'})
+    with path.open("a") as file:
+        file.write("8,4")  # killed while it wrote
+    table = Table(path, 4)
+    table.add(6, {"loss": 7})
+    assert path.read_text().splitlines() == [
+        'step,loss,"name, quoted"', '2,1.0,"a ""b"""', '4,2.0,"a ""b"""', "6,7,",
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_signals_wait_for_the_right_moment():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    ending = Ending()
+    with ending.awaited():
+        signal.raise_signal(signal.SIGTERM)
+        assert ending.told == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # the second ends at once
+    with ending.awaited(), pytest.raises(KeyboardInterrupt), ending.at_once():
+        pass  # one that came before
+    ending = Ending()
+    with ending.awaited(), ending.at_once(), pytest.raises(SystemExit) as end:
+        signal.raise_signal(signal.SIGTERM)
+    assert end.value.code == 143
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
