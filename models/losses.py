@@ -39,7 +39,7 @@ class LossWeights:
 
     Its published tenth makes queries say that they are objects sooner than they are, which is well
     for scores that are only compared, as in COCO's AP; where a threshold on them decides what is
-    shown, 0.3 to 1 is better.
+    shown, 1 is better.
     """
 
     classes: float = 2.0
