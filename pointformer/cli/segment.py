@@ -14,9 +14,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-from collections.abc import Mapping
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pointformer._files import path_inside, sync, temporary_path
 from pointformer.cli.common import (
@@ -36,11 +41,14 @@ from pointformer.cli.common import (
 from pointformer.cli.results import Results, content_of, is_result, write_sealed
 
 if TYPE_CHECKING:
+    from pointformer.data.images import Picture
     from pointformer.models import Model
     from pointformer.segmentation.segment import Segmentation
 
 _FEW, _MANY = "labels.png", "labels.tif"  # which ids of 16 bits are enough for, or not
 _SUMMARY = "summary.json"
+_AHEAD, _BEHIND = 2, 2  # pictures that are read before, or written after, their turn
+_READ_AHEAD = 2**26  # pixels: larger pictures are opened before their turn, but not read
 _KINDS = (_FEW, _MANY, "objects.csv", "overlay.png", _SUMMARY)
 
 
@@ -89,16 +97,20 @@ def run(options: argparse.Namespace) -> int:
     names = result_names(paths)
     total = len(paths) + failures
     # No bar where nobody sees it move: in a log, or for one picture.
-    bar = tqdm(paths, disable=True if len(paths) == 1 else None, unit="image")
-    for path, name in zip(bar, names, strict=True):
-        try:
-            summary = _segment_file(model, path, name, options, results)
-        except Exception as error:
-            failures += 1
-            complain(error, path, debug=options.debug)
-        else:
-            if total == 1 and not left_out:
-                say(f"{printable(path.name)}: {summary}; results in {printable(str(options.out))}")
+    bar = tqdm(total=len(paths), disable=True if len(paths) == 1 else None, unit="image")
+    with contextlib.closing(_segment_files(model, paths, names, options, results)) as done:
+        for path, outcome in done:
+            bar.update()
+            try:
+                summary = outcome.result()
+            except Exception as error:
+                failures += 1
+                complain(error, path, debug=options.debug)
+            else:
+                if total == 1 and not left_out:
+                    out = printable(str(options.out))
+                    say(f"{printable(path.name)}: {summary}; results in {out}")
+    bar.close()
     if total > 1 or left_out:
         more = f", {left_out} results of earlier runs left out" if left_out else ""
         say(
@@ -108,41 +120,102 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _segment_file(
-    model: Model, path: Path, name: str, options: argparse.Namespace, results: Results
-) -> str:
-    """Write the results of one picture; what it found, in words."""
+def _segment_files(
+    model: Model,
+    paths: Sequence[Path],
+    names: Sequence[str],
+    options: argparse.Namespace,
+    results: Results,
+) -> Generator[tuple[Path, Future[str]], None, None]:
+    """Each picture, in order, with what was found in it in words, or the error, once it is done.
+
+    While the network looks at a picture, the next ones are read and those before are written. Where
+    this is ended early, what is being written becomes complete, and what is not begun never is.
+    """
     from pointformer.segmentation.segment import segment
 
+    # One picture has nothing to overlap with, and is ended at once.
+    executor = partial(ThreadPoolExecutor, 1) if len(paths) > 1 else _InThisThread
+    with executor() as reading, executor() as writing:
+        ahead: deque[Future[Picture]] = deque()
+        behind: deque[tuple[Path, Future[str]]] = deque()
+        todo = iter(paths)
+        try:
+            for path, name in zip(paths, names, strict=True):
+                for following in islice(todo, _AHEAD - len(ahead)):
+                    ahead.append(reading.submit(_read, following, options))
+                opened = ahead.popleft()
+                try:
+                    files = _files_of(name, options.out, results)
+                    result = segment(
+                        model,
+                        opened.result(),
+                        tile=options.tile,
+                        overlap=options.overlap,
+                        min_score=options.min_score,
+                        scale=options.scale,
+                        diameter=options.diameter,
+                    )
+                except Exception as error:
+                    failed: Future[str] = Future()
+                    failed.set_exception(error)
+                    behind.append((path, failed))
+                else:
+                    written = writing.submit(write, result, name, files, options.model, results)
+                    behind.append((path, written))
+                while behind and (behind[0][1].done() or len(behind) > _BEHIND):
+                    yield behind.popleft()
+            yield from behind
+        finally:
+            for executing in (reading, writing):
+                executing.shutdown(cancel_futures=True)
+
+
+class _InThisThread(Executor):
+    """Does at once what it is given."""
+
+    def submit(
+        self, function: Callable[..., Any], /, *arguments: Any, **options: Any
+    ) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _read(path: Path, options: argparse.Namespace) -> Picture:
+    """A picture that is open, and in memory unless it is large."""
+    from pointformer.data.images import open_picture
+
+    picture = open_picture(path, **reading_from(options))
+    small = math.prod(picture.shape) <= _READ_AHEAD
+    return picture.loaded() if small and options.tile is None else picture
+
+
+def _files_of(name: str, out: Path, results: Results) -> dict[str, Path]:
+    """Where the results of a picture go; an error if one cannot be written there."""
     # Names are the file system's own here: in "./C:x.png" the colon makes no drive.
-    files = {kind: path_inside(options.out, f"./{name}_{kind}") for kind in _KINDS}
+    files = {kind: path_inside(out, f"./{name}_{kind}") for kind in _KINDS}
     for kind in _KINDS:
         if kind != _MANY:
             results.check(files[kind])
-    result = segment(
-        model,
-        path,
-        tile=options.tile,
-        overlap=options.overlap,
-        min_score=options.min_score,
-        scale=options.scale,
-        diameter=options.diameter,
-        **reading_from(options),
-    )
-    write(result, name, files, options.model, results)
-    tokens = " -> ".join(str(n) for n in result.tokens)
-    return f"{result.num_objects} objects in {result.seconds:.2f} s, tokens {tokens}"
+    return files
 
 
 def write(
     result: Segmentation, name: str, files: Mapping[str, Path], model: str, results: Results
-) -> None:
-    """The four files of one picture; one that cannot be made does not keep back the others.
+) -> str:
+    """Write the four files of one picture; one that cannot be made does not keep back the others.
 
     Args:
         name: of the picture, for the summary.
         files: where each of `_KINDS` goes. Of the two kinds of label maps the one that holds the
             ids is written. Those of an earlier run that get no new content are removed.
+
+    Returns:
+        What was found, in words.
 
     Raises:
         ValueError: naming each file that could not be written, and why.
@@ -173,6 +246,8 @@ def write(
         file.unlink(missing_ok=True)
     if failures:
         raise ValueError("; ".join(f"not written: {reason(failures[f], f)}" for f in failures))
+    tokens = " -> ".join(str(n) for n in result.tokens)
+    return f"{result.num_objects} objects in {result.seconds:.2f} s, tokens {tokens}"
 
 
 def _write_labels(path: Path, result: Segmentation) -> None:

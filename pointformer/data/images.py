@@ -14,13 +14,18 @@ from PIL import Image
 from pointformer._checks import brief, check_count, check_option, describe
 from pointformer.data import intensities as levels
 from pointformer.data.pillow import StoredPillow
-from pointformer.data.stored import Layout, PictureError, Stored, decoding, stored_array
+from pointformer.data.stored import (
+    Layout,
+    PictureError,
+    Stored,
+    StoredArray,
+    decoding,
+    stored_array,
+)
 from pointformer.data.tiff import is_tiff, stored_tiffs
 
 if TYPE_CHECKING:
     import torch
-
-    PictureSource = str | os.PathLike[str] | np.ndarray | torch.Tensor | Image.Image
 
 MAX_PIXELS = 2**30
 _PROJECTIONS = ("max", "mean")
@@ -94,6 +99,12 @@ class Picture:
     def read(self) -> np.ndarray:
         """All of it, (H, W, 3) uint8."""
         return self[:, :]
+
+    def loaded(self) -> Picture:
+        """The same, read and in memory."""
+        if isinstance(self._stored, StoredArray) and self._stored.layout.dtype == np.uint8:
+            return self
+        return Picture(stored_array(self.read(), self.name), range(3), [0], None, self._intensities)
 
     def scaled(self, factor: float) -> Picture:
         """The same with sides `factor` times as long, resampled window by window.
@@ -175,6 +186,10 @@ class _Resampled(Picture):
         return np.array(part.resize(size, Image.Resampling.BICUBIC, (left, top, right, bottom)))
 
 
+if TYPE_CHECKING:
+    PictureSource = str | os.PathLike[str] | np.ndarray | torch.Tensor | Image.Image | Picture
+
+
 def open_picture(
     source: PictureSource,
     *,
@@ -194,7 +209,7 @@ def open_picture(
     Args:
         source: a file (TIFF, or what Pillow reads), an array (H, W), (H, W, 1), (H, W, 3) or, with
             alpha, (H, W, 4), a tensor (H, W) or (1, 3 or 4, H, W), or a picture of Pillow; of truth
-            values, integers or real numbers of any size.
+            values, integers or real numbers of any size. Or a picture that is open, as it is.
         channel, plane, project, intensities, max_pixels: see `Reading`.
 
     Raises:
@@ -205,6 +220,8 @@ def open_picture(
     check_option("project", project, (None, *_PROJECTIONS))
     check_option("intensities", intensities, _INTENSITIES)
     check_count("max_pixels", max_pixels, most=2**62)
+    if isinstance(source, Picture):
+        return source
     stored, planes = _choose_planes(_stored(source, max_pixels), plane, project)
     channels = _choose_channels(stored.name, stored.layout, channel)
     return Picture(stored, channels, planes, project, intensities)

@@ -75,17 +75,17 @@ class StoredArray:
         return self._values[plane, rows, columns][..., list(channels)]
 
 
-def stored_array(values: np.ndarray) -> StoredArray:
+def stored_array(values: np.ndarray, name: str = "image") -> StoredArray:
     """An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), whose fourth channel is alpha."""
     gray = values.ndim == 2 or (values.ndim == 3 and values.shape[2] == 1)
     color = values.ndim == 3 and values.shape[2] in (3, 4)
     if not (gray or color) or values.size == 0:
         raise PictureError(
-            "image: expected the shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of an array, or "
+            f"{name}: expected the shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of an array, or "
             f"(1, H, W), (3, H, W) or (4, H, W) of a tensor, got {values.shape}; of others pick a "
             "plane or a channel first"
         )
-    check_dtype("image", values.dtype)
+    check_dtype(name, values.dtype)
     values = as_bytes(values.reshape(*values.shape[:2], -1)[..., :3], 8 * values.dtype.itemsize)
     layout = Layout(
         values.shape[:2],
@@ -94,7 +94,7 @@ def stored_array(values: np.ndarray) -> StoredArray:
         ("gray",) if gray else RGB,
         not gray,
     )
-    return StoredArray("image", values[None], layout)
+    return StoredArray(name, values[None], layout)
 
 
 def check_dtype(name: str, dtype: np.dtype) -> None:

@@ -135,7 +135,7 @@ def segment(
     seen = picture.scaled(factor)
     windows = windows_for(model, seen, tile, overlap)
     if tile is None:
-        picture = open_picture(picture.read())
+        picture = picture.loaded()
         seen = picture.scaled(factor)
     start = time.perf_counter()
     prediction, tokens = predict(model, task, seen, windows, min_score=min_score)

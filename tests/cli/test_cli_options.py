@@ -85,6 +85,7 @@ def seen(tmp_path, monkeypatch):
     spy(pointformer.profiling, "measure_limits", Limits(1e9, 1e12))
     spy(pointformer.profiling, "profile", [SimpleNamespace(as_dict=dict)])
     spy(pointformer.profiling, "table", "")
+    spy(pointformer.data.images, "open_picture", pointformer.data.images.open_picture)
     spy(pointformer.data, "read_image", pointformer.data.read_image)
     spy(pointformer.models, "complexity_of", stop)
     spy(cli.common.traceback, "print_exception")
@@ -150,7 +151,7 @@ def reading(function):
 TABLE = {
     "segment": [
         *MODEL,
-        *reading("segment"),
+        *reading("open_picture"),
         (["--diameter", "9"], option("segment", "diameter"), 9.0),
         (["--scale", "0.5"], option("segment", "scale"), 0.5),
         (["b.png"], lambda seen: seen["output"].count(" of 2 pictures"), 1),
