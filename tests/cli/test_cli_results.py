@@ -632,6 +632,48 @@ def test_an_ended_run_leaves_nothing_half_done(capsys, model, monkeypatch, reque
     assert signals.getsignal(number) is handler
 
 
+def test_a_batch_that_is_ended_has_whole_results_only(capsys, model, monkeypatch):
+    """The results that are being written become complete; later pictures have none."""
+    for name in "abcdefg":
+        picture(f"in/{name}.png")
+    seen = []
+
+    def segment(model, path, **options):
+        seen.append(Path(path.name).stem)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return found(np.ones((4, 6), np.int32))
+
+    monkeypatch.setattr(SEGMENT, segment)
+    assert run(capsys, "segment", "in", "--out", "o", "--model", model)[0] == 130
+    assert seen == ["a", "b", "c"]
+    done = sorted({name[0] for name in os.listdir("o")})
+    assert done in ([], ["a"], ["a", "b"])
+    assert sorted(os.listdir("o")) == sorted(f"{name}_{kind}" for name in done for kind in KINDS)
+
+
+def test_errors_of_reading_network_and_writing_come_in_order(capsys, model, monkeypatch):
+    for name in "abcde":
+        picture(f"in/{name}.png")
+    Path("in/b.png").write_text("no picture")
+
+    def segment(model, path, **options):
+        if Path(path.name).name == "c.png":
+            raise ValueError("no idea")
+        if Path(path.name).name == "d.png":
+            Path("o/d_objects.csv").write_text("mine")
+        return found(np.ones((4, 6), np.int32))
+
+    monkeypatch.setattr(SEGMENT, segment)
+    code, text, error = run(capsys, "segment", "in", "--out", "o", "--model", model)
+    assert code == 1
+    assert "2 of 5 pictures done" in text
+    lines = [line for line in error.splitlines() if line.startswith("pointformer: error")]
+    assert [("b.png", "c.png", "d_objects.csv")[n] in line for n, line in enumerate(lines)] == [
+        True, True, True,
+    ]  # fmt: skip
+
+
 def test_what_an_ended_run_published_is_known_to_the_next(capsys, model, quick, monkeypatch):
     picture("a.png")
     published = results_of_runs.publish
