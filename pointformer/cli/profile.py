@@ -181,12 +181,13 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _limits(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Limits | None:
-    """As given, or measured; without an execution there is nothing to measure."""
+    """As given, or measured; a prediction is for an H100."""
     from pointformer.profiling import Limits, measure_limits
+    from pointformer.profiling.report import h100_limits
 
     given = options.bandwidth, options.rate
     if options.predict and given == (None, None):
-        return None
+        return h100_limits(dtype)
     if None in given:
         if options.predict:
             raise ValueError("--predict: give both --bandwidth and --rate, or neither")

@@ -82,21 +82,25 @@ OPS: dict[str, Op] = {
     "point_conv": Op(
         point_conv,
         {FORWARD: work.point_conv, BACKWARD: work.point_conv_backward},
+        {FORWARD: traffic.point_conv, BACKWARD: traffic.point_conv_backward},
         inputs=("features", *_NET),
     ),
     "interpolate": Op(
         interpolate,
         {FORWARD: work.interpolate, BACKWARD: work.interpolate_backward},
+        {FORWARD: traffic.interpolate, BACKWARD: traffic.interpolate_backward},
         inputs=("features", "power"),
     ),
     "weighted_gather": Op(
         weighted_gather,
         {FORWARD: work.weighted_gather, BACKWARD: work.weighted_gather_backward},
+        {FORWARD: traffic.weighted_gather, BACKWARD: traffic.weighted_gather_backward},
         inputs=("features", "weights"),
     ),
     "deformable_attention": Op(
         deformable_attention,
         {FORWARD: work.deformable_attention, BACKWARD: work.deformable_attention_backward},
+        {FORWARD: traffic.deformable_attention, BACKWARD: traffic.deformable_attention_backward},
         inputs=("value", "offsets", "weights", "power"),
     ),
 }

@@ -23,6 +23,11 @@ REST, TOTAL = "rest", "total"
 L2_BANDWIDTH = 5.5e12
 
 
+def h100_limits(dtype: torch.dtype) -> Limits:
+    """Of an H100, for predictions: a plain copy, and plain products of bfloat16 or float32."""
+    return Limits(bandwidth=3.0e12, rate=50e12 if dtype == torch.float32 else 790e12)
+
+
 @dataclass(frozen=True)
 class Row:
     """The calls of one op in one stage, one pass; or the rest, or the total of a pass.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pointformer import Neighborhoods
 from pointformer.kernels.attention import TILE, clusters_per_group
-from pointformer.profiling.work import Arguments, cluster_lengths, num_bytes
+from pointformer.profiling.work import Arguments, cluster_lengths, interpolation, num_bytes
 
 
 @dataclass(frozen=True)
@@ -117,3 +117,85 @@ def scored_merge_backward(a: Arguments, output: Tensor) -> Traffic:
     own = 2 * num_bytes(a["features"], a["scores"]) + num_bytes(a["positions"])
     pair = num_bytes(output[:1], a["positions"][:1])
     return Traffic(pairs * pair + own, pairs / max(len(a["features"]), 1))
+
+
+def point_conv(a: Arguments, output: Tensor) -> Traffic:
+    """The forward pass: features, position and list entry of each pair in, output out."""
+    pairs = int((a["neighbor_index"] >= 0).sum())
+    pair = num_bytes(a["features"][:1], a["positions"][:1]) + 4
+    return Traffic(pairs * pair + num_bytes(output), pairs / max(len(a["features"]), 1))
+
+
+def point_conv_backward(a: Arguments, output: Tensor) -> Traffic:
+    """The backward pass: as that of `scored_merge`, without scores."""
+    pairs = int((a["neighbor_index"] >= 0).sum())
+    own = 2 * num_bytes(a["features"]) + num_bytes(a["positions"])
+    pair = num_bytes(output[:1], a["positions"][:1]) + 8
+    return Traffic(pairs * pair + own, pairs / max(len(a["features"]), 1))
+
+
+def weighted_gather(a: Arguments, output: Tensor) -> Traffic:
+    """The forward pass: features of each pair, lists and weights in, output out."""
+    pairs = int((a["index"] >= 0).sum())
+    moved = num_bytes(a["index"], a["weights"], output)
+    return Traffic(pairs * num_bytes(a["features"][:1]) + moved, pairs / max(len(a["features"]), 1))
+
+
+def weighted_gather_backward(a: Arguments, output: Tensor) -> Traffic:
+    """The backward pass: for the weights, features and the output's gradient of each pair; for the
+    features, the gradient of each pair, its weight and its place in the inverse lists."""
+    pairs = int((a["index"] >= 0).sum())
+    row = num_bytes(a["features"][:1])
+    moved = num_bytes(a["index"], a["weights"], a["features"])
+    rows = 3 * pairs / max(len(a["features"]), 1)
+    return Traffic(pairs * (3 * row + 4 + 8) + moved, rows)
+
+
+def interpolate(a: Arguments, output: Tensor) -> Traffic:
+    """The forward pass: features of each pair, and for nearest distance, sum and weights its list
+    entry and position three times; query positions in, output out."""
+    pairs = interpolation(a)[2]
+    row, point = num_bytes(a["features"][:1]), num_bytes(a["positions"][:1])
+    moved = num_bytes(a["query_positions"], output)
+    return Traffic(pairs * (row + 3 * (4 + point)) + moved, pairs / max(len(a["features"]), 1))
+
+
+def interpolate_backward(a: Arguments, output: Tensor) -> Traffic:
+    """The backward pass: sums of the weights as forward, for a learned power with features and the
+    output's gradient; then for each pair the gradient, position, two numbers of its query and its
+    place in the inverse lists, and the features' gradient out."""
+    pairs, learned = interpolation(a)[2], isinstance(a["power"], Tensor)
+    row, point = num_bytes(a["features"][:1]), num_bytes(a["positions"][:1])
+    sums = pairs * 2 * (4 + point) + (2 * 4 + point) * len(output)
+    if learned:
+        sums += pairs * (row + 4 + point) + num_bytes(output)
+    moved = num_bytes(a["features"], a["positions"])
+    rows = (1 + learned) * pairs / max(len(a["features"]), 1)
+    return Traffic(sums + pairs * (row + point + 2 * 4 + 8) + moved, rows)
+
+
+def _places(a: Arguments) -> tuple[int, int, int]:
+    """Pairs of a place and a token, bytes of a head's row, and what both passes read of places."""
+    places, near = a["weights"].numel(), a["lookup"].shape[2]
+    channels = a["value"].shape[2]
+    read = num_bytes(a["offsets"], a["weights"]) + 4 * places * near
+    return places * near, channels * a["value"].element_size(), read
+
+
+def deformable_attention(a: Arguments, output: Tensor) -> Traffic:
+    """The forward pass: of each place offset, weight and list; of each pair of a place and a token
+    its position and a head's row; output out."""
+    pairs, row, read = _places(a)
+    heads = a["value"].shape[0] * a["value"].shape[1]
+    return Traffic(pairs * (row + 8) + read + num_bytes(output), pairs / max(heads, 1))
+
+
+def deformable_attention_backward(a: Arguments, output: Tensor) -> Traffic:
+    """The backward pass: as forward with the output's gradient in, and gradients, factors and cells
+    of the places out; then of each pair the gradient's row, factor and number, and the values'
+    gradient out. What sorts the places is not a kernel of ours."""
+    pairs, row, read = _places(a)
+    heads = a["value"].shape[0] * a["value"].shape[1]
+    moved = num_bytes(output, a["offsets"], a["weights"], a["value"]) + 4 * a["weights"].numel()
+    per_pair = (row + 8 + 4) + (row + 4 + 8)
+    return Traffic(pairs * per_pair + read + moved, 2 * pairs / max(heads, 1))

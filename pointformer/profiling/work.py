@@ -316,7 +316,7 @@ def select_centers(a: Arguments, output: tuple[Tensor, tuple[int, ...]]) -> Work
     return Work(num_bytes(a["scores"], a["positions"], output[0]), 2 * len(a["scores"]))
 
 
-def _interpolation(a: Arguments) -> tuple[int, int, int]:
+def interpolation(a: Arguments) -> tuple[int, int, int]:
     """Bytes of positions and given lists, tokens that any query uses, and pairs."""
     index, queries, positions = a["neighbor_index"], a["query_positions"], a["positions"]
     given = num_bytes(index)
@@ -336,7 +336,7 @@ def interpolate(a: Arguments, output: Tensor) -> Work:
     Operations: per pair the squared distance 3 D - 1, its weight 5 (least, ratio, power, sum, norm)
     and 2 C for the weighted sum.
     """
-    read, tokens, pairs = _interpolation(a)
+    read, tokens, pairs = interpolation(a)
     channels = a["features"].shape[1]
     per_pair = 3 * a["positions"].shape[1] - 1 + 5 + 2 * channels
     return Work(read + tokens * num_bytes(a["features"][:1]) + num_bytes(output), pairs * per_pair)
@@ -348,7 +348,7 @@ def interpolate_backward(a: Arguments, output: Tensor) -> Work:
     Bytes: the output's gradient, positions and lists (given or found) in; gradient of all T
     features out. Operations: weights as in the forward pass, and 2 C per pair.
     """
-    read, _, pairs = _interpolation(a)
+    read, _, pairs = interpolation(a)
     found = 4 * pairs if a["neighbor_index"] is None else 0
     per_pair = 3 * a["positions"].shape[1] - 1 + 5 + 2 * a["features"].shape[1]
     return Work(read + found + num_bytes(output, a["features"]), pairs * per_pair)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,12 @@ def test_no_kernel_issues_more_than_before():
     rows = [json.loads(line) for line in done.stdout.splitlines()]
 
     def totals(rows):
-        issued = {}
+        issued = Counter()
         for row in rows:
-            key = f"{row['op']}: {row['kernel']}"
-            issued[key] = issued.get(key, 0) + row["issued"]
+            assert row["bound_us"] >= max(row["floor_us"], row["issue_us"]) > 0
+            for kernel in row["kernels"]:
+                place = f"{row['op']} of stage {row['stage']}, {row['pass']}"
+                issued[f"{place}: {kernel['kernel']}"] += kernel["issued"]
         return issued
 
     old, new = totals(before), totals(rows)

@@ -13,6 +13,7 @@ from pointformer import (
     neighborhood_attention,
     scored_merge,
     select_centers,
+    weighted_gather,
 )
 from pointformer.clusters import Clusters
 from pointformer.profiling import Limits, Times, Work, profile, time_call, traffic, work
@@ -144,6 +145,12 @@ def test_interpolation():
     points, lists = 3 * 8 + 3 * 8, 24  # of the queries, and of the tokens 0, 1 and 2
     assert work.interpolate(a, out) == Work(points + lists + 3 * 20 + 60, 5 * (5 + 5 + 10))
     assert work.interpolate_backward(a, out) == Work(points + lists + 60 + 7 * 20, 5 * (5 + 5 + 10))
+    assert traffic.interpolate(a, out) == Traffic(5 * (20 + 3 * 12) + 3 * 8 + 60, 5 / 7)
+    sums, gather = 5 * 2 * 12 + 3 * (8 + 8), 5 * (20 + 8 + 8 + 8) + 7 * (20 + 8)
+    fixed, learned = a | {"power": 6.0}, a | {"power": torch.tensor(6.0)}
+    assert traffic.interpolate_backward(fixed, out) == Traffic(sums + gather, 5 / 7)
+    power = 5 * (20 + 12) + 60
+    assert traffic.interpolate_backward(learned, out) == Traffic(sums + power + gather, 10 / 7)
     a |= {"neighbor_index": None, "k": 1, "sizes": None, "query_sizes": None}
     out = interpolate(features, POSITIONS, queries, k=1)
     assert work.interpolate(a, out) == Work(points + 3 * 20 + 60, 3 * 20)
@@ -168,6 +175,29 @@ def test_deformable_attention():
     assert work.deformable_attention(a, out) == Work(read + 12 * 4, pairs * (10 + 6))
     assert work.deformable_attention_backward(a, out) == Work(
         read + 12 * 4 + 7 * 6 * 4 + 40 * 4 + 20 * 4, pairs * (20 + 12)
+    )
+    read = 40 * 4 + 20 * 4 + 20 * 2 * 4
+    moved = pairs * (12 + 8) + read + 12 * 4
+    assert traffic.deformable_attention(a, out) == Traffic(moved, pairs / 14)
+    moved = pairs * (12 + 12 + 12 + 12) + read + 12 * 4 + (40 + 20 + 20) * 4 + 7 * 6 * 4
+    assert traffic.deformable_attention_backward(a, out) == Traffic(moved, 2 * pairs / 14)
+
+
+def test_traffic_of_lists():
+    """Four pairs of three queries and seven tokens of five channels."""
+    index = torch.tensor([[0, 1], [1, -1], [6, -1]], dtype=torch.int32)
+    a = {"features": torch.randn(7, 5), "index": index, "weights": torch.rand(3, 2)}
+    out = weighted_gather(**a)
+    lists = 6 * 4 + 6 * 4
+    assert traffic.weighted_gather(a, out) == Traffic(4 * 20 + lists + 3 * 20, 4 / 7)
+    assert traffic.weighted_gather_backward(a, out) == Traffic(
+        4 * (3 * 20 + 12) + lists + 7 * 20, 12 / 7
+    )
+    a = {"features": a["features"], "positions": POSITIONS, "neighbor_index": index}
+    out = torch.empty(3, 20)
+    assert traffic.point_conv(a, out) == Traffic(4 * (20 + 8 + 4) + 3 * 80, 4 / 7)
+    assert traffic.point_conv_backward(a, out) == Traffic(
+        4 * (80 + 8 + 8) + 2 * 7 * 20 + 7 * 8, 4 / 7
     )
 
 
