@@ -16,7 +16,7 @@ in half precision it is rounded.
 
 import torch
 
-from pointformer.kernels.library import LIBRARY, implement
+from pointformer.kernels.library import LIBRARY, differentiate, implement
 
 TILE = 16  # consecutive queries that Triton kernels take together: rows of a matrix product
 GROUP_KEYS = 16  # keys of a Triton program's clusters, if they fit: rows of a matrix product
@@ -91,7 +91,7 @@ def _save(ctx, inputs, output):
     learned = (weight, bias, blank_key, blank_value)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # zeros for it would be a launch
-    ctx.rows, ctx.planned = len(tensors), len(plan)
+    ctx.rows = len(tensors)
     ctx.save_for_backward(*output, *tensors, *learned, *plan)
 
 
@@ -108,12 +108,10 @@ def _differentiate(ctx, grad, _):
         gradient if tensor is not None else None
         for tensor, gradient in zip(learned, (weight, bias, blank_key, blank_value), strict=True)
     ]
-    return *row_grads, None, None, None, None, [None] * ctx.planned, *learned_grads, None, None
+    return *row_grads, None, None, None, None, None, *learned_grads, None, None
 
 
-torch.library.register_autograd(
-    "pointformer::neighborhood_attention", _differentiate, setup_context=_save, lib=LIBRARY
-)
+differentiate("neighborhood_attention", _differentiate, _save)
 
 
 def _differentiate_twice(ctx, *grads):
@@ -122,6 +120,4 @@ def _differentiate_twice(ctx, *grads):
     )
 
 
-torch.library.register_autograd(
-    "pointformer::neighborhood_attention_backward", _differentiate_twice, lib=LIBRARY
-)
+differentiate("neighborhood_attention_backward", _differentiate_twice, lambda *_: None)

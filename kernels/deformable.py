@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from pointformer.kernels.library import LIBRARY, implement
+from pointformer.kernels.library import LIBRARY, differentiate, implement
 
 _INPUTS = (
     "Tensor value, Tensor positions, Tensor offsets, Tensor weights, Tensor query_positions, "
@@ -42,6 +42,4 @@ def _differentiate(ctx, grad):
     return value, None, offsets, weights, None, None, None, power, None, None
 
 
-torch.library.register_autograd(
-    "pointformer::deformable_attention", _differentiate, setup_context=_save, lib=LIBRARY
-)
+differentiate("deformable_attention", _differentiate, _save)

@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from pointformer.kernels.library import LIBRARY, implement
+from pointformer.kernels.library import LIBRARY, differentiate, implement
 
 _INPUTS = "Tensor features, Tensor index, Tensor weights, str impl"
 LIBRARY.define(f"weighted_gather({_INPUTS}) -> Tensor")
@@ -37,6 +37,4 @@ def _differentiate(ctx, grad):
     return features, None, weights, None
 
 
-torch.library.register_autograd(
-    "pointformer::weighted_gather", _differentiate, setup_context=_save, lib=LIBRARY
-)
+differentiate("weighted_gather", _differentiate, _save)

@@ -7,7 +7,7 @@ their gradients, in bfloat16 and float16, too.
 import torch
 from torch.autograd.function import once_differentiable
 
-from pointformer.kernels.library import LIBRARY, implement
+from pointformer.kernels.library import LIBRARY, differentiate, implement
 
 _INPUTS = (
     "Tensor features, Tensor positions, Tensor query_positions, Tensor neighbor_index, "
@@ -47,6 +47,4 @@ def _differentiate(ctx, grad):
     return features, None, None, None, power, None, None
 
 
-torch.library.register_autograd(
-    "pointformer::interpolate", _differentiate, setup_context=_save, lib=LIBRARY
-)
+differentiate("interpolate", _differentiate, _save)

@@ -1,5 +1,6 @@
 """The `pointformer` namespace of registered ops, and how an op finds its implementation."""
 
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -24,3 +25,42 @@ def implement(op: str, function: str) -> None:
         return getattr(import_module(f"pointformer.kernels.{impl}.{module}"), name)(*inputs)
 
     torch.library.impl(f"pointformer::{op}", ("cpu", "cuda"), run, lib=LIBRARY)
+
+
+def differentiate(op: str, backward: Callable, save: Callable) -> None:
+    """Register an op's gradient.
+
+    `torch.library.register_autograd` does the same at several times the cost on the host: it fills
+    in defaults, which these ops lack, in quadratic time, and looks for gradients of lists.
+
+    Args:
+        op: name in the `pointformer` namespace; its schema has no defaults.
+        backward: called with the context and the outputs' gradients, gives one for each input, or
+            `None`; lists of tensors have none.
+        save: called with the context, inputs and output after each forward pass.
+    """
+    overload = getattr(torch.ops.pointformer, op).default
+
+    def run_below(keyset, inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    class Differentiated(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            *inputs, keyset = arguments
+            output = run_below(keyset, inputs)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return *backward(ctx, *grads), None
+
+    def run(keyset, *inputs):
+        learning = torch.is_grad_enabled() and any(
+            isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
+        )
+        return Differentiated.apply(*inputs, keyset) if learning else run_below(keyset, inputs)
+
+    LIBRARY.impl(op, run, "Autograd", with_keyset=True)

@@ -8,7 +8,7 @@ tokens.
 import torch
 from torch.autograd.function import once_differentiable
 
-from pointformer.kernels.library import LIBRARY, implement
+from pointformer.kernels.library import LIBRARY, differentiate, implement
 
 _INPUTS = (
     "Tensor features, Tensor scores, Tensor positions, Tensor center_positions, "
@@ -50,6 +50,4 @@ def _differentiate(ctx, grad):
     return features, scores, None, None, None, None, *net, None, None, None
 
 
-torch.library.register_autograd(
-    "pointformer::scored_merge", _differentiate, setup_context=_save, lib=LIBRARY
-)
+differentiate("scored_merge", _differentiate, _save)

@@ -2,7 +2,7 @@
 
 import torch
 
-from pointformer.kernels.library import LIBRARY, implement
+from pointformer.kernels.library import LIBRARY, differentiate, implement
 
 # query (Q, D) or None for the points themselves, points (P, D), both float32. `limits` neighbors
 # are listed per sample, at most `width`; `along_curve` promises that the rows of both follow a
@@ -31,6 +31,4 @@ def _no_gradient(ctx, inputs, output):
     ctx.mark_non_differentiable(*output)
 
 
-torch.library.register_autograd(
-    "pointformer::nearest", lambda ctx, *grads: (None,) * 9, setup_context=_no_gradient, lib=LIBRARY
-)
+differentiate("nearest", lambda ctx, *grads: (None,) * 9, _no_gradient)

@@ -7,7 +7,7 @@ standard deviation.
 import torch
 from torch.autograd.function import once_differentiable
 
-from pointformer.kernels.library import LIBRARY, implement
+from pointformer.kernels.library import LIBRARY, differentiate, implement
 
 LIBRARY.define(
     "add_norm(Tensor x, Tensor branch, Tensor? scale, Tensor weight, Tensor bias, float eps, "
@@ -55,6 +55,4 @@ def _differentiate(ctx, grad, grad_normed, *_):
     return grad.to(x_dtype), grad_branch.to(branch_dtype), grad_scale, *learned, None, None
 
 
-torch.library.register_autograd(
-    "pointformer::add_norm", _differentiate, setup_context=_save, lib=LIBRARY
-)
+differentiate("add_norm", _differentiate, _save)

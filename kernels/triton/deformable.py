@@ -373,9 +373,9 @@ def _constants(near, width, unit):
     return sizes | {"QUERIES": _QUERIES, "POINTS": _POINTS}
 
 
-def _warps(near, width, unit):
-    """Long lists fill the registers of one, the more so where channels are masked."""
-    return 4 if near > 8 or (near > 4 and unit < width) else 1
+def _warps(near, width, unit, most):
+    """Long lists fill the registers of one, those beyond `most` where channels are masked."""
+    return 4 if near > 8 or (near > most and unit < width) else 1
 
 
 def _forward_variant(dtypes, near, width, unit):
@@ -389,7 +389,7 @@ def _forward_variant(dtypes, near, width, unit):
         _constants(near, width, unit),
         writes=("output",),
         tiles={"QUERIES": (4, 16), "POINTS": (2, 8)},
-        num_warps=_warps(near, width, unit),
+        num_warps=_warps(near, width, unit, 4),
         num_stages=1,
         max_registers=255,
         rounds=_place_rounds,
@@ -408,7 +408,7 @@ def _place_variant(dtypes, index, near, width, unit):
         _constants(near, width, unit),
         writes=("d_offsets", "d_weights", "d_power", "factors", "cells"),
         tiles={"POINTS": (2, 8)},
-        num_warps=_warps(near, width, unit),
+        num_warps=_warps(near, width, unit, 1),
         num_stages=1,
         max_registers=255,
         rounds=_place_rounds,
