@@ -386,6 +386,7 @@ def nearest_fwd_kernel(
             level = -1
 
     for copy in range(copies):
+        out = (row + copy * queries).to(tl.int64) * width
         for slot in tl.static_range(K):
             entry = slot - (K - wanted)
             entry = listed + tl.where(entry < 0, entry + K, entry)
@@ -395,7 +396,6 @@ def nearest_fwd_kernel(
                 square = squares[slot].to(tl.float32, bitcast=True)
                 square = tl.where(names[slot] < 0, float("inf"), square)
                 tl.store(distance + out + entry, square, mask=stored)
-        out += queries.to(tl.int64) * width
 
 
 def _search_rounds(a):
