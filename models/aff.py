@@ -19,7 +19,14 @@ from pointformer import (
     scored_merge,
     select_centers,
 )
-from pointformer.models.backbone import Backbone, Block, PatchMerge, StageOutput, run_blocks
+from pointformer.models.backbone import (
+    Backbone,
+    Block,
+    BlockAttention,
+    PatchMerge,
+    StageOutput,
+    run_blocks,
+)
 from pointformer.models.config import AFFConfig
 from pointformer.models.layers import WeightNet
 
@@ -29,7 +36,7 @@ def position_features(expanded: bool) -> int:
     return 5 if expanded else 2
 
 
-class Attention(nn.Module):
+class Attention(BlockAttention):
     """Neighborhood attention with a learned position bias and a blank token (section 3.2, 4.3)."""
 
     def __init__(self, dim: int, heads: int, expanded_position: bool, blank_token: bool) -> None:

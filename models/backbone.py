@@ -103,6 +103,12 @@ class PatchEmbed(nn.Module):
         return self.conv2(self.act(self.bn(self.conv1(images))))
 
 
+class BlockAttention(nn.Module):
+    """Attention that leaves its output projection to the block."""
+
+    proj: nn.Linear
+
+
 class Block(nn.Module):
     """Pre-norm transformer block on a token set.
 
@@ -123,7 +129,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        attention: nn.Module,
+        attention: BlockAttention,
         dim: int,
         hidden: int,
         layer_scale: float,
@@ -189,7 +195,7 @@ def run_blocks(
     """The tokens after all blocks, each with its part of `where`."""
     pending = None
     for block, seen in zip(blocks, where, strict=True):
-        run = block
+        run: Callable = block
         if block.recompute and torch.is_grad_enabled():
             run = partial(checkpoint, block, use_reentrant=False)
         tokens, pending = run(tokens, *seen, pending=pending, impl=impl)

@@ -193,7 +193,7 @@ def _merge(module: AdaptiveMerge, args: tuple, output) -> dict[str, int]:
     tokens, neighborhoods = args[:2]
     mean_size = float(neighborhoods.members()[1].sum()) / max(tokens.num_tokens, 1)
     pairs = round(mean_size * output.num_tokens)
-    features = module.weight_net[0].in_features
+    features = module.weight_net.linear.in_features
     return {"merge": merge_multiply_adds(pairs, tokens.channels, module.mid_channels, features)}
 
 
@@ -216,7 +216,7 @@ def _deformable(module: DeformableAttention, args: tuple, output: Tensor) -> dic
 def _point_conv(module: PointConv, args: tuple, output) -> dict[str, int]:
     tokens = args[0]
     pairs = sum(size * min(size, module.k) for size in tokens.sizes)
-    linear = module.weight_net[0]
+    linear = module.weight_net.linear
     mid, features = linear.out_features, linear.in_features
     return {"points": merge_multiply_adds(pairs, tokens.channels, mid, features)}
 
@@ -229,7 +229,7 @@ def _pixel_decoder(module: PixelDecoder, args: tuple, output: tuple) -> dict[str
 def _dense_head(module: DenseHead, args: tuple, output) -> dict[str, int]:
     """The interpolation of all later stages' tokens, of which 3 are near, to the first's."""
     stages = args[0]
-    channels = module.projections[0][1].out_features
+    channels = module.channels
     return {"points": 3 * (len(stages) - 1) * stages[0].tokens.num_tokens * channels}
 
 

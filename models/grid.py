@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,7 @@ class GridBackbone(nn.Module):
                 raise ValueError("dims: needed, as the module has no feature_info to ask")
             dims = module.feature_info.channels()  # type: ignore[operator, union-attr]
         self.module = module
+        dims = cast("tuple[int, ...]", dims)  # what they are the configuration checks
         self.config = GridConfig(dims, image_size=image_size, in_channels=in_channels)
         self.impl: str | None = None
 

@@ -133,6 +133,7 @@ class DenseHead(Head):
     ) -> None:
         super().__init__()
         stride = config.patch_stride
+        self.channels = channels
         self.projections = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels)) for dim in config.dims
         )

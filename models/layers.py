@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict, cast
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -35,18 +37,30 @@ class FeedForward(nn.Sequential):
         self.fc2 = nn.Linear(hidden, dim)
 
 
+class WeightNetArguments(TypedDict):
+    weight: Tensor
+    bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    eps: float
+
+
 class WeightNet(nn.Sequential):
     """Relative positions to `mid` weights: Linear, LayerNorm, GELU; `scored_merge` evaluates it."""
 
     def __init__(self, features: int, mid: int) -> None:
         super().__init__(nn.Linear(features, mid), nn.LayerNorm(mid), nn.GELU())
 
-    def arguments(self) -> dict[str, Tensor | float]:
+    @property
+    def linear(self) -> nn.Linear:
+        return cast(nn.Linear, self[0])
+
+    def arguments(self) -> WeightNetArguments:
         """The keyword arguments of `scored_merge` and `point_conv` that describe the net."""
-        linear, norm, _ = self
+        norm = cast(nn.LayerNorm, self[1])
         return {
-            "weight": linear.weight,
-            "bias": linear.bias,
+            "weight": self.linear.weight,
+            "bias": self.linear.bias,
             "norm_weight": norm.weight,
             "norm_bias": norm.bias,
             "eps": norm.eps,
@@ -99,12 +113,12 @@ class MultiheadAttention(nn.Module):
     ) -> Tensor:
         """(B, Q, C) from (B, Q, C), (B, N, C), (B, N, C); `allowed` (B, Q, N) bool or `None`."""
         weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
-        heads = [
+        query, key, value = (
             rearrange(nn.functional.linear(x, *layer), "b n (h d) -> b h n d", h=self.heads)
             for x, *layer in zip((query, key, value), weights, biases, strict=True)
-        ]
+        )
         mask = None if allowed is None else allowed[:, None]
-        out = nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.proj(rearrange(out, "b h n d -> b n (h d)"))
 
 

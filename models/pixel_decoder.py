@@ -183,5 +183,5 @@ class PixelDecoder(nn.Module):
             impl=impl,
         )
         fused = grid.with_features(self.lateral(grid.features) + upsampled)
-        fused = torch.relu(self.conv_norm(self.conv(fused, impl).features))
-        return grid.with_features(self.mask_features(fused)), levels
+        x = torch.relu(self.conv_norm(self.conv(fused, impl).features))
+        return grid.with_features(self.mask_features(x)), levels

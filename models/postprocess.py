@@ -24,10 +24,12 @@ def image_masks(
     """Mask logits per image: (Q, H, W), `image_sizes` being (H, W) of the images the model saw."""
     stride = predictions.stride
     cells = _cells(predictions, image_sizes)
-    wanted = [None] * len(cells) if output_sizes is None else output_sizes
+    wanted: Sequence[tuple[int, int] | None] = (
+        [None] * len(cells) if output_sizes is None else output_sizes
+    )
     return [
-        _on_image(maps, stride, *sizes)
-        for maps, *sizes in zip(cells, image_sizes, wanted, strict=True)
+        _on_image(maps, stride, image_size, output_size)
+        for maps, image_size, output_size in zip(cells, image_sizes, wanted, strict=True)
     ]
 
 
@@ -170,7 +172,7 @@ def panoptic(
                 if label in joined:
                     place = joined[label]
                     first = segments[place]
-                    ids[visible] = first.id
+                    ids[visible] = int(first.id)
                     best = max(first.score, score)
                     segments[place] = Segment(first.id, label, first.area + size, score=best)
                     continue

@@ -6,6 +6,7 @@ import fnmatch
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pointformer._checks import brief, check_flags, describe
 from pointformer.annotations import Category
@@ -48,7 +49,7 @@ def create_model(
     impl: str | None = None,
     task: str | None = None,
     categories: Sequence[Category] | None = None,
-    **overrides: object,
+    **overrides: Any,
 ) -> Model:
     """A model by name, or from a file.
 

@@ -15,7 +15,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pointformer import TokenSet
-from pointformer.models.backbone import Backbone, Block, PatchMerge, StageOutput, run_blocks
+from pointformer.models.backbone import (
+    Backbone,
+    Block,
+    BlockAttention,
+    PatchMerge,
+    StageOutput,
+    run_blocks,
+)
 from pointformer.models.config import SwinConfig
 from pointformer.models.grid import by_shape
 
@@ -76,7 +83,7 @@ class Windows:
         return region[:, :, None] != region[:, None, :]
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(BlockAttention):
     """Attention inside windows, with a learned bias for each offset between two tokens."""
 
     index: Tensor

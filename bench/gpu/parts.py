@@ -147,7 +147,7 @@ def figures() -> Iterator[Case]:
 def inference(size: tuple[int, int], batch: int, limits: Limits) -> dict[str, object]:
     model, images = network("aff_tiny", size, batch)
     rows = profile(model, images, limits, repeats=REPEATS, graph=device().type == "cuda")
-    search = sum(row.times.q50 for row in rows if row.op in OPS and OPS[row.op].search)
+    search = sum(float(row.times.q50) for row in rows if row.op in OPS and OPS[row.op].search)
     return {
         "bandwidth": limits.bandwidth,
         "rate": limits.rate,

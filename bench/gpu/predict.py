@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def predict(model: str, size: tuple[int, int], batch: int) -> dict[str, object]:
     }
 
 
-def one_line_per_row(report: dict[str, object]) -> str:
+def one_line_per_row(report: dict[str, Any]) -> str:
     """As JSON that people can read, too."""
     rows: list[str] = []
 
@@ -61,7 +62,7 @@ def main() -> int:
     default = Path(__file__).parents[1] / "results" / "predicted_traffic.json"
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
-    report = {
+    report: dict[str, Any] = {
         "command": "python bench/gpu/predict.py",
         "machine": describe_machine(torch.device("cpu")),
         "floor": "H200: 4.3 TB/s (a measured copy), 790 TFLOP/s (bfloat16)",

@@ -263,25 +263,19 @@ def _same_vectors(*values):
 
 def vector_intrinsic(arity, emit, doc):
     """An intrinsic over `arity` vectors of one kind whose IR `emit(builder, *values)` returns."""
-    if arity == 1:
 
-        def define(typingctx, a):
-            return (a(a), lambda c, b, s, v: emit(b, *v)) if _same_vectors(a) else None
-    elif arity == 2:
+    def typed(*values):
+        if not _same_vectors(*values):
+            return None
+        return values[0](*values), lambda context, builder, signature, v: emit(builder, *v)
 
-        def define(typingctx, a, b):
-            return (a(a, b), lambda c, bld, s, v: emit(bld, *v)) if _same_vectors(a, b) else None
-    elif arity == 3:
-
-        def define(typingctx, a, b, c):
-            ok = _same_vectors(a, b, c)
-            return (a(a, b, c), lambda ctx, bld, s, v: emit(bld, *v)) if ok else None
-    else:
-
-        def define(typingctx, a, b, c, d):
-            ok = _same_vectors(a, b, c, d)
-            return (a(a, b, c, d), lambda ctx, bld, s, v: emit(bld, *v)) if ok else None
-
+    # Numba reads the number of arguments off the signature.
+    define = (
+        lambda typingctx, a: typed(a),
+        lambda typingctx, a, b: typed(a, b),
+        lambda typingctx, a, b, c: typed(a, b, c),
+        lambda typingctx, a, b, c, d: typed(a, b, c, d),
+    )[arity - 1]
     define.__doc__ = doc
     return intrinsic(define)
 

@@ -57,7 +57,7 @@ class Variant:
             spills a few registers for it.
     """
 
-    kernel: Callable
+    kernel: Any
     arguments: tuple[torch.dtype | str, ...]
     constants: Mapping[str, Any] = field(default_factory=dict)
     writes: tuple[str, ...] = field(default=(), compare=False)
@@ -106,7 +106,8 @@ class Variant:
 
     def launch(self, grid: Grid, *arguments) -> None:
         """Run on the device of the tensors; nothing happens where the grid is empty."""
-        device, traits = None, []
+        device: torch.device | None = None
+        traits: list[object] = []
         for (kind, specialized), given in zip(self._kinds, arguments, strict=True):
             if specialized is None:
                 if given.dtype != kind:
@@ -124,6 +125,7 @@ class Variant:
                 traits.append(None)
         if 0 in self.programs(grid):
             return
+        assert device is not None  # every kernel has a tensor
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self._run(grid, arguments, device, tuple(traits))
@@ -181,7 +183,9 @@ class Variant:
         key = tuple(choice.items())
         if key not in self._changed:
             constants = {name: choice.get(name, value) for name, value in self.constants.items()}
-            options = {name: value for name, value in choice.items() if name not in constants}
+            options: dict[str, Any] = {
+                name: value for name, value in choice.items() if name not in constants
+            }
             if "num_warps" in options:
                 options["amd_warps"] = options["num_warps"]
             self._changed[key] = replace(self, constants=constants, **options)

@@ -390,7 +390,7 @@ def _color(row: Mapping[str, Any], position: int) -> tuple[int, int, int]:
     if isinstance(color, list) and len(color) == 3:
         channels = [WHOLE.read(channel) for channel in color]
         if all(channel is not None and 0 <= channel < 256 for channel in channels):
-            return tuple(channels)  # type: ignore[return-value]
+            return tuple(channels)
     return distinct_color(position)
 
 

@@ -163,7 +163,7 @@ def balanced_cluster(
         if different < len(sizes):
             starts = torch.arange(0, len(positions), sizes[0], device=device)
             order = (order + starts[:, None]).view(-1)
-    if chosen == "triton" and sum(counts) and _all_equal(sizes):
+    if chosen == "triton" and any(counts) and _all_equal(sizes):
         lengths = _cluster_lengths(sizes[0], counts[0], cluster_size, remainder)
         offsets, centers = fused_cluster_ranges(
             positions, order, len(sizes), sizes[0], counts[0], *lengths, chosen

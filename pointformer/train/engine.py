@@ -102,8 +102,9 @@ def _trained_model(recipe: Recipe, **options: Any) -> Model:
 def _copy_stages(trained: Model, model: Model, stages: int) -> None:
     if not 0 <= stages <= len(model.config.dims):
         raise ValueError(f"init_stages: expected 0 to {len(model.config.dims)}, got {stages}")
-    source, target = trained.backbone, model.backbone
-    parts = [(source.patch_embed, target.patch_embed)]
+    source: Any = trained.backbone
+    target: Any = model.backbone
+    parts: list[tuple[Any, Any]] = [(source.patch_embed, target.patch_embed)]
     parts += list(zip(source.stages, target.stages, strict=True))[:stages]
     try:
         for old, new in parts:

@@ -98,7 +98,7 @@ class Batches:
         """
         loader: DataLoader = DataLoader(
             self._samples,  # type: ignore[arg-type]
-            batch_sampler=_Places(self, start),  # type: ignore[arg-type]
+            batch_sampler=_Places(self, start),
             num_workers=self.workers,
             collate_fn=_collated,
             pin_memory=self.pin,

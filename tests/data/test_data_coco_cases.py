@@ -16,8 +16,9 @@ from pointformer import data
 CASES = Path(__file__).parents[1] / "cases" / "coco"
 SQUARE = np.zeros((30, 40), bool)
 SQUARE[5:15, 5:15] = True
+POLYGON = [5, 5, 15, 5, 15, 15, 5, 15]
 GOOD = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 100, "bbox": [5, 5, 10, 10]}
-GOOD["segmentation"] = [[5, 5, 15, 5, 15, 15, 5, 15]]
+GOOD["segmentation"] = [POLYGON]
 OTHER = {**GOOD, "id": 2, "segmentation": [[20, 20, 30, 20, 30, 28, 20, 28]]}
 
 
@@ -142,7 +143,7 @@ OBJECT_FAULTS = {
     "one point": {"segmentation": [[3, 3] * 4]},
     "line": {"segmentation": [[1, 1, 9, 9, 5, 5, 3, 3]]},
     "outside": {"segmentation": [[50, 5, 60, 5, 60, 15]]},
-    "one bad of two": {"segmentation": [*GOOD["segmentation"], [1, 1, 9, 9]]},
+    "one bad of two": {"segmentation": [POLYGON, [1, 1, 9, 9]]},
     "other size": {"segmentation": {"size": [40, 30], "counts": [0, 1200]}},
     "short": {"segmentation": {"size": [30, 40], "counts": [0, 1199]}},
     "halves": {"segmentation": {"size": [30, 40], "counts": [0.5, 1199.5]}},
@@ -364,7 +365,7 @@ def test_results_with_something_wrong_are_refused(tmp_path):
         assert message.startswith(f"{path}: entry 1 of the results: ")
 
 
-ANYTHING = [
+ANYTHING: list[object] = [
     None, True, False, 0, 1, 3, -7, 1007, 0.5, 1e30, 10**30, math.nan, math.inf, "", "x", "1",
     "../x.png", "/x.png", "a\nb", [], {}, [[]], [None], {"a": 1}, [[1, 2, 3, 4]],
     {"counts": [1], "size": 3},

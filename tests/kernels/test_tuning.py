@@ -191,8 +191,9 @@ LONG = (
     "point_conv",
     "deformable",
     "select",
+    "knn",
+    "knn, long lists",
 )
-LONG += ("knn", "knn, long lists")
 
 
 def same_bits(tensor, other):

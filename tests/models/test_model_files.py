@@ -84,9 +84,9 @@ def partly_compiled(model):
 
 WRAPPED = {
     "compiled": torch.compile,
-    "parallel": torch.nn.DataParallel,
+    "parallel": lambda model: torch.nn.DataParallel(model),
     "averaged": torch.optim.swa_utils.AveragedModel,
-    "nested": lambda model: torch.nn.DataParallel(torch.compile(model)),
+    "nested": lambda model: torch.nn.DataParallel(torch.compile(model)),  # type: ignore[type-var]
     "sharded": sharded,
     "parts": partly_compiled,
 }
@@ -129,13 +129,18 @@ def test_what_save_model_takes(tmp_path):
         assert torch.equal(value.to(other.dtype), other), name
 
 
+def with_parameter(model, value):
+    model.head.extra = torch.nn.Parameter(value)
+    return model
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
         (lambda m: torch.nn.Linear(2, 2), TypeError, "model: expected a Model.*got Linear"),
         (lambda m: m.to("meta"), ValueError, r"small: \d+ weights are no .*first: backbone\."),
         (
-            lambda m: setattr(m.head, "extra", torch.nn.Parameter(torch.eye(2).to_sparse())) or m,
+            lambda m: with_parameter(m, torch.eye(2).to_sparse()),
             ValueError,
             r"small: 1 weights are .*first: head\.extra\)",
         ),
