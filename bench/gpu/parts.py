@@ -147,11 +147,12 @@ def figures() -> Iterator[Case]:
 def inference(size: tuple[int, int], batch: int, limits: Limits) -> dict[str, object]:
     model, images = network("aff_tiny", size, batch)
     rows = profile(model, images, limits, repeats=REPEATS, graph=device().type == "cuda")
-    search = sum(float(row.times.q50) for row in rows if row.op in OPS and OPS[row.op].search)
+    searches = [row for row in rows if row.op in OPS and OPS[row.op].search]
+    times: list[float] = [row.times.q50 for row in searches]
     return {
         "bandwidth": limits.bandwidth,
         "rate": limits.rate,
-        "search_share": search / rows[-1].times.q50,
+        "search_share": sum(times) / rows[-1].times.q50,
         "rows": [row.as_dict() for row in rows],
     }
 
