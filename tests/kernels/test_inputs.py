@@ -11,8 +11,8 @@ from pointformer.kernels.triton import tuning
 from pointformer.kernels.triton.runtime import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-SLOW = ("attention in 3-D", "merge in 3-D", "point_conv", "deformable", "knn, long lists")
-SLOW += ("select", "knn")
+SLOW = {"attention in 3-D", "merge in 3-D", "point_conv", "deformable", "knn, long lists",
+        "select", "knn"}  # fmt: skip
 OPS = [
     pytest.param(name, marks=[pytest.mark.long] if INTERPRETED and name in SLOW else [])
     for name in op_calls()
