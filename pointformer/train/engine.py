@@ -575,14 +575,14 @@ def train(
     with started_processes(device) as processes:
         speak = say if processes.main else _silent
         training, validation = open_data(recipe)
+        model = make_model(recipe, training.categories)  # what cannot be is said before all is read
+        task = task_of(model, recipe.task, training.categories, **recipe.loss)
         training, statistics = _checked(training, recipe, out / "data" / "train.json", processes)
         statistics.check()
         if validation is not None:
             validation, _ = _checked(validation, recipe, out / "data" / "val.json", processes)
-        model = make_model(recipe, training.categories)
         if not (out / RECIPE).exists():
             _describe(training, validation, statistics, recipe, model, speak)
-        task = task_of(model, recipe.task, training.categories, **recipe.loss)
         if task.name == "instance":
             model.object_diameter = object_diameter(statistics)
         trainer = Trainer(recipe, model, task, len(training), processes)
