@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from pointformer import TokenSet, add_norm
 from pointformer.models.config import AFFConfig, SwinConfig
 from pointformer.models.layers import GELU, FeedForward
+from pointformer.models.parallel import WHOLE, BatchPart
 
 # A residual branch (T, C) and its scale (C,), if it has one, before they are added.
 Branch = tuple[Tensor, Tensor | None]
@@ -36,11 +37,14 @@ class StageOutput:
     scores: Tensor | None
 
 
-def drop_path(x: Tensor, rate: float, tokens: TokenSet, training: bool) -> Tensor:
+def drop_path(
+    x: Tensor, rate: float, tokens: TokenSet, training: bool, part: BatchPart = WHOLE
+) -> Tensor:
     """Zero a residual branch (T, C) for whole samples with probability `rate`, rescale the rest."""
     if not training or rate == 0:
         return x
-    factor = x.new_empty(tokens.batch_size, 1).bernoulli_(1 - rate).div_(1 - rate)
+    kept = part.rand(tokens.batch_size, x.device)[:, None] >= rate
+    factor = kept.to(x.dtype).div_(1 - rate)
     if tokens.is_uniform and tokens.batch_size:
         samples = x.view(tokens.batch_size, -1, x.shape[1])
         return (samples * factor[:, None]).view(x.shape)
@@ -122,6 +126,7 @@ class Block(nn.Module):
 
     Attributes:
         recompute: keep only the input for the backward pass, and run the block again there.
+        part: of the batch that this process has.
     """
 
     gamma1: Tensor | None
@@ -138,6 +143,7 @@ class Block(nn.Module):
         super().__init__()
         self.drop_path_rate = drop_path_rate
         self.recompute = False
+        self.part = WHOLE
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attention
         self.norm2 = nn.LayerNorm(dim)
@@ -186,7 +192,7 @@ class Block(nn.Module):
         return add_norm(x, rows, norm.weight, norm.bias, scale=scale, eps=norm.eps, impl=impl)
 
     def _dropped(self, branch: Tensor, tokens: TokenSet) -> Tensor:
-        return drop_path(branch, self.drop_path_rate, tokens, self.training)
+        return drop_path(branch, self.drop_path_rate, tokens, self.training, self.part)
 
 
 def run_blocks(

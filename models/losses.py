@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from pointformer.models.mask2former import MaskPredictions
+from pointformer.models.parallel import WHOLE, BatchPart
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,11 @@ def sample_targets(
 
 
 def uncertain_points(
-    logits: Tensor, count: int, oversample: float = 3.0, importance: float = 0.75
+    logits: Tensor,
+    count: int,
+    oversample: float = 3.0,
+    importance: float = 0.75,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Points (N, count, 2) where mask logits (N, H, W) are near zero, and some anywhere.
 
@@ -87,11 +92,11 @@ def uncertain_points(
     absolute logit are kept; the rest is uniform.
     """
     device = logits.device
-    many = torch.rand(len(logits), int(count * oversample), 2, device=device)
+    many = torch.rand(len(logits), int(count * oversample), 2, device=device, generator=generator)
     chosen = int(importance * count)
     order = sample_points(logits, many).abs().topk(chosen, dim=1, largest=False).indices
     picked = many.gather(1, order[..., None].expand(-1, -1, 2))
-    rest = torch.rand(len(logits), count - chosen, 2, device=device)
+    rest = torch.rand(len(logits), count - chosen, 2, device=device, generator=generator)
     return torch.cat([picked, rest], 1)
 
 
@@ -143,6 +148,7 @@ def match(
     weights: LossWeights,
     points: int,
     stride: int = 4,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Queries and objects of one image that belong together, (min(Q, G),) each.
 
@@ -156,7 +162,7 @@ def match(
     if len(targets.classes) == 0:
         empty = torch.zeros(0, dtype=torch.int64, device=device)
         return empty, empty
-    at = torch.rand(points, 2, device=device)
+    at = torch.rand(points, 2, device=device, generator=generator)
     cost = matching_cost(
         class_logits.float(),
         sample_points(mask_logits, at),
@@ -177,6 +183,7 @@ def segmentation_loss(
     points: int = 12544,
     oversample: float = 3.0,
     importance: float = 0.75,
+    part: BatchPart = WHOLE,
 ) -> dict[str, Tensor]:
     """Weighted loss terms of all layers, each with its own matching.
 
@@ -184,6 +191,7 @@ def segmentation_loss(
         predictions: of a head in training, the earlier layers as `auxiliary`.
         targets: one for each image of the batch. A batch without any object is fine.
         points, oversample, importance: see `uncertain_points`.
+        part: of a batch that several processes share; points are drawn for each image apart.
 
     Returns:
         "classes", "mask" and "dice", summed over the layers, and "temperature" for a head with
@@ -201,20 +209,32 @@ def segmentation_loss(
     layers = [(layer, layer.masks()) for layer in (*predictions.auxiliary, predictions)]
     for number, (target, maps) in enumerate(zip(targets, layers[-1][1], strict=True)):
         _check(number, target, outputs - 1, maps.shape[-2:], predictions.stride)
-    objects = max(sum(len(target.classes) for target in targets), 1)
-    total: dict[str, Tensor] = {}
-    for layer, masks in layers:
-        terms = _layer_loss(
-            layer.class_logits.float(), masks, targets, weights, objects,
+    generators = part.generators(batch, predictions.class_logits.device)
+    sums = [
+        _layer_sums(
+            layer.class_logits.float(), masks, targets, weights, generators,
             (points, oversample, importance), predictions.stride,
-        )  # fmt: skip
-        for name, value in terms.items():
-            total[name] = total[name] + value if name in total else value
+        )
+        for layer, masks in layers
+    ]  # fmt: skip
+    middles = sums[0].new_zeros(())
+    if predictions.middles is not None:
+        middles = middle_loss(predictions, targets)
+    objects = middles.new_tensor(sum(len(target.classes) for target in targets))
+    sums = part.total(torch.cat([*sums, torch.stack([middles, objects])]))
+    *by_layer, middles, objects = *sums[:-2].view(-1, 4), *sums[-2:]
+    entropy, weight, mask, dice = torch.stack(by_layer, 1)
+    objects = objects.clamp(min=1)
+    total = {
+        "classes": weights.classes * (entropy / weight).sum(),
+        "mask": weights.mask * mask.sum() / objects,
+        "dice": weights.dice * dice.sum() / objects,
+    }
     if predictions.temperatures:
         temperatures = torch.stack([t.abs() for t in predictions.temperatures])
         total["temperature"] = weights.temperature * temperatures.sum()
     if predictions.middles is not None:
-        total["middles"] = weights.middles * middle_loss(predictions, targets) / objects
+        total["middles"] = weights.middles * middles / objects
     return total
 
 
@@ -290,28 +310,31 @@ def _check(number: int, target: Targets, classes: int, cells: Sequence[int], str
         )
 
 
-def _layer_loss(
+def _layer_sums(
     class_logits: Tensor,
     masks: Tensor | Sequence[Tensor],
     targets: Sequence[Targets],
     weights: LossWeights,
-    objects: int,
+    generators: Sequence[torch.Generator],
     sampling: tuple[int, float, float],
     stride: int,
-) -> dict[str, Tensor]:
+) -> Tensor:
+    """(4,) cross-entropy of the classes and its weight, cross-entropy and dice of the masks."""
     nothing = class_logits.shape[2] - 1
     wanted = torch.full(class_logits.shape[:2], nothing, device=class_logits.device)
     mask_loss = dice = class_logits.new_zeros(())
-    for image, target in enumerate(targets):
+    for image, (target, generator) in enumerate(zip(targets, generators, strict=True)):
         maps = masks[image]
-        queries, chosen = match(class_logits[image], maps, target, weights, sampling[0], stride)
+        queries, chosen = match(
+            class_logits[image], maps, target, weights, sampling[0], stride, generator
+        )
         wanted[image, queries] = target.classes[chosen]
         if len(queries) == 0:
             mask_loss = mask_loss + 0 * maps.sum()  # keeps the masks in the graph
             continue
         logits = maps[queries].float()
         with torch.no_grad():
-            at = uncertain_points(logits, *sampling)
+            at = uncertain_points(logits, *sampling, generator)
             some = replace(target, classes=target.classes[chosen], masks=target.masks[chosen])
             labels = sample_targets(some, at, maps.shape[-2:], stride)
         values = sample_points(logits, at)
@@ -319,11 +342,7 @@ def _layer_loss(
         dice = dice + dice_loss(values, labels).sum()
     class_weights = class_logits.new_ones(nothing + 1)
     class_weights[nothing] = weights.no_object
-    classes = nn.functional.cross_entropy(
-        class_logits.flatten(0, 1), wanted.flatten(), class_weights
+    entropy = nn.functional.cross_entropy(
+        class_logits.flatten(0, 1), wanted.flatten(), class_weights, reduction="sum"
     )
-    return {
-        "classes": weights.classes * classes,
-        "mask": weights.mask * mask_loss / objects,
-        "dice": weights.dice * dice / objects,
-    }
+    return torch.stack([entropy, class_weights[wanted].sum(), mask_loss, dice])

@@ -24,6 +24,7 @@ from pointformer.models.backbone import Block, StageOutput
 from pointformer.models.config import AFFConfig, GridConfig, SwinConfig, config_of
 from pointformer.models.grid import GridBackbone
 from pointformer.models.heads import HEADS, TASKS, check_options, options_of, output_of
+from pointformer.models.parallel import BatchPart
 from pointformer.models.swin import Swin
 
 IMPLS = ("reference", "cpu", "triton", None)
@@ -239,6 +240,12 @@ class Model(nn.Module):
             if not hasattr(self.backbone.module, "set_grad_checkpointing"):
                 raise ValueError(f"set_grad_checkpointing: the backbone of {self.name} has none")
             self.backbone.module.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    def set_batch_part(self, part: BatchPart) -> None:
+        """Which part of the batches in training this process has, for random numbers by sample."""
+        for module in self.backbone.modules():
+            if isinstance(module, Block):
+                module.part = part
 
     def forward(self, images: Tensor | Sequence[Tensor], with_stages: bool = False) -> Any:
         """Run on normalized images.

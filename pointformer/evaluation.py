@@ -14,6 +14,7 @@ from pointformer.data.transforms import Transform
 from pointformer.metrics import Metric
 from pointformer.models import Model
 from pointformer.prediction import check_copies, predict, windows_for
+from pointformer.processes import Processes
 from pointformer.tasks import Task, task_of
 
 
@@ -41,6 +42,7 @@ def evaluate(
     flip: bool = False,
     tile: int | None = None,
     transform: Transform | None = None,
+    processes: Processes | None = None,
     **reading: Unpack[Reading],
 ) -> Evaluation:
     """Run a model over a data set and score it by the field's measures.
@@ -61,6 +63,8 @@ def evaluate(
         tile: side of the windows in pixels; see `segment`.
         transform: what is done with pictures and annotations before, as classes of pictures are
             published: `Chain([Resize(256), CenterCrop(224)])` of `pointformer.data.transforms`.
+        processes: that share the work, each with its own part of the data set (`Dataset.subset`);
+            the scores of all pictures, and what was skipped, are then known to all.
         reading: how the pictures are read, see `pointformer.data.images.Reading`.
 
     Raises:
@@ -72,6 +76,7 @@ def evaluate(
         task = task_of(model, task, dataset.categories)
     check_copies(task, scales, flip)
     scored = list(task.metrics() if metrics is None else metrics)
+    processes = processes or Processes()
     pictures = 0
     for annotation, _, prediction in predictions(
         model,
@@ -88,6 +93,14 @@ def evaluate(
         for metric in scored:
             metric.update(prediction, truth)
         pictures += 1
+    first, *others = processes.gathered((scored, pictures, dataset.skipped))
+    scored, pictures, _ = first
+    for metrics, count, _ in others:
+        for metric, other in zip(scored, metrics, strict=True):
+            metric.merge(other)
+        pictures += count
+    for _, _, skipped in (first, *others):
+        dataset.skipped.update(skipped)
     if pictures == 0:
         raise ValueError(f"no picture to score ({len(dataset.skipped)} skipped)")
     scores = {name: value for metric in scored for name, value in metric.compute().items()}

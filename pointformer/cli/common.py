@@ -11,7 +11,7 @@ import sys
 import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -21,6 +21,7 @@ from pointformer.data.discovery import has_picture_name, is_picture, picture_nam
 if TYPE_CHECKING:
     from pointformer.data.images import Reading
     from pointformer.models import Model
+    from pointformer.processes import Processes
 
 DEFAULT_MODEL = "aff_nano.nuclei"
 _SMALL = 2**22  # pixels
@@ -49,6 +50,20 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace files that this program did not write, or that were changed since; its own "
         "earlier results are replaced anyway, and what it reads never is",
     )
+
+
+@contextlib.contextmanager
+def joined_processes(options: argparse.Namespace) -> Iterator[Processes]:
+    """All that `torchrun` started for this command, each with a device of its own in `options`;
+    they may be done long after each other."""
+    from pointformer.processes import Processes, started_processes
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Processes()
+        return
+    with started_processes(options.device, patience=7 * 24 * 60) as processes:
+        options.device = str(processes.device)
+        yield processes
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:

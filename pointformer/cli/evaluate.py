@@ -3,6 +3,10 @@
 Formats, by which DATA is recognized: "folder" (SPLIT/images beside SPLIT/labels or
 SPLIT/instances), "classes" (SPLIT/CLASS/pictures), "ade20k", "cityscapes", "coco" and
 "coco-panoptic" (with --annotations for a JSON of any name, and DATA for its pictures).
+
+Several processes share the pictures, and one says the scores of all:
+
+    torchrun --nproc-per-node 4 -m pointformer.cli evaluate DATA --model MODEL --json SCORES
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from pointformer.cli.common import (
     add_model_arguments,
     add_picture_arguments,
     add_result_arguments,
+    joined_processes,
     model_from,
     printable,
     reading_from,
@@ -26,6 +31,7 @@ from pointformer.cli.results import Results, is_result, write_sealed
 
 if TYPE_CHECKING:
     from pointformer.data.transforms import Transform
+    from pointformer.processes import Processes
 
 _FORMATS = ("folder", "classes", "ade20k", "cityscapes", "coco", "coco-panoptic")
 
@@ -75,8 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from itertools import islice
+    with joined_processes(options) as processes:
+        return _run(options, processes)
 
+
+def _run(options: argparse.Namespace, processes: Processes) -> int:
     from tqdm import tqdm
 
     from pointformer.data import find_source, open_dataset
@@ -87,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     task = task_of(model, options.task).name
     transform = _transform(options, task)
     source = find_source(options.data, options.format, task, options.annotations)
-    if options.format is None:
+    if options.format is None and processes.main:
         say(printable(str(source)))
     dataset = open_dataset(
         source,
@@ -106,8 +115,9 @@ def run(options: argparse.Namespace) -> int:
         if not is_result(options.json) and Path(target).is_relative_to(folder):
             results.protect([options.json])  # lists of classes and the like
         results.check(options.json)
-    total = min(len(dataset), options.limit or len(dataset))
-    bar = tqdm(islice(dataset, options.limit), total=total, unit="image")
+    total = len(dataset) if options.limit is None else min(len(dataset), options.limit)
+    dataset = dataset.subset(processes.own(range(total)))
+    bar = tqdm(dataset, unit="image", disable=not processes.main)
     result = evaluate(
         model,
         dataset,
@@ -117,8 +127,11 @@ def run(options: argparse.Namespace) -> int:
         flip=options.flip,
         tile=options.tile,
         transform=transform,
+        processes=processes,
         **reading_from(options),
     )
+    if not processes.main:
+        return 0
     for name, value in result.scores.items():
         say(f"{printable(name):40} {100 * value:6.2f}")
     if dataset.skipped:

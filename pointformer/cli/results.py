@@ -127,6 +127,18 @@ def is_result(path: Path) -> bool:
     return False
 
 
+def is_complete(summary: Path, **expected: Any) -> bool:
+    """Whether a NAME_summary.json says what is expected, and it and all results that it lists are
+    as they were written."""
+    content = _sealed(summary) if is_result(summary) else {}
+    listed = content.get("files", {})
+    return (
+        bool(listed)
+        and all(content.get(name) == value for name, value in expected.items())
+        and all(is_result(summary.with_name(name)) for name in listed)
+    )
+
+
 def content_of(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:

@@ -7,6 +7,10 @@ per stage). Pictures of one name keep their suffixes (a.png and a.jpg: a.png_lab
 different folders, their folders (x/a_labels.png). Results of earlier runs that nobody
 changed are no pictures, and are replaced. A picture whose results would replace another file is
 left out, as is one that cannot be read: each is named, the rest is done, and the exit code is 1.
+
+Several processes, on one machine or several, share the pictures:
+
+    torchrun --nproc-per-node 4 -m pointformer.cli segment FOLDER --out RESULTS --resume
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from pointformer.cli.common import (
     complain,
     find_pictures,
     is_small,
+    joined_processes,
     model_from,
     printable,
     reading_from,
@@ -38,11 +43,12 @@ from pointformer.cli.common import (
     result_names,
     say,
 )
-from pointformer.cli.results import Results, content_of, is_result, write_sealed
+from pointformer.cli.results import Results, content_of, is_complete, is_result, write_sealed
 
 if TYPE_CHECKING:
     from pointformer.data.images import Picture
     from pointformer.models import Model
+    from pointformer.processes import Processes
     from pointformer.segmentation.segment import Segmentation
 
 _FEW, _MANY = "labels.png", "labels.tif"  # which ids of 16 bits are enough for, or not
@@ -56,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob pattern")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     add_result_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave pictures alone whose results by this model are there, whole and unchanged, "
+        "whatever its other options were",
+    )
     parser.add_argument(
         "--tile", type=int, metavar="PIXELS", help="work in windows of this side (large pictures)"
     )
@@ -82,22 +94,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    with joined_processes(options) as processes:
+        return _run(options, processes)
+
+
+def _run(options: argparse.Namespace, processes: Processes) -> int:
     from tqdm import tqdm
 
     results = Results(overwrite=options.overwrite)
     paths, problems, left_out = find_pictures(options.images)
-    for problem in problems:
+    for problem in problems if processes.main else ():
         say(f"pointformer: error: {problem}", error=True)
     if not paths:
         return 1
+    processes.gathered(None)  # all have listed the pictures before the first writes beside them
     results.protect([*paths, options.model])
     model = model_from(options, small=is_small(paths))
     options.out.mkdir(parents=True, exist_ok=True)
-    failures = len(problems)
-    names = result_names(paths)
-    total = len(paths) + failures
+    failures = len(problems) if processes.main else 0
+    total = len(paths) + len(problems)
+    todo = processes.own(list(zip(paths, result_names(paths), strict=True)))
+    if options.resume:
+        todo = [pair for pair in todo if not _is_done(pair[1], options)]
+    paths, names = [path for path, _ in todo], [name for _, name in todo]
     # No bar where nobody sees it move: in a log, or for one picture.
-    bar = tqdm(total=len(paths), disable=True if len(paths) == 1 else None, unit="image")
+    bar = tqdm(
+        total=len(paths), disable=True if total == 1 or not processes.main else None, unit="image"
+    )
     with contextlib.closing(_segment_files(model, paths, names, options, results)) as done:
         for path, outcome in done:
             bar.update()
@@ -111,7 +134,8 @@ def run(options: argparse.Namespace) -> int:
                     out = printable(str(options.out))
                     say(f"{printable(path.name)}: {summary}; results in {out}")
     bar.close()
-    if total > 1 or left_out:
+    failures = sum(processes.gathered(failures))
+    if processes.main and (total > 1 or left_out):
         more = f", {left_out} results of earlier runs left out" if left_out else ""
         say(
             f"{total - failures} of {total} pictures done{more}; "
@@ -202,6 +226,13 @@ def _files_of(name: str, out: Path, results: Results) -> dict[str, Path]:
         if kind != _MANY:
             results.check(files[kind])
     return files
+
+
+def _is_done(name: str, options: argparse.Namespace) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        summary = path_inside(options.out, f"./{name}_{_SUMMARY}")
+        return is_complete(summary, image=name, model=options.model)
+    return False
 
 
 def write(

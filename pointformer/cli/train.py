@@ -3,8 +3,12 @@
     pointformer train DATA --task instance --model aff_tiny --out RUN budget.epochs=50
     pointformer train RECIPE.yaml [DATA] --out RUN [field=value ...]
 
-The same command again goes on with a run that was interrupted. What can be changed as field=value
-is shown by --fields.
+Several processes, each with its part of every batch, give the curve of one:
+
+    torchrun --nproc-per-node 2 -m pointformer.cli train DATA --out RUN --device cuda
+
+The same command again, also with another number of processes, goes on with a run that was
+interrupted. What can be changed as field=value is shown by --fields.
 """
 
 from __future__ import annotations

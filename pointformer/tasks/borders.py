@@ -4,6 +4,7 @@ logits back to ids."""
 from __future__ import annotations
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from skimage.measure import label
@@ -11,6 +12,7 @@ from skimage.segmentation import watershed
 from torch import Tensor
 
 from pointformer.annotations import VOID
+from pointformer.models.parallel import WHOLE, BatchPart
 
 BACKGROUND, INSIDE, BORDER = range(3)
 
@@ -47,29 +49,35 @@ def instance_target(instances: np.ndarray, border_width: int = 2) -> np.ndarray:
     return foreground + border.astype(np.uint8)
 
 
-def dense_loss(logits: Tensor, target: Tensor, class_weights: Tensor) -> dict[str, Tensor]:
+def dense_loss(
+    logits: Tensor, target: Tensor, class_weights: Tensor, part: BatchPart = WHOLE
+) -> dict[str, Tensor]:
     """Weighted cross-entropy, and one minus the soft Dice score of each foreground class.
 
     Args:
         logits: (B, classes, H, W) float.
         target: (B, H, W) int64; class 0 is background, VOID does not count.
         class_weights: (classes,) float.
+        part: of a batch that several processes share.
 
     Returns:
         "cross_entropy" and "dice"; their sum is the loss.
     """
     known, logits = target != VOID, logits.float()
-    cross_entropy = F.cross_entropy(logits, target, class_weights, ignore_index=VOID)
-    if not known.any():
-        cross_entropy = 0 * logits.sum()  # a mean over no pixels is no number
+    entropy = F.cross_entropy(logits, target, class_weights, ignore_index=VOID, reduction="sum")
+    weight = class_weights[target[known]].sum()
     probability = logits.softmax(1)[:, 1:] * known[:, None]
     truth = F.one_hot(target.clamp(min=0), logits.shape[1])[..., 1:]
     truth = truth.movedim(-1, 1).to(probability.dtype)
     overlap = (probability * truth).sum((0, 2, 3))
-    total = (probability + truth).sum((0, 2, 3))
+    both = (probability + truth).sum((0, 2, 3))
+    sums = part.total(torch.cat([torch.stack([entropy, weight]), overlap, both]))
+    (entropy, weight), (overlap, both) = sums[:2], sums[2:].view(2, -1)
     # The constant keeps a class that is absent from the batch from dominating.
-    dice = (2 * overlap + 100) / (total + 100)
-    return {"cross_entropy": cross_entropy, "dice": (1 - dice).mean()}
+    dice = (2 * overlap + 100) / (both + 100)
+    # Where no pixel is known the sum is 0, and no mean a number.
+    mean = entropy / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    return {"cross_entropy": mean, "dice": (1 - dice).mean()}
 
 
 def instances_from_logits(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pointformer.annotations import VOID, Category
 from pointformer.metrics import Accuracy, Metric
 from pointformer.models import Output
+from pointformer.models.parallel import WHOLE, BatchPart
 from pointformer.segmentation.tiling import Tile
 from pointformer.tasks.task import Size, Task, Truth, on_device
 
@@ -28,18 +30,19 @@ class Classification(Task):
         super().__init__(categories)
         self.smoothing = smoothing
 
-    def loss(self, output: Tensor, annotations: Sequence[Truth]) -> dict[str, Tensor]:
+    def loss(
+        self, output: Tensor, annotations: Sequence[Truth], part: BatchPart = WHOLE
+    ) -> dict[str, Tensor]:
         target = on_device(np.array([annotation.label for annotation in annotations]), output)
-        return {
-            "cross_entropy": F.cross_entropy(
-                output.float(),
-                target,
-                ignore_index=VOID,
-                label_smoothing=self.smoothing,
-                reduction="sum",
-            )
-            / (target != VOID).sum().clamp(min=1)
-        }
+        entropy = F.cross_entropy(
+            output.float(),
+            target,
+            ignore_index=VOID,
+            label_smoothing=self.smoothing,
+            reduction="sum",
+        )
+        total, pictures = part.total(torch.stack([entropy, (target != VOID).sum().to(entropy)]))
+        return {"cross_entropy": total / pictures.clamp(min=1)}
 
     def decode(
         self,

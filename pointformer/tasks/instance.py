@@ -17,6 +17,7 @@ from pointformer.data import CITYSCAPES_THINGS
 from pointformer.metrics import CityscapesAP, CocoAP, InstanceAP, Metric
 from pointformer.models import Output
 from pointformer.models.mask2former import MaskPredictions
+from pointformer.models.parallel import WHOLE, BatchPart
 from pointformer.models.postprocess import instances
 from pointformer.segmentation.tiling import Tile, stitch_maps, stitch_objects
 from pointformer.tasks.borders import dense_loss, instance_target, instances_from_logits
@@ -67,7 +68,10 @@ class InstanceBorders(Instance):
         self.class_weights = torch.tensor([1.0, inside_weight, border_weight])
 
     def loss(
-        self, output: Tensor | Sequence[Tensor], annotations: Sequence[Truth]
+        self,
+        output: Tensor | Sequence[Tensor],
+        annotations: Sequence[Truth],
+        part: BatchPart = WHOLE,
     ) -> dict[str, Tensor]:
         targets = []
         for annotation in annotations:
@@ -76,10 +80,10 @@ class InstanceBorders(Instance):
             targets.append(on_device(classes, output[0]))
         weights = self.class_weights.to(output[0].device)
         if isinstance(output, Tensor):
-            return dense_loss(output, torch.stack(targets), weights)
+            return dense_loss(output, torch.stack(targets), weights, part)
         pixels = torch.cat([logits.flatten(1) for logits in output], 1)  # of all sizes, in a row
         target = torch.cat([target.flatten() for target in targets])
-        return dense_loss(pixels[None, :, None], target[None, None], weights)
+        return dense_loss(pixels[None, :, None], target[None, None], weights, part)
 
     def decode(
         self,

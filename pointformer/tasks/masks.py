@@ -12,6 +12,7 @@ from pointformer.annotations import Category, Objects
 from pointformer.models import Output
 from pointformer.models.losses import LossWeights, Targets, segmentation_loss
 from pointformer.models.mask2former import MaskPredictions
+from pointformer.models.parallel import WHOLE, BatchPart
 from pointformer.tasks.task import Task, Truth
 
 
@@ -57,11 +58,15 @@ class MaskTask(Task):
         self.points = points
         self.stride = stride
 
-    def loss(self, output: MaskPredictions, annotations: Sequence[Truth]) -> dict[str, Tensor]:
+    def loss(
+        self, output: MaskPredictions, annotations: Sequence[Truth], part: BatchPart = WHOLE
+    ) -> dict[str, Tensor]:
         device = output.mask_logits.device
         targets = []
         for annotation in annotations:
             found = targets_of(self.truth(annotation).objects(), self.stride)
             classes, masks = found.classes.to(device), found.masks.to(device)
             targets.append(Targets(classes, masks, self.stride))
-        return segmentation_loss(output, targets, weights=self.weights, points=self.points)
+        return segmentation_loss(
+            output, targets, weights=self.weights, points=self.points, part=part
+        )

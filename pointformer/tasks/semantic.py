@@ -13,6 +13,7 @@ from pointformer.annotations import VOID, SegmentMap
 from pointformer.metrics import Metric, SemanticIoU
 from pointformer.models import Output
 from pointformer.models.mask2former import MaskPredictions
+from pointformer.models.parallel import WHOLE, BatchPart
 from pointformer.models.postprocess import semantic_scores
 from pointformer.segmentation.tiling import Tile, blend
 from pointformer.tasks.masks import MaskTask
@@ -52,17 +53,21 @@ class SemanticClasses(Semantic):
     output = Output.CLASSES
 
     def loss(
-        self, output: Tensor | Sequence[Tensor], annotations: Sequence[Truth]
+        self,
+        output: Tensor | Sequence[Tensor],
+        annotations: Sequence[Truth],
+        part: BatchPart = WHOLE,
     ) -> dict[str, Tensor]:
-        total, pixels = output[0].new_zeros(()), 0
+        entropy, pixels = output[0].new_zeros((), dtype=torch.float32), 0
         for logits, annotation in zip(output, annotations, strict=True):
             classes = annotation.classes()
             target = on_device(classes, logits)
-            total = total + F.cross_entropy(
+            entropy = entropy + F.cross_entropy(
                 logits[None].float(), target[None], ignore_index=VOID, reduction="sum"
             )
             pixels += int(np.count_nonzero(classes != VOID))
-        return {"cross_entropy": total / max(pixels, 1)}
+        total, count = part.total(torch.stack([entropy, entropy.new_tensor(pixels)]))
+        return {"cross_entropy": total / count.clamp(min=1)}
 
     def decode(
         self,

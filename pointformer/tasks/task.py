@@ -13,6 +13,7 @@ from torch import Tensor
 from pointformer.annotations import Category, Objects, Segment, SegmentMap
 from pointformer.metrics import Metric
 from pointformer.models import Output
+from pointformer.models.parallel import WHOLE, BatchPart
 from pointformer.segmentation.tiling import Tile
 
 Size = tuple[int, int]
@@ -60,12 +61,16 @@ class Task(abc.ABC):
         return [number for number, category in enumerate(self.categories) if category.is_thing]
 
     @abc.abstractmethod
-    def loss(self, output: Any, annotations: Sequence[Truth]) -> dict[str, Tensor]:
-        """Terms by name, whose sum is the loss.
+    def loss(
+        self, output: Any, annotations: Sequence[Truth], part: BatchPart = WHOLE
+    ) -> dict[str, Tensor]:
+        """Terms by name, whose sum is the loss: of the whole batch, in each process that has a part
+        of it.
 
         Args:
             output: of the model in training, for B images.
             annotations: B, of the images' sizes.
+            part: of a batch that several processes share; `BatchPart.total` makes means of sums.
         """
 
     @abc.abstractmethod

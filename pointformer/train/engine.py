@@ -8,12 +8,14 @@ continued from a checkpoint is, bit for bit, the run that was not.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from pointformer.data.statistics import Statistics, examine, without_bad
 from pointformer.evaluation import evaluate
 from pointformer.models import Model, Output, create_model, load_released, save_model
 from pointformer.models.state import is_safetensors
+from pointformer.processes import Processes, started_processes
 from pointformer.tasks import Task, task_of
 from pointformer.train.checkpoints import (
     list_checkpoints,
@@ -40,7 +43,6 @@ from pointformer.train.ending import Ending
 from pointformer.train.loading import Batch, Batches
 from pointformer.train.logs import Logs
 from pointformer.train.optimization import Average, Budget, clip_gradients
-from pointformer.train.processes import Processes, started_processes
 from pointformer.train.recipe import Recipe, write_recipe
 from pointformer.train.report import draw_token_maps, save_curves
 
@@ -122,7 +124,7 @@ class Trainer:
         processes: that train together; each has its part of every batch.
 
     Attributes:
-        averaged: what is scored and saved.
+        averaged: what is scored and saved; all processes ask for it together.
         steps, seconds: done so far.
         clock: seconds by this process's own clock, from which all agree on `seconds`.
         ending: whether this process was told to end; `ends`: whether any was.
@@ -147,9 +149,15 @@ class Trainer:
             for norm in _batch_norms(model):
                 norm.requires_grad_(False)
         model.set_grad_checkpointing(recipe.gradient_checkpointing)
-        self.optimizer = recipe.optimizer.make(model, recipe.batch)
+        model.set_batch_part(processes.part)
         self.average = Average(model, recipe.average) if recipe.average else None
-        self.wrapped = processes.wrapped(model)
+        self._unsharded = None
+        if recipe.strategy == "fsdp" and processes.world > 1:
+            self._unsharded = copy.deepcopy(model).requires_grad_(False).cpu()
+            if self.average is not None:
+                processes.wrapped(self.average.model, recipe.strategy)
+        self.wrapped = processes.wrapped(model, recipe.strategy)
+        self.optimizer = recipe.optimizer.make(model, recipe.batch)
         self.steps = 0
         self.seconds = self.clock = 0.0
         self.ending, self.ends = Ending(), False
@@ -158,7 +166,13 @@ class Trainer:
 
     @property
     def averaged(self) -> Model:
-        return self.model if self.average is None else self.average.model  # type: ignore[return-value]
+        model = self.model if self.average is None else self.average.model
+        if self._unsharded is None:
+            return model  # type: ignore[return-value]
+        self._unsharded.load_state_dict(self.processes.whole(model.state_dict()))
+        whole = self._unsharded.to(self.processes.device).train(model.training)
+        self.processes.same_buffers(whole)
+        return whole
 
     @property
     def learning_rate(self) -> float:
@@ -182,7 +196,7 @@ class Trainer:
         if recipe.freeze_batch_norm:
             for norm in _batch_norms(self.model):
                 norm.eval()
-        torch.manual_seed(_seed_of(recipe.seed, self.steps, self.processes.rank))
+        torch.manual_seed(_seed_of(recipe.seed, self.steps))
         factor = recipe.schedule.factor(self.used)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor
@@ -193,7 +207,8 @@ class Trainer:
             self.check()  # weights of a step before that went wrong are no fault of these pictures
             where = f"step {self.steps}, with {', '.join(batch.names)}"
             raise ValueError(f"{error} (at {where})") from error
-        total["gradient"] = clip_gradients(self.model, recipe.optimizer.clip).detach()
+        gradient = clip_gradients(self.model, recipe.optimizer.clip).detach()
+        total["gradient"] = self.processes.whole(gradient)
         self.check()
         self._unchecked = self.steps, batch.names, total
         self.optimizer.step()
@@ -204,10 +219,12 @@ class Trainer:
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
         """The loss and its terms, and their gradients in the parameters."""
         total: dict[str, Tensor] = {}
-        for images, truth, share in self._parts(batch):
-            terms = self._mixed_loss(images, truth)
-            loss = torch.stack(list(terms.values())).sum()
-            (share * loss).backward()
+        for number, (images, truth, share) in enumerate(self._parts(batch), 1):
+            last = number == self.recipe.accumulate
+            with self.processes.accumulating(self.wrapped, last):
+                terms = self._mixed_loss(images, truth)
+                loss = torch.stack(list(terms.values())).sum()
+                (share * loss).backward()
             for name, term in {"loss": loss, **terms}.items():
                 total[name] = total.get(name, 0) + share * term.detach()
         return total
@@ -242,14 +259,15 @@ class Trainer:
         images, partners, share = mix(images, rng)
         output = self._output(images)
         others = [annotations[index] for index in partners.tolist()]
-        terms = self.task.loss(output, annotations)
+        part = self.processes.part
+        terms = self.task.loss(output, annotations, part)
         return {
             name: share * terms[name] + (1 - share) * term
-            for name, term in self.task.loss(output, others).items()
+            for name, term in self.task.loss(output, others, part).items()
         }
 
     def _loss(self, images: Any, annotations: Sequence[Annotation]) -> dict[str, Tensor]:
-        return self.task.loss(self._output(images), annotations)
+        return self.task.loss(self._output(images), annotations, self.processes.part)
 
     def _output(self, images: Any) -> Any:
         half = self.recipe.precision == "bfloat16"
@@ -283,7 +301,8 @@ class Trainer:
         self.recent.append(values)
 
     def state(self) -> dict[str, Any]:
-        """All that a run continues from."""
+        """All that a run continues from; the same however many processes there are, and all of them
+        ask for it together."""
         self.check()
         return {
             "format": _FORMAT,
@@ -291,9 +310,13 @@ class Trainer:
             "steps": self.steps,
             "seconds": self.seconds,
             "recent": self.recent,
-            "model": self.model.state_dict(),
-            "average": None if self.average is None else self.average.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.processes.whole(
+                {
+                    "model": self.model.state_dict(),
+                    "average": None if self.average is None else self.average.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                }
+            ),
         }
 
     def load(self, state: dict[str, Any], source: object) -> None:
@@ -307,10 +330,15 @@ class Trainer:
         differing = self.recipe.differences(state["recipe"])
         if differing:
             raise ValueError(f"{source}: made with another recipe: {'; '.join(differing)}")
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.model.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        models = {"model": self.model, "average": self.average and self.average.model}
+        for name, model in models.items():
+            if model is not None:
+                own = self.processes.sharded(state[name], model.state_dict())
+                model.load_state_dict(own)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = state["optimizer"]["state"]
+        own = self.processes.sharded(moments, dict(enumerate(parameters)))
+        self.optimizer.load_state_dict({**state["optimizer"], "state": own})
         self.steps = state["steps"]
         self.seconds = self.clock = state["seconds"]
         self.recent = list(state["recent"])
@@ -320,9 +348,9 @@ def _batch_norms(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
-def _seed_of(seed: int, step: int, rank: int) -> int:
-    """Of the model's random numbers in a step."""
-    sequence = np.random.SeedSequence([seed, step, rank])
+def _seed_of(seed: int, step: int) -> int:
+    """Of the model's random numbers in a step, for all processes; see `BatchPart`."""
+    sequence = np.random.SeedSequence([seed, step])
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -404,8 +432,9 @@ class Run:
                 if self.scores is None:
                     self.scores = self._score(logs, final=True)
                     self.save()
+            averaged = trainer.averaged
             if self.main:
-                save_model(trainer.averaged, self.out / WEIGHTS, trained=self._trained())
+                save_model(averaged, self.out / WEIGHTS, trained=self._trained())
                 save_curves(self.out)
             self.say(f"the model is in {self.out / WEIGHTS}")
         except (OSError, FloatingPointError, ValueError) as error:
@@ -507,28 +536,25 @@ class Run:
         if self.validation is None:
             return {}
         trainer, some = self.trainer, list(range(len(self.validation)))
+        processes, averaged = trainer.processes, trainer.averaged
         if not final:
             order = np.random.default_rng(0).permutation(len(some))
             some = order[: self.recipe.validation.pictures].tolist()
+        own = self.validation.subset(processes.own(some))
         result = evaluate(
-            trainer.averaged,
-            self.validation,
+            averaged,
+            own,
             trainer.task,
-            annotations=tqdm(
-                (self.validation[index] for index in some),
-                "validation",
-                len(some),
-                leave=False,
-                disable=not self.main,
-            ),
+            annotations=tqdm(own, "validation", leave=False, disable=not self.main),
             tile=validation_tile(self.recipe, trainer.task),
             transform=self.recipe.validation.transform(),
+            processes=processes,
         )
         row = {"final": int(final), "pictures": result.pictures, **result.scores}
         logs.add_scores(trainer.steps, row)
         shown = [self.validation[index] for index in some[: self.recipe.validation.token_maps]]
         if self.main:
-            draw_token_maps(trainer.averaged, shown, self.out, trainer.steps)
+            draw_token_maps(averaged, shown, self.out, trainer.steps)
         first = ", ".join(f"{name} {value:.3f}" for name, value in list(result.scores.items())[:3])
         self.say(f"step {trainer.steps}, {result.pictures} pictures: {first}")
         return result.scores
@@ -574,11 +600,12 @@ def train(
     check_folder(out)
     with started_processes(device) as processes:
         speak = say if processes.main else _silent
-        training, validation = open_data(recipe)
-        model = make_model(recipe, training.categories)  # what cannot be is said before all is read
-        task = task_of(model, recipe.task, training.categories, **recipe.loss)
+        training, validation = processes.alike(lambda: open_data(recipe))
+        categories = training.categories
+        # What cannot be is said before all is read.
+        model, task = processes.alike(lambda: _made(recipe, categories, processes))
         training, statistics = _checked(training, recipe, out / "data" / "train.json", processes)
-        statistics.check()
+        processes.alike(statistics.check)
         if validation is not None:
             validation, _ = _checked(validation, recipe, out / "data" / "val.json", processes)
         if not (out / RECIPE).exists():
@@ -595,15 +622,36 @@ def train(
             pin=processes.device.type == "cuda",
             rank=processes.rank,
             world=processes.world,
+            accumulate=recipe.accumulate,
             weights=_weights(statistics) if recipe.data.draw == "by_objects" else None,
         )
         run = Run(trainer, batches, validation, out, speak)
-        run.resume()
+        processes.alike(run.resume)
         if processes.main:
             out.mkdir(parents=True, exist_ok=True)
             with atomic_path(out / RECIPE) as temporary:
                 temporary.write_text(write_recipe(recipe), "utf-8")
         return run.finish()
+
+
+def _made(
+    recipe: Recipe, categories: Sequence[Category], processes: Processes
+) -> tuple[Model, Task]:
+    own = recipe.batch // (processes.world * recipe.accumulate)
+    if processes.world > 1 and recipe.augmentation.mix is not None and own % 2:
+        raise ValueError(
+            "augmentation.mix: mixes pictures two by two; expected an even number of pictures per "
+            f"process and part of a batch, got {own}"
+        )
+    model = make_model(recipe, categories)
+    fast = processes.device.type == "cpu" and model.backbone.impl != "reference"
+    if recipe.strategy == "fsdp" and processes.world > 1 and fast:
+        # They hold weights as NumPy arrays, whose memory fully_shard could not free.
+        raise ValueError(
+            "strategy: 'fsdp' does not work with the CPU's kernels; use ddp, or options.impl="
+            "reference"
+        )
+    return model, task_of(model, recipe.task, categories, **recipe.loss)
 
 
 def _silent(line: str) -> None:
@@ -641,10 +689,12 @@ def _checked(
     Args:
         kept: a file that spares the next start from reading all of them again.
     """
+    statistics: Statistics | None = None
     for first in (True, False):  # the others take what the first has found
-        if processes.main == first:
-            statistics = examine(dataset, recipe.task, cache=kept, progress=first)
-        processes.gathered(None)
+        read = partial(examine, dataset, recipe.task, cache=kept, progress=first)
+        found = processes.alike(read if processes.main == first else lambda: None)
+        statistics = found or statistics
+    assert statistics is not None
     return without_bad(dataset, statistics), statistics
 
 

@@ -49,6 +49,8 @@ class Batches:
         pin: whether batches are in pinned memory, from which they are copied to a GPU while it
             works.
         rank, world: number of this process, and of all.
+        accumulate: parts of a batch that are worked through one after the other; each is split over
+            the processes.
         weights: how often a sample is drawn, relative to others: a pass then draws as many as there
             are with replacement. `None`: a pass has each sample once.
         reading: how pictures are read, see `pointformer.data.Reading`.
@@ -68,12 +70,14 @@ class Batches:
         pin: bool = False,
         rank: int = 0,
         world: int = 1,
+        accumulate: int = 1,
         weights: Sequence[float] | np.ndarray | None = None,
         reading: Reading | None = None,
     ) -> None:
-        if batch < 1 or batch % world:
+        if batch < 1 or batch % (world * accumulate):
+            parts = f", times {accumulate} parts of a batch" if accumulate > 1 else ""
             raise ValueError(
-                f"batch: expected a positive multiple of the {world} processes, got {batch}"
+                f"batch: expected a positive multiple of the {world} processes{parts}, got {batch}"
             )
         if not 0 <= rank < world:
             raise ValueError(f"rank: expected 0 to {world - 1}, got {rank}")
@@ -81,6 +85,7 @@ class Batches:
             raise ValueError(f"workers: expected at least 0, got {workers}")
         self.dataset, self.batch, self.seed = dataset, batch, seed
         self.workers, self.pin, self.rank, self.world = workers, pin, rank, world
+        self.accumulate = accumulate
         self._samples = _Samples(dataset, transform, seed, reading or {})
         self._shares = None if weights is None else _shares(weights, len(dataset))
 
@@ -126,16 +131,19 @@ class _Places:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         batches = self.batches
-        own = batches.batch // batches.world
-        first = self.start * batches.batch + batches.rank * own
+        part = batches.batch // batches.accumulate
+        own = part // batches.world
+        first = self.start * batches.batch
         epoch, order = -1, np.empty(0, np.int64)
         while True:
             places = []
-            for place in range(first, first + own):
-                if place // len(batches) != epoch:
-                    epoch = place // len(batches)
-                    order = batches.indices(epoch)
-                places.append((place, int(order[place % len(batches)])))
+            for start in range(first, first + batches.batch, part):
+                start += batches.rank * own
+                for place in range(start, start + own):
+                    if place // len(batches) != epoch:
+                        epoch = place // len(batches)
+                        order = batches.indices(epoch)
+                    places.append((place, int(order[place % len(batches)])))
             yield places
             first += batches.batch
 

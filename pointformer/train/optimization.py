@@ -180,7 +180,10 @@ class Average:
 
 
 def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
-    """Scale all gradients so that together they are no longer than `most`; their length before."""
+    """Scale all gradients so that together they are no longer than `most`; their length before.
+
+    Of sharded gradients it is sharded.
+    """
     return nn.utils.clip_grad_norm_(
         model.parameters(), math.inf if most is None else most, error_if_nonfinite=False
     )

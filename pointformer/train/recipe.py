@@ -153,7 +153,11 @@ class Recipe:
         average: decay per step of the weights' moving average, which is what is scored and saved;
             0: the weights themselves.
         gradient_checkpointing: keep less for the backward pass and compute it again.
-        freeze_batch_norm: use the statistics of BatchNorm that the model starts with.
+        freeze_batch_norm: use the statistics of BatchNorm that the model starts with; otherwise
+            they are those of the part of a batch that a process works on at a time.
+        strategy: of several processes. "ddp": each has the whole model; "fsdp": each a part of its
+            weights, their gradients and the optimizer's state, whole only within a step; for models
+            that are large for their GPUs.
         workers: processes that read and augment pictures; they do not change the result.
         log_every: steps per line of the log.
     """
@@ -176,6 +180,7 @@ class Recipe:
     average: float = 0.0
     gradient_checkpointing: bool = False
     freeze_batch_norm: bool = False
+    strategy: Literal["ddp", "fsdp"] = field(default="ddp", metadata=_FREE)
     seed: int = 0
     workers: int = field(default=0, metadata=_FREE)
     checkpoints: Checkpoints = field(default_factory=Checkpoints, metadata=_FREE)

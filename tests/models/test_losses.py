@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from pointformer.models.losses import (
     uncertain_points,
 )
 from pointformer.models.mask2former import MaskPredictions
+from pointformer.models.parallel import WHOLE
 
 WEIGHTS = LossWeights()
 
@@ -193,6 +195,7 @@ def literal_loss(layers, targets, weights, stride, points, oversample, importanc
     class logits (B, Q, K + 1) and mask logits (B, Q, h, w)."""
     objects = max(1, sum(len(target.classes) for target in targets))
     sums = {"classes": 0.0, "mask": 0.0, "dice": 0.0}
+    generators = WHOLE.generators(len(targets), torch.device("cpu"))
     for class_logits, maps in layers:
         logs = class_logits.double().log_softmax(2)
         queries, nothing = class_logits.shape[1], class_logits.shape[2] - 1
@@ -212,7 +215,8 @@ def literal_loss(layers, targets, weights, stride, points, oversample, importanc
                 labels = [literal_sample(masks[k], x * across, y * down) for x, y in at]
                 return literal_terms(logits, torch.tensor(labels))
 
-            at = torch.rand(points, 2).tolist()
+            random = partial(torch.rand, generator=generators[image])
+            at = random(points, 2).tolist()
             cost = [
                 [
                     weights.mask * entropy + weights.dice * dice
@@ -227,9 +231,9 @@ def literal_loss(layers, targets, weights, stride, points, oversample, importanc
                 key=lambda chosen, cost=cost: sum(cost[q][k] for k, q in enumerate(chosen)),
             )
             pairs = sorted((q, k) for k, q in enumerate(best))
-            many = torch.rand(count, int(points * oversample), 2)
+            many = random(count, int(points * oversample), 2)
             kept = int(importance * points)
-            rest = torch.rand(count, points - kept, 2)
+            rest = random(count, points - kept, 2)
             for n, (q, k) in enumerate(pairs):
                 wanted[image, q] = target.classes[k]
                 some = sorted(

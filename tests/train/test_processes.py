@@ -1,0 +1,81 @@
+"""Two processes train as one does."""
+
+import pytest
+import torch
+
+from helpers.processes import finished, started
+from helpers.training import TINY, write_folder
+from pointformer.train.checkpoints import list_checkpoints, read_checkpoint
+
+MASKS = ["options.queries=12", "options.dim=64", "options.hidden=64", "options.decoder_layers=1",
+         "options.pixel_hidden=64", "options.pixel_layers=1", "loss.points=128"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("nuclei"), val=3)
+
+
+def trained(world, folder, out, *changes, task="instance"):
+    found = finished(started(world, "train", TINY, folder, "--task", task, "--out", out,
+                             "freeze_batch_norm=true", "average=0.9", "batch=4", "log_every=1",
+                             "options.drop_path=0.3", "validation.times=0", *changes))  # fmt: skip
+    assert [code for _, _, code in found] == [0] * world, found
+    return found
+
+
+def table(path):
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    skipped = ("seconds", "images_per_second", "waiting")
+    kept = [i for i, name in enumerate(lines[0]) if name not in skipped]
+    return [[float(line[i]) for i in kept] for line in lines[1:]]
+
+
+def tensors(value):
+    leaves = torch.utils._pytree.tree_leaves(value)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def assert_alike(one, two):
+    """Curves, scores and all that a run continues from."""
+    for first, second in zip(table(one / "log.csv"), table(two / "log.csv"), strict=True):
+        assert second == pytest.approx(first, rel=1e-5, abs=1e-6)
+    first, second = (table(out / "scores.csv")[-1] for out in (one, two))
+    assert second == pytest.approx(first, rel=1e-3, abs=1e-3, nan_ok=True)
+    states = [read_checkpoint(list_checkpoints(out / "checkpoints")[0]) for out in (one, two)]
+    for name in ("model", "average", "optimizer"):
+        pairs = zip(*(tensors(state[name]) for state in states), strict=True)
+        for first, second in pairs:
+            torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_train_as_one(folder, tmp_path):
+    """Also in parts of batches; and a run continues with another number of processes."""
+    steps = ["accumulate=2", "schedule.kind=constant", "schedule.warmup=0"]
+    trained(1, folder, tmp_path / "one", "budget.steps=4", *steps)
+    trained(1, folder, tmp_path / "two", "budget.steps=2", *steps)
+    found = trained(2, folder, tmp_path / "two", "budget.steps=4", *steps)
+    assert found[1][:2] == ("", "")  # one of them speaks
+    assert "the model is in" in found[0][0]
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_sharded_parameters_and_without(folder, tmp_path):
+    same = ["schedule.kind=constant", "schedule.warmup=0", "options.impl=reference"]
+    trained(1, folder, tmp_path / "one", "budget.steps=6", *same)
+    for steps, strategy in ((2, "ddp"), (4, "fsdp"), (6, "ddp")):
+        budget = f"budget.steps={steps}"
+        trained(2, folder, tmp_path / "two", budget, f"strategy={strategy}", *same)
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [("semantic", []), ("instance", ["head=mask2former", *MASKS])],
+)
+def test_each_loss_is_that_of_the_whole_batch(folder, tmp_path, task, changes):
+    for world, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        trained(world, folder, out, "budget.steps=4", *changes, task=task)
+    assert_alike(tmp_path / "one", tmp_path / "two")
