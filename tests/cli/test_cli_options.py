@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from operator import attrgetter
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +17,12 @@ import pointformer.models.complexity
 import pointformer.profiling
 import pointformer.segmentation.segment
 import pointformer.tasks
+import pointformer.train.engine
+import pointformer.train.report
 from pointformer import cli
 from pointformer.data.transforms import CenterCrop, Chain, Resize
 from pointformer.profiling import Limits
+from pointformer.train.recipe import Recipe, write_recipe
 
 
 class Reached(Exception):
@@ -76,11 +80,23 @@ def seen(tmp_path, monkeypatch):
     spy(torch, "set_num_threads")
     spy(pointformer.segmentation.segment, "segment", stop)
     spy(pointformer.evaluation, "evaluate", draw)
-    spy(pointformer.tasks, "task_of", lambda _, name: SimpleNamespace(name=name or "instance"))
+    spy(
+        pointformer.tasks,
+        "task_of",
+        lambda _, name, categories=None: SimpleNamespace(name=name or "instance", output=None),
+    )
     data = argparse.Namespace(entries=[], skipped={})
     dataset = type("Data", (list,), vars(data))(["first", "second"])
     spy(pointformer.data, "open_dataset", dataset)
     spy(pointformer.data, "find_source", SimpleNamespace(lists_classes=True))
+    for run in ("run", "other"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "recipe.yaml").write_text(write_recipe(Recipe()))
+        (tmp_path / run / "model.safetensors").touch()
+    spy(pointformer.models, "load_model", lambda *a, **k: FakeModel(seen))
+    spy(pointformer.train.engine, "train")
+    spy(pointformer.train.engine, "open_data", (None, SimpleNamespace(categories=())))
+    spy(pointformer.train.report, "write_report")
     spy(cli.warmup, "compile_for")
     spy(pointformer.profiling, "measure_limits", Limits(1e9, 1e12))
     spy(pointformer.profiling, "profile", [SimpleNamespace(as_dict=dict)])
@@ -95,7 +111,7 @@ def seen(tmp_path, monkeypatch):
         seen["Results"] = ((), options)
         return results(**options)
 
-    for module in (cli.segment, cli.focus, cli.evaluate):
+    for module in (cli.segment, cli.focus, cli.evaluate, cli.report):
         monkeypatch.setattr(module, "Results", results_of)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     real = torch.randn
@@ -113,6 +129,11 @@ def argument(function, position):
     return lambda seen: (lambda a: a if a is None else str(a))(seen[function][0][position])
 
 
+def field(name, function="train"):
+    """What is in a field of the recipe that `function` got."""
+    return lambda seen: attrgetter(name)(seen[function][0][0])
+
+
 def printed(key):
     return lambda seen: json.loads(seen["output"]).get(key)
 
@@ -122,6 +143,8 @@ BASE = {
     "focus": ["a.png", "--out", "o.png"],
     "evaluate": ["data"],
     "profile": ["aff_nano", "--device", "cpu"],
+    "train": ["data", "--out", "r"],
+    "report": ["run", "--out", "p.html"],
     "models": ["aff_nano"],
     "warmup": [],
 }
@@ -234,6 +257,30 @@ TABLE = {
         (["--classes", "5"], argument("create_model", 2), "5"),
         (["--size", "96"], lambda seen: seen["complexity_of"][0][1:], (96, 96)),
         (["--debug"], lambda seen: "print_exception" in seen, True),
+    ],
+    "train": [
+        (["other"], field("data.path"), "other"),
+        (["--out", "p"], argument("train", 1), "p"),
+        (["--fields"], lambda seen: "optimizer.learning_rate" in seen["output"], True),
+        (["--task", "panoptic"], field("task"), "panoptic"),
+        (["--model", "aff_mini"], field("model"), "aff_mini"),
+        (["--init", "aff_nano.nuclei"], field("init"), "aff_nano.nuclei"),
+        (["--format", "coco"], field("data.format"), "coco"),
+        (["--val-share", "0.3"], field("data.val_share"), 0.3),
+        (["--skip-bad"], field("data.skip_bad"), True),
+        (["--resume"], lambda seen: "--resume: r holds no run" in seen["errors"], True),
+        (["--device", "cuda:1"], option("train", "device"), "cuda:1"),
+        (["--threads", "3"], lambda seen: seen.get("set_num_threads"), ((3,), {})),
+        (["--debug", "--threads", "0"], lambda seen: "print_exception" in seen, True),
+    ],
+    "report": [
+        (["other"], argument("write_report", 0), "other"),
+        (["--out", "q.html"], argument("write_report", 3), "q.html"),
+        (["--data", "elsewhere"], field("data.path", "open_data"), "elsewhere"),
+        (["--pictures", "7"], option("write_report", "pictures"), 7),
+        (["--device", "cuda:1"], lambda seen: seen["to"], ["cuda:1"]),
+        (["--overwrite"], option("Results", "overwrite"), True),
+        (["--debug", "--pictures", "-1"], lambda seen: "print_exception" in seen, True),
     ],
     "warmup": [
         *[row for row in MODEL if row[0][0] not in ("--debug", "--overwrite")],
