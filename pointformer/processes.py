@@ -64,7 +64,8 @@ class Processes:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world,))
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
 
     def accumulating(self, wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """For each part of a batch: gradients are exchanged after the last one."""

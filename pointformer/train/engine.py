@@ -168,7 +168,7 @@ class Trainer:
     def averaged(self) -> Model:
         model = self.model if self.average is None else self.average.model
         if self._unsharded is None:
-            return model  # type: ignore[return-value]
+            return model
         self._unsharded.load_state_dict(self.processes.whole(model.state_dict()))
         whole = self._unsharded.to(self.processes.device).train(model.training)
         self.processes.same_buffers(whole)

@@ -91,6 +91,20 @@ def test_processes_together_see_what_one_sees(dataset):
     assert torch.equal(torch.cat([part.images for part in parts]), one.images)
 
 
+def test_each_part_of_a_batch_is_split_over_the_processes(dataset):
+    """What is worked through at a time is, over all processes, what one works through."""
+    (one,) = first(Batches(dataset, noisy, batch=8, seed=1, accumulate=2), 1, 3)
+    parts = [
+        first(Batches(dataset, noisy, batch=8, seed=1, rank=rank, world=2, accumulate=2), 1, 3)[0]
+        for rank in range(2)
+    ]
+    for half in range(2):
+        names = [name for part in parts for name in part.names[2 * half : 2 * half + 2]]
+        assert names == one.names[4 * half : 4 * half + 4]
+    with pytest.raises(ValueError, match="multiple of the 2 processes, times 3 parts of a batch"):
+        Batches(dataset, batch=8, seed=1, world=2, accumulate=3)
+
+
 def test_weights_decide_how_often(dataset):
     batches = Batches(dataset, batch=7, seed=0, weights=[0, 0, 1, 0, 3, 0, 0])
     counts = np.bincount(np.concatenate([batches.indices(epoch) for epoch in range(200)]))

@@ -1,5 +1,8 @@
 """Two processes train as one does."""
 
+import signal
+import time
+
 import pytest
 import torch
 
@@ -79,3 +82,27 @@ def test_each_loss_is_that_of_the_whole_batch(folder, tmp_path, task, changes):
     for world, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
         trained(world, folder, out, "budget.steps=4", *changes, task=task)
     assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_one_that_ends_ends_all(folder, tmp_path, number):
+    """Told to end, all save first; killed, the others say so, and the run goes on from before."""
+    out = tmp_path / "run"
+    command = ["train", TINY, folder, "--task", "instance", "--out", out, "budget.steps=100000",
+               "validation.times=0", "log_every=1", "checkpoints.steps=1"]  # fmt: skip
+    processes = started(2, *command)
+    while len(list_checkpoints(out / "checkpoints")) < 2 and processes[0].poll() is None:
+        time.sleep(0.2)
+    processes[1].send_signal(number)
+    (first, said, code), (_, _, other) = finished(processes)
+    if number == signal.SIGTERM:
+        assert "told to end at step" in first
+        assert said.endswith("pointformer: interrupted\n")
+        assert (code, other) == (130, 143)
+    else:
+        assert code == 1
+        assert said.splitlines()[-1] == (
+            "pointformer: error: process 0 of 2: lost the connection to another one, which ended; "
+            "the same command goes on"
+        )
+    assert read_checkpoint(list_checkpoints(out / "checkpoints")[0])["steps"] > 0
