@@ -58,6 +58,14 @@ class CityscapesAP:
         self._void = [label.id for label in self._module.labels if label.ignoreInEval]
         self._matches: dict[str, dict] = {}
 
+    def __getstate__(self) -> tuple[tuple[Category, ...], dict[str, dict]]:
+        return self.categories, self._matches  # the package's modules cannot be sent
+
+    def __setstate__(self, state: tuple[tuple[Category, ...], dict[str, dict]]) -> None:
+        categories, matches = state
+        self.__init__(categories)  # type: ignore[misc]
+        self._matches = matches
+
     def update(self, predicted: Any, annotation: Annotation) -> None:
         """Add one picture.
 

@@ -1,6 +1,7 @@
 """Cityscapes' AP of objects against the package's own run over files."""
 
 import copy
+import pickle
 import sys
 
 import numpy as np
@@ -87,6 +88,17 @@ def test_annotations_as_predictions_score_one(tmp_path, task):
 def test_nothing_predicted_scores_zero(dataset):
     nothing = Objects(np.zeros((0, *scenes.SIZE), bool), np.zeros(0, int), np.zeros(0))
     assert score([(nothing, annotation) for annotation in dataset], dataset.categories).ap == 0
+
+
+def test_parts_from_other_processes(dataset):
+    annotations = list(dataset)
+    whole, *parts = (CityscapesAP(dataset.categories) for _ in range(3))
+    for number, annotation in enumerate(annotations):
+        for metric in (whole, parts[number % 2]):
+            metric.update(poor(annotation, number), annotation)
+    first, second = pickle.loads(pickle.dumps(parts))
+    first.merge(second)
+    assert first.compute() == pytest.approx(whole.compute(), rel=1e-12)
 
 
 def test_bad_arguments(dataset, monkeypatch):
