@@ -81,6 +81,15 @@ def check_tensor(
     return value
 
 
+def lacks_gradient_of(**positions: Tensor | None) -> str | None:
+    """For `choose`: which positions require a gradient, in words. Only references give one."""
+    if torch.is_grad_enabled():
+        for name, tensor in positions.items():
+            if tensor is not None and tensor.requires_grad:
+                return f"{name} requires a gradient"
+    return None
+
+
 def check_positions(name: str, positions: object, dimensions: int | None = None) -> Tensor:
     """Return `positions` if it is a float32 (T, 2) or (T, 3) tensor."""
     positions = check_tensor(name, positions, ("T", dimensions or "D"))

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 import pointformer.kernels.attention  # noqa: F401  (registers the fused op)
-from pointformer._checks import FLOATS, check_number, check_positions, check_tensor, describe
+from pointformer._checks import (
+    FLOATS,
+    check_number,
+    check_positions,
+    check_tensor,
+    describe,
+    lacks_gradient_of,
+)
 from pointformer._dispatch import choose
 from pointformer.clusters import Neighborhoods, check_neighborhoods
 from pointformer.reference import attention as reference
@@ -38,7 +45,8 @@ def neighborhood_attention(
         query, key, value: (T, H, d) float32, bfloat16, float16 or float64, rows in cluster order.
             Strided views (of one key-value projection) are read without a copy where their last
             stride is 1.
-        positions: (T, D) float32, D = 2 or 3, rows in cluster order; they get no gradient.
+        positions: (T, D) float32, D = 2 or 3, rows in cluster order; only the reference
+            gives them gradients.
         neighborhoods: the clusters that each of the T tokens attends to, none twice.
             `neighborhoods.with_plan()` saves every call the work of preparing them.
         position_weight: (H, F) weights of the relative position features. F = 5 in 2-D: dx, dy,
@@ -90,8 +98,8 @@ def neighborhood_attention(
         check_number("scale", scale)
 
     lacks = {
-        "cpu": lambda: _fused_lacks(query),
-        "triton": lambda: _fused_lacks(query) or neighborhoods.triton_lacks(),
+        "cpu": lambda: _fused_lacks(query, positions),
+        "triton": lambda: _fused_lacks(query, positions) or neighborhoods.triton_lacks(),
     }
     chosen = choose("neighborhood_attention", impl, lacks, device)
     if chosen != "reference":
@@ -127,11 +135,11 @@ def neighborhood_attention(
     )
 
 
-def _fused_lacks(query: Tensor) -> str | None:
+def _fused_lacks(query: Tensor, positions: Tensor) -> str | None:
     """Why neither the CPU nor the Triton kernels can run, in words, or `None`."""
     if query.dtype == torch.float64:
         return "query is float64 and the kernels compute in float32"
     channels = query.shape[2]
     if channels % 8 or not 8 <= channels <= 128:
         return f"query has {channels} channels per head, not a multiple of 8 in 8..128"
-    return None
+    return lacks_gradient_of(positions=positions)

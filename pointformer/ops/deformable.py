@@ -19,6 +19,7 @@ from pointformer._checks import (
     check_power,
     check_tensor,
     describe,
+    lacks_gradient_of,
 )
 from pointformer._dispatch import choose
 from pointformer.clusters import offsets_of
@@ -69,7 +70,8 @@ def deformable_attention(
             most 16), or `None` for the device's own.
 
     Returns:
-        (Q, H, d) in the dtype of `value`. Gradients reach the value, offsets, weights and power.
+        (Q, H, d) in the dtype of `value`. Gradients reach the value, offsets, weights and power;
+        those for positions come from the reference only.
 
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype, device or value does not fit.
@@ -77,12 +79,12 @@ def deformable_attention(
     """
     tokens, heads, _ = check_tensor("value", value, ("T", "H", "d"), FLOATS).shape
     device = value.device
-    positions = check_positions("positions", positions, 2).detach()
+    positions = check_positions("positions", positions, 2)
     check_tensor("positions", positions, (tokens, 2), device=device)
     check_tensor("offsets", offsets, ("Q", heads, "L", "P", 2), FLOATS, device)
     queries, _, levels, points, _ = offsets.shape
     check_tensor("weights", weights, (queries, heads, levels, points), FLOATS, device)
-    query_positions = check_positions("query_positions", query_positions, 2).detach()
+    query_positions = check_positions("query_positions", query_positions, 2)
     check_tensor("query_positions", query_positions, (queries, 2), device=device)
     check_tensor("query_sample", query_sample, (queries,), (torch.int64,), device)
     check_tensor("lookup", lookup, ("cells", levels, "k"), INTEGERS, device)
@@ -91,7 +93,9 @@ def deformable_attention(
     check_number("eps", eps, above=0)
 
     def lacks() -> str | None:
-        return "value is float64" if value.dtype == torch.float64 else None
+        if value.dtype == torch.float64:
+            return "value is float64"
+        return lacks_gradient_of(positions=positions, query_positions=query_positions)
 
     def triton_lacks() -> str | None:
         if lookup.shape[2] > _MOST_NEAR:

@@ -20,6 +20,7 @@ from pointformer._checks import (
     check_same_positions,
     check_sizes,
     check_tensor,
+    lacks_gradient_of,
 )
 from pointformer._dispatch import choose
 from pointformer.geometry.neighbors import knn
@@ -119,10 +120,7 @@ def interpolate(
             return "features are float64"
         if max(neighbor_index.numel(), tokens) > _MOST:
             return f"there are {tokens} tokens and {neighbor_index.numel()} entries of lists"
-        learned = positions.requires_grad or query_positions.requires_grad
-        if learned and torch.is_grad_enabled():
-            return "positions or query_positions require a gradient"
-        return None
+        return lacks_gradient_of(positions=positions, query_positions=query_positions)
 
     chosen = choose("interpolate", impl, {"cpu": lacks, "triton": lacks}, device)
     if chosen == "reference":

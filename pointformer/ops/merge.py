@@ -15,6 +15,7 @@ from pointformer._checks import (
     check_positions,
     check_tensor,
     describe,
+    lacks_gradient_of,
 )
 from pointformer._dispatch import choose
 from pointformer.clusters import Neighborhoods, check_neighborhoods
@@ -53,7 +54,7 @@ def scored_merge(
     Args:
         features: (T, C) floating, rows in cluster order.
         scores: (T,) floating, the importance of the tokens.
-        positions: (T, D) float32, D = 2 or 3. They get no gradient.
+        positions: (T, D) float32, D = 2 or 3; only the reference gives them gradients.
         center_index: (T',) int32 or int64, rows of the tokens to merge around.
         neighborhoods: of all T tokens. The -1 entries of `cluster_index` and the missing tokens of
             short clusters contribute nothing.
@@ -83,7 +84,7 @@ def scored_merge(
     centered = neighborhoods.select(center_index)
 
     def lacks() -> str | None:
-        return _fused_lacks(features, weight, centered.cluster_index)
+        return _fused_lacks(features, weight, centered.cluster_index, positions=positions)
 
     center_positions = positions[center_index]
     net = (weight, bias, norm_weight, norm_bias)
@@ -119,7 +120,7 @@ def point_conv(
 
     Args:
         features: (T, C) floating.
-        positions: (T, D) float32, D = 2 or 3. They get no gradient.
+        positions: (T, D) float32, D = 2 or 3; only the reference gives them gradients.
         neighbor_index: (Q, k) int32 or int64, rows of the neighbors, -1 where there are fewer.
         center_positions: (Q, D) float32; None if the centers are the T tokens themselves.
         weight, bias, norm_weight, norm_bias, eps: the weight net.
@@ -157,7 +158,8 @@ def point_conv(
     _check_weight_net(weight, bias, norm_weight, norm_bias, eps, dimensions, device)
 
     def lacks() -> str | None:
-        return _fused_lacks(features, weight, neighbor_index)
+        places = {"positions": positions, "center_positions": center_positions}
+        return _fused_lacks(features, weight, neighbor_index, **places)
 
     net = (weight, bias, norm_weight, norm_bias)
     chosen = choose("point_conv", impl, {"cpu": lacks, "triton": lacks}, device)
@@ -195,7 +197,7 @@ def _check_positions(
     name: str, positions: Tensor, rows: int, dimensions: int | None, device: torch.device
 ) -> Tensor:
     positions = check_positions(name, positions, dimensions)
-    return check_tensor(name, positions, (rows, "D"), device=device).detach()
+    return check_tensor(name, positions, (rows, "D"), device=device)
 
 
 def _check_weight_net(
@@ -218,11 +220,13 @@ def _check_weight_net(
     check_number("eps", eps, least=0)
 
 
-def _fused_lacks(features: Tensor, weight: Tensor, lists: Tensor) -> str | None:
+def _fused_lacks(
+    features: Tensor, weight: Tensor, lists: Tensor, **positions: Tensor
+) -> str | None:
     if max(lists.numel(), features.shape[0]) > _MOST:
         return f"there are {features.shape[0]} tokens and {lists.numel()} entries of lists"
     if features.dtype == torch.float64:
         return "features are float64"
     if weight.shape[0] != 4:
         return f"weight has M = {weight.shape[0]} rows, it is written for 4"
-    return None
+    return lacks_gradient_of(**positions)

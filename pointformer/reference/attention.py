@@ -29,7 +29,7 @@ def neighborhood_attention(
         scaled = query.to(dtype) * scale
         logits = torch.einsum("thd,tmhd->thm", scaled, key.to(dtype)[rows])
         if position_weight is not None:
-            points = positions.detach().to(dtype)
+            points = positions.to(dtype)
             full = position_weight.shape[1] != positions.shape[1]
             features = relative_position(points[rows] - points[:, None], full)
             logits = logits + torch.einsum("tmf,hf->thm", features, position_weight.to(dtype))

@@ -274,18 +274,6 @@ def test_compiles_without_graph_breaks(exponent, impl):
     torch.testing.assert_close(*grads)
 
 
-def test_gradients_for_positions_need_the_reference():
-    case = make_case()
-    case["query_positions"].requires_grad_()
-    interpolate(**case, impl="reference").sum().backward()
-    assert case["query_positions"].grad.isfinite().all()
-    for impl in (None, "cpu"):
-        with pytest.raises(ValueError, match="query_positions require a gradient"):
-            interpolate(**case, impl=impl)
-        with torch.no_grad():
-            interpolate(**case, impl=impl)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
