@@ -29,13 +29,14 @@ class BatchPart:
         """
         return sums if self.world == 1 else _Total.apply(sums, self.world)
 
-    def rand(self, samples: int, device: torch.device) -> Tensor:
-        """(samples,) uniform numbers, for the samples of this part those that they would have in
-        the whole batch, if torch's generators have the same state everywhere."""
-        return self._own(torch.rand(samples * self.world, device=device))
+    def bernoulli(self, probability: float, samples: int, like: Tensor) -> Tensor:
+        """(samples,) of 1 with this probability, else 0, in the dtype of `like`: for the samples of
+        this part what they would have in the whole batch, if torch's generators have the same state
+        everywhere."""
+        return self._own(like.new_empty(samples * self.world).bernoulli_(probability))
 
     def generators(self, samples: int, device: torch.device) -> list[torch.Generator]:
-        """For each sample one of its own, whatever the others draw; as of `rand`."""
+        """For each sample one of its own, whatever the others draw; as of `bernoulli`."""
         seeds = self._own(torch.randint(2**62, (samples * self.world,)))
         return [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
 

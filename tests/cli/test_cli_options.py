@@ -85,8 +85,14 @@ def seen(tmp_path, monkeypatch):
         "task_of",
         lambda _, name, categories=None: SimpleNamespace(name=name or "instance", output=None),
     )
-    data = argparse.Namespace(entries=[], skipped={})
-    dataset = type("Data", (list,), vars(data))(["first", "second"])
+
+    class Data(list):
+        entries, skipped = (), {}
+
+        def subset(self, indices):
+            return Data([self[n] for n in indices])
+
+    dataset = Data(["first", "second"])
     spy(pointformer.data, "open_dataset", dataset)
     spy(pointformer.data, "find_source", SimpleNamespace(lists_classes=True))
     for run in ("run", "other"):
@@ -97,6 +103,7 @@ def seen(tmp_path, monkeypatch):
     spy(pointformer.train.engine, "train")
     spy(pointformer.train.engine, "open_data", (None, SimpleNamespace(categories=())))
     spy(pointformer.train.report, "write_report")
+    spy(cli.segment, "_is_done", False)
     spy(cli.warmup, "compile_for")
     spy(pointformer.profiling, "measure_limits", Limits(1e9, 1e12))
     spy(pointformer.profiling, "profile", [SimpleNamespace(as_dict=dict)])
@@ -181,6 +188,7 @@ TABLE = {
         (["--out", "p"], lambda seen: seen["exists"]("p"), True),
         (["--tile", "256"], option("segment", "tile"), 256),
         (["--overlap", "32"], option("segment", "overlap"), 32),
+        (["--resume"], lambda seen: "_is_done" in seen, True),
         (["--min-score", "0"], option("segment", "min_score"), 0.0),
     ],
     "focus": [

@@ -176,7 +176,7 @@ def test_a_uniform_batch_can_be_captured(learn):
     ("change", "message"),
     [
         ({"features": torch.rand(30, 3).double()}, "features are float64"),
-        ({"positions": torch.rand(30, 2, requires_grad=True)}, "require a gradient"),
+        ({"positions": torch.rand(30, 2, requires_grad=True)}, "requires a gradient"),
     ],
 )
 def test_what_kernels_cannot_do(change, message):
