@@ -19,7 +19,10 @@ if not INTERPRETED:
     pytest.skip(reason, allow_module_level=True)
 
 
-@pytest.mark.parametrize(("channels", "power"), [(5, 6.0), (16, 4.0), (32, 2.5)])
+@pytest.mark.parametrize(
+    ("channels", "power"),
+    [(5, 6.0), *(pytest.param(*c, marks=pytest.mark.long) for c in ((16, 4.0), (32, 2.5)))],
+)
 def test_deformable_is_as_exact_as_plain_float32(channels, power):
     """Within twice the largest error of the reference in float32; the same bits every time."""
     errors = {"triton": {}, "reference": {}}

@@ -59,6 +59,7 @@ def test_loops_are_those_of_the_source():
         code.issued({"start": 3})
 
 
+@pytest.mark.long
 def test_no_kernel_issues_more_than_before():
     lines = [json.loads(line) for line in TABLE.read_text().splitlines()]
     mine = triton.__version__, "128x256 batch 1"
