@@ -2,7 +2,8 @@
 
 A step depends on the recipe, the weights and its number only: the order of the pictures, and all
 random numbers, are functions of the seed and the step. So a run that was ended at any moment and
-continued from a checkpoint is, bit for bit, the run that was not.
+continued from a checkpoint is, bit for bit, the run that was not, given as many threads on the same
+kind of machine: torch's sums depend on these.
 """
 
 from __future__ import annotations
