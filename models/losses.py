@@ -221,9 +221,9 @@ def segmentation_loss(
     if predictions.middles is not None:
         middles = middle_loss(predictions, targets)
     objects = middles.new_tensor(sum(len(target.classes) for target in targets))
-    sums = part.total(torch.cat([*sums, torch.stack([middles, objects])]))
-    *by_layer, middles, objects = *sums[:-2].view(-1, 4), *sums[-2:]
-    entropy, weight, mask, dice = torch.stack(by_layer, 1)
+    all_sums = part.total(torch.cat([*sums, torch.stack([middles, objects])]))
+    entropy, weight, mask, dice = all_sums[:-2].view(-1, 4).unbind(1)
+    middles, objects = all_sums[-2:]
     objects = objects.clamp(min=1)
     total = {
         "classes": weights.classes * (entropy / weight).sum(),

@@ -331,7 +331,10 @@ class Trainer:
         differing = self.recipe.differences(state["recipe"])
         if differing:
             raise ValueError(f"{source}: made with another recipe: {'; '.join(differing)}")
-        models = {"model": self.model, "average": self.average and self.average.model}
+        models = {
+            "model": self.model,
+            "average": None if self.average is None else self.average.model,
+        }
         for name, model in models.items():
             if model is not None:
                 own = self.processes.sharded(state[name], model.state_dict())

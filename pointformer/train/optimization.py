@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pointformer.models import Model
+
 _NORMS = (
     nn.LayerNorm,
     nn.GroupNorm,
@@ -164,8 +166,8 @@ class Average:
         decay: per step; less at first, because the first weights are random.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: Model, decay: float) -> None:
+        self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()
