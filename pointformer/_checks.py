@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MOST_ROWS = 2**31 - 64  # rows, and entries of lists: int32, with room for the last tile
 _LARGEST = 2.0**62  # squared distances of larger positions may overflow
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 import pointformer.kernels.attention  # noqa: F401  (registers the plan)
-from pointformer._checks import INTEGERS, check_flags, check_tensor, describe
+from pointformer._checks import (
+    INTEGERS,
+    MOST_ROWS,
+    check_flags,
+    check_tensor,
+    describe,
+)
 from pointformer._dispatch import choose, lacks_nothing
 from pointformer.kernels.tables import from_host, starts_of
-
-_MOST_ROWS = 2**31 - 64  # int32, with room for the last tile
 
 
 def offsets_of(sizes: tuple[int, ...] | list[int], device: torch.device | None = None) -> Tensor:
@@ -143,8 +147,8 @@ class Neighborhoods:
     def triton_lacks(self) -> str | None:
         """For `choose`: why Triton kernels cannot take these neighborhoods, or `None`."""
         rows = max(self.cluster_index.numel(), self.clusters.num_tokens)
-        if rows > _MOST_ROWS:
-            return f"neighborhoods has {rows} tokens or list entries, more than {_MOST_ROWS}"
+        if rows > MOST_ROWS:
+            return f"neighborhoods has {rows} tokens or list entries, more than {MOST_ROWS}"
         return None
 
     def select(self, rows: Tensor) -> Neighborhoods:

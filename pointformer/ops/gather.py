@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pointformer._checks import FLOATS, INTEGERS, as_int32, check_tensor
+from pointformer._checks import (
+    FLOATS,
+    INTEGERS,
+    MOST_ROWS,
+    as_int32,
+    check_tensor,
+)
 from pointformer._dispatch import choose
 from pointformer.kernels.gather import fused_gather
 from pointformer.reference.gather import weighted_gather as reference
-
-_MOST = 2**31 - 64  # rows and entries have int32 numbers
 
 
 def weighted_gather(
@@ -41,7 +45,7 @@ def weighted_gather(
     check_tensor("weights", weights, tuple(index.shape), FLOATS, device)
 
     def lacks() -> str | None:
-        if max(index.numel(), len(features)) > _MOST:
+        if max(index.numel(), len(features)) > MOST_ROWS:
             return f"there are {len(features)} tokens and {index.numel()} entries of lists"
         return "features are float64" if features.dtype == torch.float64 else None
 

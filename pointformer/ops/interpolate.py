@@ -10,6 +10,7 @@ from torch import Tensor
 from pointformer._checks import (
     FLOATS,
     INTEGERS,
+    MOST_ROWS,
     as_int32,
     check_count,
     check_finite,
@@ -26,8 +27,6 @@ from pointformer._dispatch import choose
 from pointformer.geometry.neighbors import knn
 from pointformer.kernels.interpolate import fused_interpolate
 from pointformer.reference.interpolate import interpolate as reference_interpolate
-
-_MOST = 2**31 - 64  # rows and entries have int32 numbers
 
 
 def interpolate(
@@ -118,7 +117,7 @@ def interpolate(
     def lacks() -> str | None:
         if features.dtype == torch.float64:
             return "features are float64"
-        if max(neighbor_index.numel(), tokens) > _MOST:
+        if max(neighbor_index.numel(), tokens) > MOST_ROWS:
             return f"there are {tokens} tokens and {neighbor_index.numel()} entries of lists"
         return lacks_gradient_of(positions=positions, query_positions=query_positions)
 

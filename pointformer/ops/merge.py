@@ -8,6 +8,7 @@ from torch import Tensor
 from pointformer._checks import (
     FLOATS,
     INTEGERS,
+    MOST_ROWS,
     as_int32,
     check_finite,
     check_flags,
@@ -21,8 +22,6 @@ from pointformer._dispatch import choose
 from pointformer.clusters import Neighborhoods, check_neighborhoods
 from pointformer.kernels.merge import fused_merge
 from pointformer.reference.merge import merge as reference_merge
-
-_MOST = 2**31 - 64  # rows and entries have int32 numbers
 
 
 def scored_merge(
@@ -223,7 +222,7 @@ def _check_weight_net(
 def _fused_lacks(
     features: Tensor, weight: Tensor, lists: Tensor, **positions: Tensor
 ) -> str | None:
-    if max(lists.numel(), features.shape[0]) > _MOST:
+    if max(lists.numel(), features.shape[0]) > MOST_ROWS:
         return f"there are {features.shape[0]} tokens and {lists.numel()} entries of lists"
     if features.dtype == torch.float64:
         return "features are float64"
