@@ -9,27 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.models import SMALL
 from pointformer import cli
 from pointformer.annotations import Category
-from pointformer.models import AFFConfig, Model, load_model, save_model
+from pointformer.models import Model, load_model, save_model
 from pointformer.prediction import to_tensor
-
-SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    save_model(Model("small", SMALL, "dense", 3), path)
-    return str(path)
-
-
-@pytest.fixture(autouse=True)
-def _same_threads_after():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

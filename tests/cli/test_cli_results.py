@@ -22,29 +22,15 @@ from pointformer.cli import segment as command
 from pointformer.cli.common import printable, reason, result_names
 from pointformer.cli.results import Results, is_result, save_sealed, write_sealed
 from pointformer.data.images import open_picture
-from pointformer.models import AFFConfig, Model, save_model
 from pointformer.segmentation.segment import Segmentation
 
-SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
 SEGMENT = "pointformer.segmentation.segment.segment"
 KINDS = ("labels.png", "objects.csv", "overlay.png", "summary.json")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "small.safetensors"
-    save_model(Model("small", SMALL, "dense", 3), path)
-    return str(path)
-
-
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
-    """In a folder of its own; the number of threads is as before afterwards."""
-    threads = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
 
 
 def picture(path, seed=0):
