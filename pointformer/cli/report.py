@@ -33,9 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from pointformer.models import load_model
     from pointformer.tasks import task_of
-    from pointformer.train.engine import RECIPE, WEIGHTS, open_data, validation_tile
+    from pointformer.train.pictures import open_data
     from pointformer.train.recipe import read_recipe
     from pointformer.train.report import write_report
+    from pointformer.train.run import RECIPE, WEIGHTS, validation_tile
 
     if options.pictures < 0:
         raise ValueError(f"--pictures: expected at least 0, got {options.pictures}")

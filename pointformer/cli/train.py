@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from pointformer.train.engine import RECIPE, train
     from pointformer.train.recipe import describe_fields, read_recipe
+    from pointformer.train.run import RECIPE, train
 
     if options.fields:
         say(describe_fields())

@@ -1,9 +1,8 @@
-"""What came of a run: its curves as a picture, and all of it as one page."""
+"""What came of a run as one page, and the token maps on it."""
 
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -25,11 +24,11 @@ from pointformer.models import Model
 from pointformer.prediction import to_tensor
 from pointformer.segmentation.drawing import focus_picture, outline, panels
 from pointformer.tasks import MapTask, Task, task_of
+from pointformer.train.curves import plot_curves
+from pointformer.train.logs import read_table
 
 try:
     from jinja2 import Environment, PackageLoader
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError(f"training needs {error.name}: pip install 'pointformer[train]'") from None
 
@@ -60,72 +59,6 @@ def draw_token_maps(model: Model, pictures: Sequence[Annotation], run: Path, ste
 def _middle(image: np.ndarray) -> np.ndarray:
     rows, columns = (slice(max(0, (n - _SEEN) // 2), (n + _SEEN) // 2) for n in image.shape[:2])
     return np.ascontiguousarray(image[rows, columns])
-
-
-def read_table(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a CSV file of a run by name, float64; no columns if there is no such file."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    names = rows[0] if rows else ()
-    return {name: np.array([_number(row[name]) for row in rows]) for name in names}
-
-
-def _number(text: str | None) -> float:
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return math.nan
-
-
-def plot_curves(run: Path) -> Figure:
-    """Loss, scores, learning rate and speed of a run over its steps.
-
-    Raises:
-        ValueError: nothing was logged yet.
-    """
-    log, scores = read_table(run / "log.csv"), read_table(run / "scores.csv")
-    if not log:
-        raise ValueError(f"{run / 'log.csv'}: nothing was logged yet")
-    figure = Figure((11, 7), layout="constrained")
-    loss, score, rate, speed = figure.subplots(2, 2, sharex=True).flat
-    known = ("step", "epoch", "seconds", "gradient", "learning_rate", "images_per_second")
-    terms = [name for name in log if name not in (*known, "waiting")]
-    _lines(loss, log, terms, "loss", log_scale=True)
-    if scores:
-        _lines(
-            score, scores, [n for n in scores if n not in ("step", "final", "pictures")], "score"
-        )
-    score.set_ylim(0, 1)
-    _lines(rate, log, ["learning_rate", "gradient"], "learning rate, gradient", log_scale=True)
-    _lines(speed, log, ["images_per_second"], "pictures per second")
-    for axes in (rate, speed):
-        axes.set_xlabel("step")
-    return figure
-
-
-def _lines(
-    axes: Axes, table: dict[str, np.ndarray], names: Sequence[str], title: str, *, log_scale=False
-) -> None:
-    axes.set_title(title)
-    shown = [name for name in names if np.isfinite(table[name]).any()]
-    for name in shown:
-        mark = "o" if len(table["step"]) < 30 else ""
-        axes.plot(table["step"], table[name], label=name, marker=mark, markersize=3, linewidth=1.2)
-    if log_scale and all((table[name][np.isfinite(table[name])] > 0).all() for name in shown):
-        axes.set_yscale("log")
-    if len(shown) > 1:
-        axes.legend(fontsize="x-small")
-    axes.grid(alpha=0.3)
-
-
-def save_curves(run: Path) -> Path:
-    """Write `plot_curves` as curves.png in the run's folder."""
-    figure = plot_curves(run)
-    with atomic_path(run / "curves.png") as temporary:
-        figure.savefig(temporary, dpi=100)
-    return run / "curves.png"
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ import pointformer.models.complexity
 import pointformer.profiling
 import pointformer.segmentation.segment
 import pointformer.tasks
-import pointformer.train.engine
+import pointformer.train.pictures
 import pointformer.train.report
+import pointformer.train.run
 from pointformer import cli
 from pointformer.data.transforms import CenterCrop, Chain, Resize
 from pointformer.profiling import Limits
@@ -100,8 +101,8 @@ def seen(tmp_path, monkeypatch):
         (tmp_path / run / "recipe.yaml").write_text(write_recipe(Recipe()))
         (tmp_path / run / "model.safetensors").touch()
     spy(pointformer.models, "load_model", lambda *a, **k: FakeModel(seen))
-    spy(pointformer.train.engine, "train")
-    spy(pointformer.train.engine, "open_data", (None, SimpleNamespace(categories=())))
+    spy(pointformer.train.run, "train")
+    spy(pointformer.train.pictures, "open_data", (None, SimpleNamespace(categories=())))
     spy(pointformer.train.report, "write_report")
     spy(cli.segment, "_is_done", False)
     spy(cli.warmup, "compile_for")

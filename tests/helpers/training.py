@@ -10,8 +10,9 @@ from pointformer.annotations import Category, Segment
 from pointformer.data import Annotation, Dataset
 from pointformer.data.annotations import Entry
 from pointformer.tasks import task_of
-from pointformer.train.engine import Trainer, make_model
+from pointformer.train.initial import make_model
 from pointformer.train.recipe import read_recipe
+from pointformer.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parent / "tiny.yaml"  # a recipe

@@ -22,9 +22,12 @@ from pointformer.models import AFFConfig, create_model
 from pointformer.models.config import CONFIGS
 from pointformer.models.released import to_released
 from pointformer.train.checkpoints import list_checkpoints
-from pointformer.train.engine import Trainer, make_model, object_diameter, train
+from pointformer.train.initial import make_model
 from pointformer.train.loading import Batches
+from pointformer.train.pictures import object_diameter
 from pointformer.train.recipe import read_recipe
+from pointformer.train.run import train
+from pointformer.train.trainer import Trainer
 
 TIMES = ("seconds", "images_per_second", "waiting")  # columns that differ from run to run
 

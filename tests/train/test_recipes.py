@@ -7,7 +7,7 @@ import torch
 from helpers.training import dataset_of, trainer_of
 from pointformer.annotations import Category
 from pointformer.data import ADE20K, CITYSCAPES, CITYSCAPES_THINGS, COCO
-from pointformer.train.engine import make_model
+from pointformer.train.initial import make_model
 from pointformer.train.loading import Batches
 from pointformer.train.recipe import RECIPES, read_recipe, write_recipe
 

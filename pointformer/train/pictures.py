@@ -1,0 +1,90 @@
+"""The pictures that a run learns from and is scored on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pointformer.data import Dataset, open_splits
+from pointformer.data.statistics import Statistics, examine, without_bad
+from pointformer.models import Model
+from pointformer.processes import Processes
+from pointformer.train.recipe import Recipe
+
+
+def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+    """The pictures to learn from, and those to be scored on."""
+    data = recipe.data
+    if data.path is None:
+        raise ValueError("data.path: expected the folder of a data set")
+    return open_splits(
+        data.path,
+        data.format,
+        recipe.task,
+        train=data.train,
+        val=data.val,
+        val_share=data.val_share,
+        seed=recipe.seed,
+        categories=data.categories,
+        void=data.void,
+        skip_bad=data.skip_bad,
+    )
+
+
+def checked(
+    dataset: Dataset, recipe: Recipe, kept: Path, processes: Processes
+) -> tuple[Dataset, Statistics]:
+    """The pictures that can be read, see `without_bad`, and what is in them.
+
+    Args:
+        kept: a file that spares the next start from reading all of them again.
+    """
+    statistics: Statistics | None = None
+    for first in (True, False):  # the others take what the first has found
+        read = partial(examine, dataset, recipe.task, cache=kept, progress=first)
+        found = processes.alike(read if processes.main == first else lambda: None)
+        statistics = found or statistics
+    assert statistics is not None
+    return without_bad(dataset, statistics), statistics
+
+
+def describe(
+    training: Dataset,
+    validation: Dataset | None,
+    statistics: Statistics,
+    recipe: Recipe,
+    model: Model,
+    say: Callable[[str], None],
+) -> None:
+    """Say what the model is to learn from, and where a setting will not do well."""
+    say(f"{training.source}: {'; '.join(statistics.lines())}")
+    scored = "no pictures to be scored on" if validation is None else (
+        f"{validation.source}: {len(validation)} pictures to be scored on"
+    )  # fmt: skip
+    say(scored)
+    for dataset in (training, validation):
+        for problem in {} if dataset is None else dataset.skipped.values():
+            say(f"left out: {problem}")
+    crop, size, scale = recipe.augmentation.crop, None, 1.0
+    if crop is not None and crop.measure == "pixels":
+        size = (crop.size, crop.size) if isinstance(crop.size, int) else crop.size
+        scale = max(crop.scales)
+    token = getattr(model.config, "patch_stride", 4)
+    for advice in statistics.advice(token, size, scale):
+        say(f"advice: {advice}")
+
+
+def crowdedness(statistics: Statistics) -> np.ndarray:
+    """How often pictures are drawn: more where there is more to see, but not in proportion."""
+    return np.sqrt([1.0 + len(facts.areas) for facts in statistics.good])
+
+
+def object_diameter(statistics: Statistics) -> float | None:
+    """Of a typical object, in pixels, as of a disk of its area: the median over pictures of the
+    pictures' medians; `None` without objects."""
+    areas = [np.median(facts.areas) for facts in statistics.good if facts.areas]
+    return round(2 * math.sqrt(float(np.median(areas)) / math.pi), 1) if areas else None

@@ -1,0 +1,370 @@
+"""A run of training in a folder: from a recipe to scores and a model, through interruptions."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import pointformer
+from pointformer._files import atomic_path
+from pointformer.data import Category, Dataset
+from pointformer.evaluation import evaluate
+from pointformer.models import Model, Output, save_model
+from pointformer.processes import Processes, started_processes
+from pointformer.tasks import Task, task_of
+from pointformer.train.checkpoints import (
+    list_checkpoints,
+    newest_checkpoint,
+    remove_unfinished,
+    save_checkpoint,
+)
+from pointformer.train.curves import save_curves
+from pointformer.train.initial import make_model
+from pointformer.train.loading import Batches
+from pointformer.train.logs import Logs
+from pointformer.train.optimization import Budget
+from pointformer.train.pictures import (
+    checked,
+    crowdedness,
+    describe,
+    object_diameter,
+    open_data,
+)
+from pointformer.train.recipe import Recipe, write_recipe
+from pointformer.train.report import draw_token_maps
+from pointformer.train.trainer import Trainer
+
+RECIPE, WEIGHTS, CHECKPOINTS = "recipe.yaml", "model.safetensors", "checkpoints"
+"""What a run writes into its folder, besides its logs."""
+
+
+class Run:
+    """A trainer at work in a folder: what it sees, and what is written.
+
+    Args:
+        trainer: as far as it is.
+        batches: of the training pictures.
+        validation: what the model is scored on; `None`: nothing.
+        out: folder of the run.
+        say: shows a line.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        batches: Batches,
+        validation: Dataset | None,
+        out: Path,
+        say: Callable[[str], None] = tqdm.write,
+    ) -> None:
+        self.trainer = trainer
+        self.batches = batches
+        self.validation = validation
+        self.out = out
+        self.say = say
+        self.recipe = trainer.recipe
+        self.main = trainer.processes.main
+        self.checkpoints = out / CHECKPOINTS
+        self.ending = trainer.ending
+        self.validations = 0  # that were due on the way
+        self.scores: dict[str, float] | None = None  # of the end, once it is reached
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that can be read, if there is any.
+
+        Raises:
+            ValueError: there are some, but none can be read, or it is of another recipe.
+        """
+        if self.main:
+            for folder in (self.out, self.checkpoints):
+                remove_unfinished(folder)
+        paths = list_checkpoints(self.checkpoints)
+        newest, problems = newest_checkpoint(paths)
+        for problem in problems:
+            self.say(f"{problem}; an earlier checkpoint is looked for")
+        if newest is None and paths:
+            raise ValueError(
+                f"{self.checkpoints}: no checkpoint can be read; remove the folder to start anew"
+            )
+        if newest is not None:
+            path, state = newest
+            self.trainer.load(state, path)
+            if state["pictures"] != self._pictures():
+                raise ValueError(
+                    f"{path}: made with other training pictures; use another --out, and --init to "
+                    "start from the weights of this run"
+                )
+            self.validations, self.scores = state["validations"], state["scores"]
+            self.say(f"goes on from {path.name}")
+
+    def finish(self) -> dict[str, float]:
+        """Train until the budget is used up; score and save the averaged weights.
+
+        Raises:
+            OSError, FloatingPointError, ValueError: see `train`; the message says which checkpoint
+                is from before.
+        """
+        trainer = self.trainer
+        try:
+            if trainer.steps == 0:  # one from before, should the first steps fail
+                self.save()
+            with Logs(self.out, trainer.steps, self.main) as logs:
+                if trainer.used < 1:
+                    self.scores = None
+                    self._train(logs)
+                    self.save()
+                if self.scores is None:
+                    self.scores = self._score(logs, final=True)
+                    self.save()
+            averaged = trainer.averaged
+            if self.main:
+                save_model(averaged, self.out / WEIGHTS, trained=self._trained())
+                save_curves(self.out)
+            self.say(f"the model is in {self.out / WEIGHTS}")
+        except (OSError, FloatingPointError, ValueError) as error:
+            saved = [path.name for path in list_checkpoints(self.checkpoints)[:1]]
+            where = f"{saved[0]} is from before" if saved else "there is no checkpoint"
+            text = str(error)
+            if isinstance(error, OSError) and error.strerror:
+                text = f"{error.filename or self.out}: {error.strerror}"
+            kinds = (OSError, FloatingPointError, ValueError)
+            kind = next(kind for kind in kinds if isinstance(error, kind))
+            raise kind(f"{text}; {where}") from error
+        return self.scores
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        state = {
+            **self.trainer.state(),
+            "pictures": self._pictures(),
+            "validations": self.validations,
+            "scores": self.scores,
+        }
+        if self.main:
+            keep = self.recipe.checkpoints.keep
+            save_checkpoint(self.checkpoints, self.trainer.steps, state, keep)
+
+    def _pictures(self) -> str:
+        """A digest of the names, on whose order the run depends."""
+        names = [entry.name for entry in self.batches.dataset.entries]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+    def _train(self, logs: Logs) -> None:
+        trainer, often, ending = self.trainer, self.recipe.checkpoints, self.ending
+        saved_step, saved_seconds = trainer.steps, trainer.seconds
+        logged_step, logged_seconds, waited = trainer.steps, trainer.seconds, 0.0
+        steps = self.batches.steps(trainer.steps)
+        bar = tqdm(
+            disable=not self.main,
+            total=100.0,
+            initial=round(100 * trainer.used, 2),
+            bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+        )
+        with contextlib.closing(steps), bar, ending.awaited():
+            while trainer.used < 1:
+                due = int(trainer.used * (self.recipe.validation.times + 1))
+                if due > self.validations:
+                    if trainer.steps > saved_step:
+                        self.save()
+                        saved_step, saved_seconds = trainer.steps, trainer.seconds
+                    with ending.at_once():
+                        self._score(logs)
+                    self.validations = due
+                start = time.perf_counter()
+                batch = next(steps)
+                waited += time.perf_counter() - start
+                trainer.step(batch)
+                trainer.clock += time.perf_counter() - start
+                bar.update(100 * trainer.used - bar.n)
+                if trainer.steps % self.recipe.log_every == 0 or trainer.used >= 1:
+                    trainer.check()
+                    seconds = max(trainer.seconds - logged_seconds, 1e-9)
+                    rate = (trainer.steps - logged_step) * self.recipe.batch / seconds
+                    loss = self._log(logs, rate, waited / seconds)
+                    bar.set_postfix_str(
+                        f"step {trainer.steps}, loss {loss:.3f}, {rate:.1f} images/s",
+                        refresh=False,
+                    )
+                    logged_step, logged_seconds, waited = trainer.steps, trainer.seconds, 0.0
+                if (
+                    trainer.ends
+                    or trainer.seconds - saved_seconds >= 60 * often.minutes
+                    or (often.steps is not None and trainer.steps - saved_step >= often.steps)
+                ):
+                    self.save()
+                    saved_step, saved_seconds = trainer.steps, trainer.seconds
+                if trainer.ends:
+                    self.say(f"told to end at step {trainer.steps}; the same command goes on")
+                    ending.end()
+        if ending.told:
+            self.save()
+            ending.end()
+
+    def _log(self, logs: Logs, rate: float, waiting: float) -> float:
+        """Write what was since the last line; the mean loss."""
+        trainer = self.trainer
+        recent, trainer.recent = trainer.recent, []
+        row = {
+            "epoch": trainer.steps / trainer.epoch_steps,
+            "seconds": trainer.seconds,
+            **{name: float(np.mean([values[name] for values in recent])) for name in recent[0]},
+            "learning_rate": trainer.learning_rate,
+            "images_per_second": rate,
+            "waiting": waiting,
+        }
+        logs.add_training(trainer.steps, row)
+        return row["loss"]
+
+    def _score(self, logs: Logs, final: bool = False) -> dict[str, float]:
+        """Score the averaged weights: at the end on all pictures, before on some."""
+        if self.validation is None:
+            return {}
+        trainer, some = self.trainer, list(range(len(self.validation)))
+        processes, averaged = trainer.processes, trainer.averaged
+        if not final:
+            order = np.random.default_rng(0).permutation(len(some))
+            some = order[: self.recipe.validation.pictures].tolist()
+        own = self.validation.subset(processes.own(some))
+        result = evaluate(
+            averaged,
+            own,
+            trainer.task,
+            annotations=tqdm(own, "validation", leave=False, disable=not self.main),
+            tile=validation_tile(self.recipe, trainer.task),
+            transform=self.recipe.validation.transform(),
+            processes=processes,
+        )
+        row = {"final": int(final), "pictures": result.pictures, **result.scores}
+        logs.add_scores(trainer.steps, row)
+        shown = [self.validation[index] for index in some[: self.recipe.validation.token_maps]]
+        if self.main:
+            draw_token_maps(averaged, shown, self.out, trainer.steps)
+        first = ", ".join(f"{name} {value:.3f}" for name, value in list(result.scores.items())[:3])
+        self.say(f"step {trainer.steps}, {result.pictures} pictures: {first}")
+        return result.scores
+
+    def _trained(self) -> dict[str, Any]:
+        """What the file of the weights says of their training."""
+        return {
+            "recipe": asdict(self.recipe),
+            "data": Path(self.recipe.data.path or "").resolve().name,
+            "steps": self.trainer.steps,
+            "minutes": round(self.trainer.seconds / 60, 1),
+            "scores": {k: v if math.isfinite(v) else None for k, v in (self.scores or {}).items()},
+            "pointformer": pointformer.__version__,
+        }
+
+
+def train(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    say: Callable[[str], None] = tqdm.write,
+) -> dict[str, float]:
+    """Train, or go on with an interrupted run, until the budget is used up; return the scores then.
+
+    In `out` there are then recipe.yaml, data/ (what is in the pictures), checkpoints/, log.csv,
+    scores.csv, curves.png, tokens/, tensorboard/ and model.safetensors, which `create_model` takes.
+
+    Args:
+        device: "cuda" is a GPU for each process of `torchrun`.
+        out: folder of a new run, or of one with the same recipe, which goes on from its newest
+            checkpoint; the budget and what does not change the result may be others.
+        say: shows a line.
+
+    Raises:
+        ValueError, TypeError: the recipe, the data or a checkpoint cannot be used.
+        OSError: something cannot be read or written; the checkpoints before it are still there.
+        FloatingPointError: the loss is not finite; the message names the pictures.
+    """
+    out = Path(out)
+    if recipe.budget == Budget():
+        raise ValueError("budget: expected steps, epochs or minutes, as in budget.epochs=20")
+    check_folder(out)
+    with started_processes(device) as processes:
+        speak = say if processes.main else _silent
+        training, validation = processes.alike(lambda: open_data(recipe))
+        categories = training.categories
+        # What cannot be is said before all is read.
+        model, task = processes.alike(lambda: _made(recipe, categories, processes))
+        training, statistics = checked(training, recipe, out / "data" / "train.json", processes)
+        processes.alike(statistics.check)
+        if validation is not None:
+            validation, _ = checked(validation, recipe, out / "data" / "val.json", processes)
+        if not (out / RECIPE).exists():
+            describe(training, validation, statistics, recipe, model, speak)
+        if task.name == "instance":
+            model.object_diameter = object_diameter(statistics)
+        trainer = Trainer(recipe, model, task, len(training), processes)
+        batches = Batches(
+            training,
+            recipe.augmentation.transform(),
+            batch=recipe.batch,
+            seed=recipe.seed,
+            workers=recipe.workers,
+            pin=processes.device.type == "cuda",
+            rank=processes.rank,
+            world=processes.world,
+            accumulate=recipe.accumulate,
+            weights=crowdedness(statistics) if recipe.data.draw == "by_objects" else None,
+        )
+        run = Run(trainer, batches, validation, out, speak)
+        processes.alike(run.resume)
+        if processes.main:
+            out.mkdir(parents=True, exist_ok=True)
+            with atomic_path(out / RECIPE) as temporary:
+                temporary.write_text(write_recipe(recipe), "utf-8")
+        return run.finish()
+
+
+def _made(
+    recipe: Recipe, categories: Sequence[Category], processes: Processes
+) -> tuple[Model, Task]:
+    own = recipe.batch // (processes.world * recipe.accumulate)
+    if processes.world > 1 and recipe.augmentation.mix is not None and own % 2:
+        raise ValueError(
+            "augmentation.mix: mixes pictures two by two; expected an even number of pictures per "
+            f"process and part of a batch, got {own}"
+        )
+    model = make_model(recipe, categories)
+    fast = processes.device.type == "cpu" and model.backbone.impl != "reference"
+    if recipe.strategy == "fsdp" and processes.world > 1 and fast:
+        # They hold weights as NumPy arrays, whose memory fully_shard could not free.
+        raise ValueError(
+            "strategy: 'fsdp' does not work with the CPU's kernels; use ddp, or options.impl="
+            "reference"
+        )
+    return model, task_of(model, recipe.task, categories, **recipe.loss)
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def validation_tile(recipe: Recipe, task: Task) -> int | None:
+    """Side of the windows to score in: queries know their place in a window and how many objects it
+    can have."""
+    tile, crop = recipe.validation.tile, recipe.augmentation.crop
+    if tile is None and task.output is Output.MASKS and crop is not None:
+        return crop.size if isinstance(crop.size, int) else min(crop.size)
+    return tile
+
+
+def check_folder(out: Path) -> None:
+    """Raise `ValueError` where a new run would replace what another program wrote."""
+    if (out / RECIPE).exists():
+        return
+    for name in (WEIGHTS, CHECKPOINTS, "log.csv", "scores.csv"):
+        if os.path.lexists(out / name):
+            raise ValueError(f"{out / name}: is there, but no {RECIPE} of a run; use another --out")
