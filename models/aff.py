@@ -130,7 +130,7 @@ class AdaptiveMerge(nn.Module):
             impl=impl,
         )
         features = self.linear(self.norm(merged))
-        return TokenSet(tokens.positions[index], features, sizes, tokens.extent, tokens.origin)
+        return tokens.select(index, sizes, features=features, check_values=False)
 
 
 class Stage(nn.Module):

@@ -76,8 +76,8 @@ def by_shape(
     places = sorted(range(len(order)), key=order.__getitem__)
 
     def packed(parts: list[TokenSet]) -> TokenSet:
-        samples = [sample for part in parts for sample in part.to_list()]
-        return TokenSet.from_list([samples[place] for place in places])
+        samples = [sample for part in parts for sample in part]
+        return TokenSet.cat([samples[place] for place in places])
 
     return [
         StageOutput(

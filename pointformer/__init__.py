@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pointformer.clusters import Clusters, Neighborhoods
 from pointformer.geometry import balanced_cluster, knn, nearest_clusters, select_centers
-from pointformer.graph import batch_from_sizes, sizes_from_batch
+from pointformer.graph import batch_from_sizes, sizes_from_batch, sizes_from_ptr
 from pointformer.ops import (
     add_norm,
     deformable_attention,
@@ -18,7 +18,7 @@ from pointformer.ops import (
     scored_merge,
     weighted_gather,
 )
-from pointformer.tokens import TokenSet
+from pointformer.tokens import TokenSet, collate
 
 if TYPE_CHECKING:
     from pointformer.segmentation.segment import Segmentation, segment
@@ -33,6 +33,7 @@ __all__ = [
     "add_norm",
     "balanced_cluster",
     "batch_from_sizes",
+    "collate",
     "deformable_attention",
     "interpolate",
     "knn",
@@ -43,6 +44,7 @@ __all__ = [
     "segment",
     "select_centers",
     "sizes_from_batch",
+    "sizes_from_ptr",
     "weighted_gather",
 ]
 

@@ -17,6 +17,7 @@ MOST_ROWS = 2**31 - 64  # rows, and entries of lists: int32, with room for the l
 _LARGEST = 2.0**62  # squared distances of larger positions may overflow
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+_BATCH_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _CERTAINLY = 16  # sizes as many as tokens are no sizes from here on
 
 _LARGEST_NUMBER = torch.finfo(torch.float32).max  # kernels compute in float32
@@ -109,26 +110,23 @@ def check_positions(name: str, positions: object, dimensions: int | None = None)
     return positions
 
 
-def check_sizes(name: str, sizes: Sequence[int] | None, total: int | None) -> tuple[int, ...]:
+def check_sizes(
+    name: str, sizes: Sequence[int] | None, total: int | None, batch: Tensor | None = None
+) -> tuple[int, ...]:
     """Tokens per sample as a tuple; `None` means one sample. They must add up to `total`.
 
-    Without a `total` they must be given, and may add up to anything.
+    Without a `total` they must be given, and may add up to anything. In their place there may be a
+    batch vector, whose argument is called so too: `query_batch` where the name is `query_sizes`.
     """
+    if batch is not None:
+        vector = name.replace("sizes", "batch")
+        if sizes is not None:
+            raise ValueError(f"{vector}: expected None where {name} is given")
+        check_tensor(vector, batch, (total,))
+        return check_batch(vector, batch)
     if sizes is None and total is not None:
         return (total,)
-    given = sizes
-    if isinstance(sizes, Tensor | np.ndarray):
-        sizes = sizes.tolist()
-    try:
-        if not isinstance(sizes, list | tuple | range | Sequence):  # the first ones are fast
-            raise TypeError
-        sizes = tuple(
-            s if type(s) is int or isinstance(s, torch.SymInt) else _index(s) for s in sizes
-        )
-    except TypeError:
-        raise TypeError(
-            f"{name}: expected integers, the number of tokens of each sample, got {brief(given)}"
-        ) from None
+    sizes = check_integers(name, sizes, "the number of tokens of each sample")
     if any(s < 0 for s in sizes):
         raise ValueError(f"{name}: sizes must not be negative, got {brief(sizes)}")
     added = sum(sizes)
@@ -138,17 +136,74 @@ def check_sizes(name: str, sizes: Sequence[int] | None, total: int | None) -> tu
         raise ValueError(
             f"{name}: expected the number of tokens of each sample, got {brief(sizes)}, which "
             f"looks like the sample of each of the {total} tokens; use "
-            f"{name}=pointformer.sizes_from_batch(batch)"
+            f"{name.replace('sizes', 'batch')}=batch, or {name}=pointformer.sizes_from_batch(batch)"
         )
     if added != total:
         remedy = ""
         if len(sizes) > 1 and sizes[0] == 0 and sizes[-1] == total and _ascend(sizes):
-            remedy = "; these look like offsets, sizes are the differences between them"
+            remedy = f"; these look like offsets, use {name}=pointformer.sizes_from_ptr(ptr)"
         raise ValueError(
             f"{name}: sizes {brief(sizes)} add up to {brief(added)}, expected {total} tokens"
             f"{remedy}"
         )
     return sizes
+
+
+def check_integers(name: str, values: object, meaning: str) -> tuple[int, ...]:
+    """A sequence, tensor or array of integers as a tuple of host integers."""
+    numbers = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    try:
+        if not isinstance(numbers, list | tuple | range | Sequence):  # the first ones are fast
+            raise TypeError
+        integers: tuple = tuple(
+            n if type(n) is int or isinstance(n, torch.SymInt) else _index(n) for n in numbers
+        )
+    except TypeError:
+        raise TypeError(f"{name}: expected integers, {meaning}, got {brief(values)}") from None
+    return integers
+
+
+def check_query_sizes(
+    sizes: Sequence[int] | None,
+    batch: Tensor | None,
+    total: int,
+    query_sizes: Sequence[int] | None,
+    query_batch: Tensor | None,
+    queries: int,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens and queries per sample, of equally many samples."""
+    sizes = check_sizes("sizes", sizes, total, batch)
+    query_sizes = check_sizes("query_sizes", query_sizes, queries, query_batch)
+    # A batch vector cannot tell how many of the last samples are empty.
+    if batch is not None:
+        sizes += (0,) * (len(query_sizes) - len(sizes))
+    if query_batch is not None:
+        query_sizes += (0,) * (len(sizes) - len(query_sizes))
+    if len(query_sizes) != len(sizes):
+        raise ValueError(
+            f"query_sizes: expected {len(sizes)} samples as in sizes, got {len(query_sizes)}"
+        )
+    return sizes, query_sizes
+
+
+def check_batch(name: str, batch: object, batch_size: int | None = None) -> tuple[int, ...]:
+    """Tokens per sample, from the sample of each token in ascending order. Waits for the device."""
+    batch = check_tensor(name, batch, ("T",), _BATCH_DTYPES).long()
+    if len(batch):
+        if bool((batch.diff() < 0).any()):
+            raise ValueError(
+                f"{name}: expected the tokens of a sample in consecutive rows, samples in order, "
+                f"got one that descends; put all rows in the order {name}.argsort(stable=True) "
+                "first"
+            )
+        first, last = int(batch[0]), int(batch[-1])
+        if first < 0:
+            raise ValueError(f"{name}: expected samples from 0 on, got {first}")
+        if batch_size is not None and last >= batch_size:
+            raise ValueError(f"{name}: expected samples below batch_size={batch_size}, got {last}")
+        if last > MOST_ROWS:
+            raise ValueError(f"{name}: expected at most {MOST_ROWS} samples, got {last}")
+    return tuple(batch.bincount(minlength=batch_size or 0).tolist())
 
 
 def _index(value: object) -> int:

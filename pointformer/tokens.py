@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data._utils.collate import collate as collate_by_type
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from pointformer._checks import (
     INTEGERS,
     brief,
     can_read,
+    check_batch,
+    check_count,
     check_device,
     check_finite,
     check_flags,
@@ -70,10 +76,13 @@ def _lower_corners(positions: Tensor, sizes: tuple[int, ...]) -> Tensor:
 class TokenSet:
     """Tokens of a batch of samples, packed: one flat list, never padded. Immutable.
 
+    `len(tokens)` is the number of samples, and a loop over the set gives sets of one sample each.
+
     Attributes:
         positions: (T, D) float32, D = 2 or 3, axes in the order x, y[, z].
-        features: (T, C), any float dtype.
-        sizes: tokens per sample, B host integers.
+        features: (T, C), any float dtype; (T, 0) where none are given.
+        sizes: tokens per sample, B host integers. In their place `batch` can be given, the sample
+            of each token, see `sizes_from_batch`.
         extent: per sample the D sides of the canvas, in the units of `positions` (host numbers), or
             `None` where no canvas is known. A feature map of h x w has the extent (w, h).
         origin: (B, D) float64 on the host, what to add to `positions` for world coordinates, or
@@ -83,6 +92,8 @@ class TokenSet:
         same_positions: promises that all samples have the same positions, in the same order, and
             one extent: what depends on positions alone is then found once. `from_grid` knows it of
             maps of one size; `with_features`, `cluster`, `input_order` and `to` keep it.
+        fields: by name, tensors (T, ...) of any dtype that stay with their tokens wherever these
+            go, such as labels and intensities.
 
     Raises:
         TypeError, ValueError: a shape, dtype, device or size does not fit; the message names it.
@@ -95,26 +106,27 @@ class TokenSet:
     origin: Tensor | None
     clusters: Clusters | None
     same_positions: bool
+    fields: dict[str, Tensor]
 
     def __init__(
         self,
         positions: Tensor,
-        features: Tensor,
+        features: Tensor | None = None,
         sizes: Sequence[int] | None = None,
         extent: Sequence | Tensor | None = None,
         origin: Tensor | None = None,
         clusters: Clusters | None = None,
         same_positions: bool = False,
+        fields: Mapping[str, Tensor] | None = None,
+        *,
+        batch: Tensor | None = None,
     ) -> None:
         check_positions("positions", positions)
         count, dimensions = positions.shape
-        check_tensor("features", features, (count, "C"), device=positions.device)
-        if not features.is_floating_point():
-            raise TypeError(
-                f"features: expected a floating dtype, got {describe(features)}; use "
-                "features.float()"
-            )
-        sizes = check_sizes("sizes", sizes, count)
+        if features is None:
+            features = positions.new_empty(count, 0)
+        features = _checked_features(features, positions)
+        sizes = check_sizes("sizes", sizes, count, batch)
         if extent is not None:
             extent = check_per_sample("extent", extent, len(sizes), dimensions, least=0)
         if origin is not None:
@@ -125,6 +137,7 @@ class TokenSet:
             )
         if clusters is not None and clusters.sizes != sizes:
             raise ValueError(f"clusters: expected samples of {brief(sizes)} tokens, got {clusters}")
+        fields = _checked_fields(fields, positions)
         check_flags(same_positions=same_positions)
         if same_positions:
             check_same_positions("positions", positions, sizes, False)
@@ -138,8 +151,30 @@ class TokenSet:
             ("origin", origin),
             ("clusters", clusters),
             ("same_positions", same_positions),
+            ("fields", fields),
         ):
             object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[TokenSet]:
+        return iter(self.to_list())
+
+    def sample(self, b: int) -> TokenSet:
+        """Sample `b` (from the end where negative) alone, rows as they stand, without clusters."""
+        check_count("b", b, least=-len(self))
+        if b >= len(self):
+            raise ValueError(f"b: expected one of {len(self)} samples, got {b}")
+        b %= len(self)
+        start = sum(self.sizes[:b])
+        return self._with_rows(
+            slice(start, start + self.sizes[b]),
+            sizes=(self.sizes[b],),
+            extent=None if self.extent is None else (self.extent[b],),
+            origin=None if self.origin is None else self.origin[b : b + 1],
+            same_positions=False,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -182,32 +217,98 @@ class TokenSet:
 
     def with_features(self, features: Tensor) -> TokenSet:
         """The same tokens with other features (T, C')."""
-        return self._with_rows(self.positions, features, self.clusters)
+        return self._changed(features=_checked_features(features, self.positions))
 
-    def _with_rows(
-        self, positions: Tensor, features: Tensor, clusters: Clusters | None
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenSet:
+        """The same tokens with the features `function(features)`, such as of a module."""
+        if not callable(function):
+            raise TypeError(f"function: expected one of features, got {describe(function)}")
+        return self.with_features(function(self.features))
+
+    def with_fields(self, **fields: Tensor | None) -> TokenSet:
+        """The same tokens with these `fields` besides, in place of those of their names; `None`
+        leaves a field out.
+        """
+        kept = {name: rows for name, rows in self.fields.items() if name not in fields}
+        more = {name: rows for name, rows in fields.items() if rows is not None}
+        return self._changed(fields=kept | _checked_fields(more, self.positions))
+
+    def with_positions(
+        self, positions: Tensor, extent: Sequence | Tensor | None = None
     ) -> TokenSet:
-        """The same samples with rows in an order that may be another, the same one in each."""
-        rest = (self.sizes, self.extent, self.origin, clusters, self.same_positions)
-        return TokenSet(positions, features, *rest)
+        """The same tokens at other positions (T, D') relative to the same origin, on another canvas
+        or none, without clusters. Where D changes there is no origin any more.
+        """
+        origin = self.origin
+        if isinstance(positions, Tensor) and positions.shape[-1:] != self.positions.shape[-1:]:
+            origin = None
+        check_tensor("positions", positions, (self.num_tokens, "D"))
+        return TokenSet(positions, self.features, self.sizes, extent, origin, fields=self.fields)
 
-    def select(self, index: Tensor, sizes: Sequence[int]) -> TokenSet:
-        """The rows `index` (T',), grouped by sample, `sizes` of them per sample; no clusters.
+    def select(
+        self,
+        index: Tensor,
+        sizes: Sequence[int] | None = None,
+        *,
+        features: Tensor | None = None,
+        check_values: bool = True,
+    ) -> TokenSet:
+        """The rows `index` (T',), grouped by sample; no clusters.
+
+        Args:
+            index: (T',) int32 or int64, or a mask (T,) bool of the rows to keep.
+            sizes: how many of them per sample, B host integers; `None` counts them, which waits for
+                the device.
+            features: (T', C') to take in place of those of the rows.
+            check_values: whether to look for rows that are not of their sample, which waits for the
+                device. Never done under `torch.compile` and while a CUDA graph is captured.
 
         Raises:
-            TypeError, ValueError: `index` is no int32 or int64 vector, or `sizes` do not fit it.
+            TypeError, ValueError: an argument does not fit; rows are not grouped by sample.
             IndexError: there is no such row.
         """
+        check_flags(check_values=check_values)
+        if isinstance(index, Tensor) and index.dtype == torch.bool:
+            check_tensor("index", index, (self.num_tokens,), device=self.device)
+            index, check_values = index.nonzero()[:, 0], check_values and sizes is not None
         check_tensor("index", index, ("T'",), INTEGERS, self.device)
-        sizes = check_sizes("sizes", sizes, len(index))
-        known = self.extent is not None or self.origin is not None
-        if known and len(sizes) != self.batch_size:
+        if sizes is None:
+            given = check_batch("index", self.sample_index[index], len(self))
+        else:
+            given = check_sizes("sizes", sizes, len(index))
+        if len(given) != len(self):
             raise ValueError(
-                f"sizes: expected {self.batch_size} samples, as in the set, got {brief(sizes)}"
+                f"sizes: expected {len(self)} samples, as in the set, got {brief(given)}"
             )
-        return TokenSet(
-            self.positions[index], self.features[index], sizes, self.extent, self.origin
-        )
+        if sizes is not None and check_values and len(given) > 1 and can_read(index):
+            wrong = self.sample_index[index] != batch_from_sizes(given, self.device)
+            if bool(wrong.any()):
+                row = int(wrong.int().argmax())
+                raise ValueError(
+                    f"index: expected {brief(given)} rows of the samples one after the other, but "
+                    f"index[{row}] = {int(index[row])} is a row of sample "
+                    f"{int(self.sample_index[index[row]])}"
+                )
+        if features is not None:
+            check_tensor("features", features, (len(index), "C'"))
+        return self._with_rows(index, features, sizes=given, same_positions=False)
+
+    def _changed(self, **changes: Any) -> TokenSet:
+        """Another set, of values that fit each other for sure."""
+        return _unchecked(*(changes.get(name, getattr(self, name)) for name in _NAMES))
+
+    def _with_rows(
+        self, rows: Tensor | slice, features: Tensor | None = None, **changes: Any
+    ) -> TokenSet:
+        """The rows of all that is there for each token; without clusters, if none are given."""
+        positions = self.positions[rows]
+        if features is None:
+            features = self.features[rows]
+        else:
+            features = _checked_features(features, positions)
+        changes = {"clusters": None} | changes
+        changes["fields"] = {name: values[rows] for name, values in self.fields.items()}
+        return self._changed(positions=positions, features=features, **changes)
 
     def cluster(
         self,
@@ -234,10 +335,9 @@ class TokenSet:
             check_values=check_values,
             impl=impl,
         )
-        positions, features = self.positions, self.features
         if any(size > global_size for size in self.sizes):  # the others keep their order
-            positions, features = positions[clusters.order], features[clusters.order]
-        return self._with_rows(positions, features, clusters)
+            return self._with_rows(clusters.order, clusters=clusters)
+        return self._changed(clusters=clusters)
 
     def neighborhoods(
         self,
@@ -271,18 +371,19 @@ class TokenSet:
         """Undo `cluster`: the tokens in the order they had before, without clusters."""
         if self.clusters is None:
             return self
-        index = self.clusters.inverse_order
-        return self._with_rows(self.positions[index], self.features[index], None)
+        return self._with_rows(self.clusters.inverse_order)
 
     @classmethod
     def from_world(
         cls,
         positions: Tensor,
-        features: Tensor,
+        features: Tensor | None = None,
         sizes: Sequence[int] | None = None,
         extent: Sequence | Tensor | None = None,
         *,
         origin: Tensor | None = None,
+        fields: Mapping[str, Tensor] | None = None,
+        batch: Tensor | None = None,
     ) -> TokenSet:
         """Tokens at world coordinates in float64, such as meters of a map projection.
 
@@ -292,7 +393,7 @@ class TokenSet:
 
         Args:
             positions: (T, D) float64, D = 2 or 3.
-            features, sizes, extent: as for `TokenSet`.
+            features, sizes, extent, fields, batch: as for `TokenSet`.
             origin: (B, D) float64 on the host, or (D,) for all samples, in world coordinates: the
                 `origin` of a set whose positions these are to be used with. `None`: the sample's
                 lower corner, not counting points farther below the middle half of the others than
@@ -303,7 +404,7 @@ class TokenSet:
         """
         check_tensor("positions", positions, ("T", "D"), (torch.float64,))
         count, dimensions = positions.shape
-        sizes = check_sizes("sizes", sizes, count)
+        sizes = check_sizes("sizes", sizes, count, batch)
         check_finite("positions", positions, sizes, torch.finfo(torch.float64).max)
         if origin is None:
             origin = _lower_corners(positions, sizes).cpu()
@@ -318,7 +419,7 @@ class TokenSet:
         sample = batch_from_sizes(sizes, positions.device)
         local = (positions - origin.to(positions.device)[sample]).float()
         check_finite("positions minus origin", local, sizes)
-        return cls(local, features, sizes, extent, origin)
+        return cls(local, features, sizes, extent, origin, fields=fields)
 
     def world_positions(self) -> Tensor:
         """(T, D) float64, `positions` plus `origin`."""
@@ -332,7 +433,9 @@ class TokenSet:
         `from_world`: to use the positions of two sets together, give one the other's. Clusters and
         a canvas, which moves, are dropped.
         """
-        return TokenSet.from_world(self.world_positions(), self.features, self.sizes, origin=origin)
+        return TokenSet.from_world(
+            self.world_positions(), self.features, self.sizes, origin=origin, fields=self.fields
+        )
 
     @classmethod
     def from_grid(cls, maps: Tensor | Sequence[Tensor]) -> TokenSet:
@@ -416,8 +519,8 @@ class TokenSet:
         flat = self.features.new_full((sum(volumes), self.channels), fill)
         flat = flat.index_copy(0, cell, self.features)
         if same:
-            batch = flat.view(self.batch_size, volumes[0], self.channels).transpose(1, 2)
-            return batch.reshape(self.batch_size, self.channels, *shapes[0])
+            batch = flat.view(len(self), volumes[0], self.channels).transpose(1, 2)
+            return batch.reshape(len(self), self.channels, *shapes[0])
         pieces = flat.split(volumes)
         return [
             piece.T.reshape(self.channels, *shape)
@@ -425,101 +528,228 @@ class TokenSet:
         ]
 
     @classmethod
-    def from_list(cls, sets: Sequence[TokenSet]) -> TokenSet:
-        """Pack several token sets into one batch, in order; clusters are dropped."""
+    def cat(cls, sets: Sequence[TokenSet]) -> TokenSet:
+        """The samples of several token sets in one, in order; clusters are dropped."""
         if not isinstance(sets, list | tuple) or not all(isinstance(s, TokenSet) for s in sets):
             raise TypeError(f"sets: expected a list of TokenSets, got {describe(sets)}")
         if not sets:
             raise ValueError("sets: expected at least one token set, got none")
         for name in ("dimensions", "channels", "device"):
-            found = [getattr(s, name) for s in sets]
-            if len(set(found)) > 1:
-                raise ValueError(f"sets: expected all of the same {name}, got {brief(found)}")
+            found = {getattr(s, name): None for s in sets}
+            if len(found) > 1:
+                raise ValueError(f"sets: expected all of the same {name}, got {brief([*found])}")
+        names = sets[0].fields.keys()
+        for s in sets:
+            if s.fields.keys() != names:
+                raise ValueError(
+                    f"sets: expected all with the same fields, got {brief([*names])} and "
+                    f"{brief([*s.fields])}"
+                )
         sets = [s.input_order() for s in sets]
         extent = None
         if all(s.extent is not None for s in sets):
-            extent = list(itertools.chain.from_iterable(s.extent for s in sets if s.extent))
+            extent = tuple(itertools.chain.from_iterable(s.extent for s in sets if s.extent))
         origin = None
         if any(s.origin is not None for s in sets):
-            zeros = [torch.zeros(s.batch_size, s.dimensions, dtype=torch.float64) for s in sets]
-            origins = [
-                zero if s.origin is None else s.origin for s, zero in zip(sets, zeros, strict=True)
-            ]
-            origin = torch.cat(origins)
-        return cls(
+            zeros = torch.zeros(1, sets[0].dimensions, dtype=torch.float64)
+            origin = torch.cat(
+                [zeros.expand(len(s), -1) if s.origin is None else s.origin for s in sets]
+            )
+        joined = {}
+        for name in names:
+            rows = [s.fields[name] for s in sets]
+            if len({x.shape[1:] for x in rows}) > 1:
+                shapes = brief([*{tuple(x.shape[1:]): None for x in rows}])
+                raise ValueError(f"sets: field {name} has entries of different shapes: {shapes}")
+            joined[name] = torch.cat(rows)
+        return _unchecked(
             torch.cat([s.positions for s in sets]),
             torch.cat([s.features for s in sets]),
-            [size for s in sets for size in s.sizes],
+            tuple(itertools.chain.from_iterable(s.sizes for s in sets)),
             extent,
             origin,
+            None,
+            False,
+            joined,
         )
 
-    def to_list(self) -> list[TokenSet]:
-        """One token set per sample, rows as they stand, clusters dropped."""
-        return [
-            TokenSet(
-                positions,
-                features,
-                (size,),
-                None if self.extent is None else (self.extent[b],),
-                None if self.origin is None else self.origin[b : b + 1],
+    @classmethod
+    def from_list(
+        cls, samples: Sequence[TokenSet] | Sequence[Tensor] | Sequence[tuple[Tensor, Tensor]]
+    ) -> TokenSet:
+        """A batch of samples of any sizes: token sets, see `cat`, or positions (n, D) of each, or
+        pairs (positions, features) with features (n, C).
+        """
+        if not isinstance(samples, list | tuple) or not samples:
+            raise TypeError(
+                f"samples: expected a list of token sets or positions, got {describe(samples)}"
             )
-            for b, (positions, features, size) in enumerate(
-                zip(
-                    self.positions.split(self.sizes),
-                    self.features.split(self.sizes),
-                    self.sizes,
-                    strict=True,
+        if isinstance(samples[0], TokenSet):
+            return cls.cat(samples)
+        pairs = [sample if isinstance(sample, list | tuple) else (sample,) for sample in samples]
+        lengths = dict.fromkeys(map(len, pairs))
+        if lengths.keys() not in ({1}, {2}):
+            raise ValueError(
+                "samples: expected positions, or pairs (positions, features), of all samples, got "
+                f"{brief([*lengths])} tensors"
+            )
+        columns: list[Tensor | None] = [None, None]
+        for place, column in enumerate(zip(*pairs, strict=True)):
+            name = ("positions", "features")[place]
+            for tensor in column:
+                check_tensor(f"samples: {name}", tensor, ("n", "DC"[place]))
+            kinds = {(x.shape[1], str(x.device)): None for x in column}
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"samples: expected {name} with one number of columns, on one device, got "
+                    f"{brief([*kinds])}"
                 )
-            )
-        ]
+            columns[place] = torch.cat(column)
+        positions, features = columns
+        assert positions is not None
+        return cls(positions, features, [len(pair[0]) for pair in pairs])
+
+    def to_list(self) -> list[TokenSet]:
+        """One token set per sample, rows as they stand, without clusters."""
+        nothing = itertools.repeat(None)
+        named = [[(name, x) for x in rows.split(self.sizes)] for name, rows in self.fields.items()]
+        parts = zip(
+            self.positions.split(self.sizes),
+            self.features.split(self.sizes),
+            ((size,) for size in self.sizes),
+            nothing if self.extent is None else ((sides,) for sides in self.extent),
+            nothing if self.origin is None else self.origin.split(1),
+            nothing,
+            itertools.repeat(False),
+            map(dict, zip(*named, strict=True)) if named else ({} for _ in self.sizes),
+        )
+        return [_unchecked(*values) for values in parts]
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
     ) -> TokenSet:
-        """Move all tensors to `device`; cast the features (never the positions) to `dtype`."""
+        """Move all tensors to `device`; cast the features (never the positions) to `dtype`.
+
+        `non_blocking` does not wait for copies from page-locked memory, see `pin_memory`.
+        """
         device = check_device(device)
+        check_flags(non_blocking=non_blocking)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected a floating dtype, got {describe(dtype)}")
+        move = partial(Tensor.to, device=device, non_blocking=non_blocking)
         clusters = self.clusters
         if clusters is not None:
             clusters = replace(
                 clusters,
-                order=clusters.order.to(device),
-                offsets=clusters.offsets.to(device),
-                centers=clusters.centers.to(device),
+                order=move(clusters.order),
+                offsets=move(clusters.offsets),
+                centers=move(clusters.centers),
             )
-        features = self.features.to(device=device, dtype=dtype)
-        return self._with_rows(self.positions.to(device), features, clusters)
+        return self._changed(
+            positions=move(self.positions),
+            features=move(self.features, dtype=dtype),
+            clusters=clusters,
+            fields={name: move(rows) for name, rows in self.fields.items()},
+        )
+
+    def detach(self) -> TokenSet:
+        """The same tokens without a way back for gradients."""
+        return pytree.tree_map_only(Tensor, Tensor.detach, self)
+
+    def pin_memory(self) -> TokenSet:
+        """The same tokens in page-locked memory, as a DataLoader with `pin_memory` asks for."""
+        return pytree.tree_map_only(Tensor, Tensor.pin_memory, self)
 
     def __repr__(self) -> str:
         sizes = f"{self.sizes[0]} each" if self.is_uniform and self.sizes else brief(self.sizes)
-        name = str(self.dtype).removeprefix("torch.")
-        clusters = "" if self.clusters is None else f", {self.clusters.num_clusters} clusters"
+        rest = ""
+        if self.clusters is not None:
+            rest += f", {self.clusters.num_clusters} clusters"
+        if self.origin is not None and len(self.origin):
+            corner = ", ".join(f"{x:.12g}" for x in self.origin[0].tolist())
+            same = bool((self.origin == self.origin[0]).all())
+            rest += f", origin ({corner}){'' if same else ' ...'}"
+        if self.fields:
+            names = [f"{name} {_dtype_name(rows)}" for name, rows in self.fields.items()]
+            rest += f", fields {', '.join(names)}"
         return (
             f"TokenSet({self.num_tokens} tokens in {self.dimensions}-D, {self.channels} channels "
-            f"{name} on {self.device}, {self.batch_size} samples: {sizes}{clusters})"
+            f"{_dtype_name(self.features)} on {self.device}, {len(self)} samples: {sizes}{rest})"
         )
 
 
-_FIELDS = tuple(field.name for field in fields(TokenSet))
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
-def _unflatten(values: Iterable, context: None) -> TokenSet:
-    """Rebuild without checks: transformations put other things in the place of tensors."""
+def _checked_features(features: Tensor, positions: Tensor) -> Tensor:
+    check_tensor("features", features, (len(positions), "C"), device=positions.device)
+    if not features.is_floating_point():
+        raise TypeError(
+            f"features: expected a floating dtype, got {describe(features)}; use features.float()"
+        )
+    return features
+
+
+def _checked_fields(fields: Mapping[str, Tensor] | None, positions: Tensor) -> dict[str, Tensor]:
+    if fields is None:
+        return {}
+    if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
+        raise TypeError(f"fields: expected tensors (T, ...) by name, got {describe(fields)}")
+    for name, rows in fields.items():
+        named = f"fields[{brief(name)}]"
+        check_tensor(named, rows, device=positions.device)
+        if rows.shape[:1] != positions.shape[:1]:
+            raise ValueError(
+                f"{named}: expected shape ({len(positions)}, ...), got {describe(rows)}"
+            )
+    return dict(fields)
+
+
+def collate(samples: Sequence) -> Any:
+    """A batch of what a data set gives, for `DataLoader(data, collate_fn=pointformer.collate)`.
+
+    Token sets are put into one (`TokenSet.cat`), also inside of tuples and dictionaries; all else
+    is as `torch.utils.data.default_collate` has it.
+    """
+    if not isinstance(samples, list | tuple) or not samples:
+        raise TypeError(f"samples: expected a list of samples, got {describe(samples)}")
+    return collate_by_type(samples, collate_fn_map=_COLLATE)
+
+
+def _collate_sets(sets: Sequence[TokenSet], *, collate_fn_map: object = None) -> TokenSet:
+    return TokenSet.cat(sets)
+
+
+_COLLATE = {TokenSet: _collate_sets, **default_collate_fn_map}
+_NAMES = tuple(field.name for field in fields(TokenSet))
+
+
+def _unchecked(*values: Any) -> TokenSet:
+    """A set of its attributes, in order. Transformations put other things in the place of tensors,
+    and thousands of samples need not be checked one by one.
+    """
     tokens = object.__new__(TokenSet)
-    for name, value in zip(_FIELDS, values, strict=True):
+    for name, value in zip(_NAMES, values, strict=True):
         object.__setattr__(tokens, name, value)
     return tokens
 
 
+def _unflatten(values: Iterable, context: None) -> TokenSet:
+    return _unchecked(*values)
+
+
 pytree.register_pytree_node(
     TokenSet,
-    lambda tokens: ([getattr(tokens, name) for name in _FIELDS], None),
+    lambda tokens: ([getattr(tokens, name) for name in _NAMES], None),
     _unflatten,
     serialized_type_name="pointformer.TokenSet",
     flatten_with_keys_fn=lambda tokens: (
-        [(pytree.GetAttrKey(name), getattr(tokens, name)) for name in _FIELDS],
+        [(pytree.GetAttrKey(name), getattr(tokens, name)) for name in _NAMES],
         None,
     ),
 )

@@ -32,6 +32,7 @@ from pointformer.segmentation.segment import open_picture
 
 R = {"impl": "reference"}
 POSITIONS = torch.rand(24, 2, generator=torch.Generator().manual_seed(0))
+BATCH = torch.arange(24) // 12
 FEATURES = torch.rand(24, 8, generator=torch.Generator().manual_seed(1))
 HEADS = FEATURES.view(24, 2, 4)
 TOKENS = TokenSet(POSITIONS, FEATURES, (12, 12), (1.0, 1.0)).cluster(4, **R)
@@ -121,10 +122,31 @@ CALLS = {
             "origin": torch.zeros(2, 2, dtype=torch.float64),
             "clusters": TOKENS.clusters,
             "same_positions": False,
+            "fields": {"label": torch.zeros(24, dtype=torch.int64)},
+            "batch": None,
         },
     ),
+    "TokenSet (batch)": (
+        lambda batch=None: TokenSet(POSITIONS, batch=batch),
+        {"batch": BATCH},
+    ),
     "TokenSet.with_features": (TOKENS.with_features, {"features": FEATURES}),
-    "TokenSet.select": (TOKENS.select, {"index": torch.arange(6), "sizes": (2, 4)}),
+    "TokenSet.with_fields": (TOKENS.with_fields, {"label": torch.zeros(24, 2)}),
+    "TokenSet.with_positions": (
+        TOKENS.with_positions,
+        {"positions": POSITIONS, "extent": (1.0, 1.0)},
+    ),
+    "TokenSet.map": (TOKENS.map, {"function": torch.relu}),
+    "TokenSet.sample": (TOKENS.sample, {"b": 1}),
+    "TokenSet.select": (
+        TOKENS.select,
+        {
+            "index": torch.tensor([0, 3, 12, 13, 14, 20]),
+            "sizes": (2, 4),
+            "features": FEATURES[:6],
+            "check_values": True,
+        },
+    ),
     "TokenSet.cluster": (TOKENS.cluster, CLUSTERING),
     "TokenSet.neighborhoods": (TOKENS.neighborhoods, LISTING),
     "TokenSet.from_world": (
@@ -135,6 +157,8 @@ CALLS = {
             "sizes": (12, 12),
             "extent": (1.0, 1.0),
             "origin": torch.zeros(2, 2, dtype=torch.float64),
+            "fields": {"label": torch.zeros(24, dtype=torch.int64)},
+            "batch": None,
         },
     ),
     "TokenSet.with_origin": (
@@ -144,8 +168,13 @@ CALLS = {
     "TokenSet.from_grid": (TokenSet.from_grid, {"maps": torch.rand(2, 3, 4, 4)}),
     "TokenSet.from_grid (list)": (TokenSet.from_grid, {"maps": [torch.rand(3, 4, 4)]}),
     "TokenSet.to_grid": (GRID.to_grid, {"fill": 0.0, "check_values": True}),
-    "TokenSet.from_list": (TokenSet.from_list, {"sets": [GRID, GRID]}),
-    "TokenSet.to": (TOKENS.to, {"device": "cpu", "dtype": torch.float32}),
+    "TokenSet.cat": (TokenSet.cat, {"sets": [GRID, GRID]}),
+    "TokenSet.from_list": (TokenSet.from_list, {"samples": [GRID, GRID]}),
+    "TokenSet.to": (
+        TOKENS.to,
+        {"device": "cpu", "dtype": torch.float32, "non_blocking": False},
+    ),
+    "collate": (pointformer.collate, {"samples": [GRID, GRID]}),
     "Neighborhoods.with_plan": (AROUND.with_plan, {"training": True, **R}),
     "Neighborhoods.select": (AROUND.select, {"rows": torch.arange(3)}),
     "Segmentation.class_name": (FOUND.class_name, {"id": 1}),
@@ -154,6 +183,7 @@ CALLS = {
         {
             "positions": POSITIONS,
             "sizes": (12, 12),
+            "batch": None,
             "extent": (1.0, 1.0),
             "origin": (0.0, 0.0),
             "same_positions": False,
@@ -165,6 +195,7 @@ CALLS = {
         pointformer.sizes_from_batch,
         {"batch": torch.tensor([0, 0, 1]), "batch_size": 2},
     ),
+    "sizes_from_ptr": (pointformer.sizes_from_ptr, {"ptr": torch.tensor([0, 2, 3])}),
     "deformable_attention": (
         pointformer.deformable_attention,
         {
@@ -188,7 +219,9 @@ CALLS = {
             "positions": POSITIONS,
             "query_positions": POSITIONS,
             "sizes": (12, 12),
+            "batch": None,
             "query_sizes": (12, 12),
+            "query_batch": None,
             "neighbor_index": INDEX,
             "k": 3,
             "power": 2.0,
@@ -211,7 +244,9 @@ CALLS = {
             "k": 2,
             "query_positions": POSITIONS,
             "sizes": (12, 12),
+            "batch": None,
             "query_sizes": (12, 12),
+            "query_batch": None,
             "include_self": True,
             "return_distance": True,
             "along_curve": True,
@@ -219,6 +254,12 @@ CALLS = {
             "check_values": True,
             **R,
         },
+    ),
+    "knn (batch)": (
+        lambda batch=None, query_batch=None: knn(
+            POSITIONS, 2, query_positions=POSITIONS, batch=batch, query_batch=query_batch, **R
+        ),
+        {"batch": BATCH, "query_batch": BATCH},
     ),
     "nearest_clusters": (
         nearest_clusters,
@@ -295,6 +336,7 @@ CALLS = {
             "scores": torch.rand(32),
             "positions": GRID.positions,
             "sizes": (16, 16),
+            "batch": None,
             "extent": (4, 4),
             "rate": 0.25,
             "alpha": 4.0,
@@ -398,6 +440,9 @@ ACCEPTED = {
     "TokenSet.from_grid": "maps shape",  # (B, C, Z, H, W)
     "models.Preprocess.forward": "image shape",  # (..., C, H, W)
     "batch_from_sizes": "sizes numbers",
+    "TokenSet.with_fields": "label complex, label other dtype",  # of any dtype
+    # As torch's own function does.
+    "collate": "samples list, samples nested list, samples numbers",
     # Any number, also a negative one.
     "TokenSet.to_grid": "fill nan, fill inf, fill negative, fill fraction",
     "neighborhood_attention": "scale negative, scale fraction",

@@ -49,6 +49,7 @@ def balanced_cluster(
     cluster_size: int = 8,
     *,
     sizes: Sequence[int] | None = None,
+    batch: Tensor | None = None,
     extent: Sequence | Tensor | None = None,
     origin: Sequence | Tensor | None = None,
     curve: str = "hilbert",
@@ -85,6 +86,7 @@ def balanced_cluster(
         positions: (T, D) float32, D = 2 or 3, axes (x, y[, z]), samples one after the other.
         cluster_size: no cluster gets more tokens than this.
         sizes: tokens per sample, B host integers; `None` for one sample.
+        batch: in place of `sizes` the sample of each token, see `sizes_from_batch`.
         extent: sides of each sample's canvas, B x D host numbers in the units of `positions`, or D
             numbers for all samples; tokens outside belong to the nearest cells. `None` measures the
             bounding boxes, and divides crowded cells again; both wait for the device.
@@ -114,7 +116,7 @@ def balanced_cluster(
             message names the argument, and the sample.
     """
     positions = check_positions("positions", positions).detach()
-    sizes = check_sizes("sizes", sizes, positions.shape[0])
+    sizes = check_sizes("sizes", sizes, positions.shape[0], batch)
     dimensions = positions.shape[1]
     check_count("cluster_size", cluster_size)
     check_count("global_size", global_size, least=0)

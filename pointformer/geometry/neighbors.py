@@ -14,6 +14,7 @@ from pointformer._checks import (
     check_flags,
     check_option,
     check_positions,
+    check_query_sizes,
     check_same_positions,
     check_sizes,
     check_tensor,
@@ -132,7 +133,9 @@ def knn(
     *,
     query_positions: Tensor | None = ...,
     sizes: Sequence[int] | None = ...,
+    batch: Tensor | None = ...,
     query_sizes: Sequence[int] | None = ...,
+    query_batch: Tensor | None = ...,
     include_self: bool = ...,
     return_distance: Literal[False] = ...,
     along_curve: bool = ...,
@@ -149,7 +152,9 @@ def knn(
     *,
     query_positions: Tensor | None = ...,
     sizes: Sequence[int] | None = ...,
+    batch: Tensor | None = ...,
     query_sizes: Sequence[int] | None = ...,
+    query_batch: Tensor | None = ...,
     include_self: bool = ...,
     return_distance: Literal[True],
     along_curve: bool = ...,
@@ -165,7 +170,9 @@ def knn(
     *,
     query_positions: Tensor | None = None,
     sizes: Sequence[int] | None = None,
+    batch: Tensor | None = None,
     query_sizes: Sequence[int] | None = None,
+    query_batch: Tensor | None = None,
     include_self: bool = True,
     return_distance: bool = False,
     along_curve: bool = False,
@@ -183,7 +190,8 @@ def knn(
         k: neighbors per query.
         query_positions: (Q, D) float32; `None` asks for the neighbors of the points.
         sizes: points per sample, B host integers; `None` for one sample.
-        query_sizes: queries per sample, B host integers; `None` for one sample.
+        batch: in place of `sizes` the sample of each point, see `sizes_from_batch`.
+        query_sizes, query_batch: the same of the queries.
         include_self: `False` leaves each point out of its own list; only without `query_positions`.
         return_distance: also return the distances.
         along_curve: whether the rows of each sample follow a space-filling curve, as in cluster
@@ -206,7 +214,19 @@ def knn(
             4.6e18, where squares overflow.
     """
     positions = check_positions("positions", positions).detach()
-    sizes = check_sizes("sizes", sizes, positions.shape[0])
+    if query_positions is None:
+        if query_sizes is not None or query_batch is not None:
+            name = "query_batch" if query_sizes is None else "query_sizes"
+            raise ValueError(f"{name}: expected None where query_positions is None")
+        query_sizes = sizes = check_sizes("sizes", sizes, positions.shape[0], batch)
+    else:
+        query_positions = check_positions(
+            "query_positions", query_positions, positions.shape[1]
+        ).detach()
+        check_tensor("query_positions", query_positions, device=positions.device)
+        sizes, query_sizes = check_query_sizes(
+            sizes, batch, len(positions), query_sizes, query_batch, len(query_positions)
+        )
     check_flags(
         include_self=include_self,
         return_distance=return_distance,
@@ -219,23 +239,10 @@ def knn(
     if same_positions:
         check_same_positions("positions", positions, sizes, check_values)
     check_count("k", k)
-    if query_positions is None:
-        if query_sizes is not None:
-            raise ValueError("query_sizes: expected None where query_positions is None")
-        query_sizes = sizes
-    else:
+    if query_positions is not None:
         if not include_self:
             raise ValueError(
                 "include_self: False needs query_positions=None, there is no own point else"
-            )
-        query_positions = check_positions(
-            "query_positions", query_positions, positions.shape[1]
-        ).detach()
-        check_tensor("query_positions", query_positions, device=positions.device)
-        query_sizes = check_sizes("query_sizes", query_sizes, query_positions.shape[0])
-        if len(query_sizes) != len(sizes):
-            raise ValueError(
-                f"query_sizes: expected {len(sizes)} samples as in sizes, got {len(query_sizes)}"
             )
         if check_values:
             check_finite("query_positions", query_positions, query_sizes)

@@ -43,6 +43,7 @@ def select_centers(
     positions: Tensor,
     *,
     sizes: Sequence[int] | None = None,
+    batch: Tensor | None = None,
     extent: Sequence | Tensor | None = None,
     rate: float,
     alpha: float = 4.0,
@@ -78,6 +79,7 @@ def select_centers(
         scores: (T,) floating, importance of each token, usually in (0, 1).
         positions: (T, D) float32, D = 2 or 3, rows of a sample in any order, not negative.
         sizes: tokens per sample, B host integers; `None` for one sample.
+        batch: in place of `sizes` the sample of each token, see `sizes_from_batch`.
         extent: sides of each sample's canvas, B x D host numbers, or D for all samples. `None`
             measures the largest coordinates (plus one on a lattice), which waits for the device.
         rate: share of the tokens to keep, in (0, 1].
@@ -104,7 +106,7 @@ def select_centers(
     positions = check_positions("positions", positions).detach()
     tokens, dimensions = positions.shape
     scores = check_tensor("scores", scores, (tokens,), FLOATS, positions.device).detach().float()
-    sizes = check_sizes("sizes", sizes, tokens)
+    sizes = check_sizes("sizes", sizes, tokens, batch)
     check_number("rate", rate, above=0, most=1)
     check_number("alpha", alpha)
     check_option("prior", prior, _PRIORS)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from pointformer._checks import check_count, check_device, check_sizes, check_tensor
+from pointformer._checks import (
+    brief,
+    check_batch,
+    check_count,
+    check_device,
+    check_integers,
+    check_sizes,
+)
 from pointformer.clusters import offsets_of
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def sizes_from_batch(batch: Tensor, batch_size: int | None = None) -> tuple[int, ...]:
@@ -26,21 +32,31 @@ def sizes_from_batch(batch: Tensor, batch_size: int | None = None) -> tuple[int,
     Raises:
         TypeError, ValueError: `batch` is no such vector, or has samples from `batch_size` on.
     """
-    batch = check_tensor("batch", batch, ("T",), _INTEGERS).long()
     if batch_size is not None:
         check_count("batch_size", batch_size, least=0)
-    if len(batch):
-        if bool((batch.diff() < 0).any()):
-            raise ValueError(
-                "batch: expected the tokens of a sample in consecutive rows, samples in order, got "
-                "one that descends; put all rows in the order batch.argsort(stable=True) first"
-            )
-        first, last = int(batch[0]), int(batch[-1])
-        if first < 0:
-            raise ValueError(f"batch: expected samples from 0 on, got {first}")
-        if batch_size is not None and last >= batch_size:
-            raise ValueError(f"batch: expected samples below batch_size={batch_size}, got {last}")
-    return tuple(batch.bincount(minlength=batch_size or 0).tolist())
+    return check_batch("batch", batch, batch_size)
+
+
+def sizes_from_ptr(ptr: Tensor | Sequence[int]) -> tuple[int, ...]:
+    """Tokens per sample, from the row where each sample starts and the end, as `ptr` of graph
+    libraries and `batch_offsets` of token sets.
+
+    Args:
+        ptr: (B + 1,) integers from 0 on that do not descend.
+
+    Returns:
+        B host integers, which waits for the device.
+
+    Raises:
+        TypeError, ValueError: `ptr` are no such integers.
+    """
+    starts = check_integers("ptr", ptr, "the row where each sample starts, and the end")
+    if not starts or starts[0] != 0:
+        raise ValueError(f"ptr: expected the rows where samples start, from 0 on, got {brief(ptr)}")
+    sizes = tuple(end - start for start, end in pairwise(starts))
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"ptr: expected rows that do not descend, got {brief(starts)}")
+    return sizes
 
 
 def batch_from_sizes(sizes: Sequence[int], device: torch.device | None = None) -> Tensor:

@@ -18,8 +18,8 @@ from pointformer._checks import (
     check_number,
     check_positions,
     check_power,
+    check_query_sizes,
     check_same_positions,
-    check_sizes,
     check_tensor,
     lacks_gradient_of,
 )
@@ -35,7 +35,9 @@ def interpolate(
     query_positions: Tensor,
     *,
     sizes: Sequence[int] | None = None,
+    batch: Tensor | None = None,
     query_sizes: Sequence[int] | None = None,
+    query_batch: Tensor | None = None,
     neighbor_index: Tensor | None = None,
     k: int = 4,
     power: Tensor | float = 6.0,
@@ -59,7 +61,8 @@ def interpolate(
         positions: (T, D) float32, D = 2 or 3.
         query_positions: (Q, D) float32.
         sizes: tokens per sample, which must add up to T; None: one sample.
-        query_sizes: queries per sample, which must add up to Q; None: one sample.
+        batch: in place of `sizes` the sample of each token, see `sizes_from_batch`.
+        query_sizes, query_batch: the same of the Q queries.
         neighbor_index: (Q, k) int32 or int64, rows of the neighbors, -1 where there are fewer;
             None: the `k` nearest tokens of the query's sample. Give it where several feature sets
             share positions: the search costs more than the interpolation.
@@ -88,8 +91,7 @@ def interpolate(
     check_positions("query_positions", query_positions, positions.shape[1])
     check_tensor("query_positions", query_positions, device=device)
     queries = query_positions.shape[0]
-    sizes = check_sizes("sizes", sizes, tokens)
-    query_sizes = check_sizes("query_sizes", query_sizes, queries)
+    sizes, query_sizes = check_query_sizes(sizes, batch, tokens, query_sizes, query_batch, queries)
     check_flags(same_positions=same_positions, check_values=check_values)
     if check_values:
         check_finite("positions", positions, sizes)
