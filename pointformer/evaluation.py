@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
+import torch
 
+import pointformer
 from pointformer.data.annotations import Annotation, Dataset
 from pointformer.data.images import Reading, open_picture
 from pointformer.data.transforms import Transform
@@ -15,6 +20,7 @@ from pointformer.metrics import Metric
 from pointformer.models import Model
 from pointformer.prediction import check_copies, predict, windows_for
 from pointformer.processes import Processes
+from pointformer.scored_parts import PartsFolder, ScoredPart, joined
 from pointformer.tasks import Task, task_of
 
 
@@ -36,13 +42,14 @@ def evaluate(
     dataset: Dataset,
     task: Task | str | None = None,
     *,
-    annotations: Iterable[Annotation] | None = None,
-    metrics: Sequence[Metric] | None = None,
+    metrics: Callable[[], Sequence[Metric]] | None = None,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     tile: int | None = None,
     transform: Transform | None = None,
     processes: Processes | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
     **reading: Unpack[Reading],
 ) -> Evaluation:
     """Run a model over a data set and score it by the field's measures.
@@ -56,63 +63,123 @@ def evaluate(
             (mean IoU), "instance" (AP of COCO where pycocotools is installed, of Cityscapes for its
             classes where cityscapesscripts is; AP as StarDist counts it, regardless of class) or
             "panoptic" (PQ, for things and stuff).
-        annotations: what to go through in the place of `dataset`, for example with a progress bar.
-        metrics: in the place of the task's.
+        metrics: makes those that take the place of the task's `metrics`; parts of the data set are
+            scored by metrics of their own, which are merged in its order.
         scales, flip: see `predict`; not for objects and segments, because the queries of different
             copies do not correspond.
         tile: side of the windows in pixels; see `segment`.
         transform: what is done with pictures and annotations before, as classes of pictures are
             published: `Chain([Resize(256), CenterCrop(224)])` of `pointformer.data.transforms`.
-        processes: that share the work, each with its own part of the data set (`Dataset.subset`);
-            the scores of all pictures, and what was skipped, are then known to all.
+        processes: that share the pictures; the scores of all, and what was skipped, are then known
+            to all of them.
+        resume: folder that keeps what is scored, from which another call goes on, also with another
+            number of processes: all see it. A new one, or one of the same model, pictures and
+            options; half a minute of work may be lost.
+        progress: goes through the numbers of the pictures that are to be scored by this process,
+            for example with a bar (`tqdm`).
         reading: how the pictures are read, see `pointformer.data.images.Reading`.
 
     Raises:
         ValueError: an option does not fit the task, the model is made for another, model and data
-            set have different classes, there is no picture, or one has another size than its
-            annotation; the message names it.
+            set have different classes, there is no picture, one has another size than its
+            annotation, or the folder is of something else; the message names it.
+        OSError: the folder cannot be written.
     """
     if not isinstance(task, Task):
         task = task_of(model, task, dataset.categories)
     check_copies(task, scales, flip)
-    scored = list(task.metrics() if metrics is None else metrics)
+    make = task.metrics if metrics is None else metrics
     processes = processes or Processes()
-    pictures = 0
-    for annotation, _, prediction in predictions(
-        model,
-        task,
-        dataset,
-        annotations=annotations,
-        scales=scales,
-        flip=flip,
-        tile=tile,
-        transform=transform,
+    options: dict[str, Any] = {
+        "scales": scales,
+        "flip": flip,
+        "tile": tile,
+        "transform": transform,
         **reading,
-    ):
-        truth = task.truth(annotation)
-        for metric in scored:
-            metric.update(prediction, truth)
-        pictures += 1
-    first, *others = processes.gathered((scored, pictures, dataset.skipped))
-    scored, pictures, _ = first
-    for metrics, count, _ in others:
-        for metric, other in zip(scored, metrics, strict=True):
-            metric.merge(other)
-        pictures += count
-    for _, _, skipped in (first, *others):
-        dataset.skipped.update(skipped)
-    if pictures == 0:
+    }
+    folder = None if resume is None else PartsFolder(Path(resume), make)
+
+    def known() -> list[ScoredPart]:
+        if folder is None or not processes.main:
+            return []
+        return folder.open(_made_with(model, task, dataset, make(), options))
+
+    before = processes.alike(known)
+    done = processes.gathered([(part.start, part.stop) for part in before])[0]
+    missing = set(range(len(dataset))).difference(*(range(*ends) for ends in done))
+    own = processes.own(sorted(missing))
+
+    def score() -> list[ScoredPart]:
+        parts: list[ScoredPart] = []
+        known = dict(dataset.skipped)
+
+        def finish(part: ScoredPart) -> None:
+            part.skipped = {n: why for n, why in dataset.skipped.items() if n not in known}
+            known.update(part.skipped)
+            if folder is not None:
+                folder.save(part)
+            parts[:] = joined([*parts, part])
+
+        part: ScoredPart | None = None
+        for index in progress(own):
+            if part is not None and (index != part.stop or (folder is not None and folder.due)):
+                finish(part)
+                part = None
+            if part is None:
+                part = ScoredPart(list(make()), index, index)
+            for annotation, _, prediction in predictions(model, task, dataset, [index], **options):
+                truth = task.truth(annotation)
+                for metric in part.metrics:
+                    metric.update(prediction, truth)
+                part.pictures += 1
+            part.stop = index + 1
+        if part is not None:
+            finish(part)
+        return parts
+
+    found = processes.gathered([*before, *processes.apart(score)])
+    first, *others = joined(part for parts in found for part in parts) or [
+        ScoredPart(list(make()), 0, 0)
+    ]
+    for part in others:
+        first.merge(part)
+    dataset.skipped.update(first.skipped)
+    if first.pictures == 0:
         raise ValueError(f"no picture to score ({len(dataset.skipped)} skipped)")
-    scores = {name: value for metric in scored for name, value in metric.compute().items()}
-    return Evaluation(scores, pictures, tuple(scored))
+    scores = {name: value for metric in first.metrics for name, value in metric.compute().items()}
+    return Evaluation(scores, first.pictures, tuple(first.metrics))
+
+
+def _made_with(
+    model: Model, task: Task, dataset: Dataset, metrics: Sequence[Metric], options: dict[str, Any]
+) -> dict[str, Any]:
+    """What scores depend on, in JSON: SHA-256 of what is large."""
+    look = model.preprocess
+    kind = (model.name, model.config, model.head_name, model.head_options, model.num_classes)
+    weights = hashlib.sha256(repr((*kind, look.mean, look.std)).encode())
+    for name, value in sorted(model.state_dict().items()):
+        weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    pictures = hashlib.sha256(repr((os.path.abspath(dataset.source), dataset.categories)).encode())
+    for entry in dataset.entries:
+        files = [os.path.abspath(file) for file in (entry.image, entry.labels) if file is not None]
+        pictures.update(repr((entry.name, files)).encode())
+    return {
+        "version": pointformer.__version__,
+        "model": weights.hexdigest(),
+        "data set": pictures.hexdigest(),
+        "task": task.name,
+        "metrics": [type(metric).__name__ for metric in metrics],
+        **{name: repr(value) for name, value in options.items()},
+    }
 
 
 def predictions(
     model: Model,
     task: Task,
     dataset: Dataset,
+    indices: Iterable[int],
     *,
-    annotations: Iterable[Annotation] | None = None,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     tile: int | None = None,
@@ -121,15 +188,17 @@ def predictions(
 ) -> Iterator[tuple[Annotation, np.ndarray, Any]]:
     """Annotations of a data set, their pictures (H, W, 3) uint8, and what the model finds there.
 
-    Arguments and errors are those of `evaluate`.
+    Args:
+        indices: which pictures; the other arguments, and errors, are those of `evaluate`.
     """
-    for annotation in dataset if annotations is None else annotations:
+    for index in indices:
         try:
+            annotation = dataset[index]
             image = annotation.read_image(**reading)
         except ValueError as error:
             if not dataset.skip_bad:
                 raise
-            dataset.skipped[annotation.name] = str(error)
+            dataset.skipped[dataset.entries[index].name] = str(error)
             continue
         if transform is not None:
             image, annotation = transform(image, annotation, np.random.default_rng(0))

@@ -29,12 +29,20 @@ class Processes:
     Attributes:
         rank, world: its number, and how many there are.
         device: of its own.
+        complain: shows an error of this process, if others are still at work; `None`: it waits.
     """
 
-    def __init__(self, device: str | torch.device = "cpu", rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        rank: int = 0,
+        world: int = 1,
+        complain: Callable[[Exception], None] | None = None,
+    ) -> None:
         self.device = torch.device(device)
         self.rank = rank
         self.world = world
+        self.complain = complain
 
     @property
     def main(self) -> bool:
@@ -135,14 +143,34 @@ class Processes:
             raise failure
         raise SystemExit(1)
 
+    def apart(self, work: Callable[[], T]) -> T:
+        """The result of work of its own; where it fails in one, that one says why at once, the
+        others do what is theirs, and then all end."""
+        if self.world == 1 or self.complain is None:
+            return self.alike(work)
+        failed = False
+        try:
+            result = work()
+        except Exception as error:
+            self.complain(error)
+            failed = True
+        if any(self.gathered(failed)):
+            raise SystemExit(1)
+        return result
+
 
 @contextlib.contextmanager
-def started_processes(device: str = "cpu", patience: float | None = None) -> Iterator[Processes]:
+def started_processes(
+    device: str = "cpu",
+    patience: float | None = None,
+    complain: Callable[[Exception], None] | None = None,
+) -> Iterator[Processes]:
     """Join the processes that `torchrun` started beside this one, and leave them at the end.
 
     Args:
         device: "cuda" is a GPU for each process of a machine.
         patience: minutes to wait for others that are alive; `None`: torch's.
+        complain: see `Processes`.
 
     Raises:
         ValueError: there is no such device.
@@ -158,7 +186,7 @@ def started_processes(device: str = "cpu", patience: float | None = None) -> Ite
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: {where} cannot be used: {reason}") from None
     if world == 1:
-        yield Processes(where)
+        yield Processes(where, complain=complain)
         return
     if where.type == "cuda":
         torch.cuda.set_device(where)
@@ -168,7 +196,7 @@ def started_processes(device: str = "cpu", patience: float | None = None) -> Ite
     )
     rank = dist.get_rank()
     try:
-        yield Processes(where, rank, world)
+        yield Processes(where, rank, world, complain)
     except RuntimeError as error:
         # What gloo raises has no type of its own.
         if isinstance(error, dist.DistError) or "gloo" in str(error):

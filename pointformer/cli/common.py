@@ -12,6 +12,7 @@ import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -55,13 +56,14 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
 @contextlib.contextmanager
 def joined_processes(options: argparse.Namespace) -> Iterator[Processes]:
     """All that `torchrun` started for this command, each with a device of its own in `options`;
-    they may be done long after each other."""
+    they may be done long after each other, and say what is wrong at once."""
     from pointformer.processes import Processes, started_processes
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
         return
-    with started_processes(options.device, patience=7 * 24 * 60) as processes:
+    complain_now = partial(complain, debug=options.debug)
+    with started_processes(options.device, 7 * 24 * 60, complain_now) as processes:
         options.device = str(processes.device)
         yield processes
 

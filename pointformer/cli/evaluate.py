@@ -4,9 +4,10 @@ Formats, by which DATA is recognized: "folder" (SPLIT/images beside SPLIT/labels
 SPLIT/instances), "classes" (SPLIT/CLASS/pictures), "ade20k", "cityscapes", "coco" and
 "coco-panoptic" (with --annotations for a JSON of any name, and DATA for its pictures).
 
-Several processes share the pictures, and one says the scores of all:
+Several processes share the pictures, and one says the scores of all. The same command again goes on
+with what was interrupted, also with another number of processes:
 
-    torchrun --nproc-per-node 4 -m pointformer.cli evaluate DATA --model MODEL --json SCORES
+    torchrun --nproc-per-node 4 -m pointformer.cli evaluate DATA --model MODEL --resume FOLDER
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +32,9 @@ from pointformer.cli.common import (
 from pointformer.cli.results import Results, is_result, write_sealed
 
 if TYPE_CHECKING:
+    from pointformer.data import Dataset
     from pointformer.data.transforms import Transform
+    from pointformer.models import Model
     from pointformer.processes import Processes
 
 _FORMATS = ("folder", "classes", "ade20k", "cityscapes", "coco", "coco-panoptic")
@@ -75,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--center-crop", type=int, metavar="PIXELS", help="classification: and look at the middle"
     )
     parser.add_argument("--json", type=Path, help="write the scores to this file too")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what is scored there, and go on with what is there already: of the same model, "
+        "pictures and options",
+    )
     add_result_arguments(parser)
     add_picture_arguments(parser)
     add_model_arguments(parser)
@@ -88,15 +99,56 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, processes: Processes) -> int:
     from tqdm import tqdm
 
-    from pointformer.data import find_source, open_dataset
     from pointformer.evaluation import evaluate
+    from pointformer.tasks import task_of
+
+    model, dataset, transform, results = processes.alike(lambda: _opened(options, processes.main))
+    result = evaluate(
+        model,
+        dataset,
+        options.task,
+        scales=options.scales,
+        flip=options.flip,
+        tile=options.tile,
+        transform=transform,
+        processes=processes,
+        resume=options.resume,
+        progress=partial(tqdm, unit="image", disable=not processes.main),
+        **reading_from(options),
+    )
+    if not processes.main:
+        return 0
+    for name, value in result.scores.items():
+        say(f"{printable(name):40} {100 * value:6.2f}")
+    if dataset.skipped:
+        say(f"{len(dataset.skipped)} skipped:", error=True)
+        for problem in dataset.skipped.values():
+            say(f"  {printable(problem)}", error=True)
+    if options.json is not None:
+        content = {
+            "model": options.model,
+            "task": task_of(model, options.task).name,
+            "images": result.pictures,
+            "scores": {k: None if math.isnan(v) else v for k, v in result.scores.items()},
+            "skipped": dataset.skipped,
+        }
+        with results.write(options.json) as path:
+            write_sealed(path, content)
+    return 0
+
+
+def _opened(
+    options: argparse.Namespace, main: bool
+) -> tuple[Model, Dataset, Transform | None, Results]:
+    """What all processes need, after all that can be known to be wrong before."""
+    from pointformer.data import find_source, open_dataset
     from pointformer.tasks import task_of
 
     model = model_from(options)
     task = task_of(model, options.task).name
     transform = _transform(options, task)
     source = find_source(options.data, options.format, task, options.annotations)
-    if options.format is None and processes.main:
+    if options.format is None and main:
         say(printable(str(source)))
     dataset = open_dataset(
         source,
@@ -115,40 +167,9 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
         if not is_result(options.json) and Path(target).is_relative_to(folder):
             results.protect([options.json])  # lists of classes and the like
         results.check(options.json)
-    total = len(dataset) if options.limit is None else min(len(dataset), options.limit)
-    dataset = dataset.subset(processes.own(range(total)))
-    bar = tqdm(dataset, unit="image", disable=not processes.main)
-    result = evaluate(
-        model,
-        dataset,
-        task,
-        annotations=bar,
-        scales=options.scales,
-        flip=options.flip,
-        tile=options.tile,
-        transform=transform,
-        processes=processes,
-        **reading_from(options),
-    )
-    if not processes.main:
-        return 0
-    for name, value in result.scores.items():
-        say(f"{printable(name):40} {100 * value:6.2f}")
-    if dataset.skipped:
-        say(f"{len(dataset.skipped)} skipped:", error=True)
-        for problem in dataset.skipped.values():
-            say(f"  {printable(problem)}", error=True)
-    if options.json is not None:
-        content = {
-            "model": options.model,
-            "task": task,
-            "images": result.pictures,
-            "scores": {k: None if math.isnan(v) else v for k, v in result.scores.items()},
-            "skipped": dataset.skipped,
-        }
-        with results.write(options.json) as path:
-            write_sealed(path, content)
-    return 0
+    if options.limit is not None:
+        dataset = dataset.subset(range(min(len(dataset), options.limit)))
+    return model, dataset, transform, results
 
 
 def _transform(options: argparse.Namespace, task: str) -> Transform | None:

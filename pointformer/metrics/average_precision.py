@@ -3,7 +3,7 @@ Science Bowl."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +108,18 @@ class InstanceAP:
         """Add the pictures of another part of the data set."""
         self.counts += other.counts
 
+    def state(self) -> dict[str, np.ndarray]:
+        """The counts of each picture."""
+        return {"counts": self._stacked()}
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take the pictures of a `state`."""
+        self.counts = list(state["counts"])
+
+    def _stacked(self) -> np.ndarray:
+        """(pictures, len(thresholds), 3) int64."""
+        return np.stack([np.zeros((len(self.thresholds), 3), np.int64), *self.counts])[1:]
+
     def compute(self) -> dict[str, float]:
         """The pooled scores by name: at the first threshold, and the mean."""
         scores = self.scores()
@@ -122,7 +134,7 @@ class InstanceAP:
         Where neither map of a picture has an instance, the picture's own score is 1. So is the
         pooled score if there are no instances at all.
         """
-        stacked = np.stack([np.zeros((len(self.thresholds), 3), np.int64), *self.counts])[1:]
+        stacked = self._stacked()
         total = stacked.sum(0)
         per_image = _precision(stacked).mean(0) if self.counts else np.ones(len(self.thresholds))
         return AveragePrecision(

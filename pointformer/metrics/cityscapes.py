@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from pointformer.annotations import Category, Objects
 from pointformer.data import Annotation
+from pointformer.metrics.metric import array_of, value_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +121,14 @@ class CityscapesAP:
     def merge(self, other: CityscapesAP) -> None:
         """Add the pictures of another part of the data set."""
         self._matches |= other._matches
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The objects of each picture and their overlaps."""
+        return {"matches": array_of(self._matches)}
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take the pictures of a `state`."""
+        self._matches = value_of(state["matches"])
 
     def compute(self) -> dict[str, float]:
         """The means of `scores` by name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,14 @@ class Accuracy:
     def merge(self, other: Accuracy) -> None:
         """Add the pictures of another part of the data set."""
         self.counts += other.counts
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The counts."""
+        return {"counts": self.counts}
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take the counts of a `state`."""
+        self.counts = np.array(state["counts"])
 
     def scores(self) -> AccuracyScores:
         """Scores of all pictures so far."""

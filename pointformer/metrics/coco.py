@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,50 @@ class CocoAP:
                 {**row, "id": row["id"] + count, "image_id": row["image_id"] + pictures}
                 for row in theirs
             ]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The sizes of pictures, the numbers of objects and their masks' run lengths."""
+        sizes = [(row["height"], row["width"]) for row in self._images]
+        state = {"sizes": np.array(sizes, np.int64).reshape(-1, 2)}
+        for side, rows in (("annotated", self._annotated), ("predicted", self._predicted)):
+            for name, kind in self._numbers(side).items():
+                state[f"{side}_{name}"] = np.array([row[name] for row in rows], kind)
+            for name in self._masks:
+                runs = [row[name]["counts"] for row in rows]
+                state[f"{side}_{name}"] = np.frombuffer("".join(runs).encode(), np.uint8)
+                state[f"{side}_{name}_lengths"] = np.array([len(run) for run in runs], np.int64)
+        return state
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take the pictures of a `state`."""
+        sizes = state["sizes"].tolist()
+        self._images = [{"id": n, "height": h, "width": w} for n, (h, w) in enumerate(sizes, 1)]
+        for side, rows in (("annotated", self._annotated), ("predicted", self._predicted)):
+            columns = {name: state[f"{side}_{name}"].tolist() for name in self._numbers(side)}
+            for name in self._masks:
+                lengths = state[f"{side}_{name}_lengths"]
+                ends = np.cumsum(lengths)
+                places = zip(columns["image_id"], ends - lengths, ends, strict=True)
+                runs = state[f"{side}_{name}"].tobytes().decode()
+                columns[name] = [
+                    {"size": sizes[image - 1], "counts": runs[start:end]}
+                    for image, start, end in places
+                ]
+            rows[:] = (
+                {"id": n, **dict(zip(columns, values, strict=True))}
+                for n, values in enumerate(zip(*columns.values(), strict=True), 1)
+            )
+
+    @property
+    def _masks(self) -> tuple[str, ...]:
+        return ("segmentation", "boundary") if self.boundary else ("segmentation",)
+
+    @staticmethod
+    def _numbers(side: str) -> dict[str, type]:
+        """What is known of each object besides its masks."""
+        known = {"image_id": np.int64, "category_id": np.int64, "iscrowd": np.int64}
+        more = {"area": np.float64, "score": np.float64}
+        return {**known, **(more if side == "predicted" else {"area": np.float64})}
 
     def compute(self) -> dict[str, float]:
         """The means of `scores` by name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class PanopticQuality:
 
     def __init__(self, categories: Sequence[Category]) -> None:
         self.categories = tuple(categories)
-        self.iou = np.zeros(len(self.categories))
+        self._sums = np.zeros((2, len(self.categories)), np.int64)
         self.counts = np.zeros((3, len(self.categories)), np.int64)
 
     def update(self, predicted: Any, annotation: Annotation) -> None:
@@ -110,7 +110,8 @@ class PanopticQuality:
             union = areas[row] + predicted_areas - overlap[row] - void
             matches = np.flatnonzero(same & (2 * overlap[row] > union))
             if len(matches):  # at most one, as segments do not overlap
-                self.iou[segment.category] += overlap[row, matches[0]] / union[matches[0]]
+                iou = float(overlap[row, matches[0]] / union[matches[0]])
+                self._sums[:, segment.category] += divmod(round(iou * 2**53), 2**23)
                 self.counts[0, segment.category] += 1
                 spurious[matches[0]] = False
             else:
@@ -120,8 +121,24 @@ class PanopticQuality:
 
     def merge(self, other: PanopticQuality) -> None:
         """Add the pictures of another part of the data set."""
-        self.iou += other.iou
+        self._sums += other._sums
         self.counts += other.counts
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The counts, and the sums that `iou` is of."""
+        return {"sums": self._sums, "counts": self.counts}
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take the counts and sums of a `state`."""
+        self._sums, self.counts = np.array(state["sums"]), np.array(state["counts"])
+
+    @property
+    def iou(self) -> np.ndarray:
+        """(K,) sums of the IoU of matched segments.
+
+        Each is over 1/2, and so a multiple of 2^-53: sums of integers do not depend on the order.
+        """
+        return self._sums[0] / 2**30 + self._sums[1] / 2**53
 
     def compute(self) -> dict[str, float]:
         """PQ, SQ and RQ by name: of all classes, of things, of stuff."""
@@ -138,9 +155,10 @@ class PanopticQuality:
         hits, spurious, missed = self.counts
         weight = hits + spurious / 2 + missed / 2
         present = weight > 0
-        pq = np.where(present, self.iou / np.maximum(weight, 0.5), np.nan)
+        iou = self.iou
+        pq = np.where(present, iou / np.maximum(weight, 0.5), np.nan)
         rq = np.where(present, hits / np.maximum(weight, 0.5), np.nan)
-        sq = np.where(present, self.iou / np.maximum(hits, 1), np.nan)
+        sq = np.where(present, iou / np.maximum(hits, 1), np.nan)
         things = np.array([category.is_thing for category in self.categories], bool)
 
         def quality(chosen: np.ndarray) -> Quality:

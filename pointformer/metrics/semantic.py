@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +79,14 @@ class SemanticIoU:
     def merge(self, other: SemanticIoU) -> None:
         """Add the pictures of another part of the data set."""
         self.counts += other.counts
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The counts."""
+        return {"counts": self.counts}
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take the counts of a `state`."""
+        self.counts = np.array(state["counts"])
 
     def compute(self) -> dict[str, float]:
         """The means of `scores` by name."""

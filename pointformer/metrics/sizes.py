@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,14 @@ class RecallBySize:
     def merge(self, other: RecallBySize) -> None:
         """Add the pictures of another part of the data set."""
         self.counts += other.counts
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The counts."""
+        return {"counts": self.counts}
+
+    def load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take the counts of a `state`."""
+        self.counts = np.array(state["counts"])
 
     def scores(self) -> SizeScores:
         """Counts of all pictures so far."""

@@ -160,13 +160,12 @@ def _examined(
 ) -> dict[str, Any]:
     """What looking at pictures tells: counts by class and size, and the worst pictures."""
     order = np.random.default_rng(0).permutation(len(dataset))[:pictures].tolist()
-    chosen = (dataset[index] for index in order)
-    bar = tqdm(chosen, "looking at pictures", len(order), leave=False)
+    bar = tqdm(order, "looking at pictures", leave=False)
     sizes = RecallBySize(task.categories)
     cases: list[_Case] = []
     whole = task.metrics()[0]
     for annotation, image, prediction in predictions(
-        model, task, dataset, annotations=bar, tile=tile, transform=transform
+        model, task, dataset, bar, tile=tile, transform=transform
     ):
         truth = task.truth(annotation)
         sizes.update(prediction, truth)

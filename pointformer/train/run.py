@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,12 +235,11 @@ class Run:
         if not final:
             order = np.random.default_rng(0).permutation(len(some))
             some = order[: self.recipe.validation.pictures].tolist()
-        own = self.validation.subset(processes.own(some))
         result = evaluate(
             averaged,
-            own,
+            self.validation.subset(some),
             trainer.task,
-            annotations=tqdm(own, "validation", leave=False, disable=not self.main),
+            progress=partial(tqdm, desc="validation", leave=False, disable=not self.main),
             tile=validation_tile(self.recipe, trainer.task),
             transform=self.recipe.validation.transform(),
             processes=processes,

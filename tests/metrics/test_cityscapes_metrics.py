@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from helpers import scenes
+from helpers.metrics import scored
 from pointformer import data
 from pointformer.data import Annotation, Objects
 from pointformer.metrics import CityscapesAP
@@ -32,10 +33,7 @@ def poor(annotation, seed):
 
 
 def score(pairs, categories):
-    metric = CityscapesAP(categories)
-    for predicted, annotation in pairs:
-        metric.update(predicted, annotation)
-    return metric.scores()
+    return scored(lambda: CityscapesAP(categories), pairs).scores()
 
 
 def test_the_packages_own_run_gives_the_same(dataset, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from helpers import scenes
+from helpers.metrics import scored
 from pointformer import data
 from pointformer.annotations import VOID, Mask, Objects, Segment
 from pointformer.data import Annotation
@@ -44,10 +45,7 @@ def coco(tmp_path_factory):
 
 
 def score(pairs, categories, **options):
-    metric = CocoAP(categories, **options)
-    for predicted, annotation in pairs:
-        metric.update(predicted, annotation)
-    return metric.scores()
+    return scored(lambda: CocoAP(categories, **options), pairs).scores()
 
 
 def results_file(coco, folder):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from helpers import scenes
+from helpers.metrics import scored
 from pointformer import data
 from pointformer.annotations import SegmentMap
 from pointformer.data import VOID, Annotation, Category, Segment
@@ -34,10 +35,7 @@ def annotation(ids, classes, crowds=()):
 
 
 def score(*pairs, table=TABLE):
-    metric = PanopticQuality(table)
-    for predicted, annotated in pairs:
-        metric.update(predicted, annotated)
-    return metric.scores()
+    return scored(lambda: PanopticQuality(table), pairs).scores()
 
 
 def counts(scores):
@@ -126,6 +124,24 @@ def test_a_perfect_prediction_scores_one_and_counts_add_up(ids, draw):
     assert scores.false_positives.sum() == scores.false_negatives.sum() == 0
     if things:
         assert (scores.all.pq, scores.all.sq, scores.all.rq) == (1, 1, 1)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 8)), min_size=2, max_size=6), st.data())
+def test_parts_in_any_order_give_the_same_bits(sizes, draw):
+    """Sums of rounded quotients would depend on it."""
+    parts = []
+    for found, annotated in sizes:
+        part = PanopticQuality(TABLE)
+        truth = annotation(row((1, annotated), (2, 9 - annotated)), {1: 0, 2: 2})
+        part.update(annotation(row((1, found), (0, 9 - found)), {1: 0}), truth)
+        parts.append(part)
+    one, other = PanopticQuality(TABLE), PanopticQuality(TABLE)
+    for part, swapped in zip(parts, draw.draw(st.permutations(parts)), strict=True):
+        one.merge(part)
+        other.merge(swapped)
+    assert (one.iou == other.iou).all()
+    expected = sum(min(pair) / max(pair) for pair in sizes if 2 * min(pair) > max(pair))
+    assert one.iou[0] == pytest.approx(expected, rel=1e-14)
 
 
 def predicted_from(truth, seed):

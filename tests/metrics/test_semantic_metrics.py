@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from helpers import scenes
+from helpers.metrics import scored
 from pointformer import data
 from pointformer.data import VOID
 from pointformer.metrics import SemanticIoU
@@ -19,10 +20,7 @@ def truth(classes):
 
 
 def score(pairs, classes):
-    metric = SemanticIoU(classes)
-    for predicted, annotated in pairs:
-        metric.update(predicted, truth(annotated))
-    return metric.scores()
+    return scored(lambda: SemanticIoU(classes), [(p, truth(a)) for p, a in pairs]).scores()
 
 
 def test_by_hand():

@@ -1,6 +1,5 @@
 """Tasks: which there are, what they learn, and that parts of a data set score as the whole."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from pointformer.data.transforms import CenterCrop, Chain, Resize
 from pointformer.evaluation import evaluate
 from pointformer.models import AFFConfig, Model, Output
 from pointformer.prediction import predict, windows_for
+from pointformer.scored_parts import PartsFolder
 from pointformer.tasks import TASKS, MapTask, task_of
 from pointformer.tasks.masks import targets_of
 
@@ -124,8 +124,13 @@ def dataset(tmp_path):
     return Dataset(tmp_path, CATEGORIES, entries)
 
 
+def noted(seen):
+    """A way to go through numbers that lists them."""
+    return lambda numbers: (seen.append(number) or number for number in numbers)
+
+
 @pytest.mark.parametrize(("head", "task", "classes"), MADE)
-def test_parts_score_as_the_whole(dataset, head, task, classes):
+def test_parts_score_as_the_whole(dataset, tmp_path, monkeypatch, head, task, classes):
     model = made(head, task, classes)
     if head == "dense" and task == "instance":
         dataset = Dataset("cells", CATEGORIES[1:2], [
@@ -136,15 +141,24 @@ def test_parts_score_as_the_whole(dataset, head, task, classes):
         ])  # fmt: skip
     whole = evaluate(model, dataset)
     assert whole.pictures == 5
-    first = evaluate(model, dataset, task, annotations=[dataset[n] for n in (0, 1)])
-    rest = evaluate(model, dataset, task, annotations=[dataset[n] for n in (2, 3, 4)])
+    first = evaluate(model, dataset.subset((0, 1)), task)
+    rest = evaluate(model, dataset.subset((2, 3, 4)), task)
     scores = {}
     for mine, other in zip(first.metrics, rest.metrics, strict=True):
         mine.merge(other)
         scores |= mine.compute()
-    assert scores.keys() == whole.scores.keys()
-    for name, value in whole.scores.items():
-        assert scores[name] == value or (math.isnan(scores[name]) and math.isnan(value)), name
+    np.testing.assert_equal(scores, whole.scores)
+    # And of a run that kept three of its pictures.
+    monkeypatch.setattr(PartsFolder, "due", True)
+    assert evaluate(model, dataset, resume=tmp_path / "kept").pictures == 5
+    for number in (2, 4):
+        (lost,) = (tmp_path / "kept").glob(f"part-{number:08d}-*.safetensors")
+        lost.unlink()
+    seen = []
+    again = evaluate(model, dataset, resume=tmp_path / "kept", progress=noted(seen))
+    assert seen == [2, 4]
+    assert again.pictures == 5
+    np.testing.assert_equal(again.scores, whole.scores)
 
 
 class Seen:
@@ -167,7 +181,7 @@ class Seen:
 def test_pictures_are_scored_as_a_transform_leaves_them(dataset, head, task):
     model, seen = made(head, task), Seen()
     transform = Chain([Resize(48), CenterCrop(32)])
-    evaluate(model, dataset, transform=transform, metrics=[seen])
+    evaluate(model, dataset, transform=transform, metrics=lambda: [seen])
     for annotation, (prediction, truth) in zip(dataset, seen.pairs, strict=True):
         rng = np.random.default_rng(7)
         image, expected = transform(annotation.read_image(), annotation, rng)
