@@ -26,7 +26,15 @@ from pointformer.annotations import Category
 from pointformer.models.backbone import Backbone
 from pointformer.models.config import AFFConfig, GridConfig, SwinConfig, config_from
 from pointformer.models.grid import GridBackbone
-from pointformer.models.heads import CLASSIFIERS, HEADS, TASKS, check_options, options_of
+from pointformer.models.heads import (
+    CLASSIFIERS,
+    HEADS,
+    TASKS,
+    check_options,
+    options_of,
+    output_of,
+    tasks_of,
+)
 from pointformer.models.model import Model, Preprocess, configured, new_model
 from pointformer.models.state import (
     WHOLE_HEAD,
@@ -274,7 +282,7 @@ class _Description:
         if not set(options) <= set(options_of(head)):
             raise ValueError(f"head {head!r} has only the options {', '.join(options_of(head))}")
         check_options(head, options)
-        kinds = _kinds(head, classes, _task_of(head, classes, task))
+        kinds = output_of(head, classes, task).kinds(classes)
         if rows is not None and len(rows) != kinds:
             raise ValueError(f"{len(rows)} categories for {kinds} kinds of things")
         return cls(
@@ -303,17 +311,15 @@ class _Description:
         """The model with what is given in the place of its own, and what of its head is fresh: see
         `copy_weights`."""
         head = head or self.head
-        own_task = _task_of(self.head, self.num_classes, self.task)
-        own_kinds = _kinds(self.head, self.num_classes, own_task)
+        own = output_of(self.head, self.num_classes, self.task)
+        own_task, own_kinds = self.task or own.only_task, own.kinds(self.num_classes)
         if num_classes is None:
             others = isinstance(categories, list | tuple) and len(categories) != own_kinds
             num_classes = self.num_classes if head == self.head else own_kinds
             num_classes = len(categories or ()) if others else num_classes
-        if task is None and (head, num_classes) == (self.head, self.num_classes):
-            task = self.task
-        elif task is None and own_task in _possible_tasks(head, num_classes):
+        if task is None and own_task in tasks_of(head, num_classes):
             task = own_task
-        kinds = _kinds(head, num_classes, _task_of(head, num_classes, task))
+        kinds = output_of(head, num_classes, task).kinds(num_classes)
         if categories is None and self.categories and len(self.categories) == kinds:
             categories = self.categories
         config, options = configured(self.name, self.config, head, overrides, self.head)
@@ -348,23 +354,6 @@ def _category(row: dict[str, Any]) -> Category:
     for part in category.color:
         check_count("category's color", part, least=0, most=255)
     return category
-
-
-def _possible_tasks(head: str, num_classes: int) -> tuple[str, ...]:
-    if head == "dense":
-        return ("instance", "semantic") if num_classes == 3 else ("semantic",)
-    return ("semantic", "instance", "panoptic") if head in ("mask2former", "hcformer") else ()
-
-
-def _task_of(head: str, num_classes: int, task: str | None) -> str | None:
-    """The task, which a dense head has even where it is not said."""
-    possible = _possible_tasks(head, num_classes)
-    return possible[0] if task is None and head == "dense" else task
-
-
-def _kinds(head: str, num_classes: int, task: str | None) -> int:
-    """How many kinds of things are found; one by background, inside and border of objects."""
-    return 1 if head == "dense" and task == "instance" else num_classes
 
 
 def _head_of(state: Mapping[str, Tensor]) -> tuple[str | None, int | None]:

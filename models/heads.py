@@ -47,6 +47,11 @@ class Output(Enum):
         self.tasks = tasks
         self.channels = channels
 
+    @property
+    def only_task(self) -> str | None:
+        """The task, if there is but one."""
+        return self.tasks[0] if len(self.tasks) == 1 else None
+
     def kinds(self, num_classes: int) -> int:
         """How many kinds of things are found by a head of `num_classes`."""
         return num_classes if self.channels is None else 1
@@ -340,21 +345,53 @@ def check_options(head: str, options: Mapping[str, object]) -> None:
             check_option(name, value, POSITION_NORMS)
 
 
+def tasks_of(head: str, num_classes: int) -> list[str]:
+    """Names of the tasks that a head of so many classes can be made for."""
+    return [task for output in _outputs_of(head, num_classes) for task in output.tasks]
+
+
 def output_of(head: str, num_classes: int, task: str | None) -> Output:
     """What a head of so many classes says, made for a task or, if `None`, for whatever comes first.
 
     Raises:
         ValueError: it cannot be made for the task; the message lists the possible ones.
     """
-    outputs = [output for output in HEADS[head].outputs if output.channels in (None, num_classes)]
-    for output in outputs:
+    for output in _outputs_of(head, num_classes):
         if task is None or task in output.tasks:
             return output
-    possible = ", ".join(name for output in outputs for name in output.tasks) or "none"
+    possible = ", ".join(tasks_of(head, num_classes)) or "none"
     raise ValueError(
         f"task: head {head!r} with {num_classes} classes is not made for {brief(task)}; possible: "
         f"{possible}"
     )
+
+
+def _outputs_of(head: str, num_classes: int) -> list[Output]:
+    return [output for output in HEADS[head].outputs if output.channels in (None, num_classes)]
+
+
+def head_for(task: str, kinds: int, head: str | None = None) -> tuple[str, int]:
+    """The simplest head that can find so many kinds of things, or `head`; and how many classes it
+    must have.
+
+    Raises:
+        ValueError: it cannot; the message names those that can.
+    """
+    needed = {
+        name: kinds if output.channels is None else output.channels
+        for name, kind in HEADS.items()
+        for output in kind.outputs
+        if task in output.tasks and (output.channels is None or kinds == 1)
+    }
+    if head is None:
+        return next(iter(needed.items()))
+    check_option("head", head, tuple(HEADS))
+    if head not in needed:
+        raise ValueError(
+            f"head: {head!r} cannot find {kinds} {'kind' if kinds == 1 else 'kinds'} of things for "
+            f"the task {task!r}; possible: {', '.join(needed)}"
+        )
+    return head, needed[head]
 
 
 def options_of(head: str) -> list[str]:
@@ -370,12 +407,12 @@ def _as_weights(head: nn.Module, stage: StageOutput) -> StageOutput:
     return replace(stage, tokens=tokens, inputs=inputs)
 
 
-HEADS: dict[str, type[Head]] = {
+HEADS: dict[str, type[Head]] = {  # the simplest first
     "classification": ClassificationHead,
     "dense": DenseHead,
     "features": FeatureHead,
-    "hcformer": HCFormerHead,
     "mask2former": Mask2FormerHead,
+    "hcformer": HCFormerHead,
 }
 
 # The module of a head that gives the classes' scores, as its weights are called.

@@ -146,7 +146,7 @@ class Model(nn.Module):
         backbone: `AFF`, `Swin` or `GridBackbone`; `backbone(images)` gives each stage's tokens.
         head: maps the stages to the output of `forward`.
         output: what the head says, an `Output`; it decides which tasks the model can serve.
-        task: name of what is made of the output; `None`: the only thing that can be, if that is so.
+        task: name of what is made of the output; `None`: nothing, or nobody said which of several.
         categories: names, colors and countability of the classes of what the model finds, or
             `None`.
         head_options: the options that the head was made with.
@@ -208,7 +208,7 @@ class Model(nn.Module):
             )
         self.head = HEADS[head](self.config, num_classes, **head_options)
         self.head_options = head_options
-        self.task = task
+        self.task = task or self.output.only_task
         self.categories = None if categories is None else tuple(categories)
         self.preprocess = Preprocess.of_channels(self.config.in_channels)
         self.object_diameter: float | None = None

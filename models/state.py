@@ -235,7 +235,8 @@ def copy_weights(
 
     Args:
         fresh: `None`: all must fit. Otherwise the head's need not, and those whose names begin so
-            keep their initial values even if others fit, as what gave the scores of other classes.
+            keep their initial values even if others fit, as what gave the scores of other classes,
+            or deep stages of the backbone.
 
     Raises:
         CheckpointError: see `load_state`.
@@ -248,7 +249,7 @@ def copy_weights(
     misfits = [n for n in own if n not in missing and own[n].shape != weights[n].shape]
     initial: list[str] = []
     if fresh is not None:
-        initial = [n for n in (*missing, *misfits) if n.startswith("head.")]
+        initial = [n for n in (*missing, *misfits) if n.startswith(("head.", *fresh))]
         left += [n for n in (*unknown, *misfits) if not n.startswith("backbone.")]
     missing, unknown, misfits = (
         [n for n in names if n not in initial and n not in left]
@@ -270,8 +271,14 @@ def copy_weights(
     taken = {name: weights[plain_name(name)] for name in state if plain_name(name) not in initial}
     model.load_state_dict(taken, strict=not initial)
     if initial or left:
-        of_head = sum(n.startswith("head.") for n in own)
-        kept = f"the backbone and {of_head - len(initial)} of {of_head} weights of the head"
+        parts = []
+        for part, start in (("backbone", "backbone."), ("head", "head.")):
+            whole, few = (sum(n.startswith(start) for n in names) for names in (own, initial))
+            some = few > 0 or part == "head"
+            parts.append(
+                f"{whole - few} of {whole} weights of the {part}" if some else f"the {part}"
+            )
+        kept = " and ".join(parts)
         _warn(
             f"{source}: kept: {kept}; fresh in {model.name}: {_some(initial)}; left out of the "
             f"file: {_some(dict.fromkeys(left))}"

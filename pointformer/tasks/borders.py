@@ -12,9 +12,10 @@ from skimage.segmentation import watershed
 from torch import Tensor
 
 from pointformer.annotations import VOID
+from pointformer.models import Output
 from pointformer.models.parallel import WHOLE, BatchPart
 
-BACKGROUND, INSIDE, BORDER = range(3)
+CLASSES = BACKGROUND, INSIDE, BORDER = range(Output.BORDERS.channels)
 
 
 def instance_target(instances: np.ndarray, border_width: int = 2) -> np.ndarray:
@@ -107,7 +108,7 @@ def instances_from_logits(
     Raises:
         ValueError: if `logits` has another shape.
     """
-    if logits.ndim != 3 or logits.shape[0] != 3:
+    if logits.ndim != 3 or len(logits) != len(CLASSES):
         raise ValueError(f"logits: expected shape (3, H, W), got {logits.shape}")
     exponentials = np.exp(logits.astype(np.float32) - logits.max(0))
     background, inside, _ = exponentials / exponentials.sum(0)

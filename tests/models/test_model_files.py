@@ -23,6 +23,7 @@ from pointformer.models import (
     save_model,
 )
 from pointformer.models.config import CONFIGS
+from pointformer.models.heads import HEADS, tasks_of
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
 
@@ -110,6 +111,43 @@ def test_wrapped_models(tmp_path, wrap):
         values = list(other.state_dict().values())
         assert all(torch.equal(a, b) for a, b in zip(expected.values(), values, strict=True))
     assert list(loaded.state_dict()) == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("head", "task"), [(h, t) for h in HEADS for t in dict.fromkeys((*tasks_of(h, 3), None))]
+)
+def test_a_file_says_all_of_its_model(tmp_path, head, task):
+    """Task, categories, normalization and training, also where nobody said what goes without
+    saying, and out of wrappers."""
+    options = {"dim": 16, "hidden": 16} if "former" in head else {}
+    kinds = 1 if (head, task) in (("dense", "instance"), ("dense", None)) else 3
+    table = [Category(n, str(n), n > 0, (n, 7, 9)) for n in range(kinds)]
+    model = small(head, 3, task=task, categories=table, **options)
+    model.preprocess = Preprocess((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    model.trained, model.object_diameter = {"steps": 3}, 4.5
+    save_model(torch.optim.swa_utils.AveragedModel(model), tmp_path / "m.safetensors")
+    loaded = create_model(tmp_path / "m.safetensors")
+    known = {"classification": "classification", "dense": "instance"}
+    assert loaded.task == model.task == (task or known.get(head))
+    assert loaded.categories == tuple(table)
+    assert (loaded.preprocess.mean, loaded.preprocess.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (loaded.trained, loaded.object_diameter) == ({"steps": 3}, 4.5)
+    assert (loaded.output, loaded.training) == (model.output, False)
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+def test_trained_weights_for_other_classes(as_path):
+    """The backbone is kept, the head becomes one of so many classes."""
+    name = "aff_nano.nuclei"
+    path = Path(pointformer.models.__file__).parent / f"weights/{name}.safetensors"
+    trained = create_model(name)
+    with pytest.warns(UserWarning, match="kept: the backbone and 22 of 24 weights of the head"):
+        changed = create_model(path if as_path else name, num_classes=10)
+    assert (changed.num_classes, changed.task, changed.categories) == (10, "semantic", None)
+    assert changed.trained is None
+    assert changed.preprocess.mean == trained.preprocess.mean
+    own = trained.backbone.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in changed.backbone.state_dict().items())
 
 
 def test_what_save_model_takes(tmp_path):
@@ -250,7 +288,7 @@ def test_fine_tuning(fine_tuned):
         "(head.classify.1.bias, head.classify.1.weight); left out of the file: 2 "
         "(head.classify.1.bias, head.classify.1.weight)"
     )
-    assert (changed.num_classes, changed.task, changed.categories) == (5, None, None)
+    assert (changed.num_classes, changed.task, changed.categories) == (5, "semantic", None)
     assert changed.head_options == {"channels": 24}
     assert (changed.object_diameter, changed.trained) == (None, None)
     for name, value in changed.head.state_dict().items():
@@ -259,7 +297,8 @@ def test_fine_tuning(fine_tuned):
     changed, said = fine_tuned(model, head="classification", num_classes=3)
     assert "and 0 of 4 weights of the head; fresh in small: 4 (" in said
     assert "left out of the file: 24 (head" in said
-    assert (changed.head_name, changed.num_classes, changed.task) == ("classification", 3, None)
+    assert (changed.head_name, changed.num_classes) == ("classification", 3)
+    assert changed.task == "classification"
     changed, said = fine_tuned(model, channels=32)
     assert changed.head_options == {"channels": 32}
     assert "kept: the backbone and" in said
@@ -296,7 +335,7 @@ def test_a_head_of_another_kind_keeps_nothing_of_the_same_name(fine_tuned):
 def test_other_classes_have_fresh_scores(fine_tuned, head, categories, changes, fresh):
     """Also where they are as many: rows of a classifier mean what they were trained for."""
     options = {"dim": 16, "hidden": 16} if "former" in head else {}
-    task = "semantic" if head != "classification" else None
+    task = "semantic" if head != "classification" else "classification"
 
     def table(names):
         return [Category(n, name, False, (n, 0, 9)) for n, name in enumerate(names)]
@@ -414,7 +453,7 @@ def test_files_of_the_first_format_and_of_newer_ones(tmp_path):
     needed = ("name", "head", "num_classes", "config")
     rewrite(path, {name: description[name] for name in needed})
     loaded = load_model(path)
-    assert (loaded.task, loaded.categories, loaded.trained) == (None, None, None)
+    assert (loaded.task, loaded.categories, loaded.trained) == ("instance", None, None)
     assert torch.equal(loaded.head.detail.weight, model.head.detail.weight)
     rewrite(path, description | {"format": 2, "head": "new", "config": None})
     with pytest.raises(CheckpointError, match=r"m\.safetensors: was saved in format 2, .* upgrade"):

@@ -18,7 +18,7 @@ from pointformer.annotations import Category
 from pointformer.data import read_folder
 from pointformer.data.statistics import PictureFacts, Statistics, examine
 from pointformer.evaluation import evaluate
-from pointformer.models import AFFConfig, create_model
+from pointformer.models import AFFConfig, create_model, save_model
 from pointformer.models.config import CONFIGS
 from pointformer.models.released import to_released
 from pointformer.train.checkpoints import list_checkpoints
@@ -343,7 +343,8 @@ def test_stages_of_other_weights():
     trained = create_model("aff_nano.nuclei").backbone
     (nucleus,) = create_model("aff_nano.nuclei").categories
     recipe = read_recipe(task="instance", init="aff_nano.nuclei", init_stages=2)
-    started = make_model(recipe, [nucleus]).backbone
+    with pytest.warns(UserWarning, match="weights of the backbone and 0 of 24 weights of the head"):
+        started = make_model(recipe, [nucleus]).backbone
     fresh = make_model(replace(recipe, init=None, init_stages=None, model="aff_nano"), [nucleus])
     assert same(started.patch_embed.state_dict(), trained.patch_embed.state_dict())
     for stage in range(4):
@@ -353,10 +354,31 @@ def test_stages_of_other_weights():
     assert same(whole.state_dict(), create_model("aff_nano.nuclei").state_dict())
     with pytest.raises(ValueError, match=r"init: aff_nano\.nuclei holds weights of aff_nano, not"):
         make_model(replace(recipe, init_stages=None, model="aff_mini"), [nucleus])
-    with pytest.raises(ValueError, match="init: the backbone of aff_nano does not fit"):
+    with pytest.raises(ValueError, match=r"aff_nano\.nuclei: not a checkpoint of aff_mini: "):
         make_model(replace(recipe, model="aff_mini"), [nucleus])
     with pytest.raises(ValueError, match="init_stages: expected 0 to 4, got 5"):
         make_model(replace(recipe, init_stages=5), [nucleus])
+
+
+def test_stages_of_any_backbone(tmp_path):
+    """Also one that is deeper than the other from there on."""
+
+    def swin(depths, **options):
+        return create_model("swin_tiny", num_classes=3, dims=(16, 32, 64, 128), heads=(2, 2, 2, 2),
+                            depths=depths, **options)  # fmt: skip
+
+    trained = swin((1, 1, 2, 1))
+    save_model(trained, tmp_path / "swin.safetensors")
+    recipe = read_recipe(task="semantic", init=str(tmp_path / "swin.safetensors"), init_stages=2)
+    recipe = replace(recipe, model="swin_tiny", options={
+        "dims": [16, 32, 64, 128], "heads": [2, 2, 2, 2], "depths": [1, 1, 1, 1]})  # fmt: skip
+    with pytest.warns(UserWarning, match="weights of the backbone"):
+        started = make_model(recipe, [Category(n, str(n)) for n in range(4)])
+    for stage in range(2):
+        assert same(started.backbone.stages[stage].state_dict(),
+                    trained.backbone.stages[stage].state_dict())  # fmt: skip
+    assert not torch.equal(started.backbone.stages[2].blocks[0].mlp.fc1.weight,
+                           trained.backbone.stages[2].blocks[0].mlp.fc1.weight)  # fmt: skip
 
 
 def test_heads_by_task():
@@ -369,8 +391,12 @@ def test_heads_by_task():
     assert (
         make_model(read_recipe(task="instance", model="aff_nano"), kinds[:1]).head_name == "dense"
     )
-    with pytest.raises(ValueError, match=r"head: 'dense' finds objects of one class, .* has 2"):
+    with pytest.raises(ValueError, match=r"head: 'dense' cannot find 2 kinds .*: mask2former, hcf"):
         make_model(read_recipe(task="instance", model="aff_nano", head="dense"), kinds)
+    with pytest.raises(ValueError, match=r"head: 'dense' cannot find .*: classification$"):
+        make_model(read_recipe(task="classification", model="aff_nano", head="dense"), kinds)
+    with pytest.raises(ValueError, match=r"options\.num_classes: num_classes follows from the"):
+        make_model(read_recipe(task="semantic", overrides=["options.num_classes=3"]), kinds)
 
 
 def test_no_budget():
