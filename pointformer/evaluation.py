@@ -15,13 +15,13 @@ import torch
 import pointformer
 from pointformer.data.annotations import Annotation, Dataset
 from pointformer.data.images import Reading, open_picture
-from pointformer.data.transforms import Transform
+from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.metrics import Metric
 from pointformer.models import Model
 from pointformer.prediction import check_copies, predict, windows_for
 from pointformer.processes import Processes
 from pointformer.scored_parts import PartsFolder, ScoredPart, joined
-from pointformer.tasks import Task, task_of
+from pointformer.tasks import MapTask, Task, task_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def evaluate(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     tile: int | None = None,
-    transform: Transform | None = None,
+    resize: Resize | None = None,
+    crop: CenterCrop | None = None,
     processes: Processes | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
@@ -68,8 +69,10 @@ def evaluate(
         scales, flip: see `predict`; not for objects and segments, because the queries of different
             copies do not correspond.
         tile: side of the windows in pixels; see `segment`.
-        transform: what is done with pictures and annotations before, as classes of pictures are
-            published: `Chain([Resize(256), CenterCrop(224)])` of `pointformer.data.transforms`.
+        resize: the model sees pictures in this size, as published: `Resize(512, longest=2048)` of
+            `pointformer.data.transforms`. What it finds is scored in the picture's own pixels.
+        crop: for classes of pictures, the model sees but the middle, after `resize`:
+            `CenterCrop(224)`.
         processes: that share the pictures; the scores of all, and what was skipped, are then known
             to all of them.
         resume: folder that keeps what is scored, from which another call goes on, also with another
@@ -88,13 +91,19 @@ def evaluate(
     if not isinstance(task, Task):
         task = task_of(model, task, dataset.categories)
     check_copies(task, scales, flip)
+    if crop is not None and isinstance(task, MapTask):
+        raise ValueError(
+            f"crop: for classes of pictures, not for {task.name!r}, which is scored on all of a "
+            "picture"
+        )
     make = task.metrics if metrics is None else metrics
     processes = processes or Processes()
     options: dict[str, Any] = {
         "scales": scales,
         "flip": flip,
         "tile": tile,
-        "transform": transform,
+        "resize": resize,
+        "crop": crop,
         **reading,
     }
     folder = None if resume is None else PartsFolder(Path(resume), make)
@@ -183,7 +192,8 @@ def predictions(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     tile: int | None = None,
-    transform: Transform | None = None,
+    resize: Resize | None = None,
+    crop: CenterCrop | None = None,
     **reading: Unpack[Reading],
 ) -> Iterator[tuple[Annotation, np.ndarray, Any]]:
     """Annotations of a data set, their pictures (H, W, 3) uint8, and what the model finds there.
@@ -200,9 +210,12 @@ def predictions(
                 raise
             dataset.skipped[dataset.entries[index].name] = str(error)
             continue
-        if transform is not None:
-            image, annotation = transform(image, annotation, np.random.default_rng(0))
-        picture = open_picture(image)
-        windows = windows_for(model, picture, tile)
-        found, _ = predict(model, task, picture, windows, scales=scales, flip=flip)
+        seen = image
+        if crop is not None:  # of what is resized
+            for change in (resize, crop):
+                if change is not None:
+                    seen, _ = change(seen, annotation, np.random.default_rng(0))
+        picture, size = open_picture(seen), resize if crop is None else None
+        windows = windows_for(model, picture, tile, resize=size)
+        found, _ = predict(model, task, picture, windows, scales=scales, flip=flip, resize=size)
         yield annotation, image, found

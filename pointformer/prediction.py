@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pointformer._checks import check_count
 from pointformer.data import Picture
+from pointformer.data.transforms import Resize, resized
 from pointformer.models import Model
 from pointformer.models.inference import evaluating
 from pointformer.segmentation.tiling import Tile, windows_of
@@ -25,19 +27,31 @@ def to_tensor(image: np.ndarray) -> Tensor:
 
 
 def windows_for(
-    model: Model, picture: Picture, tile: int | None = None, overlap: int | None = None
+    model: Model,
+    picture: Picture,
+    tile: int | None = None,
+    overlap: int | None = None,
+    resize: Resize | None = None,
 ) -> list[Tile]:
-    """The windows that a model is to see a picture in, see `windows_of`.
+    """The windows of a picture that a model is to see, see `windows_of`.
+
+    Args:
+        tile: in pixels of what the model sees.
+        resize: see `predict`.
 
     Raises:
         ValueError: the tile or the overlap cannot be, or a window needs more memory than the
             machine has: systems end a program that takes more, unasked.
     """
+    down, right = _magnification(picture, resize)
+    if tile is not None and resize is not None:
+        check_count("tile", tile)
+        tile = max(1, round(tile / max(down, right)))
     windows = windows_of(*picture.shape, tile, overlap)
     on_cpu = next(model.parameters()).device.type == "cpu"
     if not on_cpu or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
         return windows
-    height, width = windows[0].size
+    height, width = _seen_size(windows[0], (down, right))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if height * width * _BYTES_PER_PIXEL > memory:
         raise ValueError(
@@ -57,16 +71,19 @@ def predict(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     min_score: float | None = None,
+    resize: Resize | None = None,
 ) -> tuple[Any, tuple[int, ...]]:
     """What a model finds in a picture, in eval mode.
 
     Args:
         task: of the model.
-        picture: as large as the model is to see it.
+        picture: what is found is in its pixels.
         windows: that it is seen in, one at a time; see `windows_for`.
         scales: sides of copies over those of the picture, whose predictions are averaged.
         flip: also average over mirrored copies.
         min_score: see `Task.decode`.
+        resize: the model sees the picture in this size, each window its part of it. `None`: as it
+            is.
 
     Returns:
         The task's prediction for the whole picture; and the tokens in each stage of the backbone,
@@ -78,6 +95,7 @@ def predict(
     check_copies(task, scales, flip)
     device = next(model.parameters()).device
     tokens: list[list[int]] = []
+    magnification = _magnification(picture, resize)
 
     def look(image: Tensor, size: tuple[int, int]) -> Any:
         output, stages = model(image, with_stages=True)
@@ -90,7 +108,11 @@ def predict(
 
     def parts() -> Iterator[Any]:
         for window in windows:
-            image = model.preprocess(to_tensor(picture[window.window]).to(device))[None]
+            pixels = picture[window.window]
+            if resize is not None:
+                size = _seen_size(window, magnification)
+                pixels = resized(pixels, size, resize.interpolation)
+            image = model.preprocess(to_tensor(pixels).to(device))[None]
             copies = [
                 (look(copy.flip(3) if mirrored else copy, window.size), mirrored)
                 for copy in _scaled(image, scales)
@@ -101,6 +123,22 @@ def predict(
     with evaluating(model):
         found = task.join(picture.shape, windows, parts())
     return found, tuple(sum(stage) for stage in zip(*tokens, strict=True))
+
+
+def _magnification(picture: Picture, resize: Resize | None) -> tuple[float, float]:
+    """Height and width of what the model sees, over those of the picture."""
+    shape = picture.shape
+    down, right = shape if resize is None else resize.size_of(shape)
+    return down / shape[0], right / shape[1]
+
+
+def _seen_size(window: Tile, magnification: tuple[float, float]) -> tuple[int, int]:
+    """Height and width of a window as the model sees it."""
+    height, width = (
+        max(1, round(side * factor))
+        for side, factor in zip(window.size, magnification, strict=True)
+    )
+    return height, width
 
 
 def check_copies(task: Task, scales: Sequence[float], flip: bool) -> None:

@@ -17,7 +17,7 @@ import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pointformer.cli.common import (
     add_model_arguments,
@@ -33,7 +33,7 @@ from pointformer.cli.results import Results, is_result, write_sealed
 
 if TYPE_CHECKING:
     from pointformer.data import Dataset
-    from pointformer.data.transforms import Transform
+    from pointformer.data.transforms import CenterCrop, Resize
     from pointformer.models import Model
     from pointformer.processes import Processes
 
@@ -73,7 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help="classification: resize pictures before, to this shorter side, or height and width",
+        help="what the model sees of a picture has this shorter side, or this height and width; "
+        "scores are of the picture's own pixels",
+    )
+    parser.add_argument(
+        "--longest", type=int, metavar="PIXELS", help="and a longer side of at most so much"
     )
     parser.add_argument(
         "--center-crop", type=int, metavar="PIXELS", help="classification: and look at the middle"
@@ -102,7 +106,7 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
     from pointformer.evaluation import evaluate
     from pointformer.tasks import task_of
 
-    model, dataset, transform, results = processes.alike(lambda: _opened(options, processes.main))
+    model, dataset, seen, results = processes.alike(lambda: _opened(options, processes.main))
     result = evaluate(
         model,
         dataset,
@@ -110,7 +114,7 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
         scales=options.scales,
         flip=options.flip,
         tile=options.tile,
-        transform=transform,
+        **seen,
         processes=processes,
         resume=options.resume,
         progress=partial(tqdm, unit="image", disable=not processes.main),
@@ -139,14 +143,14 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
 
 def _opened(
     options: argparse.Namespace, main: bool
-) -> tuple[Model, Dataset, Transform | None, Results]:
+) -> tuple[Model, Dataset, dict[str, Any], Results]:
     """What all processes need, after all that can be known to be wrong before."""
     from pointformer.data import find_source, open_dataset
     from pointformer.tasks import task_of
 
     model = model_from(options)
     task = task_of(model, options.task).name
-    transform = _transform(options, task)
+    resize, crop = _seen(options, task)
     source = find_source(options.data, options.format, task, options.annotations)
     if options.format is None and main:
         say(printable(str(source)))
@@ -169,25 +173,25 @@ def _opened(
         results.check(options.json)
     if options.limit is not None:
         dataset = dataset.subset(range(min(len(dataset), options.limit)))
-    return model, dataset, transform, results
+    return model, dataset, {"resize": resize, "crop": crop}, results
 
 
-def _transform(options: argparse.Namespace, task: str) -> Transform | None:
-    from pointformer.data.transforms import CenterCrop, Chain, Resize
+def _seen(options: argparse.Namespace, task: str) -> tuple[Resize | None, CenterCrop | None]:
+    """What the model sees of a picture."""
+    from pointformer.data.transforms import CenterCrop, Resize
 
-    given = options.resize or [], [] if options.center_crop is None else [options.center_crop]
-    if not any(given):
-        return None
-    if task != "classification":
-        raise ValueError(f"--resize, --center-crop: are for classification, not for {task}")
-    sides, crop = given
-    if len(sides) > 2 or min(sides + crop) < 1:
+    classes = task == "classification"
+    if options.center_crop is not None and not classes:
+        raise ValueError(f"--center-crop: is for classification, not for {task}")
+    sides = options.resize or []
+    given = (*sides, *(v for v in (options.longest, options.center_crop) if v is not None))
+    if len(sides) > 2 or min(given, default=1) < 1 or (options.longest and len(sides) != 1):
         raise ValueError(
-            "--resize, --center-crop: expected one or two positive numbers, and one, got "
-            f"{sides} and {crop}"
+            "--resize, --longest, --center-crop: expected positive numbers, of --resize one or "
+            f"two, and one beside --longest, got {' '.join(map(str, given))}"
         )
-    changes: list[Transform] = []
-    if sides:
-        changes.append(Resize(sides[0] if len(sides) == 1 else (sides[0], sides[1])))
-    changes += [CenterCrop(side) for side in crop]
-    return Chain(changes)
+    crop = None if options.center_crop is None else CenterCrop(options.center_crop)
+    if not sides:
+        return None, crop
+    size = sides[0] if len(sides) == 1 else (sides[0], sides[1])
+    return Resize(size, options.longest, "bicubic" if classes else "bilinear"), crop

@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
         task=task,
         pictures=options.pictures,
         tile=validation_tile(recipe, task),
-        transform=recipe.validation.transform(),
+        resize=recipe.validation.resize,
+        crop=recipe.validation.crop,
         say=say,
     )
     say(f"the report is in {out}")

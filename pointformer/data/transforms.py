@@ -58,7 +58,7 @@ class _Checked:
     def __post_init__(self) -> None:
         for field in fields(self):  # type: ignore[arg-type]
             name, value = field.name, getattr(self, field.name)
-            if name in ("size", "short", "longest"):
+            if name in ("size", "short", "longest", "choices"):
                 for side in value if isinstance(value, tuple | list) else (value,):
                     if side is not None:
                         check_count(name, side)
@@ -90,6 +90,8 @@ class RandomCrop(_Checked):
         measure: see `scales`.
         short: see `scales`; `None`: the shorter side of `size`.
         longest: the magnified picture's longer side has at most so many pixels, if not `None`.
+        choices: draw one of so many scales at equal distances, the least and the largest with
+            them; `None`: any in between.
         logarithmic: draw the logarithm of the scale uniformly, not the scale.
         beyond: what lies beyond the picture, where the window is larger: "void": gray pixels of no
             class and of no object; "mirror": mirror images, whose objects are objects of their own
@@ -103,6 +105,7 @@ class RandomCrop(_Checked):
     measure: Literal["pixels", "short", "fit"] = "pixels"
     short: int | None = None
     longest: int | None = None
+    choices: int | None = None
     logarithmic: bool = False
     beyond: Literal["void", "mirror"] = "void"
     interpolation: Interpolation = "bilinear"
@@ -111,10 +114,12 @@ class RandomCrop(_Checked):
         self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
     ) -> Sample:
         size, shape = _pair(self.size), image.shape[:2]
-        if self.logarithmic:
-            scale = float(np.exp(rng.uniform(*np.log(self.scales))))
+        least, largest = np.log(self.scales) if self.logarithmic else self.scales
+        if self.choices is None:
+            scale = float(rng.uniform(least, largest))
         else:
-            scale = float(rng.uniform(*self.scales))
+            scale = float(rng.choice(np.linspace(least, largest, self.choices)))
+        scale = float(np.exp(scale)) if self.logarithmic else scale
         if self.measure == "short":
             scale *= (self.short or min(size)) / min(shape)
         elif self.measure == "fit":
@@ -410,17 +415,21 @@ class Resize(_Checked):
     longest: int | None = None
     interpolation: Interpolation = "bicubic"
 
+    def size_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that a picture of this height and width gets."""
+        if not isinstance(self.size, int):
+            return _pair(self.size)
+        scale = self.size / min(shape)
+        if self.longest is not None:
+            scale = min(scale, self.longest / max(shape))
+        height, width = (max(1, round(side * scale)) for side in shape)
+        return height, width
+
     def __call__(
         self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
     ) -> Sample:
         height, width = image.shape[:2]
-        if isinstance(self.size, int):
-            scale = self.size / min(height, width)
-            if self.longest is not None:
-                scale = min(scale, self.longest / max(height, width))
-            size = max(1, round(height * scale)), max(1, round(width * scale))
-        else:
-            size = _pair(self.size)
+        size = self.size_of((height, width))
         return _window(image, annotation, (0, height), (0, width), size, self.interpolation)
 
 
@@ -538,21 +547,22 @@ def _window(
         changed = _resampled(annotation, row_map, column_map)
         if not (own_rows.all() and own_columns.all()):
             changed = _split(changed, own_rows[:, None] & own_columns)
-        return _resized(image, size, interpolation), _without_empty(changed)
+        return resized(image, size, interpolation), _without_empty(changed)
     (top, bottom), row_place, row_map = _inside(rows, height, size[0])
     (left, right), column_place, column_map = _inside(columns, width, size[1])
     picture = image[top:bottom, left:right]
     wanted = row_place.stop - row_place.start, column_place.stop - column_place.start
     if wanted == size:
-        canvas = _resized(picture, size, interpolation)
+        canvas = resized(picture, size, interpolation)
     else:
         canvas = np.full((*size, 3), _GRAY, np.uint8)
         if picture.size and min(wanted):
-            canvas[row_place, column_place] = _resized(picture, wanted, interpolation)
+            canvas[row_place, column_place] = resized(picture, wanted, interpolation)
     return canvas, _without_empty(_resampled(annotation, row_map, column_map))
 
 
-def _resized(image: np.ndarray, size: tuple[int, int], interpolation: Interpolation) -> np.ndarray:
+def resized(image: np.ndarray, size: tuple[int, int], interpolation: Interpolation) -> np.ndarray:
+    """A picture (H, W, 3) uint8 in another size, antialiased."""
     if image.shape[:2] == size:
         return np.ascontiguousarray(image)
     picture = Image.fromarray(np.ascontiguousarray(image))

@@ -12,10 +12,9 @@ from skimage.segmentation import watershed
 from torch import Tensor
 
 from pointformer.annotations import VOID
-from pointformer.models import Output
 from pointformer.models.parallel import WHOLE, BatchPart
 
-CLASSES = BACKGROUND, INSIDE, BORDER = range(Output.BORDERS.channels)
+CLASSES = BACKGROUND, INSIDE, BORDER = range(3)  # of `Output.BORDERS`
 
 
 def instance_target(instances: np.ndarray, border_width: int = 2) -> np.ndarray:

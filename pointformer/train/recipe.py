@@ -112,7 +112,7 @@ class Validation:
         times: how often on the way, at equal shares of the budget.
         pictures: how many are scored then, the same ones each time.
         token_maps: of how many it is drawn where the model puts its tokens, for the report.
-        resize, crop: what is done with a picture before.
+        resize, crop: what the model sees of a picture, see `pointformer.evaluation.evaluate`.
         tile: side of the windows in pixels; `None`: whole pictures, and for heads with queries,
             which know their place in a window, that of the crops.
     """
@@ -123,10 +123,6 @@ class Validation:
     resize: Resize | None = None
     crop: CenterCrop | None = None
     tile: int | None = None
-
-    def transform(self) -> Chain:
-        """All that is done with a picture."""
-        return Chain([change for change in (self.resize, self.crop) if change is not None])
 
 
 _FREE = {"free": True}  # of fields that may change between two parts of a run

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pointformer._files import atomic_path
 from pointformer.annotations import VOID, Category, SegmentMap
 from pointformer.data import Annotation, Dataset
-from pointformer.data.transforms import Transform
+from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.evaluation import predictions
 from pointformer.metrics import RecallBySize, SemanticIoU, size_names
 from pointformer.models import Model
@@ -80,7 +80,8 @@ def write_report(
     pictures: int = 200,
     worst: int = 8,
     tile: int | None = None,
-    transform: Transform | None = None,
+    resize: Resize | None = None,
+    crop: CenterCrop | None = None,
     say: Callable[[str], None] = tqdm.write,
 ) -> None:
     """Write one page of HTML that opens without a network.
@@ -96,7 +97,7 @@ def write_report(
         task: of the model; `None`: as it says.
         pictures: how many of the data set, drawn at random, are looked at.
         worst: how many are shown.
-        tile, transform: see `pointformer.evaluation.evaluate`.
+        tile, resize, crop: see `pointformer.evaluation.evaluate`.
 
     Raises:
         ValueError: nothing was logged yet, or a picture cannot be read.
@@ -115,7 +116,9 @@ def write_report(
     }
     if dataset is not None:
         task = task or task_of(model, None, dataset.categories)
-        content |= _examined(model, task, dataset, pictures, worst, tile, transform, say)
+        content |= _examined(
+            model, task, dataset, pictures, worst, say, tile=tile, resize=resize, crop=crop
+        )
     environment = Environment(
         loader=PackageLoader("pointformer.train", "."), autoescape=True, trim_blocks=True
     )
@@ -154,19 +157,20 @@ def _examined(
     dataset: Dataset,
     pictures: int,
     worst: int,
-    tile: int | None,
-    transform: Transform | None,
     say: Callable[[str], None],
+    **seen: Any,
 ) -> dict[str, Any]:
-    """What looking at pictures tells: counts by class and size, and the worst pictures."""
+    """What looking at pictures tells: counts by class and size, and the worst pictures.
+
+    Args:
+        seen: how the model sees them, see `evaluate`.
+    """
     order = np.random.default_rng(0).permutation(len(dataset))[:pictures].tolist()
     bar = tqdm(order, "looking at pictures", leave=False)
     sizes = RecallBySize(task.categories)
     cases: list[_Case] = []
     whole = task.metrics()[0]
-    for annotation, image, prediction in predictions(
-        model, task, dataset, bar, tile=tile, transform=transform
-    ):
+    for annotation, image, prediction in predictions(model, task, dataset, bar, **seen):
         truth = task.truth(annotation)
         sizes.update(prediction, truth)
         single = task.metrics()[0]

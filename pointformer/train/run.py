@@ -241,7 +241,8 @@ class Run:
             trainer.task,
             progress=partial(tqdm, desc="validation", leave=False, disable=not self.main),
             tile=validation_tile(self.recipe, trainer.task),
-            transform=self.recipe.validation.transform(),
+            resize=self.recipe.validation.resize,
+            crop=self.recipe.validation.crop,
             processes=processes,
         )
         row = {"final": int(final), "pictures": result.pictures, **result.scores}

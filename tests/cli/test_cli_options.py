@@ -21,7 +21,7 @@ import pointformer.train.pictures
 import pointformer.train.report
 import pointformer.train.run
 from pointformer import cli
-from pointformer.data.transforms import CenterCrop, Chain, Resize
+from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.profiling import Limits
 from pointformer.train.recipe import Recipe, write_recipe
 
@@ -217,17 +217,27 @@ TABLE = {
         (["--tile", "256"], option("evaluate", "tile"), 256),
         (
             ["--task", "classification", "--resize", "30", "40"],
-            option("evaluate", "transform"),
-            Chain([Resize((30, 40))]),
+            option("evaluate", "resize"),
+            Resize((30, 40)),
         ),
         (
             ["--task", "classification", "--resize", "40", "--center-crop", "24"],
-            option("evaluate", "transform"),
-            Chain([Resize(40), CenterCrop(24)]),
+            option("evaluate", "crop"),
+            CenterCrop(24),
+        ),
+        (
+            ["--resize", "40", "--longest", "60"],
+            option("evaluate", "resize"),
+            Resize(40, 60, "bilinear"),
         ),
         (
             ["--center-crop", "24"],
-            lambda seen: "--resize, --center-crop: are for classification" in seen["errors"],
+            lambda seen: "--center-crop: is for classification" in seen["errors"],
+            True,
+        ),
+        (
+            ["--longest", "24"],
+            lambda seen: "one beside --longest, got 24" in seen["errors"],
             True,
         ),
         (["--json", "s.json"], lambda seen: seen["exists"]("s.json"), True),

@@ -62,7 +62,7 @@ def test_other_classes_keep_the_backbone(trained):
     with pytest.warns(UserWarning, match="the backbone and 0 of "):
         other = create_model("aff_nano.nuclei", head="classification", num_classes=10)
     assert same(other.backbone, trained.backbone)
-    assert (other.trained, other.task) == (None, None)
+    assert (other.trained, other.task) == (None, "classification")
 
 
 def test_names_that_stand_for_nothing(tmp_path, monkeypatch):

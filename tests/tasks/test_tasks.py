@@ -12,10 +12,11 @@ from pointformer import segment
 from pointformer.annotations import VOID, Category, Segment
 from pointformer.data import Annotation, Dataset, open_picture
 from pointformer.data.annotations import Entry
-from pointformer.data.transforms import CenterCrop, Chain, Resize
+from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.evaluation import evaluate
 from pointformer.models import AFFConfig, Model, Output
-from pointformer.prediction import predict, windows_for
+from pointformer.models.inference import evaluating
+from pointformer.prediction import predict, to_tensor, windows_for
 from pointformer.scored_parts import PartsFolder
 from pointformer.tasks import TASKS, MapTask, task_of
 from pointformer.tasks.masks import targets_of
@@ -177,24 +178,63 @@ class Seen:
         return {}
 
 
-@pytest.mark.parametrize(("head", "task"), [("classification", None), ("dense", "semantic")])
-def test_pictures_are_scored_as_a_transform_leaves_them(dataset, head, task):
-    model, seen = made(head, task), Seen()
-    transform = Chain([Resize(48), CenterCrop(32)])
-    evaluate(model, dataset, transform=transform, metrics=lambda: [seen])
-    for annotation, (prediction, truth) in zip(dataset, seen.pairs, strict=True):
-        rng = np.random.default_rng(7)
-        image, expected = transform(annotation.read_image(), annotation, rng)
-        assert truth.size == (32, 32)
-        np.testing.assert_array_equal(truth.ids, expected.ids)
-        picture = open_picture(image)
+@pytest.mark.parametrize(
+    ("head", "task", "tile"),
+    [("dense", "semantic", None), ("dense", "semantic", 40), ("dense", "instance", None),
+     ("hcformer", "instance", None), ("hcformer", "panoptic", 40),
+     ("classification", "classification", None)],
+)  # fmt: skip
+def test_pictures_that_are_seen_in_another_size_are_scored_in_their_own(dataset, head, task, tile):
+    model, metric, resize = made(head, task), Seen(), Resize(48, interpolation="bilinear")
+    shapes = []
+    model.backbone.register_forward_pre_hook(lambda _, images: shapes.append(images[0].shape[2:]))
+    own = task_of(model)
+    evaluate(model, dataset, own, resize=resize, tile=tile, metrics=lambda: [metric])
+    seen_shapes = list(shapes)
+    for number, (annotation, (prediction, truth)) in enumerate(
+        zip(dataset, metric.pairs, strict=True)
+    ):
+        assert truth.size == annotation.size
+        if task != "classification":
+            assert own.shown(prediction).ids.shape == annotation.size
+        if tile is not None:
+            continue
+        seen, _ = resize(annotation.read_image(), annotation, np.random.default_rng(0))
+        assert seen_shapes[number] == seen.shape[:2]
+        with evaluating(model):
+            output = model(model.preprocess(to_tensor(seen))[None])
+        (expected,) = own.decode(output, [seen.shape[:2]], [annotation.size])
+        if task == "semantic":
+            np.testing.assert_array_equal(prediction, expected.argmax(0).numpy())
+        elif isinstance(own, MapTask):
+            np.testing.assert_array_equal(own.shown(prediction).ids, own.shown(expected).ids)
+        else:
+            np.testing.assert_array_equal(prediction, expected)
+    assert max(max(shape) for shape in seen_shapes) <= (64 if tile is None else tile + 1)
+    assert len(seen_shapes) > len(dataset) or tile is None
+
+
+def test_classes_of_the_middle_of_pictures(dataset):
+    """As classifiers are published; what has places is scored on all of a picture."""
+    model, metric = made("classification", None), Seen()
+    resize, crop = Resize(48), CenterCrop(32)
+    evaluate(model, dataset, resize=resize, crop=crop, metrics=lambda: [metric])
+    for annotation, (prediction, truth) in zip(dataset, metric.pairs, strict=True):
+        seen = annotation.read_image()
+        for change in (resize, crop):
+            seen, _ = change(seen, annotation, np.random.default_rng(7))
+        assert seen.shape == (32, 32, 3)
+        picture = open_picture(seen)
         found, _ = predict(model, task_of(model), picture, windows_for(model, picture))
         np.testing.assert_array_equal(prediction, found)
+        assert truth.size == annotation.size
+    with pytest.raises(ValueError, match="crop: for classes of pictures, not for 'semantic'"):
+        evaluate(made("dense", "semantic"), dataset, crop=crop, metrics=lambda: [metric])
 
 
 def test_a_classifier_is_scored_but_finds_no_regions(dataset):
     model = made("classification", None)
-    assert model.task is None
+    assert model.task == "classification"
     with torch.no_grad():
         model.head.linear.weight.zero_()
         model.head.linear.bias.copy_(torch.tensor([0.0, 2.0, 1.0]))

@@ -7,6 +7,15 @@ import torch
 from helpers.training import dataset_of, trainer_of
 from pointformer.annotations import Category
 from pointformer.data import ADE20K, CITYSCAPES, CITYSCAPES_THINGS, COCO
+from pointformer.data.transforms import (
+    CenterCrop,
+    Mix,
+    RandAugment,
+    RandomCrop,
+    RandomFlip,
+    RandomResizedCrop,
+    Resize,
+)
 from pointformer.train.initial import make_model
 from pointformer.train.loading import Batches
 from pointformer.train.recipe import RECIPES, read_recipe, write_recipe
@@ -53,6 +62,77 @@ def test_recipes_make_their_models(name):
             4e-3 if name.startswith(("imagenet_", "imagenet22k")) and "384" not in name
             else 1.6e-4 if "384" in name else recipe.optimizer.learning_rate
         )  # fmt: skip
+
+
+CLASSIFIERS = {  # highest rate, decay, epochs, of these warm-up, least rates, drop path, pixels
+    "imagenet_mini.yaml": (4e-3, 0.05, 300, 20, (4e-6, 4e-5), 0.0, 224),
+    "imagenet_tiny.yaml": (4e-3, 0.05, 300, 20, (4e-6, 4e-5), 0.2, 224),
+    "imagenet_small.yaml": (4e-3, 0.05, 300, 20, (4e-6, 4e-5), 0.3, 224),
+    "imagenet22k_base.yaml": (4e-3, 0.05, 90, 5, (1e-6, 1e-5), 0.2, 224),
+    "imagenet_base_384.yaml": (1.6e-4, 1e-8, 30, 5, (1.6e-7, 1.6e-6), 0.2, 384),
+}
+MASKS = {  # alpha, power, learned; batch, steps; crop, scales of a shorter side, at most; tested in
+    "ade20k.yaml": (4, 6, True, 32, 80_000, (512, 512), 512, 2048, (512, 2048)),
+    "cityscapes_instance.yaml": (8, 6, True, 32, 45_000, (512, 1024), 1024, 4096, (1024, 2048)),
+    "cityscapes_panoptic.yaml": (8, 6, True, 32, 45_000, (512, 1024), 1024, 4096, (1024, 2048)),
+    "coco.yaml": (4, 4, False, 64, 92_188, (1024, 1024), None, None, (800, 1333)),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_published_values_of_classifiers(name):
+    rate, decay, epochs, warmup, (first, last), drop_path, pixels = CLASSIFIERS[name]
+    recipe = read_recipe(name)
+    with torch.device("meta"):
+        model = make_model(recipe, [Category(n, str(n)) for n in range(9)])
+    groups = recipe.optimizer.make(model, recipe.batch).param_groups
+    schedule = recipe.schedule
+    assert (recipe.batch, recipe.budget.epochs, schedule.kind) == (4096, epochs, "cosine")
+    assert {group["weight_decay"] for group in groups} == {0, decay}
+    assert (recipe.optimizer.betas, recipe.optimizer.eps) == ((0.9, 0.999), 1e-8)
+    assert recipe.optimizer.clip == 5
+    assert [group["rate"] for group in groups] == pytest.approx([rate] * len(groups))
+    assert schedule.warmup * epochs == pytest.approx(warmup, abs=0.02)
+    assert [rate * schedule.factor(used) for used in (0, 1)] == pytest.approx([first, last])
+    assert (model.config.drop_path, recipe.loss["smoothing"]) == (drop_path, 0.1)
+    augmentation = recipe.augmentation
+    assert augmentation.resized_crop == RandomResizedCrop(pixels)
+    assert augmentation.rand_augment == RandAugment(2, 9, 0.5)
+    assert augmentation.erase.probability == 0.25
+    assert augmentation.mix == (None if "mini" in name else Mix(0.8, 1.0))
+    direct = pixels == 384
+    assert recipe.validation.resize == Resize((384, 384) if direct else 256)
+    assert recipe.validation.crop == (None if direct else CenterCrop(224))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_published_values_of_segmentation(name):
+    alpha, power, learned, batch, steps, crop, short, longest, tested = MASKS[name]
+    recipe = read_recipe(name)
+    with torch.device("meta"):
+        model = make_model(recipe, [Category(n, str(n)) for n in range(9)])
+    config, layer = model.config, model.head.pixel_decoder.layers[0].attn
+    assert (config.alpha, config.drop_path, set(config.neighborhood_size)) == (alpha, 0.3, {48})
+    assert model.head_options.get("power", 6) == power
+    assert isinstance(layer.power, torch.nn.Parameter) == learned
+    assert model.head_options.get("queries", 100) == 100
+    assert (recipe.batch, recipe.budget.steps, recipe.precision) == (batch, steps, "float32")
+    optimizer, schedule = recipe.optimizer, recipe.schedule
+    assert (optimizer.learning_rate, optimizer.backbone_rate) == (2e-4, 0.1)
+    assert (optimizer.weight_decay, optimizer.decay, optimizer.clip) == (0.05, "all", 0.01)
+    if short is None:  # after 81,945 and 88,773 steps a tenth each; large-scale jitter
+        factors = [schedule.factor(step / steps) for step in (2, 3, 81_944, 81_945, 88_772, 88_773)]
+        assert factors == pytest.approx([2 / 3, 1, 1, 0.1, 0.1, 0.01], rel=2e-3)
+        expected = RandomCrop(crop[0], (0.1, 2.0), "fit")
+    else:
+        assert schedule.factor(0.25) == pytest.approx(0.75**0.9)
+        size = crop[0] if crop[0] == crop[1] else crop
+        expected = RandomCrop(size, (0.5, 2.0), "short", short, longest, choices=16)
+        assert recipe.augmentation.jitter is not None
+    assert recipe.augmentation.crop == expected
+    assert recipe.augmentation.flip == RandomFlip(0.5)
+    size = recipe.validation.resize
+    assert (size.size, size.longest, size.interpolation) == (*tested, "bilinear")
 
 
 def one_step(name, folder, *changes, count=4):
