@@ -12,6 +12,11 @@ TEMPORARY_PREFIX = ".pointformer-"
 """Starts the names of files that are being written: those of a killed run may be deleted."""
 
 
+def cache_folder() -> Path:
+    """Where what was found is kept between runs: $POINTFORMER_CACHE, or ~/.cache/pointformer."""
+    return Path(os.environ.get("POINTFORMER_CACHE") or Path.home() / ".cache" / "pointformer")
+
+
 def path_inside(folder: str | os.PathLike[str], name: str, *, follow_links: bool = False) -> Path:
     """`folder / name` for a name that came out of a file: it cannot lead out of the folder.
 

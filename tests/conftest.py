@@ -86,6 +86,15 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """What is found out about files is not kept in the user's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("POINTFORMER_CACHE", str(folder))
+        yield folder
+
+
 def pytest_collection_finish():
     """What is loaded by now stays: the garbage collector need not look through it again."""
     if "triton.runtime.interpreter" in sys.modules:

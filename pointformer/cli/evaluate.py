@@ -2,7 +2,9 @@
 
 Formats, by which DATA is recognized: "folder" (SPLIT/images beside SPLIT/labels or
 SPLIT/instances), "classes" (SPLIT/CLASS/pictures), "ade20k", "cityscapes", "coco" and
-"coco-panoptic" (with --annotations for a JSON of any name, and DATA for its pictures).
+"coco-panoptic" (with --annotations for a JSON of any name, and DATA for its pictures), "shards"
+(tar files of samples as webdataset writes them; DATA may be a pattern, "val-{0000..0063}.tar"),
+"arrays" (NAME.npz with x_val and y_val, or images and labels).
 
 Several processes share the pictures, and one says the scores of all. The same command again goes on
 with what was interrupted, also with another number of processes:
@@ -37,11 +39,20 @@ if TYPE_CHECKING:
     from pointformer.models import Model
     from pointformer.processes import Processes
 
-_FORMATS = ("folder", "classes", "ade20k", "cityscapes", "coco", "coco-panoptic")
+_FORMATS = (
+    "folder",
+    "classes",
+    "ade20k",
+    "cityscapes",
+    "coco",
+    "coco-panoptic",
+    "shards",
+    "arrays",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set")
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder or file of the data set")
     parser.add_argument("--format", choices=_FORMATS, help="default: what DATA looks like")
     parser.add_argument("--split", help="default: val, or all")
     parser.add_argument(
@@ -165,7 +176,7 @@ def _opened(
     )
     results = Results(overwrite=options.overwrite)
     if options.json is not None:
-        read = [path for entry in dataset.entries for path in (entry.image, entry.labels)]
+        read = {path for entry in dataset.entries for path in entry.files}
         results.protect(path for path in (*read, options.annotations, options.model) if path)
         target, folder = os.path.realpath(options.json), os.path.realpath(options.data)
         if not is_result(options.json) and Path(target).is_relative_to(folder):

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="*",
         metavar="DATA | RECIPE.yaml | field=value",
-        help="folder of a data set, as evaluate reads them; a recipe, of the package by its name; "
-        "changes of the recipe, as optimizer.learning_rate=1e-3",
+        help="folder or file of a data set, as evaluate reads them; a recipe, of the package by "
+        "its name; changes of the recipe, as optimizer.learning_rate=1e-3",
     )
     parser.add_argument("--out", type=Path, help="folder of the run")
     parser.add_argument("--fields", action="store_true", help="show the fields of recipes")

@@ -17,6 +17,7 @@ import numpy as np
 from pointformer.annotations import VOID, Category, Mask, Objects, Segment, masks_of
 from pointformer.data.images import Reading, image_size, read_image
 from pointformer.data.json_files import FLAG, NUMBER, TEXT, WHOLE, read_json, repeated, value_of
+from pointformer.data.packed import PictureFile, file_of, is_there
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Annotation:
 
     Attributes:
         name: of the picture, unique in the data set: its path there without the suffix ("site1/a").
-        image: its file; `None` for predictions.
+        image: its file, or part of a larger one; `None` for predictions.
         size: height and width in pixels.
         id: what the file format calls the picture (COCO's image id), else the name.
         semantic: (H, W) int32 classes, VOID where there is none; `None` if segments are annotated.
@@ -37,7 +38,7 @@ class Annotation:
     """
 
     name: str
-    image: Path | None
+    image: PictureFile | None
     size: tuple[int, int]
     id: int | str
     semantic: np.ndarray | None = field(default=None, repr=False)
@@ -48,7 +49,7 @@ class Annotation:
 
     @staticmethod
     def of_objects(
-        ids: np.ndarray, name: str = "", image: Path | None = None, category: int = 0
+        ids: np.ndarray, name: str = "", image: PictureFile | None = None, category: int = 0
     ) -> Annotation:
         """Objects of one class from a map of ids (H, W), 0 being background."""
         values, areas = np.unique(ids, return_counts=True)
@@ -149,17 +150,22 @@ class Entry:
 
     Attributes:
         name: of the picture.
-        image: its file.
-        labels: the annotation's own file, if it has one.
+        image: its file, or part of a larger one.
+        labels: the same of the annotation, if it has one of its own.
         read: gives the annotation.
         label: class of the picture as a whole, where that is known without reading.
     """
 
     name: str
-    image: Path | None
-    labels: Path | None
+    image: PictureFile | None
+    labels: PictureFile | None
     read: Callable[[], Annotation]
     label: int = VOID
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that it comes from."""
+        return [file_of(file) for file in (self.image, self.labels) if file is not None]
 
 
 class Dataset(Sequence[Annotation]):
@@ -307,6 +313,24 @@ def named_categories(names: Iterable[str], first: int = 0) -> tuple[Category, ..
     )
 
 
+def category_table(
+    categories: Sequence[Category] | Sequence[str] | None,
+) -> tuple[Category, ...] | None:
+    """Classes that are given as such or by their names; `None` if they are not given.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if categories is None:
+        return None
+    if not categories:
+        raise ValueError("categories: expected at least one")
+    given = [category for category in categories if isinstance(category, Category)]
+    if len(given) == len(categories):
+        return tuple(given)
+    return named_categories(c.name if isinstance(c, Category) else c for c in categories)
+
+
 def parse_categories(content: Any, path: str | os.PathLike[str]) -> CategoryTable:
     """Classes from a JSON list of {id, name[, isthing][, color]}, or an object with one, by id.
 
@@ -413,20 +437,20 @@ def category_ids(classes: np.ndarray, categories: Sequence[Category]) -> list[in
     return [categories[number].id for number in classes.tolist()]
 
 
-def check_size(source: Path, size: tuple[int, int], image: Path | None) -> None:
+def check_size(source: PictureFile, size: tuple[int, int], image: PictureFile | None) -> None:
     """Raise a ValueError naming `source` if the picture has another height and width."""
-    if image is not None and image_size(image) != tuple(size):
+    found = tuple(size) if image is None else image_size(image)
+    if found != tuple(size):
         raise ValueError(
-            f"{source}: expected the height and width of {image}, {image_size(image)}, "
-            f"got {tuple(size)}"
+            f"{source}: expected the height and width of {image}, {found}, got {tuple(size)}"
         )
 
 
 def listed_segments(
-    source: Path,
+    source: PictureFile,
     name: str,
     rows: Any,
-    labels: Path,
+    labels: PictureFile,
     ids: np.ndarray,
     classes: Mapping[int, int],
     void: Sequence[int] = (0,),
@@ -491,9 +515,9 @@ def _ambiguous(entry: Entry, other: Entry) -> str:
 
 
 def _missing(entry: Entry, source: str | os.PathLike[str]) -> str | None:
-    if entry.image is not None and not os.path.isfile(entry.image):
+    if entry.image is not None and not is_there(entry.image):
         return f"{entry.labels or source}: annotates {entry.image}, but there is no such file"
-    if entry.labels is not None and not os.path.isfile(entry.labels):
+    if entry.labels is not None and not is_there(entry.labels):
         picture = "" if entry.image is None else f" of {entry.image}"
         return f"{entry.labels}: expected the annotation{picture}, there is no such file"
     return None

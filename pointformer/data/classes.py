@@ -1,16 +1,26 @@
-"""Pictures whose folder tells their class, as ImageNet has them: SPLIT/CLASS/NAME.EXT."""
+"""Classes of pictures as wholes: folders as ImageNet has them, SPLIT/CLASS/NAME.EXT, and labels."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from pointformer.annotations import Category
-from pointformer.data.annotations import Annotation, Dataset, Entry, named_categories
+from pointformer.data.annotations import (
+    Annotation,
+    Dataset,
+    Entry,
+    category_table,
+    named_categories,
+)
 from pointformer.data.discovery import is_picture, picture_name, pictures_in
 from pointformer.data.images import image_size
+from pointformer.data.packed import PictureFile
+
+_MOST_CLASSES = 65536  # more different labels are taken for something else
 
 
 def class_folders(folder: str | os.PathLike[str]) -> list[str]:
@@ -49,14 +59,10 @@ def read_class_folders(
     """
     root = Path(root)
     folders = class_folders(root)
-    if categories is None:
+    table = category_table(categories)
+    if table is None:
         names = sorted({*folders, *(name for other in beside for name in class_folders(other))})
         table = named_categories(names)
-    else:
-        given = [c if isinstance(c, str) else c.name for c in categories]
-        table = named_categories(given)
-        if all(isinstance(category, Category) for category in categories):
-            table = tuple(c for c in categories if isinstance(c, Category))
     numbers = {category.name: number for number, category in enumerate(table)}
     unknown = [name for name in folders if name not in numbers]
     problems = {
@@ -70,10 +76,65 @@ def read_class_folders(
             continue
         for image in pictures_in(root / name, deep=True):
             title = picture_name(image.relative_to(root))
-            read = partial(_read_class, title, image, numbers[name])
+            read = partial(read_class, title, image, numbers[name])
             entries.append(Entry(title, image, None, read, numbers[name]))
     return Dataset(root, table, entries, problems, skip_bad)
 
 
-def _read_class(name: str, image: Path, label: int) -> Annotation:
+def read_class(name: str, image: PictureFile, label: int) -> Annotation:
     return Annotation(name, image, image_size(image), name, label=label)
+
+
+def labeled_classes(labels: Iterable[int | str], source: object) -> tuple[Category, ...]:
+    """A class for each label, in their order; what is a number is the class's id.
+
+    Raises:
+        ValueError: naming the source, if some are numbers and some are names, or there are so many
+            that they are something else, such as captions.
+    """
+    found = set(labels)
+    numbers = sorted(label for label in found if isinstance(label, int))
+    names = sorted(label for label in found if isinstance(label, str))
+    if numbers and names:
+        raise ValueError(
+            f"{source}: expected labels that are all numbers or all names of classes, got "
+            f"{numbers[0]} and {names[0]!r:.80}"
+        )
+    if len(found) > _MOST_CLASSES:
+        raise ValueError(
+            f"{source}: expected labels of classes, got {len(found)} different ones, such as "
+            f"{(names or numbers)[0]!r:.80}"
+        )
+    classes = named_categories(names or map(str, numbers))
+    return (
+        tuple(
+            replace(category, id=label) for category, label in zip(classes, numbers, strict=False)
+        )
+        or classes
+    )
+
+
+class ClassNumbers:
+    """The numbers of classes by what labels say, which is their ids or their names."""
+
+    def __init__(self, classes: Sequence[Category]) -> None:
+        self._by_id = {category.id: number for number, category in enumerate(classes)}
+        self._by_name = {category.name: number for number, category in enumerate(classes)}
+        names = [f"{category.id} {category.name}" for category in classes[:5]]
+        self._classes = ", ".join(names + ["..."] * (len(classes) > 5))
+
+    def of(self, label: int | str) -> int:
+        """The number of the class.
+
+        Raises:
+            ValueError: it is none of the classes.
+        """
+        if isinstance(label, str):
+            number = self._by_name.get(label)
+        else:
+            number = self._by_id.get(label)
+        if number is None:
+            raise ValueError(
+                f"label {label!r:.80} is none of the {len(self._by_id)} classes ({self._classes})"
+            )
+        return number

@@ -18,7 +18,7 @@ PICTURE_SUFFIXES = MAP_SUFFIXES | {
     *(".btf", ".tf8", ".lsm", ".stk", ".svs", ".ndpi", ".scn", ".qptiff"),  # kinds of TIFF
 }
 
-_THUMBNAILS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
+_LITTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
 """Folders that operating systems and file servers put beside pictures."""
 
 
@@ -32,7 +32,14 @@ def has_picture_name(
 ) -> bool:
     """Whether something of this name would be a picture if it is a file that can be read."""
     path = Path(path)
-    return not path.name.startswith((".", "~$")) and path.suffix.lower() in suffixes
+    return not is_litter(path.name) and path.suffix.lower() in suffixes
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this path in its data set is one that operating systems and
+    office programs leave behind."""
+    parts = PurePosixPath(name).parts
+    return any(part.startswith((".", "~$")) or part in _LITTER for part in parts)
 
 
 def pictures_in(
@@ -92,10 +99,6 @@ def _files(
     found = [path for path in paths if is_picture(path, suffixes)]
     if deep:
         for path in paths:
-            if (
-                not path.name.startswith(".")
-                and path.name not in _THUMBNAILS
-                and os.path.isdir(path)
-            ):
+            if not is_litter(path.name) and os.path.isdir(path):
                 found += _files(path, deep, (*above, here), suffixes)
     return found

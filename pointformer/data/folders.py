@@ -18,6 +18,7 @@ from pointformer.data.annotations import (
     Dataset,
     Entry,
     category_ids,
+    category_table,
     check_size,
     listed_segments,
     named_categories,
@@ -27,6 +28,7 @@ from pointformer.data.discovery import pictures_by_name
 from pointformer.data.images import read_instances
 from pointformer.data.json_files import read_json
 from pointformer.data.labels import MOST_PNG_IDS, label_entries, paired_files, write_map
+from pointformer.data.packed import PictureFile
 from pointformer.data.writing import remove_ours, write_json
 
 _SEGMENTS = "segments.json"
@@ -65,7 +67,7 @@ def read_folder(
         raise ValueError(f"task: expected semantic or instance, got {task!r}")
     base = Path(root) / split
     labels = base / (folder or ("labels" if task == "semantic" else "instances"))
-    table = _category_table(categories)
+    table = category_table(categories)
     if task == "semantic":
         if table is None:
             raise ValueError(f"{labels}: which labels there are is needed: pass categories")
@@ -102,17 +104,6 @@ def _pictures_of_other_splits(root: Path, base: Path) -> dict[str, Path]:
     }
 
 
-def _category_table(
-    categories: Sequence[Category] | Sequence[str] | None,
-) -> tuple[Category, ...] | None:
-    if categories is None:
-        return None
-    first = next(iter(categories), None)
-    if first is None:
-        raise ValueError("categories: expected at least one")
-    return named_categories(categories) if isinstance(first, str) else tuple(categories)  # type: ignore[arg-type]
-
-
 def _read_segments(path: Path) -> tuple[tuple[Category, ...], dict[str, Any]]:
     """Classes, and for each picture's name what should be a list of its segments."""
     content = read_json(path)
@@ -141,19 +132,26 @@ def _instance_entries(
     entries = []
     for name, image, path in paired_files(images, labels):
         rows = None if listed is None else (listed[0], listed[1].get(name, []))
-        read = partial(_read_objects, name, image, path, rows, classes, void)
+        read = partial(read_objects, name, image, path, rows, classes, void)
         entries.append(Entry(name, image, path, read))
     return entries
 
 
-def _read_objects(
+def read_objects(
     name: str,
-    image: Path,
-    path: Path,
-    listed: tuple[Path, Any] | None,
+    image: PictureFile,
+    path: PictureFile,
+    listed: tuple[PictureFile, Any] | None,
     classes: dict[int, int],
     void: Sequence[int],
 ) -> Annotation:
+    """Objects from a map of ids.
+
+    Args:
+        path: the map; `void` values in it are crowds of any class.
+        listed: the file that lists them, and its rows; `None`: all are of the first class.
+        classes: the number of each class by its id.
+    """
     ids = read_instances(path)
     check_size(path, ids.shape, image)
     if listed is None:

@@ -13,12 +13,14 @@ from PIL import Image
 
 from pointformer._checks import brief, check_count, check_option, describe
 from pointformer.data import intensities as levels
+from pointformer.data.packed import Packed
 from pointformer.data.pillow import StoredPillow
 from pointformer.data.stored import (
     Layout,
     PictureError,
     Stored,
     StoredArray,
+    check_pixels,
     decoding,
     stored_array,
 )
@@ -187,7 +189,9 @@ class _Resampled(Picture):
 
 
 if TYPE_CHECKING:
-    PictureSource = str | os.PathLike[str] | np.ndarray | torch.Tensor | Image.Image | Picture
+    PictureSource = (
+        str | os.PathLike[str] | Packed | np.ndarray | torch.Tensor | Image.Image | Picture
+    )
 
 
 def open_picture(
@@ -232,7 +236,7 @@ def read_image(source: PictureSource, **reading: Unpack[Reading]) -> np.ndarray:
     return open_picture(source, **reading).read()
 
 
-def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+def image_size(path: str | os.PathLike[str] | Packed) -> tuple[int, int]:
     """Height and width of the picture that `open_picture` opens, from the file's header.
 
     Raises:
@@ -246,7 +250,7 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return sizes.pop()
 
 
-def read_instances(path: str | os.PathLike[str]) -> np.ndarray:
+def read_instances(path: str | os.PathLike[str] | Packed) -> np.ndarray:
     """Read an instance map as int32 of shape (H, W).
 
     0 is background; every other value is the id of an instance. One channel of whole numbers, of
@@ -259,18 +263,18 @@ def read_instances(path: str | os.PathLike[str]) -> np.ndarray:
     return _read_map(path, "an instance map")
 
 
-def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
+def read_labels(path: str | os.PathLike[str] | Packed) -> np.ndarray:
     """Read a map of labels like `read_instances`; every value is a label."""
     return _read_map(path, "a map of labels")
 
 
-def _read_map(path: str | os.PathLike[str], what: str) -> np.ndarray:
+def _read_map(path: str | os.PathLike[str] | Packed, what: str) -> np.ndarray:
     pictures = _stored(path, MAX_PIXELS, numbers=True)
     layout = pictures[0].layout
     count = sum(picture.layout.num_planes for picture in pictures)
     if count > 1 or len(layout.channels) > 1:
         raise PictureError(
-            f"{os.fspath(path)}: expected {what}, one channel of whole numbers, got "
+            f"{path}: expected {what}, one channel of whole numbers, got "
             + (f"{count} planes" if count > 1 else f"the channels {', '.join(layout.channels)}")
         )
     height, width = layout.size
@@ -280,17 +284,29 @@ def _read_map(path: str | os.PathLike[str], what: str) -> np.ndarray:
     smallest, largest = values.min(), values.max()
     if not (smallest >= 0 and largest <= np.iinfo(np.int32).max):
         raise PictureError(
-            f"{os.fspath(path)}: expected {what} of values from 0 to {np.iinfo(np.int32).max}, "
+            f"{path}: expected {what} of values from 0 to {np.iinfo(np.int32).max}, "
             f"got {smallest} to {largest}"
         )
     whole = values.astype(np.int32)
     if values.dtype.kind == "f" and (whole != values).any():
-        raise PictureError(f"{os.fspath(path)}: expected {what} of whole numbers, got fractions")
+        raise PictureError(f"{path}: expected {what} of whole numbers, got fractions")
     return whole
 
 
 def _stored(source: PictureSource, max_pixels: int, numbers: bool = False) -> Sequence[Stored]:
     """The pictures that a source holds."""
+    if isinstance(source, Packed):
+        content = source.read()
+        if isinstance(content, bytes):
+            with decoding(source):
+                if is_tiff(content[:4]):
+                    return stored_tiffs(str(source), max_pixels, numbers, content)
+                return [StoredPillow(str(source), max_pixels, numbers, content)]
+        if numbers and content.dtype == bool:
+            content = content.astype(np.uint8)
+        stored = stored_array(content, str(source))
+        check_pixels(stored.name, *stored.layout.size, max_pixels)
+        return [stored]
     if isinstance(source, str | os.PathLike):
         with decoding(source):
             with open(source, "rb") as file:

@@ -88,14 +88,23 @@ def read_json(path: str | os.PathLike[str], kind: type = dict) -> Any:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_object)
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path}: expected a JSON file, there is no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise ValueError(f"{path}: expected JSON, but {error}") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}")
-    return content
+    return parse_json(content, path, kind)
+
+
+def parse_json(content: bytes, source: object, kind: type = dict) -> Any:
+    """What `read_json` makes of the content of a file, which errors call `source`."""
+    try:
+        parsed = json.loads(content, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: expected JSON, but {error}") from None
+    if not isinstance(parsed, kind):
+        raise ValueError(f"{source}: expected a JSON {kind.__name__}, got {type(parsed).__name__}")
+    return parsed
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

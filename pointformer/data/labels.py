@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pointformer.annotations import VOID, Category
-from pointformer.data.annotations import Annotation, Dataset, Entry, check_size
+from pointformer.data.annotations import (
+    Annotation,
+    Dataset,
+    Entry,
+    check_size,
+    named_categories,
+)
 from pointformer.data.categories import ADE20K
 from pointformer.data.discovery import MAP_SUFFIXES, pictures_by_name
 from pointformer.data.images import read_labels
+from pointformer.data.packed import PictureFile
 from pointformer.data.writing import write_png, write_tiff
 
 MOST_PNG_IDS = 65535
@@ -71,6 +79,45 @@ def paired_files(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
     ]
 
 
+def found_classes(
+    maps: Iterable[PictureFile], source: object, void: Sequence[int]
+) -> tuple[Category, ...]:
+    """A class for each label in some maps, but for those that are void.
+
+    Raises:
+        ValueError: naming the source, if there are none, or so many that they must be objects.
+    """
+
+    def labels(path: PictureFile) -> set[int]:
+        try:
+            return set(np.unique(read_labels(path)).tolist())
+        except ValueError:
+            return set()  # what is wrong with it is said when it is read
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = set[int]().union(*pool.map(labels, maps))
+    kept = sorted(found - set(void))
+    if not kept:
+        raise ValueError(
+            f"{source}: expected labels, found "
+            + (f"only void ({', '.join(map(str, sorted(found)))})" if found else "none")
+        )
+    if len(kept) == 1 and len(found) == 2 and found & set(void):
+        raise ValueError(
+            f"{source}: the maps hold only {kept[0]}, and {min(found & set(void))}, which "
+            "is void; if both are classes, void is to be empty (data.void=[])"
+        )
+    if len(kept) > 4096:
+        raise ValueError(
+            f"{source}: holds {len(kept)} different labels; maps of objects belong in "
+            "a folder 'instances', for the task 'instance'"
+        )
+    return tuple(
+        Category(label, other.name, other.is_thing, other.color)
+        for label, other in zip(kept, named_categories(map(str, kept)), strict=True)
+    )
+
+
 def label_table(classes: dict[int, int], void: Iterable[int]) -> np.ndarray:
     """int32 table from a file's labels to classes; `void` labels become VOID."""
     classes = dict.fromkeys(void, VOID) | classes
@@ -79,7 +126,7 @@ def label_table(classes: dict[int, int], void: Iterable[int]) -> np.ndarray:
     return table
 
 
-def classes_of_labels(values: np.ndarray, table: np.ndarray, path: Path) -> np.ndarray:
+def classes_of_labels(values: np.ndarray, table: np.ndarray, path: PictureFile) -> np.ndarray:
     """(H, W) int32 classes of a file's labels.
 
     Raises:
@@ -97,7 +144,9 @@ def classes_of_labels(values: np.ndarray, table: np.ndarray, path: Path) -> np.n
     return classes
 
 
-def read_label_file(name: str, image: Path, path: Path, table: np.ndarray) -> Annotation:
+def read_label_file(
+    name: str, image: PictureFile, path: PictureFile, table: np.ndarray
+) -> Annotation:
     values = read_labels(path)
     check_size(path, values.shape, image)
     classes = classes_of_labels(values, table, path)

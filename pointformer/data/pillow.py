@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import warnings
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it
 
 
-def _opened(path: str) -> Image.Image:
+def _opened(file: str | io.BytesIO) -> Image.Image:
     """Pillow's limit of pixels is one for the whole program; `max_pixels` is checked instead."""
     with _LIMIT:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(path)
+            return Image.open(file)
         finally:
             Image.MAX_IMAGE_PIXELS = before
 
@@ -46,14 +48,21 @@ class StoredPillow:
         source: a file, or a picture in memory.
         max_pixels: the most that it may have.
         numbers: read the indices of palette pictures, and numbers of less than 8 bits, as stored.
+        content: of the file, where `source` is only its name.
     """
 
     def __init__(
-        self, source: str | os.PathLike[str] | Image.Image, max_pixels: int, numbers: bool = False
+        self,
+        source: str | os.PathLike[str] | Image.Image,
+        max_pixels: int,
+        numbers: bool = False,
+        content: bytes | None = None,
     ) -> None:
-        self._numbers = numbers
-        again = source if isinstance(source, Image.Image) else os.path.abspath(source)
-        self._again = again, max_pixels, numbers  # in another process the file is opened again
+        self._numbers, self._content = numbers, content
+        known = isinstance(source, Image.Image) or content is not None
+        again = source if known else os.path.abspath(source)  # type: ignore[arg-type]
+        # In another process the file is opened again.
+        self._again = again, max_pixels, numbers, content
         self._decoded: tuple[int, np.ndarray] | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is decoded in spite of a flaw is good enough
@@ -61,11 +70,11 @@ class StoredPillow:
                 self.name, self._picture, frames, deep = "image", source, 1, ""
             else:
                 self.name = os.fspath(source)
-                self._picture = _opened(self.name)
+                self._picture = _opened(self.name if content is None else io.BytesIO(content))
                 weakref.finalize(self, self._picture.close)
                 check_pixels(self.name, self._picture.height, self._picture.width, max_pixels)
                 frames = _frames(self._picture)
-                deep = _deep_colors(self.name, self._picture)
+                deep = _deep_colors(self.name, self._picture, content)
             picture = self._picture
             self._first, self._single = picture.tell(), frames == 1
             self._deep = deep
@@ -107,7 +116,7 @@ class StoredPillow:
 
     def _decode(self, frame: int) -> np.ndarray:
         if self._deep:
-            values = _with_all_bits(self.name, self._picture)
+            values = _with_all_bits(self.name, self._picture, self._content)
             return values[..., : len(self.layout.channels)]
         picture = self._picture
         if not self._single:
@@ -135,11 +144,12 @@ def _frames(picture: Image.Image) -> int:
     return getattr(picture, "n_frames", 1)
 
 
-def _deep_colors(name: str, picture: Image.Image) -> str:
+def _deep_colors(name: str, picture: Image.Image, content: bytes | None) -> str:
     """Stored mode of colors of more than 8 bits, of which Pillow would keep 8; "" of others."""
     arguments = _arguments(picture)
     if picture.format == "JPEG2000" and len(picture.getbands()) > 1:
-        return "" if _with_all_bits(name, picture).dtype == np.uint8 else picture.mode
+        values = _with_all_bits(name, picture, content)
+        return "" if values.dtype == np.uint8 else picture.mode
     if picture.format == "PPM" and isinstance(arguments, tuple):
         deep = len(picture.getbands()) > 1 and arguments[-1] > 255
     else:
@@ -155,11 +165,10 @@ def _deep_colors(name: str, picture: Image.Image) -> str:
     return arguments.partition(";")[0]
 
 
-def _with_all_bits(name: str, picture: Image.Image) -> np.ndarray:
+def _with_all_bits(name: str, picture: Image.Image, content: bytes | None) -> np.ndarray:
     import imagecodecs
 
-    with open(name, "rb") as file:
-        data = file.read()
+    data = Path(name).read_bytes() if content is None else content
     if picture.format == "PNG":
         return imagecodecs.png_decode(data)
     return imagecodecs.jpeg2k_decode(data)

@@ -8,22 +8,20 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from pointformer._files import path_inside
 from pointformer.annotations import Category
 from pointformer.data.annotations import Dataset, named_categories, read_categories
+from pointformer.data.arrays import Columns, find_columns, read_arrays
 from pointformer.data.cityscapes import read_cityscapes
 from pointformer.data.classes import class_folders, read_class_folders
 from pointformer.data.coco import read_coco_instances, read_coco_panoptic
 from pointformer.data.folders import read_folder
-from pointformer.data.images import read_labels
-from pointformer.data.labels import paired_files, read_ade20k
+from pointformer.data.labels import found_classes, paired_files, read_ade20k
+from pointformer.data.shards import read_shards, shard_files
 
 _SAME = (("train", "training"), ("val", "validation", "valid", "dev"), ("test", "testing"))
 _SPLITS = {name for names in _SAME for name in names}
@@ -31,7 +29,7 @@ _SPLIT_IN_NAME = re.compile(
     rf"(?:^|[^a-z])({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?:20\d\d)?(?:$|[^a-z])"
 )
 
-_CLASS_LISTS = ("categories.json", "classes.json", "classes.txt", "labels.txt")
+_CLASS_LISTS = ("categories.json", "classes.json", "classes.txt", "labels.txt", "classnames.txt")
 _VOID = 255
 
 
@@ -72,7 +70,7 @@ def find_source(
     """What format a data set has, and which splits.
 
     Args:
-        path: its folder.
+        path: its folder; a .npz file; a tar file or a pattern of some, see `read_shards`.
         format: one of `FORMATS`; `None`: what it looks like.
         task: of several formats that it looks like, the one that is first of all for this task.
         annotations: a JSON file of COCO's formats; `path` then is the folder of its pictures.
@@ -88,8 +86,8 @@ def find_source(
             panoptic = _tells(Path(annotations), b'"segments_info"')
             format = "coco-panoptic" if panoptic else "coco"
         return Source(path, format, ("",))
-    if not path.exists():
-        raise ValueError(f"{path}: expected a data set, there is no such folder")
+    if not (path.exists() or shard_files(path)):
+        raise ValueError(f"{path}: expected a data set, there is no such folder or file")
 
     def rank(name: str) -> int:
         tasks = FORMATS[name].tasks
@@ -103,7 +101,8 @@ def find_source(
         raise ValueError(
             f"{path}: looks like no data set of a known format: expected SPLIT/images beside "
             "SPLIT/labels or SPLIT/instances, a folder of pictures for each class, COCO's JSON in "
-            "annotations/, leftImg8bit/ beside gtFine/, or ADE20K's images/ beside annotations/"
+            "annotations/, leftImg8bit/ beside gtFine/, ADE20K's images/ beside annotations/, tar "
+            "files of samples, or a .npz file of arrays"
         )
     hint = "; pass its JSON (--annotations)" if format.startswith("coco") else ""
     raise ValueError(f"{path}: expected {FORMATS[format].layout}, found none{hint}")
@@ -124,7 +123,7 @@ def open_dataset(
     """A data set of any format.
 
     Args:
-        path: its folder, or what `find_source` found.
+        path: of its folder or file, see `find_source`, or what that found.
         format: one of `FORMATS`; `None`: what it looks like.
         task: what is to be learned or scored: "semantic", "instance", "panoptic",
             "classification".
@@ -268,7 +267,9 @@ def _read_folder(request: _Request) -> Dataset:
     base = request.path / request.split
     if categories is None and request.task == "semantic":
         void = (_VOID,) if void is None else void
-        categories = _found_classes(base, void)
+        labels = base / "labels"
+        maps = [path for _, _, path in paired_files(base / "images", labels)]
+        categories = found_classes(maps, labels, void)
     return read_folder(
         request.path,
         request.split,
@@ -282,7 +283,7 @@ def _read_folder(request: _Request) -> Dataset:
 def _listed_classes(path: Path) -> tuple[Category, ...] | None:
     """From a list in the data set's folder, if there is one: JSON, or a name in each line."""
     for name in _CLASS_LISTS:
-        file = path / name
+        file = (path if path.is_dir() else path.parent) / name
         if file.is_file():
             if file.suffix == ".json":
                 return read_categories(file)
@@ -292,40 +293,6 @@ def _listed_classes(path: Path) -> tuple[Category, ...] | None:
                 raise ValueError(f"{file}: expected names of classes, but {error}") from None
             return named_categories(line.strip() for line in lines if line.strip())
     return None
-
-
-def _found_classes(base: Path, void: Sequence[int]) -> tuple[Category, ...]:
-    """A class for each label in the maps of a split."""
-    maps = [path for _, _, path in paired_files(base / "images", base / "labels")]
-
-    def labels(path: Path) -> set[int]:
-        try:
-            return set(np.unique(read_labels(path)).tolist())
-        except ValueError:
-            return set()  # what is wrong with it is said when it is read
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = set[int]().union(*pool.map(labels, maps))
-    kept = sorted(found - set(void))
-    if not kept:
-        raise ValueError(
-            f"{base / 'labels'}: expected labels, found "
-            + (f"only void ({', '.join(map(str, sorted(found)))})" if found else "none")
-        )
-    if len(kept) == 1 and len(found) == 2 and found & set(void):
-        raise ValueError(
-            f"{base / 'labels'}: the maps hold only {kept[0]}, and {min(found & set(void))}, which "
-            "is void; if both are classes, void is to be empty (data.void=[])"
-        )
-    if len(kept) > 4096:
-        raise ValueError(
-            f"{base / 'labels'}: holds {len(kept)} different labels; maps of objects belong in "
-            "a folder 'instances', for the task 'instance'"
-        )
-    return tuple(
-        Category(label, other.name, other.is_thing, other.color)
-        for label, other in zip(kept, named_categories(map(str, kept)), strict=True)
-    )
 
 
 # Folders of classes -------------------------------------------------------------------------------
@@ -464,6 +431,65 @@ def _cityscapes_splits(path: Path) -> list[str]:
     return [folder.name for folder in _folders(path / "leftImg8bit")]
 
 
+# Shards and arrays --------------------------------------------------------------------------------
+
+
+def _shards(path: Path) -> dict[str, list[Path]]:
+    """Tar files of a data set by their split."""
+    files = shard_files(path)
+    found: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        parts = (file.relative_to(path) if path.is_dir() else Path(file.name)).parts
+        names = (_SPLIT_IN_NAME.search(part.lower()) for part in parts)
+        found[next((name[1] for name in names if name), "")].append(file)
+    if len(found) == 1 and not path.is_dir():
+        return {"": files}  # it is what was asked for
+    return found
+
+
+def _read_shards(request: _Request) -> Dataset:
+    splits = _shards(request.path)
+    return read_shards(
+        splits.pop(request.split),
+        request.task,
+        root=request.path if request.path.is_dir() else None,
+        categories=request.categories or _listed_classes(request.path),
+        void=request.void,
+        beside=[file for files in splits.values() for file in files],
+        skip_bad=request.skip_bad,
+    )
+
+
+def _arrays(path: Path) -> dict[str, Columns]:
+    """What is in the .npz file of a data set, or in its files, by split."""
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return find_columns(path, _SPLITS)
+    files = (
+        {file.stem.lower(): file for file in sorted(path.glob("*.npz"))} if path.is_dir() else {}
+    )
+    if len(files) == 1:
+        return find_columns(next(iter(files.values())), _SPLITS)
+    found = {}
+    for name, file in files.items():
+        split = _SPLIT_IN_NAME.search(name)
+        if split is not None:
+            columns = find_columns(file, _SPLITS)
+            found[split[1]] = columns.get(split[1], next(iter(columns.values())))
+    return found
+
+
+def _read_arrays(request: _Request) -> Dataset:
+    splits = _arrays(request.path)
+    return read_arrays(
+        splits.pop(request.split),
+        request.task,
+        categories=request.categories or _listed_classes(request.path),
+        void=request.void,
+        beside=splits.values(),
+        skip_bad=request.skip_bad,
+    )
+
+
 FORMATS: dict[str, _Format] = {
     "cityscapes": _Format(
         "leftImg8bit/SPLIT beside gtFine/SPLIT",
@@ -501,6 +527,20 @@ FORMATS: dict[str, _Format] = {
         ("classification",),
         _class_splits,
         _read_classes,
+        lists_classes=False,
+    ),
+    "shards": _Format(
+        "tar files of samples",
+        ("classification", "semantic", "instance"),
+        lambda path: sorted(_shards(path)),
+        _read_shards,
+        lists_classes=False,
+    ),
+    "arrays": _Format(
+        "a .npz file of arrays of pictures and labels",
+        ("classification", "semantic", "instance"),
+        lambda path: sorted(_arrays(path)),
+        _read_arrays,
         lists_classes=False,
     ),
 }

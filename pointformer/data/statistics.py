@@ -18,6 +18,7 @@ from pointformer._files import atomic_path
 from pointformer.annotations import VOID, Category
 from pointformer.data.annotations import Dataset, Entry
 from pointformer.data.images import Reading
+from pointformer.data.packed import Packed
 
 _FORM = 1  # of the file that keeps what was found
 _NAMED = 5  # of a list, so many are named
@@ -270,6 +271,8 @@ def _facts(dataset: Dataset, index: int, counts: str, reading: Reading) -> Pictu
 
 def _state(path: object) -> list[object] | None:
     """What changes when a file does."""
+    if isinstance(path, Packed):
+        return [str(path), *path.state]
     if not isinstance(path, str | os.PathLike):
         return None
     try:

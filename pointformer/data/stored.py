@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -122,18 +122,20 @@ def check_pixels(name: str, height: int, width: int, limit: int) -> None:
 
 
 @contextlib.contextmanager
-def decoding(name: str | os.PathLike[str]) -> Iterator[None]:
+def decoding(name: object) -> Iterator[None]:
     """What a decoder raises, which is anything for some files, as one line that names the file."""
     try:
         yield
     except PictureError:
         raise
     except Exception as error:
-        path = os.fspath(name)
-        if not os.path.exists(name):
+        path = str(name)
+        if isinstance(error, FileNotFoundError | NotADirectoryError) or (
+            isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        ):
             path = path if len(path) <= 200 else f"...{path[-200:]}"
             reason = "there is no such file"
-        elif os.path.isdir(name):
+        elif isinstance(error, IsADirectoryError):
             reason = "this is a folder"
         elif isinstance(error, MemoryError):
             reason = "there is not enough memory for the size that it claims"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -50,7 +51,10 @@ def is_tiff(head: bytes) -> bool:
 
 
 def stored_tiffs(
-    path: str | os.PathLike[str], max_pixels: int, numbers: bool = False
+    path: str | os.PathLike[str],
+    max_pixels: int,
+    numbers: bool = False,
+    content: bytes | None = None,
 ) -> list[StoredTiff]:
     """The pictures of a TIFF file, each with its planes and channels.
 
@@ -59,8 +63,9 @@ def stored_tiffs(
     Args:
         max_pixels: the most that a plane may have.
         numbers: read the numbers of palette pictures, and of those of less than 8 bits, as stored.
+        content: of the file, where `path` is only its name.
     """
-    handle = _Handle(os.fspath(path))
+    handle = _Handle(path, content)
     if not handle.file.series:
         raise PictureError(f"{os.fspath(path)}: expected a picture, but the file holds none")
     first, *others = handle.file.series
@@ -72,24 +77,28 @@ def stored_tiffs(
         )
     series = [first, *(item for item in others if not _is_beside(item))]
     return [
-        StoredTiff(path, handle, item, max_pixels, numbers, place)
+        StoredTiff(os.fspath(path), handle, item, max_pixels, numbers, place)
         for place, item in enumerate(series)
     ]
 
 
-def _stored_again(path: str, max_pixels: int, numbers: bool, place: int) -> StoredTiff:
-    return stored_tiffs(path, max_pixels, numbers)[place]
+def _stored_again(
+    path: str, max_pixels: int, numbers: bool, content: bytes | None, place: int
+) -> StoredTiff:
+    return stored_tiffs(path, max_pixels, numbers, content)[place]
 
 
 class _Handle:
     """An open file that closes when the last picture that reads from it is gone."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], content: bytes | None) -> None:
         from tifffile import TiffFile
 
-        self.path = os.path.abspath(path)
+        self.path = os.path.abspath(path) if content is None else os.fspath(path)
+        self.content = content
         # The other files that OME metadata name are not opened: a file decides about itself only.
-        self.file: TiffFile = TiffFile(path, _multifile=False)
+        opened = self.path if content is None else io.BytesIO(content)
+        self.file: TiffFile = TiffFile(opened, _multifile=False)
         self.lock = threading.Lock()
         weakref.finalize(self, self.file.close)
 
@@ -108,7 +117,7 @@ class StoredTiff:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        name: str,
         handle: _Handle,
         series: TiffPageSeries,
         max_pixels: int,
@@ -116,8 +125,8 @@ class StoredTiff:
         place: int,
     ) -> None:
         # In another process the file is opened again.
-        self._again = os.path.abspath(path), max_pixels, numbers, place
-        self.name = os.fspath(path)
+        self._again = handle.path, max_pixels, numbers, handle.content, place
+        self.name = name
         self._handle, self._series, self._page = handle, series, series.keyframe
         self._numbers = numbers
         self._decoded: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
@@ -276,6 +285,9 @@ class StoredTiff:
             end = series.dataoffset + math.prod(self._shape) * dtype.itemsize
             if end > self._handle.file.filehandle.size:
                 raise self._truncated()
+            content = self._handle.content
+            if content is not None:
+                return np.ndarray(self._shape, dtype, content, series.dataoffset)
             return np.memmap(self._handle.path, dtype, "r", series.dataoffset, self._shape)
         if self._whole is None and not self._in_pages():
             check_pixels(self.name, math.prod(self._shape), 1, 4 * self._max_pixels)

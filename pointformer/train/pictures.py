@@ -20,7 +20,7 @@ def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
     """The pictures to learn from, and those to be scored on."""
     data = recipe.data
     if data.path is None:
-        raise ValueError("data.path: expected the folder of a data set")
+        raise ValueError("data.path: expected a data set")
     return open_splits(
         data.path,
         data.format,

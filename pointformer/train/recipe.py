@@ -34,7 +34,7 @@ class Data:
     """Which pictures.
 
     Attributes:
-        path: the folder, see `pointformer.data.open_dataset`.
+        path: folder or file, see `pointformer.data.open_dataset`.
         format: of the data set; `None`: what it looks like.
         categories: names of the classes where the data set does not have them.
         void: labels that mean void; `None`: as the format has it.

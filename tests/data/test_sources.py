@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helpers import scenes
-from helpers.scenes import picture, rectangles, save
+from helpers.scenes import encoded, picture, pixels, rectangles, save
 from pointformer.annotations import Category
 from pointformer.cli.evaluate import _FORMATS
 from pointformer.data import FORMATS, find_source, open_dataset, open_splits
@@ -74,6 +74,25 @@ def cityscapes(root):
     return root
 
 
+def shards(root):
+    for split in ("train", "val"):
+        for n in range(2):
+            files = {}
+            for k in range(3):
+                files |= {f"{k}.jpg": encoded(pixels(k), "jpg"), f"{k}.cls": k}
+            scenes.shard(root / f"own-{split}-{n:04d}.tar", files)
+    return root
+
+
+def arrays(root):
+    content = {}
+    for split in ("train", "valid"):
+        content[f"x_{split}"] = np.stack([pixels(k) for k in range(3)])
+        content[f"y_{split}"] = np.arange(3)
+    np.savez(root / "own-val.npz", **content)
+    return root
+
+
 MADE = {
     "folder": (folder, "semantic"),
     "instances": (lambda root: folder(root, kind="instances"), "instance"),
@@ -82,6 +101,8 @@ MADE = {
     "cityscapes": (cityscapes, "panoptic"),
     "coco": (coco, "instance"),
     "roboflow": (roboflow, "instance"),
+    "shards": (shards, "classification"),
+    "arrays": (arrays, "classification"),
 }
 
 
@@ -116,7 +137,9 @@ def test_a_folder_of_nothing_known_is_an_error(tmp_path):
     picture(tmp_path / "a.png")
     with pytest.raises(ValueError, match=f"^{tmp_path}: looks like no data set of a known format"):
         find_source(tmp_path)
-    with pytest.raises(ValueError, match="gone: expected a data set, there is no such folder"):
+    with pytest.raises(
+        ValueError, match="gone: expected a data set, there is no such folder or file"
+    ):
         find_source(tmp_path / "gone")
     with pytest.raises(ValueError, match="expected a JSON file of objects, found none; pass its"):
         find_source(tmp_path, "coco")

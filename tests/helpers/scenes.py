@@ -1,6 +1,8 @@
 """Small made-up data sets in the field's file formats, for tests."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -23,6 +25,29 @@ def save(path, values):
 
 def picture(path, size=SIZE):
     return save(path, rng(1).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def encoded(values, kind="png"):
+    """The bytes of a file with a picture."""
+    content = io.BytesIO()
+    Image.fromarray(values).save(content, {"jpg": "jpeg"}.get(kind, kind))
+    return content.getvalue()
+
+
+def pixels(seed=0, size=(12, 16)):
+    return rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def shard(path, files):
+    """A tar file of names and contents: bytes, or what `str` makes of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items() if isinstance(files, dict) else files:
+            content = content if isinstance(content, bytes) else str(content).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
 
 
 def dump(path, content):
