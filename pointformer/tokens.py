@@ -675,7 +675,8 @@ class TokenSet:
             rest += f", origin ({corner}){'' if same else ' ...'}"
         if self.fields:
             names = [f"{name} {_dtype_name(rows)}" for name, rows in self.fields.items()]
-            rest += f", fields {', '.join(names)}"
+            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+            rest += f", fields {', '.join(names[:6])}{more}"
         return (
             f"TokenSet({self.num_tokens} tokens in {self.dimensions}-D, {self.channels} channels "
             f"{_dtype_name(self.features)} on {self.device}, {len(self)} samples: {sizes}{rest})"

@@ -23,6 +23,7 @@ from pointformer import (
     Segmentation,
     TokenSet,
     balanced_cluster,
+    integrations,
     knn,
     nearest_clusters,
 )
@@ -422,6 +423,13 @@ CALLS = {
     "models.list_models": (
         pointformer.models.list_models, {"filter": "aff_*", "pretrained": True},
     ),
+    "integrations.from_pointcept": (
+        integrations.from_pointcept, {"points": integrations.to_pointcept(TOKENS)},
+    ),
+    **{
+        f"integrations.{function.__name__}": (function, {"tokens": TOKENS})
+        for function in (integrations.to_nested, integrations.to_pointcept)
+    },
     "models.token_sets": (
         pointformer.models.token_sets,
         {"maps": [torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2)]},
@@ -433,7 +441,16 @@ RESULTS = {"Clusters", "Neighborhoods", "Segmentation", "models.Complexity"}
 # Files: what is wrong with them is tested in test_model_files.
 FILES = {"models.load_released", "models.load_state", "models.save_model"}
 GPU = {"models.capture"}  # see test_graphs
-NO_FUNCTIONS = {*RESULTS, *FILES, *GPU, "models.CheckpointError", "models.Output"}
+# Nested tensors have no variants of their own; torch_geometric takes seconds: test_integrations.
+FOREIGN_ARGUMENTS = {"integrations.from_nested", "integrations.from_pyg", "integrations.to_pyg"}
+NO_FUNCTIONS = {
+    *RESULTS,
+    *FILES,
+    *GPU,
+    *FOREIGN_ARGUMENTS,
+    "models.CheckpointError",
+    "models.Output",
+}
 
 ACCEPTED = {
     "TokenSet.with_origin": "origin None",
@@ -508,7 +525,8 @@ def parameters_of(function):
 
 def public_names():
     """Functions, classes that are called, and methods with arguments."""
-    for prefix, module in (("", pointformer), ("models.", pointformer.models)):
+    modules = {"": pointformer, "models.": pointformer.models, "integrations.": integrations}
+    for prefix, module in modules.items():
         yield from (prefix + name for name in module.__all__)
     for kind in (TokenSet, Clusters, Neighborhoods, Segmentation):
         for name, member in vars(kind).items():

@@ -1,0 +1,144 @@
+"""LAS and LAZ, by laspy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pointformer._checks import check_flags, check_tensor
+from pointformer._files import atomic_path
+from pointformer.data.points.columns import AXES, resolution_of
+
+_CHUNK = 2_000_000  # points at once
+_EXTRA = {"bool": np.dtype(np.uint8), "float16": np.dtype(np.float32)}  # dtypes that LAS has not
+
+
+def _laspy() -> Any:
+    try:
+        import laspy
+        import lazrs  # noqa: F401  (what laspy decompresses with)
+    except ImportError as error:
+        raise ImportError(
+            f"LAS files need {error.name}: pip install 'pointformer[points]'"
+        ) from None
+    return laspy
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"cannot be read as LAS or LAZ, it may be cut off: {error}")
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    laspy = _laspy()
+    try:
+        with laspy.open(path) as reader:
+            expected = reader.header.point_count
+            cloud = reader.read()
+    except OSError:
+        raise
+    except Exception as error:  # of laspy, lazrs (a class of its own) and NumPy
+        raise _unreadable(path, error) from None
+    if len(cloud.points) != expected:
+        raise ValueError(f"is cut off: {len(cloud.points)} of {expected} points are there")
+    columns = {axis: np.asarray(getattr(cloud, axis)) for axis in AXES}
+    for name in cloud.point_format.dimension_names:
+        if name not in ("X", "Y", "Z"):
+            columns[name] = np.asarray(cloud[name])
+    return columns
+
+
+def write(path: Path, columns: dict[str, np.ndarray]) -> None:
+    laspy = _laspy()
+    world = np.stack([columns.pop(axis) for axis in AXES if axis in columns], 1)
+    header = laspy.LasHeader(version="1.4", point_format=7 if "red" in columns else 6)
+    scale = resolution_of(world)
+    header.scales = np.full(3, scale)
+    round_ = 1e4 * scale
+    header.offsets = np.floor(world.min(0) / round_) * round_ if len(world) else np.zeros(3)
+    header.generating_software = "pointformer"
+    known = set(header.point_format.dimension_names)
+    dtypes = {
+        name: _EXTRA.get(rows.dtype.name, rows.dtype)
+        for name, rows in columns.items()
+        if name not in known
+    }
+    header.add_extra_dims([laspy.ExtraBytesParams(*named) for named in dtypes.items()])
+    cloud = laspy.LasData(header)
+    cloud.points = laspy.ScaleAwarePointRecord.zeros(len(world), header=header)
+    for axis, values in zip(AXES, world.T, strict=True):
+        setattr(cloud, axis, values)
+    for name, values in columns.items():
+        cloud[name] = values
+        if not np.array_equal(np.asarray(cloud[name]), values, equal_nan=values.dtype.kind == "f"):
+            raise ValueError(f"field {name} does not fit the dimension {name} of LAS files")
+    cloud.write(path)
+
+
+def write_classes(
+    path: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    classes: Tensor,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """A copy of a LAS or LAZ file with other classes; all else stays: header, coordinate system,
+    other records, and every other dimension of the points, bit for bit.
+
+    Args:
+        path: of the copy, compressed where it ends in .laz.
+        source: the file.
+        classes: (T,) integers from 0 to 255, or 31 in point formats 0 to 5, the code of each of its
+            points, in its order.
+
+    Raises:
+        FileExistsError: there is such a file, and not `overwrite`; or it is the source.
+        TypeError, ValueError: the source is no such file, or the classes do not fit its points.
+        ImportError: a package of the extra `points` is missing.
+    """
+    check_flags(overwrite=overwrite)
+    codes = check_tensor("classes", classes, ("T",))
+    if codes.is_floating_point() or codes.is_complex():
+        raise TypeError(f"classes: expected integers, got {codes.dtype}")
+    codes = codes.detach().cpu().long()
+    path, source = Path(path), Path(source)
+    if os.path.lexists(path) and (not overwrite or os.path.samefile(path, source)):
+        raise FileExistsError(f"{path}: is there already")
+    laspy = _laspy()
+    try:
+        with laspy.open(source) as reader:
+            header = reader.header
+            if len(codes) != header.point_count:
+                raise ValueError(
+                    f"classes: expected those of {header.point_count} points, got {len(codes)}"
+                )
+            most = 255 if header.point_format.id >= 6 else 31
+            if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) <= most:
+                raise ValueError(
+                    f"classes: expected codes from 0 to {most} in point format "
+                    f"{header.point_format.id}, got {int(codes.min())} to {int(codes.max())}"
+                )
+            with (
+                atomic_path(path, replace=overwrite) as temporary,
+                laspy.open(
+                    temporary, "w", header=header, do_compress=path.suffix.lower() == ".laz"
+                ) as writer,
+            ):
+                start = 0
+                for points in reader.chunk_iterator(_CHUNK):
+                    points.classification = codes[start : start + len(points)].numpy()
+                    writer.write_points(points)
+                    start += len(points)
+                if start != len(codes):
+                    raise ValueError(f"is cut off: {start} of {len(codes)} points are there")
+                if header.version.minor >= 4 and reader.evlrs:
+                    writer.write_evlrs(reader.evlrs)
+    except (OSError, TypeError):
+        raise
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    except Exception as error:
+        raise ValueError(f"{source}: {_unreadable(source, error)}") from None

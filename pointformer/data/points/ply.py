@@ -1,0 +1,52 @@
+"""PLY, by plyfile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pointformer.data.points.columns import AXES, as_table
+
+_NARROWER = {"bool": np.uint8, "int64": np.int32, "float16": np.float32}
+
+
+def _plyfile() -> Any:
+    try:
+        import plyfile
+    except ImportError as error:
+        raise ImportError(
+            f"PLY files need {error.name}: pip install 'pointformer[points]'"
+        ) from None
+    return plyfile
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    plyfile = _plyfile()
+    try:
+        content = plyfile.PlyData.read(path)
+    except OSError:
+        raise
+    except Exception as error:  # of plyfile and NumPy; text in its header may be no ASCII
+        raise ValueError(f"cannot be read as PLY, it may be cut off: {error}") from None
+    if "vertex" not in content:
+        elements = ", ".join(element.name for element in content.elements)
+        raise ValueError(f"has no element vertex, only {elements or 'nothing'}")
+    rows = content["vertex"].data
+    names = [name for name in rows.dtype.names or () if rows.dtype[name].kind != "O"]  # lists
+    if not set(AXES) <= set(names):
+        raise ValueError(f"has no coordinates x, y and z, only {', '.join(names[:12])}")
+    return {name: np.asarray(rows[name]) for name in names}
+
+
+def write(path: Path, columns: dict[str, np.ndarray]) -> None:
+    plyfile = _plyfile()
+    fitting = {}
+    for name, values in columns.items():
+        narrower = values.astype(_NARROWER.get(values.dtype.name, values.dtype))
+        if not np.array_equal(narrower, values, equal_nan=values.dtype.kind == "f"):
+            raise ValueError(f"field {name} has numbers that {narrower.dtype} does not hold")
+        fitting[name] = narrower
+    element = plyfile.PlyElement.describe(as_table(fitting), "vertex")
+    plyfile.PlyData([element], byte_order="<").write(str(path))

@@ -1,0 +1,89 @@
+"""Text: numbers in columns, one point per line."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from pointformer.data.points.columns import AXES, as_table, resolution_of
+
+_COMMENTS = ("#", "//")
+_LINES = 100  # of comments, at most, before the first point
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        lines = list(itertools.islice(file, _LINES))
+    if any("\0" in line or "\ufffd" in line for line in lines):
+        raise ValueError("is neither LAS, LAZ, PLY nor NPZ, nor text")
+    noted: list[str] = []  # names in the last comment, or none
+    names: list[str] = []
+    skipped = 0
+    for skipped, line in enumerate(lines):  # noqa: B007  (read after the loop)
+        words = line.strip()
+        comment = next((sign for sign in _COMMENTS if words.startswith(sign)), "")
+        words = words[len(comment) :].strip()
+        delimiter = next((sign for sign in ";\t," if sign in words), None)
+        decimal = "," if delimiter in (";", "\t") else "."  # where a column has one
+        parts = [part.strip().strip("\"'") for part in words.split(delimiter)]
+        parts = [part.lower() if part.lower() in AXES else part for part in parts]
+        if comment and words:
+            noted = parts
+        elif any(_is_number(part.replace(decimal, ".")) for part in parts):
+            if len(parts) > 1:
+                break  # the first point; else it is their number, with which PTS files begin
+        elif words:
+            names = parts
+    else:
+        raise ValueError("has no points: expected lines of numbers, x, y and z first")
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            rows = (line.replace(decimal, ".") for line in file) if decimal == "," else file
+            table = np.loadtxt(
+                rows, delimiter=delimiter, skiprows=skipped, comments=_COMMENTS, ndmin=2
+            )
+    except ValueError as error:
+        raise ValueError(f"after line {skipped}: {str(error).split('; use')[0]}") from None
+    width = table.shape[1]
+    if not names:
+        named = len(noted) == width and {"x", "y"} <= set(noted)
+        names = noted if named else [*AXES, *(f"column_{i}" for i in range(3, width))][:width]
+    if len(names) != width:
+        raise ValueError(f"has {width} columns of numbers and {len(names)} names of columns")
+    if len(set(names)) != width:
+        raise ValueError(f"has two columns of one name: {', '.join(names[:12])}")
+    return {name: _whole(column) for name, column in zip(names, table.T, strict=True)}
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _whole(column: np.ndarray) -> np.ndarray:
+    """As integers, where all are."""
+    whole = np.abs(column) < 2.0**53
+    whole &= column == np.floor(column)
+    return column.astype(np.int64) if whole.all() else column
+
+
+def write(path: Path, columns: dict[str, np.ndarray]) -> None:
+    comma = path.suffix.lower() == ".csv"
+    axes = [axis for axis in AXES if axis in columns]
+    step = resolution_of(np.stack([columns[axis] for axis in axes], 1))
+    places = max(0, round(-np.log10(step)))
+    formats = [
+        f"%.{places}f" if name in axes else "%d" if rows.dtype.kind in "iub" else "%.17g"
+        for name, rows in columns.items()
+    ]
+    table = as_table(columns)
+    delimiter = "," if comma else " "
+    header = delimiter.join(columns)
+    np.savetxt(
+        path, table, fmt=formats, delimiter=delimiter, header=header, comments="" if comma else "# "
+    )

@@ -1,0 +1,330 @@
+"""Point clouds in files: coordinates, fields, what is left alone, and what is wrong with them."""
+
+import io
+import re
+
+import laspy
+import numpy as np
+import plyfile
+import pytest
+import torch
+
+from pointformer import TokenSet
+from pointformer.data.points import read_points, write_classes, write_points
+
+CORNER = np.array([651_000.0, 6_861_000.0, 30.0])  # of a tile in a map projection, in meters
+
+
+def tile(path, count=500, point_format=7, version="1.4", scale=(0.01, 0.01, 0.001)):
+    """An airborne tile with a coordinate system, records, an extra dimension: its raw content."""
+    rng = np.random.default_rng(0)
+    header = laspy.LasHeader(version=version, point_format=point_format)
+    header.scales, header.offsets = np.array(scale), CORNER - [0.5, 0, 0]
+    header.system_identifier, header.generating_software = "scanner 7", "surveyor"
+    header.global_encoding.wkt = point_format >= 6
+    header.add_extra_dim(laspy.ExtraBytesParams("height_above_ground", np.float32))
+    header.vlrs.append(laspy.VLR("owner", 4711, "of a survey", b"\1\2\3"))
+    if point_format >= 6:
+        header.vlrs.append(laspy.vlrs.known.WktCoordinateSystemVlr('PROJCS["Lambert-93"]'))
+    cloud = laspy.LasData(header)
+    cloud.points = laspy.ScaleAwarePointRecord.zeros(count, header=header)
+    cloud.X, cloud.Y, cloud.Z = rng.integers(0, 100_000, (3, count))
+    for name, most in (("classification", 31), ("intensity", 65_535), ("return_number", 4)):
+        cloud[name] = rng.integers(0, most + 1, count)
+    cloud.gps_time = 3e8 + rng.random(count)
+    for name in {"red", "green", "blue"} & set(cloud.point_format.dimension_names):
+        cloud[name] = rng.integers(0, 65_536, count)
+    cloud.height_above_ground = rng.random(count).astype(np.float32)
+    cloud.write(path)
+    return cloud
+
+
+def of_world(world, **fields):
+    return TokenSet.from_world(torch.as_tensor(world, dtype=torch.float64), fields=fields)
+
+
+@pytest.mark.parametrize("suffix", ["las", "laz"])
+def test_las(tmp_path, suffix):
+    cloud = tile(tmp_path / f"tile.{suffix}")
+    tokens = read_points(tmp_path / f"tile.{suffix}")
+    assert tokens.sizes == (500,)
+    assert np.abs(tokens.world_positions().numpy() - cloud.xyz).max() < 1e-4
+    assert tokens.positions.abs().max() < 1001
+    fields = tokens.fields
+    for name in ("classification", "intensity", "return_number", "gps_time", "height_above_ground"):
+        assert np.array_equal(fields[name].numpy(), cloud[name]), name
+    assert np.array_equal(fields["color"][:, 1].numpy(), cloud.green)
+    assert fields["intensity"].dtype == torch.int32
+    few = read_points(tmp_path / f"tile.{suffix}", fields=("classification",))
+    assert few.fields.keys() == {"classification"}
+    with pytest.raises(ValueError, match=rf"tile.{suffix}: has no field 'label', only intensity,"):
+        read_points(tmp_path / f"tile.{suffix}", fields=("label",))
+
+
+@pytest.mark.parametrize(("point_format", "version"), [(7, "1.4"), (6, "1.4"), (3, "1.2")])
+@pytest.mark.parametrize("ways", [("las", "laz"), ("laz", "laz"), ("laz", "las")])
+def test_classes_change_and_nothing_else(tmp_path, point_format, version, ways):
+    source, path = tmp_path / f"tile.{ways[0]}", tmp_path / f"found.{ways[1]}"
+    before = tile(source, point_format=point_format, version=version)
+    if point_format >= 6:  # a record after the points
+        with laspy.open(source, "a") as file:
+            file.append_points(before.points[:1])
+        before = laspy.read(source)
+        before.evlrs.append(laspy.VLR("owner", 17, "after the points", bytes(70_000)))
+        before.write(source)
+    before = laspy.read(source)
+    content = source.read_bytes()
+    classes = (torch.as_tensor(np.array(before.classification)).long() + 1) % 32
+    write_classes(path, source, classes)
+    after = laspy.read(path)
+    for name in before.point_format.dimension_names:
+        expected = classes.numpy() if name == "classification" else before[name]
+        assert np.array_equal(after[name], expected), name
+    for name in (
+        "scales", "offsets", "mins", "maxs", "system_identifier", "generating_software",
+        "creation_date", "point_count", "version", "file_source_id", "number_of_points_by_return",
+    ):  # fmt: skip
+        assert np.array_equal(getattr(after.header, name), getattr(before.header, name)), name
+    assert after.header.global_encoding.value == before.header.global_encoding.value
+    known = [(vlr.user_id, vlr.record_id, vlr.record_data_bytes()) for vlr in before.vlrs]
+    assert [(vlr.user_id, vlr.record_id, vlr.record_data_bytes()) for vlr in after.vlrs] == known
+    if point_format >= 6:
+        assert [vlr.record_data_bytes() for vlr in after.evlrs] == [bytes(70_000)]
+    assert source.read_bytes() == content
+    with laspy.open(path) as file:
+        assert file.header.are_points_compressed == (ways[1] == "laz")
+    with pytest.raises(FileExistsError, match=f"found.{ways[1]}: is there already"):
+        write_classes(path, source, classes)
+    with pytest.raises(FileExistsError, match=f"tile.{ways[0]}: is there already"):
+        write_classes(source, source, classes, overwrite=True)
+    write_classes(path, source, classes * 0, overwrite=True)
+    assert not np.any(laspy.read(path).classification)
+
+
+def test_classes_that_do_not_fit(tmp_path):
+    tile(tmp_path / "old.las", point_format=3, version="1.2")
+    for classes, error, message in (
+        (torch.zeros(499, dtype=torch.int64), ValueError, "expected those of 500 points, got 499"),
+        (torch.full((500,), 40), ValueError, "codes from 0 to 31 in point format 3, got 40 to 40"),
+        (torch.zeros(500), TypeError, "classes: expected integers"),
+    ):
+        with pytest.raises(error, match=message):
+            write_classes(tmp_path / "new.las", tmp_path / "old.las", classes)
+    assert not list(tmp_path.glob("new*")) + list(tmp_path.glob(".pointformer*"))
+
+
+@pytest.mark.parametrize("suffix", ["las", "laz", "ply", "npz", "xyz", "csv"])
+def test_written_and_read(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    world = CORNER + rng.random((200, 3)) * 1000
+    fields = {
+        "classification": torch.arange(200, dtype=torch.uint8) % 20,
+        "color": torch.randint(0, 256, (200, 3)).int(),
+        "height": torch.rand(200),
+        "time": torch.rand(200).double() * 1e9,
+        "code": torch.rand(200, 2),
+        "planar": torch.arange(200) % 2 == 0,
+    }
+    tokens = of_world(world, **fields)
+    write_points(tmp_path / f"a.{suffix}", tokens.cluster(8))
+    again = read_points(tmp_path / f"a.{suffix}")
+    assert (again.world_positions() - tokens.world_positions()).abs().max() < 2e-4
+    for name in ("classification", "color", "height", "time", "planar"):
+        assert torch.equal(again.fields[name].double(), fields[name].double()), name
+    code = again.fields.get("code")
+    if code is None:
+        code = torch.stack([again.fields["code_0"], again.fields["code_1"]], 1)
+    assert torch.equal(code, fields["code"]) or suffix in ("xyz", "csv")
+    assert torch.allclose(code.float(), fields["code"])
+    with pytest.raises(FileExistsError, match="is there already"):
+        write_points(tmp_path / f"a.{suffix}", tokens)
+    write_points(tmp_path / f"a.{suffix}", tokens.select(torch.arange(0)), overwrite=True)
+    if suffix in ("xyz", "csv"):
+        with pytest.raises(ValueError, match="has no points"):
+            read_points(tmp_path / f"a.{suffix}")
+    else:
+        assert read_points(tmp_path / f"a.{suffix}").num_tokens == 0
+
+
+def test_small_and_flat_clouds_keep_their_digits(tmp_path):
+    unit = TokenSet(torch.randn(100, 3) * 0.01)
+    flat = TokenSet(torch.rand(100, 2) * 5)
+    for suffix in ("las", "ply", "npz", "xyz", "csv"):
+        path = tmp_path / f"unit.{suffix}"
+        write_points(path, unit)
+        assert (read_points(path).world_positions() - unit.positions).abs().max() < 1e-8
+        if suffix in ("npz", "xyz", "csv"):
+            write_points(path, flat, overwrite=True)
+            assert (read_points(path).world_positions() - flat.positions).abs().max() < 1e-6
+    features = flat.with_features(torch.rand(100, 7))
+    write_points(tmp_path / "f.npz", features)
+    assert torch.equal(read_points(tmp_path / "f.npz").features, features.features)
+
+
+TEXTS = {
+    "plain": "1 2 3\n4 5 6\n",
+    "tabs": "1\t2\t3\n4\t5\t6\n",
+    "commas": "1,2,3\r\n4,5,6\r\n",
+    "semicolons": "1;2;3\n4;5;6",
+    "header": "X,Y,Z\n1,2,3\n4,5,6\n",
+    "quoted": '"x", "y", "z"\n1, 2, 3\n4, 5, 6\n',
+    "comments": "# a survey\n# of 1999\n\n1 2 3\n4 5 6\n",
+    "noted": "//X Y Z\n1 2 3\n4 5 6\n",
+    "other order": "z y x\n3 2 1\n6 5 4\n",
+    "number of points": "2\n1 2 3\n4 5 6\n",
+    "decimal commas": "x;y;z\n1,0;2,0;3,0\n4;5;6,00\n",
+    "byte order mark": "\ufeffx y z\n1 2 3\n4 5 6\n",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text(tmp_path, name):
+    path = tmp_path / "a.dat"
+    path.write_text(TEXTS[name], encoding="utf-8")
+    tokens = read_points(path)
+    assert tokens.world_positions().tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert not tokens.fields
+
+
+def test_columns_of_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("x;y;z;Intensity;red;green;blue\n1.5;2;3;0.25;1;2;3\n")
+    tokens = read_points(path)
+    assert tokens.fields["Intensity"].tolist() == [0.25]
+    assert tokens.fields["color"].tolist() == [[1, 2, 3]]
+    path.write_text("1 2 3 7\n1 2 3 8\n")
+    assert read_points(path).fields["column_3"].tolist() == [7, 8]
+    assert read_points(path).fields["column_3"].dtype == torch.int64
+    path.write_text("1 2\n1 2\n")
+    assert read_points(path).dimensions == 2
+
+
+@pytest.mark.parametrize("byte_order", ["=", "<", ">", "text"])
+def test_ply(tmp_path, byte_order):
+    real = [(name, "f4") for name in ("x", "y", "nx", "ny", "nz")]
+    bytes_ = [(name, "u1") for name in ("red", "green", "blue")]
+    table = np.zeros(4, [*real, ("z", "f8"), *bytes_, ("label", "u2")])
+    table["x"], table["z"], table["ny"], table["label"] = range(4), 7, 1, 60_000
+    table["blue"] = 200
+    faces = np.array([([0, 1, 2],)], [("vertex_indices", "i4", (3,))])
+    elements = [
+        plyfile.PlyElement.describe(table, "vertex"),
+        plyfile.PlyElement.describe(faces, "face"),
+    ]
+    text = byte_order == "text"
+    options = {"text": True} if text else {"byte_order": byte_order}
+    plyfile.PlyData(elements, **options).write(str(tmp_path / "a.ply"))
+    tokens = read_points(tmp_path / "a.ply")
+    assert tokens.world_positions().tolist() == [[i, 0, 7] for i in range(4)]
+    assert tokens.fields["color"].tolist() == [[0, 0, 200]] * 4
+    assert tokens.fields["normal"].tolist() == [[0, 1, 0]] * 4
+    assert tokens.fields["label"].tolist() == [60_000] * 4
+
+
+def damaged(tmp_path, kind):
+    """A file with something wrong, and what the error is to say."""
+    path = tmp_path / "bad.bin"
+    whole = tmp_path / "whole.laz"
+    if kind.startswith(("cut off laz", "cut off las")):
+        whole = tmp_path / f"whole.{kind[8:11]}"
+        tile(whole, 2000)
+        content = whole.read_bytes()
+        path.write_bytes(content[: len(content) * (1 if "start" in kind else 9) // 10])
+        return path, "cut off|cannot be read as LAS or LAZ"
+    if kind == "las header":
+        path.write_bytes(b"LASF" + bytes(20))
+        return path, "cannot be read as LAS or LAZ"
+    if kind.startswith("ply"):
+        name, text = kind[4:], kind.endswith("text")
+        fields = [("x", "f4"), ("y", "f4")] + ([] if "without" in name else [("z", "f4")])
+        rows = np.zeros(50, fields)
+        if "nan" in name:
+            rows["y"][30] = np.nan
+        element = plyfile.PlyElement.describe(rows, "face" if "vertex" in name else "vertex")
+        plyfile.PlyData([element], text=text).write(str(path))
+        if "without x" in name:
+            path.write_bytes(path.read_bytes().replace(b"float x", b"float u"))
+        if "cut" in name:
+            path.write_bytes(path.read_bytes()[:-40])
+            return path, "cannot be read as PLY"
+        return path, {"nan": "sample 0 has a NaN .* row 30", "ver": "has no element vertex"}.get(
+            name[:3], "has no coordinates x, y and z, only [uxy]"
+        )
+    if kind.startswith("npz"):
+        arrays = {
+            "npz without points": ({"label": np.zeros(4)}, "has no array positions, .* only"),
+            "npz of clouds": ({"points": np.zeros((9, 9, 3))}, r"points: expected shape \(n, 2\)"),
+            "npz of objects": ({"xyz": np.array([None] * 3)}, "cannot be read as NPZ"),
+            "npz of words": ({"xyz": np.array([["a"] * 3])}, "xyz: expected numbers"),
+            "npz cut": ({"xyz": np.random.default_rng(0).random((99, 3))}, "cannot be read as NPZ"),
+            "npz without y": ({"x": np.zeros(3)}, "has no coordinates x, y and z"),
+        }[kind]
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays[0])
+        path.write_bytes(buffer.getvalue()[: -200 if kind == "npz cut" else None])
+        return path, arrays[1]
+    content, message = {
+        "nothing": (b"", "has no points"),
+        "picture": (b"\x89PNG\r\n\x1a\n\0\0", "is neither LAS, LAZ, PLY nor NPZ, nor text"),
+        "prose": (b"To be, or not\nto be\n", "has no points"),
+        "words": (b"x,y,z,class\n1,2,3,tree\n", "after line 1: could not convert string 'tree'"),
+        "ragged text": (b"1 2 3\n1 2 3\n1 2\n", "the number of columns changed from 3 to 2"),
+        "decimal commas": (b"1,5 2,5 3,5\n", "could not convert string '5 2'"),
+        "text nan": (b"1 2 3\n1 nan 3\n", "sample 0 has a NaN .* row 1"),
+        "infinite text": (b"1 2 3\n1 2 inf\n", "sample 0 has a NaN .* row 1"),
+        "other names": (b"lon,lat,h\n1,2,3\n", "has no coordinates x, y and z, only lon, lat, h"),
+        "one column": (b"x\n1\n2\n", "has no (points|coordinates)"),
+        "names": (b"x,y,z\n1,2,3,4\n", "4 columns of numbers and 3 names"),
+        "twice": (b"x,y,z,x\n1,2,3,4\n", "two columns of one name"),
+    }[kind]
+    path.write_bytes(content)
+    return path, message
+
+
+BAD = (
+    "cut off laz", "cut off laz start", "cut off las", "cut off las start", "las header",
+    "ply without z", "ply without x", "ply without z text", "ply vertex", "ply nan", "ply nan text",
+    "ply cut", "npz without points", "npz of clouds", "npz of objects", "npz of words", "npz cut",
+    "npz without y", "nothing", "picture", "prose", "words", "ragged text", "decimal commas",
+    "text nan", "infinite text", "other names", "one column", "names", "twice",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, kind):
+    path, message = damaged(tmp_path, kind)
+    with pytest.raises(ValueError, match=rf"bad\.bin: .*({message})") as caught:
+        read_points(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_what_cannot_be_read_or_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.laz"):
+        read_points(tmp_path / "nothing.laz")
+    with pytest.raises(IsADirectoryError):
+        read_points(tmp_path)
+    tokens = TokenSet(torch.rand(4, 3), sizes=(2, 2), fields={"classification": torch.arange(4)})
+    with pytest.raises(ValueError, match=r"tokens: expected one sample, got 2"):
+        write_points(tmp_path / "a.las", tokens)
+    tokens = tokens.select(torch.arange(2), (2, 0)).sample(0)
+    with pytest.raises(ValueError, match=r"path: expected a name that ends in \.las, \.laz"):
+        write_points(tmp_path / "a.png", tokens)
+    wrong = tokens.with_fields(classification=torch.tensor([1, 300]))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/a.las: ")):
+        write_points(tmp_path / "a.las", wrong)
+    with pytest.raises(ValueError, match=r"tokens: \.las files hold 3-D positions"):
+        write_points(tmp_path / "a.las", TokenSet(torch.rand(3, 2)))
+    with pytest.raises(ValueError, match="fields: there are two columns x"):
+        write_points(tmp_path / "a.ply", tokens.with_fields(x=torch.zeros(2)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("module", "suffix"), [("laspy", "laz"), ("lazrs", "laz"), ("plyfile", "ply")]
+)
+def test_missing_packages_are_named(tmp_path, monkeypatch, module, suffix):
+    write_points(tmp_path / f"a.{suffix}", TokenSet(torch.rand(5, 3)))
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    with pytest.raises(ImportError, match=rf"{module}: pip install 'pointformer\[points\]'"):
+        read_points(tmp_path / f"a.{suffix}")
