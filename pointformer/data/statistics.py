@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -209,7 +210,7 @@ def examine(
         return _facts(dataset, index, counts, reading)
 
     if missing:
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        with _pool(threads) as pool:
             results: Iterator[PictureFacts] = pool.map(look, missing)
             if progress:
                 from tqdm import tqdm
@@ -222,6 +223,16 @@ def examine(
     if cache is not None and missing:
         _keep(Path(cache), whole, states, facts)
     return Statistics(dataset.categories, facts, counts)
+
+
+@contextlib.contextmanager
+def _pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that end with what they are at when the process is told to end."""
+    pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def without_bad(dataset: Dataset, statistics: Statistics) -> Dataset:

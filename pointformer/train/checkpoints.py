@@ -12,7 +12,7 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,6 +20,7 @@ import torch
 
 from pointformer._files import TEMPORARY_PREFIX, publish, sync, temporary_path
 
+LOCK = "run.lock"
 _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
 
 
@@ -122,8 +123,42 @@ def newest_checkpoint(
     return None, problems
 
 
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Make a folder, which within this no other process owns.
+
+    The system ends it with the process, however that ends: what a killed run leaves in the folder,
+    `run.lock`, is in nobody's way.
+
+    Raises:
+        ValueError: another process owns it, or it is no folder.
+        OSError: nothing can be written there.
+    """
+    from filelock import FileLock, Timeout
+
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, this is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    path.open("a").close()  # an error that says why it cannot be written
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder}: another command trains there; wait for its end, or use another --out"
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run was writing; only for the one process that writes there."""
+    """Remove what a killed run was writing; only for the process that owns the folder."""
     if folder.is_dir():
         for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
             path.unlink(missing_ok=True)

@@ -9,6 +9,17 @@ from collections.abc import Iterator
 from types import FrameType
 
 
+def left_to_parent(worker: int) -> None:
+    """Make a worker process, of this number, end when its parent says so: a signal to all processes
+    of a terminal or of a job is not for it to follow."""
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, first)
+
+
 class Ending:
     """Signals that tell this process to end (Ctrl-C, SIGTERM), kept for the right moment.
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from pointformer.data import Annotation, Dataset, Reading
 from pointformer.data.transforms import Transform
+from pointformer.train.ending import left_to_parent
 
 _ORDER, _SAMPLE = 0, 1  # what random numbers are for
 
@@ -108,6 +109,7 @@ class Batches:
             collate_fn=_collated,
             pin_memory=self.pin,
             prefetch_factor=4 if self.workers else None,
+            worker_init_fn=left_to_parent,
         )
         for loaded in loader:
             if isinstance(loaded, _Failure):

@@ -134,7 +134,8 @@ class Budget:
 
     Attributes:
         epochs: passes over the training pictures, also parts of one.
-        minutes: of training, without evaluation.
+        minutes: of training steps, without evaluation and checkpoints. The first step of a start,
+            in which kernels are compiled or loaded, counts as long as the second.
     """
 
     steps: int | None = None

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,13 @@ from pointformer.tasks import Task, task_of
 from pointformer.train.checkpoints import (
     list_checkpoints,
     newest_checkpoint,
+    owned,
     remove_unfinished,
     save_checkpoint,
 )
 from pointformer.train.curves import save_curves
 from pointformer.train.initial import make_model
-from pointformer.train.loading import Batches
+from pointformer.train.loading import Batch, Batches
 from pointformer.train.logs import Logs
 from pointformer.train.optimization import Budget
 from pointformer.train.pictures import (
@@ -76,6 +77,7 @@ class Run:
         self.recipe = trainer.recipe
         self.main = trainer.processes.main
         self.checkpoints = out / CHECKPOINTS
+        self.alone = trainer.processes.world == 1
         self.ending = trainer.ending
         self.validations = 0  # that were due on the way
         self.scores: dict[str, float] | None = None  # of the end, once it is reached
@@ -163,7 +165,7 @@ class Run:
     def _train(self, logs: Logs) -> None:
         trainer, often, ending = self.trainer, self.recipe.checkpoints, self.ending
         saved_step, saved_seconds = trainer.steps, trainer.seconds
-        logged_step, logged_seconds, waited = trainer.steps, trainer.seconds, 0.0
+        logged_step, worked, waited, done = trainer.steps, 0.0, 0.0, 0
         steps = self.batches.steps(trainer.steps)
         bar = tqdm(
             disable=not self.main,
@@ -182,34 +184,56 @@ class Run:
                         self._score(logs)
                     self.validations = due
                 start = time.perf_counter()
-                batch = next(steps)
+                batch = self._next(steps)
                 waited += time.perf_counter() - start
-                trainer.step(batch)
-                trainer.clock += time.perf_counter() - start
+                # The first step compiles kernels or loads them: nothing is lost with it, and it
+                # counts as long as the second.
+                with ending.at_once() if done == 0 else contextlib.nullcontext():
+                    trainer.step(batch)
+                lasted = time.perf_counter() - start
+                worked += lasted
+                trainer.clock += lasted * (0, 2, 1)[min(done, 2)]
+                done += 1
                 bar.update(100 * trainer.used - bar.n)
                 if trainer.steps % self.recipe.log_every == 0 or trainer.used >= 1:
                     trainer.check()
-                    seconds = max(trainer.seconds - logged_seconds, 1e-9)
-                    rate = (trainer.steps - logged_step) * self.recipe.batch / seconds
-                    loss = self._log(logs, rate, waited / seconds)
+                    rate = (trainer.steps - logged_step) * self.recipe.batch / worked
+                    loss = self._log(logs, rate, waited / worked)
                     bar.set_postfix_str(
                         f"step {trainer.steps}, loss {loss:.3f}, {rate:.1f} images/s",
                         refresh=False,
                     )
-                    logged_step, logged_seconds, waited = trainer.steps, trainer.seconds, 0.0
+                    logged_step, worked, waited = trainer.steps, 0.0, 0.0
+                ends = trainer.ends or (self.alone and ending.told > 0)
                 if (
-                    trainer.ends
+                    ends
                     or trainer.seconds - saved_seconds >= 60 * often.minutes
                     or (often.steps is not None and trainer.steps - saved_step >= often.steps)
                 ):
                     self.save()
                     saved_step, saved_seconds = trainer.steps, trainer.seconds
-                if trainer.ends:
-                    self.say(f"told to end at step {trainer.steps}; the same command goes on")
+                if ends:
+                    self._say_end()
                     ending.end()
         if ending.told:
             self.save()
             ending.end()
+
+    def _next(self, steps: Iterator[Batch]) -> Batch:
+        """The next batch. It may be long in coming: who is told to end meanwhile saves and ends,
+        but for one of several processes, whom the others wait for in the step."""
+        if not self.alone:
+            return next(steps)
+        try:
+            with self.ending.at_once():
+                return next(steps)
+        except (KeyboardInterrupt, SystemExit):
+            self.save()
+            self._say_end()
+            raise
+
+    def _say_end(self) -> None:
+        self.say(f"told to end at step {self.trainer.steps}; the same command goes on")
 
     def _log(self, logs: Logs, rate: float, waiting: float) -> float:
         """Write what was since the last line; the mean loss."""
@@ -285,7 +309,8 @@ def train(
         say: shows a line.
 
     Raises:
-        ValueError, TypeError: the recipe, the data or a checkpoint cannot be used.
+        ValueError, TypeError: the recipe, the data or a checkpoint cannot be used, or another
+            command trains in `out`.
         OSError: something cannot be read or written; the checkpoints before it are still there.
         FloatingPointError: the loss is not finite; the message names the pictures.
     """
@@ -293,12 +318,13 @@ def train(
     if recipe.budget == Budget():
         raise ValueError("budget: expected steps, epochs or minutes, as in budget.epochs=20")
     check_folder(out)
-    with started_processes(device) as processes:
+    with started_processes(device) as processes, contextlib.ExitStack() as stack:
         speak = say if processes.main else _silent
         training, validation = processes.alike(lambda: open_data(recipe))
         categories = training.categories
         # What cannot be is said before all is read.
         model, task = processes.alike(lambda: _made(recipe, categories, processes))
+        processes.alike(lambda: stack.enter_context(owned(out)) if processes.main else None)
         training, statistics = checked(training, recipe, out / "data" / "train.json", processes)
         processes.alike(statistics.check)
         if validation is not None:
@@ -323,7 +349,6 @@ def train(
         run = Run(trainer, batches, validation, out, speak)
         processes.alike(run.resume)
         if processes.main:
-            out.mkdir(parents=True, exist_ok=True)
             with atomic_path(out / RECIPE) as temporary:
                 temporary.write_text(write_recipe(recipe), "utf-8")
         return run.finish()

@@ -1,5 +1,7 @@
 """What is in a data set, what is wrong with it, and what is advised."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -116,6 +118,27 @@ def test_broken_pictures_are_named_before_training(tmp_path):
     assert [entry.name for entry in kept.entries] == ["0", "2", "5"]
     assert sorted(kept.skipped) == bad
     assert len(dataset) == 6
+
+
+def test_who_is_told_to_end_does_not_wait_for_all_pictures(tmp_path, monkeypatch):
+    cells(tmp_path, ((20, 20),) * 24)
+    dataset, seen = open_dataset(tmp_path, task="instance"), []
+    plain = statistics._facts
+
+    def ended(results, *args, **options):
+        next(results)
+        raise KeyboardInterrupt
+
+    def look(*args):
+        seen.append(args)
+        time.sleep(0.02)
+        return plain(*args)
+
+    monkeypatch.setattr(statistics, "_facts", look)
+    monkeypatch.setattr("tqdm.tqdm", ended)
+    with pytest.raises(KeyboardInterrupt):
+        examine(dataset, "instance", threads=1, progress=True)
+    assert 1 <= len(seen) < 15
 
 
 def test_what_was_found_is_kept_until_a_file_changes(tmp_path, monkeypatch):

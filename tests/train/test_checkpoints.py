@@ -1,6 +1,8 @@
 """Checkpoints and tables: whole or not there, and what a killed run leaves."""
 
+import os
 import signal
+import time
 
 import pytest
 import torch
@@ -8,11 +10,12 @@ import torch
 from pointformer.train.checkpoints import (
     list_checkpoints,
     newest_checkpoint,
+    owned,
     read_checkpoint,
     remove_unfinished,
     save_checkpoint,
 )
-from pointformer.train.ending import Ending
+from pointformer.train.ending import Ending, left_to_parent
 from pointformer.train.logs import Table
 
 
@@ -60,6 +63,43 @@ def test_what_is_no_checkpoint(tmp_path):
     assert sorted(path.name[:7] for path in tmp_path.iterdir()) == ["mine.pt", "step-00"]
 
 
+def test_a_folder_has_one_owner(tmp_path):
+    taken = pytest.raises(ValueError, match="run: another command trains there; wait for its end")
+    with owned(tmp_path / "run"), taken, owned(tmp_path / "run"):
+        pass
+    with owned(tmp_path / "run"):
+        pass
+    (tmp_path / "file").write_text("mine")
+    with (
+        pytest.raises(ValueError, match="file: expected a folder, this is a file"),
+        owned(tmp_path / "file"),
+    ):
+        pass
+    with pytest.raises(OSError, match="Not a directory"), owned(tmp_path / "file/run"):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_a_killed_owner_is_in_nobodys_way(tmp_path):
+    """Nor are its workers, which live a few seconds longer."""
+    read, write = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        with owned(tmp_path):
+            worker = os.fork()
+            if worker:
+                os.write(write, b"%d" % worker)
+            time.sleep(60)
+        os._exit(0)
+    worker = int(os.read(read, 20))
+    with pytest.raises(ValueError, match="another command trains there"), owned(tmp_path):
+        pass
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    with owned(tmp_path):
+        os.kill(worker, signal.SIGKILL)
+
+
 def test_a_table_goes_on_after_its_last_good_step(tmp_path):
     path = tmp_path / "log.csv"
     table = Table(path, 0)
@@ -73,6 +113,26 @@ def test_a_table_goes_on_after_its_last_good_step(tmp_path):
         'step,loss,"name, quoted"', '2,1.0,"a ""b"""', '4,2.0,"a ""b"""', "6,7,",
     ]  # fmt: skip
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="signals to a forked process")
+def test_workers_end_when_their_parent_says_so():
+    """Ctrl-C and a SIGTERM that goes to all do not end them, one of their parent does."""
+    read, write = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        left_to_parent(0)
+        os.write(write, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(read, 1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        os.kill(worker, number)
+        time.sleep(0.05)
+        assert os.waitpid(worker, os.WNOHANG) == (0, 0)
+    os.kill(worker, signal.SIGTERM)
+    _, status = os.waitpid(worker, 0)
+    assert os.WTERMSIG(status) == signal.SIGTERM
 
 
 def test_signals_wait_for_the_right_moment():

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +22,11 @@ from pointformer.evaluation import evaluate
 from pointformer.models import AFFConfig, create_model, save_model
 from pointformer.models.config import CONFIGS
 from pointformer.models.released import to_released
+from pointformer.train import run
 from pointformer.train.checkpoints import list_checkpoints
 from pointformer.train.initial import make_model
 from pointformer.train.loading import Batches
+from pointformer.train.optimization import Budget
 from pointformer.train.pictures import object_diameter
 from pointformer.train.recipe import read_recipe
 from pointformer.train.run import train
@@ -133,6 +136,76 @@ def test_a_run_that_is_told_to_end_saves_what_it_did(folder, tmp_path, monkeypat
     assert [row["step"] for row in scores] == ["2", "4", "6"]
 
 
+@pytest.mark.parametrize("place", ["first step", "batch", "validation"])
+def test_a_run_that_is_told_to_end_does_not_wait(folder, tmp_path, monkeypatch, place):
+    """For kernels that are compiled in the first step, for a batch, or for scores."""
+    recipe = recipe_of(folder, "budget.steps=4", "validation.times=1", "average=0.9")
+    train(recipe, tmp_path / "whole", say=silent)
+
+    def hang(*args, **options):
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("went on")
+
+    plain = Batches.steps
+
+    def steps(self, start=0):
+        for number, batch in enumerate(plain(self, start)):
+            if number == 1:
+                hang()
+            yield batch
+
+    if place == "batch":
+        monkeypatch.setattr(Batches, "steps", steps)
+    else:
+        owner, name = {"first step": (Trainer, "_loss"), "validation": (run, "evaluate")}[place]
+        monkeypatch.setattr(owner, name, hang)
+    with pytest.raises(SystemExit) as end:
+        train(recipe, tmp_path / "ended", say=silent)
+    assert end.value.code == 143
+    done = {"first step": 0, "batch": 1, "validation": 2}[place]
+    newest = list_checkpoints(tmp_path / "ended/checkpoints")[0].name
+    assert newest.startswith(f"step-{done:08d}-")
+    monkeypatch.undo()
+    train(recipe, tmp_path / "ended", say=silent)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "ended"))
+
+
+def test_two_commands_do_not_train_in_one_folder(folder, tmp_path, monkeypatch):
+    recipe = recipe_of(folder, "budget.steps=1", "validation.times=0")
+    plain, errors = Trainer._loss, []
+
+    def loss(self, images, annotations):
+        with pytest.raises(ValueError, match="another command trains there") as error:
+            train(recipe, tmp_path, say=silent)
+        errors.append(error)
+        return plain(self, images, annotations)
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    train(recipe, tmp_path, say=silent)
+    assert len(errors) == 1
+
+
+def test_minutes_are_of_steps_without_compiling(folder, tmp_path, monkeypatch):
+    """Nor loading kernels when the run goes on."""
+    recipe = recipe_of(folder, "budget.steps=3", "validation.times=0", "log_every=1")
+    plain, steps, now = Trainer._loss, [], [0.0]
+
+    def loss(self, images, annotations):
+        now[0] += 100 if not steps else 1
+        steps.append(self.steps)
+        return plain(self, images, annotations)
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for most in (3, 6):
+        steps.clear()
+        train(replace(recipe, budget=Budget(steps=most)), tmp_path, say=silent)
+    with (tmp_path / "log.csv").open(newline="") as file:
+        log = list(csv.DictReader(file))
+    assert [float(row["seconds"]) for row in log] == [0, 2, 3, 3, 5, 6]
+    assert [float(row["images_per_second"]) for row in log] == [0.02, 2, 2, 0.02, 2, 2]
+
+
 def test_other_pictures_are_another_run(folder, tmp_path):
     recipe = recipe_of(folder, "budget.steps=1", "validation.times=0")
     train(recipe, tmp_path / "run", say=silent)
@@ -151,7 +224,7 @@ def test_a_run_in_a_folder(folder, tmp_path):
     scores = train(recipe, tmp_path, say=silent)
     assert {path.name for path in tmp_path.iterdir()} == {
         "recipe.yaml", "data", "checkpoints", "log.csv", "scores.csv", "curves.png", "tokens",
-        "tensorboard", "model.safetensors",
+        "tensorboard", "model.safetensors", "run.lock",
     }  # fmt: skip
     assert read_recipe(tmp_path / "recipe.yaml") == recipe
     log = rows(tmp_path / "log.csv")
