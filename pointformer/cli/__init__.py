@@ -34,7 +34,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in _COMMANDS.items():
         text = (module.__doc__ or "").strip()
-        sub = commands.add_parser(name, help=text.splitlines()[0], description=text)
+        sub = commands.add_parser(
+            name,
+            help=text.splitlines()[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         module.add_arguments(sub)
         sub.add_argument("--debug", action="store_true", help="show where errors come from")
     return parser

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="folder of the run")
     parser.add_argument("--fields", action="store_true", help="show the fields of recipes")
+    parser.add_argument(
+        "--print-recipe", action="store_true", help="show the recipe that would be trained by"
+    )
     parser.add_argument("--task", choices=("semantic", "instance", "panoptic", "classification"))
     parser.add_argument("--model", help="name, see the command models")
     parser.add_argument(
@@ -57,16 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from pointformer.train.recipe import describe_fields, read_recipe
+    from pointformer.train.recipe import describe_fields, read_recipe, write_recipe
     from pointformer.train.run import RECIPE, train
 
     if options.fields:
         say(describe_fields())
         return 0
-    if options.out is None:
+    if options.out is None and not options.print_recipe:
         raise ValueError("--out: expected the folder of the run")
     recipe, data, changes = _sorted(options.sources)
     if options.resume:
+        if options.out is None:
+            raise ValueError("--out: expected the folder of the run")
         if recipe is not None:
             raise ValueError(f"--resume: goes on by the recipe of the run, not by {recipe}")
         recipe = options.out / RECIPE
@@ -84,6 +89,9 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--threads: expected at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     made = read_recipe(recipe, changes, task=options.task, model=options.model, init=options.init)
+    if options.print_recipe:
+        say(write_recipe(made).rstrip())
+        return 0
     try:
         train(made, options.out, device=options.device, say=say)
     except (MemoryError, RuntimeError) as error:

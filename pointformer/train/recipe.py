@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from pointformer._checks import brief
 from pointformer.data.transforms import (
     CenterCrop,
     Chain,
@@ -228,6 +231,35 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+class _Text(str):
+    """The value of a change, as it was given: YAML, or plain text where a field takes text."""
+
+
+def _loaded(text: str) -> Any:
+    """What YAML says, in which 1e-3 is a number, as since version 1.2.
+
+    Raises:
+        ValueError: it is none; the message says where.
+    """
+    try:
+        import yaml
+    except ImportError:
+        raise ImportError("training needs PyYAML: pip install 'pointformer[train]'") from None
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" in line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise ValueError(f"expected YAML, but{line} {problem}") from None
+
+
 def read_recipe(
     file: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -245,47 +277,145 @@ def read_recipe(
         ValueError: naming the file or the field, if a field is unknown or its value does not fit.
         ImportError: packages of the extra [train] are missing.
     """
-    known = [f.name for f in fields(Recipe)]
-    for text in overrides:
-        name = re.match(r"(\w+)(\.\w+)*=", text)
-        if name is None or name[1] not in known:
-            raise ValueError(f"{text}: expected field=value, of the fields {', '.join(known)}")
-    parser = _parser()
-    parser.add_argument("--file", action="config")
     file = f"{values.get('task') or Recipe.task}.yaml" if file is None else file
-    given = [f"--file={find_recipe(file)}"]
-    given += [f"--{name}={value}" for name, value in values.items() if value is not None]
     try:
-        parsed = parser.parse_args([*given, *(f"--{text}" for text in overrides)])
-        for group in (f.name for f in fields(Recipe) if is_dataclass(f.default_factory)):
-            if isinstance(parsed[group], str | int | float | list | None):
-                raise ValueError(f"{group}: expected its fields, got {parsed[group]!r}")
-        chosen = parser.instantiate(parsed).as_dict()
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(f"{file or 'recipe'}: {' '.join(str(error).split())}") from None
-    del chosen["file"]
-    return Recipe(**chosen)
+        content = _loaded(find_recipe(file).read_text("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: expected a recipe, but it is no text") from None
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(str(file)) else f"{file}: {text}") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file}: expected the fields of a recipe, got {brief(content)}")
+    changed = {**content, **{name: value for name, value in values.items() if value is not None}}
+    for text in overrides:
+        match = re.fullmatch(r"(\w+(?:\.\w+)*)=(.*)", text, re.DOTALL)
+        if match is None:
+            raise ValueError(
+                f"{brief(text)}: expected field=value, as optimizer.learning_rate=1e-3"
+            )
+        *outer, last = match[1].split(".")
+        place = changed
+        for name in outer:
+            inside = place.get(name)
+            inside = _loaded(inside) if isinstance(inside, _Text) else inside
+            place[name] = place = dict(inside) if isinstance(inside, Mapping) else {}
+        place[last] = _Text(match[2])
+    try:
+        return _made(Recipe, changed)
+    except ValueError as error:
+        try:
+            _made(Recipe, content)
+        except ValueError as own:
+            if str(own) == str(error):
+                raise ValueError(f"{file}: {error}") from None
+        raise
+
+
+def _made(kind: Any, value: Any, path: str = "") -> Any:
+    """What a field of this type holds, out of YAML.
+
+    Raises:
+        ValueError: in one line with the field's path, what is expected and what was given.
+    """
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if isinstance(value, _Text) and (str not in kinds or value == "null"):
+        try:
+            value = _loaded(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    group: Any = next((k for k in kinds if is_dataclass(k)), None)
+    if group is None:
+        return _checked(kind, value, path)
+    if value is None and NoneType in kinds:
+        return None
+    hints = get_type_hints(group)
+    known = [each.name for each in fields(group)]
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path}: expected its fields, {_some(known)}, got {brief(value)}")
+    parts = {}
+    for name, part in value.items():
+        where = f"{path}.{name}" if path else str(name)
+        if name not in known:
+            near = get_close_matches(str(name), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {_some(known)}"
+            raise ValueError(f"{where[:100]}: no such field; {hint}")
+        parts[name] = _made(hints[name], part, where)
+    for each in fields(group):
+        needed = each.default is MISSING and each.default_factory is MISSING
+        if needed and each.name not in parts:
+            raise ValueError(f"{path}.{each.name}: expected {_words(hints[each.name])}, got none")
+    try:
+        return group(**parts)
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(path) else f"{path}.{text}") from None
+
+
+def _checked(kind: Any, value: Any, path: str) -> Any:
+    """A value that is no group of fields, converted to its type."""
+    parser = _parser()
+    parser.add_argument("--value", type=kind)
+    try:
+        if value is None and NoneType not in get_args(kind):  # which it would take as not given
+            raise ValueError
+        return parser.parse_object({"value": _plain_text(value)}).value
+    except (argparse.ArgumentError, TypeError, ValueError):
+        raise ValueError(f"{path}: expected {_words(kind)}, got {brief(value)}") from None
+
+
+def _plain_text(value: Any) -> Any:
+    """Changes within a value that has names of its own, read."""
+    if isinstance(value, Mapping):
+        return {
+            key: _loaded(part) if isinstance(part, _Text) else _plain_text(part)
+            for key, part in value.items()
+        }
+    return str(value) if isinstance(value, _Text) else value
+
+
+def _some(names: Sequence[str]) -> str:
+    listed = ", ".join(names)
+    return listed if len(listed) < 120 else f"{', '.join(names[:5])}, ... (train --fields)"
+
+
+def _words(kind: Any) -> str:
+    """What a type takes."""
+    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
+             NoneType: "null"}  # fmt: skip
+    if kind in plain:
+        return plain[kind]
+    arguments = get_args(kind)
+    if isinstance(kind, UnionType):
+        return " or ".join(map(_words, arguments))
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(arguments)}"
+    if get_origin(kind) is tuple:
+        many = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
+        each = {int: "whole numbers", float: "numbers", str: "texts"}[arguments[0]]
+        return f"a list of {many}{each}"
+    return "names and their values"
 
 
 def describe_fields() -> str:
     """All fields of recipes, what they are and their defaults, as text."""
-    lines = _parser().format_help().splitlines()
+    parser = _parser()
+    parser.add_class_arguments(Recipe)
+    lines = parser.format_help().splitlines()
     kept = [line for line in lines if not re.match(r"  --[\w.]+( CONFIG|\.help)\b", line)]
     text = "\n".join(line for line in kept if "Show the help for" not in line)
     return re.sub(r"(?m)^  --", "    ", text)
 
 
 def _parser() -> Any:
-    """Of the fields of recipes."""
+    """What checks types."""
     try:
         import jsonargparse
     except ImportError:
         raise ImportError("training needs jsonargparse: pip install 'pointformer[train]'") from None
-    parser = jsonargparse.ArgumentParser(
+    return jsonargparse.ArgumentParser(
         usage=argparse.SUPPRESS, add_help=False, print_config=None, exit_on_error=False
     )
-    parser.add_class_arguments(Recipe)
-    return parser
 
 
 def find_recipe(file: str | Path) -> Path:

@@ -281,6 +281,7 @@ TABLE = {
         (["other"], field("data.path"), "other"),
         (["--out", "p"], argument("train", 1), "p"),
         (["--fields"], lambda seen: "optimizer.learning_rate" in seen["output"], True),
+        (["--print-recipe"], lambda seen: "learning_rate: 0.001" in seen["output"], True),
         (["--task", "panoptic"], field("task"), "panoptic"),
         (["--model", "aff_mini"], field("model"), "aff_mini"),
         (["--init", "aff_nano.nuclei"], field("init"), "aff_nano.nuclei"),
