@@ -171,7 +171,7 @@ def _made_with(
         weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     pictures = hashlib.sha256(repr((os.path.abspath(dataset.source), dataset.categories)).encode())
     for entry in dataset.entries:
-        files = [os.path.abspath(file) for file in (entry.image, entry.labels) if file is not None]
+        files = [os.path.abspath(str(f)) for f in (entry.image, entry.labels) if f is not None]
         pictures.update(repr((entry.name, files)).encode())
     return {
         "version": pointformer.__version__,

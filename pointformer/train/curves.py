@@ -28,8 +28,9 @@ def plot_curves(run: Path) -> Figure:
         raise ValueError(f"{run / 'log.csv'}: nothing was logged yet")
     figure = Figure((11, 7), layout="constrained")
     loss, score, rate, speed = figure.subplots(2, 2, sharex=True).flat
-    known = ("step", "epoch", "seconds", "gradient", "learning_rate", "images_per_second")
-    terms = [name for name in log if name not in (*known, "waiting")]
+    rates = ("images_per_second", "loaded_per_second")
+    known = ("step", "epoch", "seconds", "gradient", "learning_rate", "waiting", *rates)
+    terms = [name for name in log if name not in known]
     _lines(loss, log, terms, "loss", log_scale=True)
     if scores:
         _lines(
@@ -37,7 +38,8 @@ def plot_curves(run: Path) -> Figure:
         )
     score.set_ylim(0, 1)
     _lines(rate, log, ["learning_rate", "gradient"], "learning rate, gradient", log_scale=True)
-    _lines(speed, log, ["images_per_second"], "pictures per second")
+    shown = [name for name in rates if name in log]
+    _lines(speed, log, shown, "pictures per second, learned and to be loaded", log_scale=True)
     for axes in (rate, speed):
         axes.set_xlabel("step")
     return figure

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +20,7 @@ from pointformer.data.transforms import Transform
 from pointformer.train.ending import left_to_parent
 
 _ORDER, _SAMPLE = 0, 1  # what random numbers are for
+_WORKERS_AHEAD, _AHEAD = 4, 2  # batches that each worker, or the thread, has ready
 
 
 class Batch(NamedTuple):
@@ -25,11 +30,13 @@ class Batch(NamedTuple):
         images: (B, 3, H, W) uint8, or B of (3, H, W) where sizes differ.
         annotations: B, of the images.
         names: of the pictures in the data set.
+        seconds: that one worker took to load it.
     """
 
     images: Tensor | list[Tensor]
     annotations: list[Annotation]
     names: list[str]
+    seconds: float
 
 
 class Batches:
@@ -46,7 +53,7 @@ class Batches:
             its own; `None`: pictures as they are.
         batch: samples of a step, over all processes.
         seed: of the order and of the transforms.
-        workers: processes that load ahead; 0 loads in this one when a batch is asked for.
+        workers: processes that load ahead; 0: a thread of this one does.
         pin: whether batches are in pinned memory, from which they are copied to a GPU while it
             works.
         rank, world: number of this process, and of all.
@@ -108,13 +115,18 @@ class Batches:
             num_workers=self.workers,
             collate_fn=_collated,
             pin_memory=self.pin,
-            prefetch_factor=4 if self.workers else None,
+            prefetch_factor=_WORKERS_AHEAD if self.workers else None,
             worker_init_fn=left_to_parent,
         )
-        for loaded in loader:
-            if isinstance(loaded, _Failure):
-                raise ValueError(loaded.message)
-            yield loaded
+        with contextlib.ExitStack() as stack:
+            batches: Iterator[Batch | _Failure] = iter(loader)
+            if not self.workers:
+                gpu = torch.cuda.current_device() if self.pin else None
+                batches = stack.enter_context(contextlib.closing(_ahead(batches, gpu)))
+            for loaded in batches:
+                if isinstance(loaded, _Failure):
+                    raise ValueError(loaded.message)
+                yield loaded
 
     def indices(self, epoch: int) -> np.ndarray:
         """Which samples a pass over the data set draws, in order; int64."""
@@ -156,7 +168,7 @@ class _Failure(NamedTuple):
     message: str
 
 
-_Sample = tuple[Tensor, Annotation, str]
+_Sample = tuple[np.ndarray, Annotation, str, float]
 
 
 class _Samples:
@@ -169,6 +181,7 @@ class _Samples:
 
     def __getitem__(self, place: tuple[int, int]) -> _Sample | _Failure:
         position, index = place
+        start = time.perf_counter()
         try:
             annotation = self.dataset[index]
             image = annotation.read_image(**self.reading)
@@ -177,8 +190,8 @@ class _Samples:
         if self.transform is not None:
             rng = _generator(self.seed, _SAMPLE, position)
             image, annotation = self.transform(image, annotation, rng)
-        pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, 2, 0)))
-        return pixels, annotation, self.dataset.entries[index].name
+        pixels = np.moveaxis(image, 2, 0)
+        return pixels, annotation, self.dataset.entries[index].name, time.perf_counter() - start
 
 
 def _collated(samples: list[_Sample | _Failure]) -> Batch | _Failure:
@@ -187,9 +200,48 @@ def _collated(samples: list[_Sample | _Failure]) -> Batch | _Failure:
         if isinstance(sample, _Failure):
             return sample
         good.append(sample)
-    images, annotations, names = (list(column) for column in zip(*good, strict=True))
-    same = len({image.shape for image in images}) == 1
-    return Batch(torch.stack(images) if same else images, annotations, names)
+    images, annotations, names, seconds = (list(column) for column in zip(*good, strict=True))
+    pixels: Tensor | list[Tensor]
+    if len({image.shape for image in images}) == 1:
+        pixels = torch.from_numpy(np.stack(images))  # on one thread, which torch's may not be
+    else:
+        pixels = [torch.from_numpy(np.ascontiguousarray(image)) for image in images]
+    return Batch(pixels, annotations, names, sum(seconds))
+
+
+def _ahead(
+    batches: Iterator[Batch | _Failure], gpu: int | None
+) -> Generator[Batch | _Failure, None, None]:
+    """The same, got by a thread before they are asked for.
+
+    Whoever is done with them does not wait for the one that is being loaded.
+
+    Args:
+        gpu: that pinned memory is for.
+    """
+    ready: SimpleQueue[Batch | _Failure | Exception] = SimpleQueue()
+    room, done = threading.Semaphore(_AHEAD), threading.Event()
+
+    def load() -> None:
+        try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
+            while room.acquire() and not done.is_set():
+                ready.put(next(batches))
+        except Exception as error:
+            ready.put(error)
+
+    threading.Thread(target=load, daemon=True).start()
+    try:
+        while True:
+            batch = ready.get()
+            room.release()
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    finally:
+        done.set()
+        room.release()
 
 
 def _generator(seed: int, purpose: int, number: int) -> np.random.Generator:

@@ -165,7 +165,7 @@ class Run:
     def _train(self, logs: Logs) -> None:
         trainer, often, ending = self.trainer, self.recipe.checkpoints, self.ending
         saved_step, saved_seconds = trainer.steps, trainer.seconds
-        logged_step, worked, waited, done = trainer.steps, 0.0, 0.0, 0
+        logged_step, worked, waited, loading, done = trainer.steps, 0.0, 0.0, 0.0, 0
         steps = self.batches.steps(trainer.steps)
         bar = tqdm(
             disable=not self.main,
@@ -186,6 +186,7 @@ class Run:
                 start = time.perf_counter()
                 batch = self._next(steps)
                 waited += time.perf_counter() - start
+                loading += batch.seconds / max(1, self.recipe.workers)
                 # The first step compiles kernels or loads them: nothing is lost with it, and it
                 # counts as long as the second.
                 with ending.at_once() if done == 0 else contextlib.nullcontext():
@@ -197,13 +198,14 @@ class Run:
                 bar.update(100 * trainer.used - bar.n)
                 if trainer.steps % self.recipe.log_every == 0 or trainer.used >= 1:
                     trainer.check()
-                    rate = (trainer.steps - logged_step) * self.recipe.batch / worked
-                    loss = self._log(logs, rate, waited / worked)
+                    pictures = (trainer.steps - logged_step) * self.recipe.batch
+                    rate = pictures / worked
+                    loss = self._log(logs, rate, pictures / loading, waited / worked)
                     bar.set_postfix_str(
                         f"step {trainer.steps}, loss {loss:.3f}, {rate:.1f} images/s",
                         refresh=False,
                     )
-                    logged_step, worked, waited = trainer.steps, 0.0, 0.0
+                    logged_step, worked, waited, loading = trainer.steps, 0.0, 0.0, 0.0
                 ends = trainer.ends or (self.alone and ending.told > 0)
                 if (
                     ends
@@ -235,8 +237,9 @@ class Run:
     def _say_end(self) -> None:
         self.say(f"told to end at step {self.trainer.steps}; the same command goes on")
 
-    def _log(self, logs: Logs, rate: float, waiting: float) -> float:
-        """Write what was since the last line; the mean loss."""
+    def _log(self, logs: Logs, rate: float, loaded: float, waiting: float) -> float:
+        """Write what was since the last line: pictures per second, those that could be loaded, the
+        share of the time that was waited for them, and more; the mean loss."""
         trainer = self.trainer
         recent, trainer.recent = trainer.recent, []
         row = {
@@ -245,6 +248,7 @@ class Run:
             **{name: float(np.mean([values[name] for values in recent])) for name in recent[0]},
             "learning_rate": trainer.learning_rate,
             "images_per_second": rate,
+            "loaded_per_second": loaded,
             "waiting": waiting,
         }
         logs.add_training(trainer.steps, row)

@@ -1,7 +1,9 @@
 """The command `train`: recipes, data and changes in any order, and one line for what is wrong."""
 
+import numpy as np
 import pytest
 
+from helpers import scenes
 from helpers.training import TINY, write_folder
 from pointformer import cli
 from pointformer.models import create_model
@@ -41,6 +43,31 @@ def test_the_command_trains_goes_on_and_its_model_is_used(capsys, folder, tmp_pa
         ["focus", picture, "--model", out / "model.safetensors", "--out", tmp_path / "f.png"],
     ):
         assert run(capsys, *arguments)[0] == 0
+
+
+def test_shards_are_learned_and_arrays_scored(capsys, tmp_path):
+    images = np.stack([scenes.pixels(n, (32, 32)) for n in range(4)])
+    files = {f"{n}.jpg": scenes.encoded(image, "jpg") for n, image in enumerate(images)}
+    scenes.shard(tmp_path / "a.tar", files | {f"{n}.cls": n % 2 for n in range(4)})
+    np.savez(tmp_path / "b.npz", images=images, labels=[0, 1, 0, 1])
+    out = tmp_path / "run"
+    changes = ["options.patch_stride=4", "augmentation.mix=null", "batch=2", "data.val_share=0.3"]
+    changes += [f"options.{name}={n}" for name, n in read_recipe(TINY).options.items()]
+    changes += ["budget.epochs=null", "budget.steps=2", "validation.times=0"]
+    arguments = [tmp_path / "a.tar", *changes, "--out", out, "--threads", 1]
+    code, text, _ = run(capsys, "train", "cifar10.yaml", *arguments)
+    assert code == 0
+    assert "a.tar: 2 pictures, width x height 32 x 32 (2); 2 classes, by pictures: 0 50%" in text
+    for data in ("a.tar", "b.npz"):
+        code, text, _ = run(
+            capsys, "evaluate", tmp_path / data, "--model", out / "model.safetensors",
+            "--json", tmp_path / f"{data}.json",
+        )  # fmt: skip
+        assert code == 0
+        assert f"{data}: {'shards' if data == 'a.tar' else 'arrays'}, no splits" in text
+        assert "accuracy" in (tmp_path / f"{data}.json").read_text()
+    code, _, _ = run(capsys, "evaluate", tmp_path / "a.tar", "--json", tmp_path / "a.tar")
+    assert code == 1
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,19 @@ from pointformer.train import run
 from pointformer.train.checkpoints import list_checkpoints
 from pointformer.train.initial import make_model
 from pointformer.train.loading import Batches
+from pointformer.train.logs import read_table
 from pointformer.train.optimization import Budget
 from pointformer.train.pictures import object_diameter
 from pointformer.train.recipe import read_recipe
 from pointformer.train.run import train
 from pointformer.train.trainer import Trainer
 
-TIMES = ("seconds", "images_per_second", "waiting")  # columns that differ from run to run
+TIMES = (
+    "seconds",
+    "images_per_second",
+    "loaded_per_second",
+    "waiting",
+)  # columns that differ from run to run
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +235,9 @@ def test_a_run_in_a_folder(folder, tmp_path):
     assert read_recipe(tmp_path / "recipe.yaml") == recipe
     log = rows(tmp_path / "log.csv")
     assert [float(row["epoch"]) for row in log] == [0.5, 1, 1.5, 2]
+    times = read_table(tmp_path / "log.csv")
+    assert (times["loaded_per_second"] > 0).all()
+    assert ((times["waiting"] >= 0) & (times["waiting"] < 1)).all()
     assert all(float(row["loss"]) == pytest.approx(float(row["cross_entropy"]) + float(row["dice"]))
                for row in log)  # fmt: skip
     model = create_model(tmp_path / "model.safetensors")
