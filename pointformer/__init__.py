@@ -16,6 +16,9 @@ from pointformer.ops import (
     neighborhood_attention,
     point_conv,
     scored_merge,
+    segment_logsumexp,
+    segment_reduce,
+    segment_softmax,
     weighted_gather,
 )
 from pointformer.tokens import TokenSet, collate
@@ -42,6 +45,9 @@ __all__ = [
     "point_conv",
     "scored_merge",
     "segment",
+    "segment_logsumexp",
+    "segment_reduce",
+    "segment_softmax",
     "select_centers",
     "sizes_from_batch",
     "sizes_from_ptr",

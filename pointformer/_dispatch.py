@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: `reference`, `cpu` or `triton`, for some `torch_cluster`."""
+"""Which implementation of an op runs: `reference`, `cpu` or `triton`, for some a peer package."""
 
 from __future__ import annotations
 
@@ -57,9 +57,10 @@ def lacks_nothing() -> None:
 def _device_lacks(impl: str, device: torch.device) -> str | None:
     if impl == "cpu":
         return None if device.type == "cpu" else f"it needs tensors on the CPU, not on {device}"
-    if impl == "torch_cluster":
-        if importlib.util.find_spec("torch_cluster") is None:
-            return "torch-cluster is not installed (pip install 'pointformer[pyg]')"
+    if impl in ("torch_cluster", "torch_scatter"):
+        if importlib.util.find_spec(impl) is None:
+            name = impl.replace("_", "-")
+            return f"{name} is not installed (pip install 'pointformer[pyg]')"
         return None
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

@@ -18,6 +18,7 @@ NEIGHBORHOODS = {
     "tile_size": 16,
     "include_own": False,
 }
+SEGMENTS = {"offsets": None, "index": None, "count": None}
 DEFAULTS = {
     "balanced_cluster": CLUSTERS | {"extent": None, "origin": None},
     "nearest_clusters": NEIGHBORHOODS,
@@ -46,6 +47,9 @@ DEFAULTS = {
         "eps": 1e-11,
     },
     "weighted_gather": {},
+    "segment_reduce": SEGMENTS | {"reduce": "sum", "correction": 1},
+    "segment_logsumexp": SEGMENTS,
+    "segment_softmax": SEGMENTS,
     "add_norm": {"scale": None, "eps": 1e-5},
     "deformable_attention": {"power": 6.0, "eps": 1e-11},
     "knn": {

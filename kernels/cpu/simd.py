@@ -106,6 +106,47 @@ def store(typingctx, array, index, value):
     return types.void(array, index, value), codegen
 
 
+def _first_lanes(builder, count):
+    """A mask of the first `count` of eight lanes."""
+    lanes = ir.VectorType(_INDEX, LANES)
+    one = builder.insert_element(ir.Constant(lanes, ir.Undefined), count, _INDEX(0))
+    counts = builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), constant(lanes, 0))
+    return builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), counts)
+
+
+@intrinsic
+def load_first(typingctx, array, index, count, rest):
+    """Like `load`, but of the first `count` elements; the other lanes are those of `rest`."""
+    if not _is_flat_f32(array) or not isinstance(count, types.Integer) or rest != f32x8:
+        return None
+
+    def codegen(context, builder, sig, args):
+        index = context.cast(builder, args[1], sig.args[1], types.intp)
+        count = context.cast(builder, args[2], sig.args[2], types.int32)
+        address = _address(context, builder, sig.args[0], args[0], index)
+        inputs = [address, _INDEX(4), _first_lanes(builder, count), args[3]]
+        return _call(builder, "llvm.masked.load.v8f32.p0", args[3].type, inputs)
+
+    return f32x8(array, index, count, rest), codegen
+
+
+@intrinsic
+def store_first(typingctx, array, index, value, count):
+    """Like `store`, but of the first `count` lanes."""
+    if not _is_flat_f32(array) or not isinstance(count, types.Integer) or value != f32x8:
+        return None
+
+    def codegen(context, builder, sig, args):
+        index = context.cast(builder, args[1], sig.args[1], types.intp)
+        count = context.cast(builder, args[3], sig.args[3], types.int32)
+        address = _address(context, builder, sig.args[0], args[0], index)
+        inputs = [args[2], address, _INDEX(4), _first_lanes(builder, count)]
+        _call(builder, "llvm.masked.store.v8f32.p0", ir.VoidType(), inputs)
+        return context.get_dummy_value()
+
+    return types.void(array, index, value, count), codegen
+
+
 @intrinsic
 def pointer(typingctx, array):
     """Where the elements of a flat array are: `pointer[i]` and vectors without the array's costs.
@@ -290,6 +331,11 @@ def _ordered(relation):
 fma = vector_intrinsic(3, lambda b, x, y, z: _overloaded("llvm.fmuladd", b, [x, y, z]), "x * y + z")
 maximum = vector_intrinsic(2, lambda b, x, y: _ordered(">")(b, x, y, x, y), "Larger of x and y")
 minimum = vector_intrinsic(2, lambda b, x, y: _ordered("<")(b, x, y, x, y), "Smaller of x and y")
+maximum_or_nan = vector_intrinsic(
+    2,
+    lambda b, x, y: b.select(b.fcmp_unordered("uno", x, x), x, _ordered(">")(b, x, y, x, y)),
+    "Larger of x and y, NaN where one is NaN",
+)
 sqrt = vector_intrinsic(1, lambda b, x: _overloaded("llvm.sqrt", b, [x]), "Square root")
 where_positive = vector_intrinsic(
     3,
@@ -346,6 +392,38 @@ def _exp2(b, x):
 
 exp2 = vector_intrinsic(
     1, _exp2, "2**x, float32 accuracy; x below -126 gives 2**-126, NaN stays NaN"
+)
+
+
+_LOG2_E = (1.44269502, 1.92596303e-8)  # what float32 holds of it, and the rest
+_LEAST_EXPONENT = -87.0
+
+
+def _exp(b, x):
+    low, high = constant(x.type, _LEAST_EXPONENT), constant(x.type, 88.5)
+    inside = _ordered("<")(b, x, low, low, x)
+    inside = _ordered(">")(b, inside, high, high, inside)
+    main, rest = (constant(x.type, part) for part in _LOG2_E)
+    whole = _overloaded("llvm.nearbyint", b, [b.fmul(inside, main)])
+    # The product is not rounded where multiply-adds are fused.
+    fraction = _overloaded("llvm.fmuladd", b, [inside, main, b.fneg(whole)])
+    fraction = _overloaded("llvm.fmuladd", b, [inside, rest, fraction])
+    value = constant(x.type, _EXP2[0])
+    for c in _EXP2[1:]:
+        value = _overloaded("llvm.fmuladd", b, [value, fraction, constant(x.type, c)])
+    integers = integers_like(x)
+    # 2**whole in two halves: up to 2**128 it may go.
+    whole = b.fptosi(whole, integers)
+    half = b.ashr(whole, constant(integers, 1))
+    for part in (half, b.sub(whole, half)):
+        bits = b.shl(b.add(part, constant(integers, 127)), constant(integers, 23))
+        value = b.fmul(value, b.bitcast(bits, x.type))
+    value = _ordered("<")(b, x, low, constant(x.type, 0.0), value)
+    return _ordered(">")(b, x, high, constant(x.type, np.inf), value)
+
+
+exp = vector_intrinsic(
+    1, _exp, "e**x, float32 accuracy; 0 below -87, infinite above 88.5, NaN stays NaN"
 )
 
 

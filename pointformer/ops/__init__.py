@@ -6,6 +6,7 @@ from pointformer.ops.gather import weighted_gather
 from pointformer.ops.interpolate import interpolate
 from pointformer.ops.merge import point_conv, scored_merge
 from pointformer.ops.norm import add_norm
+from pointformer.ops.segment import segment_logsumexp, segment_reduce, segment_softmax
 
 __all__ = [
     "add_norm",
@@ -14,5 +15,8 @@ __all__ = [
     "neighborhood_attention",
     "point_conv",
     "scored_merge",
+    "segment_logsumexp",
+    "segment_reduce",
+    "segment_softmax",
     "weighted_gather",
 ]

@@ -1,0 +1,1 @@
+"""Implementations by torch-scatter, for comparison."""
