@@ -7,8 +7,21 @@ on batches of samples of different sizes; models built from them are in `pointfo
 from typing import TYPE_CHECKING, Any
 
 from pointformer.clusters import Clusters, Neighborhoods
-from pointformer.geometry import balanced_cluster, knn, nearest_clusters, select_centers
-from pointformer.graph import batch_from_sizes, sizes_from_batch, sizes_from_ptr
+from pointformer.geometry import (
+    balanced_cluster,
+    knn,
+    nearest_clusters,
+    radius,
+    select_centers,
+)
+from pointformer.graph import (
+    batch_from_sizes,
+    knn_graph,
+    radius_graph,
+    sizes_from_batch,
+    sizes_from_ptr,
+    to_edge_index,
+)
 from pointformer.ops import (
     add_norm,
     deformable_attention,
@@ -40,9 +53,12 @@ __all__ = [
     "deformable_attention",
     "interpolate",
     "knn",
+    "knn_graph",
     "nearest_clusters",
     "neighborhood_attention",
     "point_conv",
+    "radius",
+    "radius_graph",
     "scored_merge",
     "segment",
     "segment_logsumexp",
@@ -51,6 +67,7 @@ __all__ = [
     "select_centers",
     "sizes_from_batch",
     "sizes_from_ptr",
+    "to_edge_index",
     "weighted_gather",
 ]
 

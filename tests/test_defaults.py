@@ -18,6 +18,7 @@ NEIGHBORHOODS = {
     "tile_size": 16,
     "include_own": False,
 }
+GRAPH = {"loop": False, "flow": "source_to_target", "along_curve": False}
 SEGMENTS = {"offsets": None, "index": None, "count": None}
 DEFAULTS = {
     "balanced_cluster": CLUSTERS | {"extent": None, "origin": None},
@@ -59,6 +60,17 @@ DEFAULTS = {
         "return_distance": False,
         "along_curve": False,
     },
+    "radius": {
+        "k": None,
+        "query_positions": None,
+        "query_sizes": None,
+        "include_self": True,
+        "return_distance": False,
+        "along_curve": False,
+    },
+    "knn_graph": GRAPH,
+    "radius_graph": GRAPH | {"k": None},
+    "to_edge_index": {"flow": "source_to_target"},
     "sizes_from_batch": {"batch_size": None},
     "batch_from_sizes": {"device": None},
     "TokenSet.cluster": CLUSTERS,

@@ -256,6 +256,47 @@ CALLS = {
             **R,
         },
     ),
+    "radius": (
+        pointformer.radius,
+        {
+            "positions": POSITIONS,
+            "r": 0.5,
+            "k": 2,
+            "query_positions": POSITIONS,
+            "sizes": (12, 12),
+            "batch": None,
+            "query_sizes": (12, 12),
+            "query_batch": None,
+            "include_self": True,
+            "return_distance": True,
+            "along_curve": True,
+            "same_positions": False,
+            "check_values": True,
+            **R,
+        },
+    ),
+    **{
+        name: (
+            getattr(pointformer, name),
+            {
+                "positions": POSITIONS,
+                **size,
+                "k": 2,
+                "sizes": (12, 12),
+                "batch": None,
+                "loop": False,
+                "flow": "target_to_source",
+                "along_curve": True,
+                "check_values": True,
+                **R,
+            },
+        )
+        for name, size in (("knn_graph", {}), ("radius_graph", {"r": 0.5}))
+    },
+    "to_edge_index": (
+        pointformer.to_edge_index,
+        {"neighbor_index": INDEX, "flow": "target_to_source"},
+    ),
     "knn (batch)": (
         lambda batch=None, query_batch=None: knn(
             POSITIONS, 2, query_positions=POSITIONS, batch=batch, query_batch=query_batch, **R
@@ -483,6 +524,8 @@ ACCEPTED = {
     # Positive numbers.
     "deformable_attention": "power fraction, eps fraction",
     "interpolate": "power fraction, eps fraction",
+    "radius": "r fraction",
+    "radius_graph": "r fraction",
     "interpolate (learned power)": "power fraction, power shape",
     "point_conv": "eps fraction",
     "add_norm": "eps fraction",

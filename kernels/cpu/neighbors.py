@@ -27,6 +27,7 @@ from pointformer.kernels.cpu.simd import (
     free,
     load,
     maximum,
+    next_float,
     plus,
     pointer,
     splat,
@@ -143,25 +144,29 @@ def _collect(tree, sample, low, high, reach, stack, candidates, capacity):
 
 
 @called
-def _search_block(points, candidates, found, limit, place, distance, choice):
-    """The nearest candidates of eight queries, the earlier of equal ones first."""
+def _search_block(points, candidates, found, limit, reach, place, distance, choice):
+    """The nearest candidates of eight queries, the earlier of equal ones first.
+
+    Places that are left have a distance beyond `reach`, unless that is infinite.
+    """
     x, y, z = load(place, 0), load(place, _LANES), load(place, 2 * _LANES)
-    infinite = splat(f32(np.inf))
+    beyond = splat(next_float(reach))
     for slot in range(limit):
-        store(distance, slot * _LANES, infinite)
+        store(distance, slot * _LANES, beyond)
         store(choice, slot * _LANES, zero())
+    last = 0  # the lists are no longer
     for i in range(found):
         base = (candidates[i] >> 3) * 24 + (candidates[i] & 7)
         new = _square(
             splat(points[base]) - x, splat(points[base + 8]) - y, splat(points[base + 16]) - z
         )
-        here = load(distance, (limit - 1) * _LANES)
+        here = load(distance, last * _LANES)
         if bits_less_equal(here, new) == 255:
             continue
         name = splat(f32(i))
-        here_name = load(choice, (limit - 1) * _LANES)
-        for back in range(limit - 1):
-            at = (limit - 1 - back) * _LANES
+        here_name = load(choice, last * _LANES)
+        for back in range(last):
+            at = (last - back) * _LANES
             above = load(distance, at - _LANES)
             above_name = load(choice, at - _LANES)
             store(distance, at, where_less(new, here, where_less(new, above, above, new), here))
@@ -173,6 +178,7 @@ def _search_block(points, candidates, found, limit, place, distance, choice):
             here, here_name = above, above_name
         store(distance, 0, where_less(new, here, new, here))
         store(choice, 0, where_less(new, here, name, here_name))
+        last = min(last + 1, limit - 1)
 
 
 @called
@@ -314,8 +320,9 @@ def _build(positions, dimensions, ids, offsets, first_leaf, first_node, tree):
 
 @kernel
 def _search(
-    query, dimensions, rows, first_rows, last_rows, samples, limits, tree, width, index, distance
-):
+    query, dimensions, rows, first_rows, last_rows, samples, limits, reach, tree, width, index,
+    distance,
+):  # fmt: skip
     """Blocks of up to eight queries, `rows[first_rows[b]:last_rows[b]]` of one sample each."""
     blocks = len(samples)
     in_block = min(width, _MOST_IN_BLOCK)
@@ -370,35 +377,40 @@ def _search(
                     half * low[1] + half * high[1],
                     half * low[2] + half * high[2],
                 )
+                # The middle is rounded.
+                dx, dy, dz = (
+                    max(high[0] - x, x - low[0]),
+                    max(high[1] - y, y - low[1]),
+                    max(high[2] - z, z - low[2]),
+                )
                 worst = _widen(last_square, x - last[0], y - last[1], z - last[2])
+                worst = min(worst, _widen(reach, dx, dy, dz))
+                middle_distance[limit - 1] = np.inf  # unless there are enough
                 _search_one(
                     nodes, sample, limit, worst, x, y, z, scratch, middle_index, middle_distance
                 )
                 last, last_square = (x, y, z), middle_distance[limit - 1]
-                reach = _widen(
-                    last_square,
-                    max(high[0] - x, x - low[0]),  # the middle is rounded
-                    max(high[1] - y, y - low[1]),
-                    max(high[2] - z, z - low[2]),
-                )
+                around = min(_widen(last_square, dx, dy, dz), _MARGIN * reach + _TINY)
                 # At even density this many points are in reach: rather not begin with too many.
-                if reach * f32(limit) <= last_square * f32(capacity):
+                if around * f32(limit) <= last_square * f32(capacity):
                     found = _collect(
-                        nodes, sample, low, high, reach, scratch[0], candidates, capacity
+                        nodes, sample, low, high, around, scratch[0], candidates, capacity
                     )
             if found >= 0:
-                _search_block(points, candidates, found, limit, place, lists, choice)
+                _search_block(points, candidates, found, limit, reach, place, lists, choice)
                 for lane in range(count):
                     own = rows[first + lane] * width
                     for slot in range(limit):
                         at = slot * _LANES + lane
+                        if lists[at] > reach:
+                            break
                         found_rows[own + slot] = ids[candidates[np.int32(choice[at])]]
                         squared[own + slot] = lists[at]
                 continue
             for lane in range(count):
                 own = rows[first + lane] * width
                 x, y, z = place[lane], place[8 + lane], place[16 + lane]
-                worst = _widen(last_square, x - last[0], y - last[1], z - last[2])
+                worst = min(reach, _widen(last_square, x - last[0], y - last[1], z - last[2]))
                 _search_one(
                     nodes, sample, limit, worst, x, y, z, scratch,
                     advance(found_rows, own), advance(squared, own),
@@ -471,7 +483,7 @@ def _plant(points, ids, sizes):
     return tree
 
 
-def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve, copies):
+def nearest(query, points, query_sizes, point_sizes, limits, width, reach, along_curve, copies):
     """See `pointformer.kernels.neighbors`."""
     points = points.detach().contiguous().numpy()
     query = points if query is None else query.detach().contiguous().numpy()
@@ -495,8 +507,8 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve,
     last_rows = np.minimum(first_rows + _LANES, ends[samples + 1])
     tree = _plant(in_order, ids, point_sizes)
     _search(
-        query.reshape(-1), query.shape[1], rows, first_rows, last_rows, samples, limits, tree,
-        width, index.reshape(-1), distance.reshape(-1),
+        query.reshape(-1), query.shape[1], rows, first_rows, last_rows, samples, limits, f32(reach),
+        tree, width, index.reshape(-1), distance.reshape(-1),
     )  # fmt: skip
     index = shifted_copies(torch.from_numpy(index), copies, len(points))
     return index, torch.from_numpy(distance).repeat(copies, 1)

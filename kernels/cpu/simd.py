@@ -248,6 +248,20 @@ def float_bits(typingctx, value):
 
 
 @intrinsic
+def next_float(typingctx, value):
+    """The least float32 above one that is not negative; infinite for infinite ones."""
+    if value != types.float32:
+        return None
+
+    def codegen(context, builder, sig, args):
+        above = builder.bitcast(builder.add(builder.bitcast(args[0], _INDEX), _INDEX(1)), _FLOAT)
+        infinite = ir.Constant(_FLOAT, np.inf)
+        return builder.select(builder.fcmp_ordered("<", args[0], infinite), above, infinite)
+
+    return types.float32(value), codegen
+
+
+@intrinsic
 def prefetch(typingctx, array, index):
     """Ask for the cache line of an element that will be read soon; it need not exist."""
     if not _is_flat_f32(array) or not isinstance(index, types.Integer):

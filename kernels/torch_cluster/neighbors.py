@@ -14,7 +14,7 @@ def _samples(sizes, device):
     return torch.repeat_interleave(torch.arange(len(sizes)), lengths).to(device)
 
 
-def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve, copies):
+def nearest(query, points, query_sizes, point_sizes, limits, width, reach, along_curve, copies):
     """See `pointformer.kernels.neighbors`; of equally far points any may be listed last."""
     points = points.detach().contiguous()
     query = points if query is None else query.detach().contiguous()
@@ -35,6 +35,8 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve,
     keys = keys.sort(1).values
     listed = torch.tensor(limits, device=device)[sample, None]
     listed = (torch.arange(width, device=device) < listed) & (keys < _MISSING)
+    distance = (keys >> 32).int().view(torch.float32)
+    listed &= distance <= reach
     index = torch.where(listed, keys & 0xFFFFFFFF, -1).int()
-    distance = torch.where(listed, (keys >> 32).int().view(torch.float32), torch.inf)
+    distance = torch.where(listed, distance, torch.inf)
     return shifted_copies(index, copies, len(points)), distance.repeat(copies, 1)

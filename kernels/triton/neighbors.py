@@ -260,12 +260,13 @@ _SEARCH_INTEGERS = (
 def nearest_fwd_kernel(
     query, rows, query_order, order, home, boxes, least, index, distance,
     query_starts, point_starts, limits, tile_starts,
-    samples, points, room, top, beside, listed, width, queries, copies,
+    samples, points, room, top, beside, listed, width, queries, copies, reach,
     D: tl.constexpr, K: tl.constexpr, BY_ORDER: tl.constexpr, GIVEN: tl.constexpr,
     AGAIN: tl.constexpr, RAGGED: tl.constexpr, TQ: tl.constexpr,
 ):  # fmt: skip
     """Fill the places from `listed` on (0 unless AGAIN), K at most, of the lists `index`,
-    `distance` (Q, width), and their copies for as many more queries and points.
+    `distance` (Q, width), and their copies for as many more queries and points. Points beyond the
+    squared distance `reach` are left out.
 
     `top` is the level of the highest boxes, 32 at most; `beside` points around its place on the
     curve bound a query's list. That place is in `home` where queries are not the points (GIVEN) and
@@ -320,7 +321,8 @@ def nearest_fwd_kernel(
             name = tl.load(order + place + step).to(tl.int32) if BY_ORDER else place + step
             square = tl.where(_before(floor, last, square, name, True), square, _INFINITE)
         squares = _insert_square(squares, square, K)
-    bound = tl.minimum(squares[K - 1], _INFINITE - 1) + 1
+    bound = tl.minimum(squares[K - 1], _bits(tl.zeros((TQ,), tl.float32) + reach))
+    bound = tl.minimum(bound, _INFINITE - 1) + 1
     squares, names = (), ()
     for slot in tl.static_range(K):
         squares += (tl.where(slot < K - wanted, tl.zeros((TQ,), tl.uint32), bound),)
@@ -339,10 +341,10 @@ def nearest_fwd_kernel(
     while level >= 0:
         size = _log_rows(level)
         child = (first >> size) + lane
-        reach = tl.max(squares[K - 1], 0)
+        farthest = tl.max(squares[K - 1], 0)
         box = _level_start(points, level) + tl.minimum(child, (points - 1) >> size)
         gap = _box_squares(boxes, room, box, low_x, high_x, low_y, high_y, low_z, high_z, D)
-        near = gap <= reach if BY_ORDER else gap < reach
+        near = gap <= farthest if BY_ORDER else gap < farthest
         near &= ((child << size) < end) & ((child + 1) << size > start) & entered
         if level == 0:
             leaf = tl.min(tl.where(near, child, _NOWHERE), 0)
@@ -450,6 +452,7 @@ def _search_variant(dimensions, width, by_order, given, again, ragged):
             *(torch.float32, torch.int32, torch.int32, torch.float32),
             *(tables,) * 4,
             *("i32",) * 9,
+            "fp32",
         ),
         {
             "D": dimensions,
@@ -538,7 +541,7 @@ def _plant(positions, order):
     return rows, boxes, least, top
 
 
-def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve, copies):
+def nearest(query, points, query_sizes, point_sizes, limits, width, reach, along_curve, copies):
     """See `pointformer.kernels.neighbors`."""
     points = points.detach().contiguous()
     asking = points if query is None else query.detach().contiguous()
@@ -576,6 +579,6 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, along_curve,
         variant.launch(
             (sum(tiles),), asking, rows, *names, home, boxes, least, index, distance, *tables,
             len(query_sizes), len(points), boxes.shape[1], top, last + _BESIDE, listed, width,
-            queries, copies,
+            queries, copies, float(reach),
         )  # fmt: skip
     return index, distance

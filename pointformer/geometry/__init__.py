@@ -2,7 +2,7 @@
 
 from pointformer.geometry.clustering import balanced_cluster
 from pointformer.geometry.curves import hilbert_code, morton_code, snake_code
-from pointformer.geometry.neighbors import knn, nearest_clusters
+from pointformer.geometry.neighbors import knn, nearest_clusters, radius
 from pointformer.geometry.selection import select_centers
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "knn",
     "morton_code",
     "nearest_clusters",
+    "radius",
     "select_centers",
     "snake_code",
 ]

@@ -12,6 +12,7 @@ from pointformer._checks import (
     check_count,
     check_finite,
     check_flags,
+    check_number,
     check_option,
     check_positions,
     check_query_sizes,
@@ -25,6 +26,7 @@ from pointformer.clusters import Clusters, Neighborhoods, offsets_of
 from pointformer.kernels.neighbors import fused_nearest
 from pointformer.reference import neighbors as reference
 
+_FIRST_WIDTH = 64  # of lists as long as they have to be; more where that is not enough
 _SCOPES = ("token", "tile")
 _MOST_POINTS = 8**9  # in the box tree on GPUs
 _LONGEST_LIST = 100  # of torch-cluster on GPUs
@@ -115,7 +117,7 @@ def nearest_clusters(
         index, _ = reference.nearest(query, centers, query_sizes, counts, limits, width)
     else:
         search = _of_first(copies, query, centers, query_sizes, counts, limits)
-        index, _ = fused_nearest(*search, width, True, copies, chosen)
+        index, _ = fused_nearest(*search, width, torch.inf, True, copies, chosen)
     if include_own and width:
         own = clusters.assignment.int()
         own = own[rows.clamp(min=0)].where(rows >= 0, -1) if tile > 1 else own[:, None]
@@ -207,13 +209,93 @@ def knn(
     Returns:
         Rows of `positions`, (Q, k) int32, nearest first, -1 where the sample has too few points.
         With `return_distance` also the distances (Q, k) float32, in the units of `positions`,
-        infinite there. No gradient flows through them.
+        infinite there, with gradients for both positions, which are zero at distance zero.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or a position is NaN, infinite or beyond
             4.6e18, where squares overflow.
     """
-    positions = check_positions("positions", positions).detach()
+    check_count("k", k)
+    return _search(
+        "knn", positions, k, torch.inf, query_positions, sizes, batch, query_sizes, query_batch,
+        include_self, return_distance, along_curve, same_positions, check_values, impl,
+    )  # fmt: skip
+
+
+def radius(
+    positions: Tensor,
+    r: float,
+    k: int | None = None,
+    *,
+    query_positions: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
+    batch: Tensor | None = None,
+    query_sizes: Sequence[int] | None = None,
+    query_batch: Tensor | None = None,
+    include_self: bool = True,
+    return_distance: bool = False,
+    along_curve: bool = False,
+    same_positions: bool = False,
+    check_values: bool = True,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The points of the same sample at most `r` away, for each point or given query positions.
+
+    The lists of `knn` without the points whose squared distance is above that of `r`, both in
+    float32: the border belongs to it, as in scipy and unlike in torch-cluster.
+
+    Args:
+        r: in the units of `positions`, not negative.
+        k: the most points to list, the nearest of them. `None` lists all, in as many columns as the
+            longest list has, which waits for the device.
+
+    Other arguments, and errors, are those of `knn`.
+
+    Returns:
+        Rows of `positions`, (Q, k) int32, nearest first, ties to the lowest row, filled up with -1.
+        With `return_distance` also the distances, as from `knn`.
+    """
+    check_number("r", r, least=0)
+    if k is not None:
+        check_count("k", k)
+    bound = torch.tensor(r, dtype=torch.float32)
+    width = _FIRST_WIDTH if k is None else k
+    while True:
+        found = _search(
+            "radius", positions, width, float(bound * bound), query_positions, sizes, batch,
+            query_sizes, query_batch, include_self, return_distance, along_curve, same_positions,
+            check_values, impl,
+        )  # fmt: skip
+        if k is not None:
+            return found
+        index = found[0] if isinstance(found, tuple) else found
+        longest = int((index >= 0).sum(1).amax()) if len(index) else 0
+        if longest < width or width >= len(positions):
+            break
+        width = min(4 * width, len(positions))
+    return tuple(x[:, :longest] for x in found) if isinstance(found, tuple) else found[:, :longest]
+
+
+def _search(
+    op: str,
+    positions: Tensor,
+    k: int,
+    reach: float,
+    query_positions: Tensor | None,
+    sizes: Sequence[int] | None,
+    batch: Tensor | None,
+    query_sizes: Sequence[int] | None,
+    query_batch: Tensor | None,
+    include_self: bool,
+    return_distance: bool,
+    along_curve: bool,
+    same_positions: bool,
+    check_values: bool,
+    impl: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`knn`, without what is beyond the squared distance `reach`."""
+    learned = check_positions("positions", positions), query_positions
+    positions = positions.detach()
     if query_positions is None:
         if query_sizes is not None or query_batch is not None:
             name = "query_batch" if query_sizes is None else "query_sizes"
@@ -238,7 +320,6 @@ def knn(
         check_finite("positions", positions, sizes)
     if same_positions:
         check_same_positions("positions", positions, sizes, check_values)
-    check_count("k", k)
     if query_positions is not None:
         if not include_self:
             raise ValueError(
@@ -250,20 +331,35 @@ def knn(
             check_same_positions("query_positions", query_positions, query_sizes, check_values)
     width = k if include_self else k + 1
     limits = (width,) * len(sizes)
-    chosen = choose("knn", impl, _fast(positions, width, "positions", "k"), positions.device)
+    chosen = choose(op, impl, _fast(positions, width, "positions", "k"), positions.device)
     if chosen == "reference":
         asking = positions if query_positions is None else query_positions
-        index, distance = reference.nearest(asking, positions, query_sizes, sizes, limits, width)
+        index, distance = reference.nearest(
+            asking, positions, query_sizes, sizes, limits, width, reach
+        )
     else:
         copies = len(sizes) if same_positions and sizes else 1
         search = _of_first(copies, query_positions, positions, query_sizes, sizes, limits)
-        index, distance = fused_nearest(*search, width, along_curve, copies, chosen)
+        index, distance = fused_nearest(*search, width, reach, along_curve, copies, chosen)
     if not include_self:
         own = torch.arange(positions.shape[0], dtype=torch.int32, device=positions.device)
         after_own = (index == own[:, None]).cumsum(1)[:, :k] > 0
         index = torch.where(after_own, index[:, 1:], index[:, :k])
         distance = torch.where(after_own, distance[:, 1:], distance[:, :k])
-    return (index, distance.sqrt()) if return_distance else index
+    if not return_distance:
+        return index
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned):
+        points, query = learned
+        return index, _distances(points if query is None else query, points, index)
+    return index, distance.sqrt()
+
+
+def _distances(query: Tensor, points: Tensor, index: Tensor) -> Tensor:
+    """Of the listed points, with gradients, which are zero at distance zero."""
+    square = reference.squared_distance(query[:, None], points[index.clamp(min=0).long()])
+    apart = (index >= 0) & (square > 0)
+    found = square.where(apart, 1.0).sqrt()
+    return found.where(apart, torch.where(index < 0, torch.inf, 0.0))
 
 
 def _of_first(

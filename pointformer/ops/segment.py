@@ -11,11 +11,12 @@ from pointformer._checks import (
     FLOATS,
     INTEGERS,
     MOST_ROWS,
+    brief,
     can_read,
     check_count,
     check_flags,
+    check_integers,
     check_option,
-    check_sizes,
     check_tensor,
     describe,
 )
@@ -183,7 +184,9 @@ def _in_segments(
     chosen = choose(op, impl, dict.fromkeys(("cpu", "triton", "torch_scatter"), lacks), device)
     checked = check_values and can_read(values)
     if sizes is not None:
-        sizes = check_sizes("sizes", sizes, None)
+        sizes = check_integers("sizes", sizes, "the number of rows of each segment")
+        if any(size < 0 for size in sizes):
+            raise ValueError(f"sizes: sizes must not be negative, got {brief(sizes)}")
         if sum(sizes) != rows:
             raise ValueError(
                 f"values: expected {sum(sizes)} rows as sizes add up to, got {describe(values)}"

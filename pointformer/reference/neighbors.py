@@ -25,6 +25,7 @@ def nearest(
     point_sizes: Sequence[int],
     limits: Sequence[int],
     width: int,
+    reach: float = torch.inf,
 ) -> tuple[Tensor, Tensor]:
     """The nearest points of the same sample, ties to the lowest row.
 
@@ -35,6 +36,7 @@ def nearest(
         point_sizes: points per sample.
         limits: per sample, how many points to list, at most `width`.
         width: columns of the result.
+        reach: squared distance of the farthest points to list.
 
     Returns:
         Rows of `points` (Q, width) int32, nearest first, -1 where there is none, and squared
@@ -58,4 +60,5 @@ def nearest(
             distance[rows, :listed] = (key >> 32).int().view(torch.float32)
         first_query += queries
         first_point += count
-    return index, distance
+    beyond = distance > reach
+    return index.masked_fill(beyond, -1), distance.masked_fill(beyond, torch.inf)

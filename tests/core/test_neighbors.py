@@ -267,7 +267,7 @@ def test_registered_op(dimensions, given_query):
     points = torch.rand(50, dimensions, generator=generator, requires_grad=True)
     query = torch.rand(20, dimensions, generator=generator, requires_grad=True)
     asking = (query, points, [12, 8]) if given_query else (None, points, [30, 20])
-    torch.library.opcheck(fused_nearest, (*asking, [30, 20], [3, 4], 4, given_query, 1, "cpu"))
+    torch.library.opcheck(fused_nearest, (*asking, [30, 20], [3, 4], 4, 0.5, given_query, 1, "cpu"))
 
 
 def test_compiles_into_one_graph():

@@ -166,7 +166,9 @@ def test_registered_op(given_query):
     points = torch.rand(30, 2, generator=generator, requires_grad=True)
     query = torch.rand(12, 2, generator=generator, requires_grad=True)
     asking = (query, points, [7, 5]) if given_query else (None, points, [18, 12])
-    torch.library.opcheck(fused_nearest, (*asking, [18, 12], [3, 4], 4, given_query, 1, "triton"))
+    torch.library.opcheck(
+        fused_nearest, (*asking, [18, 12], [3, 4], 4, 0.5, given_query, 1, "triton")
+    )
 
 
 def test_compiles_into_one_graph():
