@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from pointformer.clusters import Clusters, Neighborhoods
 from pointformer.geometry import (
+    Voxels,
     balanced_cluster,
+    curve_sample,
+    farthest_point_sample,
     knn,
     nearest_clusters,
     radius,
+    random_sample,
     select_centers,
+    voxel_pool,
 )
 from pointformer.graph import (
     batch_from_sizes,
@@ -46,11 +51,14 @@ __all__ = [
     "Neighborhoods",
     "Segmentation",
     "TokenSet",
+    "Voxels",
     "add_norm",
     "balanced_cluster",
     "batch_from_sizes",
     "collate",
+    "curve_sample",
     "deformable_attention",
+    "farthest_point_sample",
     "interpolate",
     "knn",
     "knn_graph",
@@ -59,6 +67,7 @@ __all__ = [
     "point_conv",
     "radius",
     "radius_graph",
+    "random_sample",
     "scored_merge",
     "segment",
     "segment_logsumexp",
@@ -68,6 +77,7 @@ __all__ = [
     "sizes_from_batch",
     "sizes_from_ptr",
     "to_edge_index",
+    "voxel_pool",
     "weighted_gather",
 ]
 

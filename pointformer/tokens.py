@@ -38,6 +38,7 @@ from pointformer.geometry.clustering import balanced_cluster
 from pointformer.geometry.neighbors import nearest_clusters
 from pointformer.graph import batch_from_sizes
 from pointformer.kernels.tables import from_host
+from pointformer.ops.interpolate import interpolate
 
 Extent = tuple[tuple[float, ...], ...]
 
@@ -366,6 +367,54 @@ class TokenSet:
             check_values=check_values,
             impl=impl,
         )
+
+    def interpolate_to(
+        self,
+        target: TokenSet,
+        *,
+        k: int = 4,
+        power: Tensor | float = 6.0,
+        check_values: bool = True,
+        impl: str | None = None,
+    ) -> TokenSet:
+        """The features of these tokens at the positions of others, sample by sample.
+
+        Args:
+            target: tokens of as many samples; their origins are taken into account.
+            k, power, check_values, impl: see `interpolate`.
+
+        Returns:
+            `target` with the interpolated features: zeros where a sample has no tokens here.
+
+        Raises:
+            TypeError, ValueError: `target` is no set of as many samples, or an argument does not
+                fit.
+        """
+        if not isinstance(target, TokenSet):
+            raise TypeError(f"target: expected a TokenSet, got {describe(target)}")
+        if (target.batch_size, target.dimensions) != (self.batch_size, self.dimensions):
+            raise ValueError(
+                f"target: expected {self.batch_size} samples in {self.dimensions}-D, got "
+                f"{target.batch_size} in {target.dimensions}-D"
+            )
+        query = target.positions
+        origins = [torch.zeros(()) if x.origin is None else x.origin for x in (self, target)]
+        if not torch.equal(*origins):
+            move = (origins[1] - origins[0]).to(self.device)
+            query = (query + move[target.sample_index]).float()
+        features = interpolate(
+            self.features,
+            self.positions,
+            query,
+            sizes=self.sizes,
+            query_sizes=target.sizes,
+            k=k,
+            power=power,
+            same_positions=self.same_positions and target.same_positions,
+            check_values=check_values,
+            impl=impl,
+        )
+        return target.with_features(features)
 
     def input_order(self) -> TokenSet:
         """Undo `cluster`: the tokens in the order they had before, without clusters."""

@@ -4,7 +4,14 @@ import inspect
 
 import pointformer
 
-EVERYWHERE = {"check_values": True, "impl": None, "same_positions": False, "sizes": None}
+EVERYWHERE = {
+    "batch": None,
+    "check_values": True,
+    "impl": None,
+    "query_batch": None,
+    "same_positions": False,
+    "sizes": None,
+}
 CLUSTERS = {
     "cluster_size": 8,
     "curve": "hilbert",
@@ -19,6 +26,7 @@ NEIGHBORHOODS = {
     "include_own": False,
 }
 GRAPH = {"loop": False, "flow": "source_to_target", "along_curve": False}
+SAMPLE = {"rate": None, "count": None}
 SEGMENTS = {"offsets": None, "index": None, "count": None}
 DEFAULTS = {
     "balanced_cluster": CLUSTERS | {"extent": None, "origin": None},
@@ -68,6 +76,11 @@ DEFAULTS = {
         "return_distance": False,
         "along_curve": False,
     },
+    "farthest_point_sample": SAMPLE | {"start": 0, "generator": None},
+    "curve_sample": SAMPLE | {"curve": "hilbert"},
+    "random_sample": SAMPLE | {"generator": None, "device": None},
+    "voxel_pool": {"reduce": "mean"},
+    "TokenSet.interpolate_to": {"k": 4, "power": 6.0},
     "knn_graph": GRAPH,
     "radius_graph": GRAPH | {"k": None},
     "to_edge_index": {"flow": "source_to_target"},

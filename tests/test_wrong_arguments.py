@@ -149,6 +149,10 @@ CALLS = {
         },
     ),
     "TokenSet.cluster": (TOKENS.cluster, CLUSTERING),
+    "TokenSet.interpolate_to": (
+        TOKENS.interpolate_to,
+        {"target": TOKENS, "k": 3, "power": 2.0, "check_values": True, **R},
+    ),
     "TokenSet.neighborhoods": (TOKENS.neighborhoods, LISTING),
     "TokenSet.from_world": (
         TokenSet.from_world,
@@ -293,6 +297,66 @@ CALLS = {
         )
         for name, size in (("knn_graph", {}), ("radius_graph", {"r": 0.5}))
     },
+    "farthest_point_sample": (
+        pointformer.farthest_point_sample,
+        {
+            "positions": POSITIONS,
+            "count": 2,
+            "sizes": (12, 12),
+            "batch": None,
+            "start": 1,
+            "generator": None,
+            "check_values": True,
+            **R,
+        },
+    ),
+    "farthest_point_sample (rate)": (
+        lambda rate: pointformer.farthest_point_sample(POSITIONS, rate=rate, **R),
+        {"rate": 0.5},
+    ),
+    "farthest_point_sample (generator)": (
+        lambda generator: pointformer.farthest_point_sample(
+            POSITIONS, rate=0.5, generator=generator, **R
+        ),
+        {"generator": torch.Generator()},
+    ),
+    "curve_sample": (
+        pointformer.curve_sample,
+        {
+            "positions": POSITIONS,
+            "rate": 0.5,
+            "sizes": (12, 12),
+            "batch": None,
+            "curve": "morton",
+            "check_values": True,
+            **R,
+        },
+    ),
+    "curve_sample (count)": (
+        lambda count: pointformer.curve_sample(POSITIONS, count=count, **R),
+        {"count": 3},
+    ),
+    "random_sample": (
+        pointformer.random_sample,
+        {"sizes": (12, 12), "rate": 0.5, "generator": torch.Generator(), "device": "cpu"},
+    ),
+    "random_sample (count)": (
+        lambda count: pointformer.random_sample((12, 12), count=count),
+        {"count": (3, 4)},
+    ),
+    "voxel_pool": (
+        pointformer.voxel_pool,
+        {
+            "positions": POSITIONS,
+            "features": FEATURES,
+            "side": 0.25,
+            "sizes": (12, 12),
+            "batch": None,
+            "reduce": "max",
+            "check_values": True,
+            **R,
+        },
+    ),
     "to_edge_index": (
         pointformer.to_edge_index,
         {"neighbor_index": INDEX, "flow": "target_to_source"},
@@ -494,7 +558,7 @@ CALLS = {
 }  # fmt: skip
 
 # Made by functions, with fields for reading: no one passes arguments to these.
-RESULTS = {"Clusters", "Neighborhoods", "Segmentation", "models.Complexity"}
+RESULTS = {"Clusters", "Neighborhoods", "Segmentation", "Voxels", "models.Complexity"}
 # Files: what is wrong with them is tested in test_model_files.
 FILES = {"models.load_released", "models.load_state", "models.save_model"}
 GPU = {"models.capture"}  # see test_graphs
@@ -524,6 +588,10 @@ ACCEPTED = {
     # Positive numbers.
     "deformable_attention": "power fraction, eps fraction",
     "interpolate": "power fraction, eps fraction",
+    "TokenSet.interpolate_to": "power fraction",
+    "voxel_pool": "side fraction, features None",
+    "random_sample": "sizes numbers",
+    "random_sample (count)": "count negative",
     "radius": "r fraction",
     "radius_graph": "r fraction",
     "interpolate (learned power)": "power fraction, power shape",

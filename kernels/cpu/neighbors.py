@@ -39,7 +39,7 @@ from pointformer.kernels.tables import shifted_copies
 
 _LANES = 8
 _BLOCKS_PER_CHUNK = 32  # of work for a thread
-_STACK = 8 * 12  # seven waiting per level, 11 levels hold 2**33 points
+STACK = 8 * 12  # seven waiting per level, 11 levels hold 2**33 points
 _MOST_IN_BLOCK = 32  # longer lists are searched for each query alone: inserting is quadratic
 _MARGIN = f32(1.00001)  # bounds are computed in float32
 _TINY = f32(1e-36)  # and squares of small differences underflow
@@ -53,7 +53,7 @@ def _square(dx, dy, dz):
 
 
 @called
-def _point_distances(points, leaf, x, y, z):
+def point_distances(points, leaf, x, y, z):
     """Squared distances of a leaf's points to a position."""
     base = leaf * 24
     return _square(load(points, base) - x, load(points, base + 8) - y, load(points, base + 16) - z)
@@ -66,7 +66,7 @@ def _gap(low, high, box_low, box_high):
 
 
 @called
-def _box_distances(boxes, node, low, high):
+def box_distances(boxes, node, low, high):
     """Squared distances of a node's boxes to a box."""
     base = node * 48
     return _square(
@@ -120,7 +120,7 @@ def _collect(tree, sample, low, high, reach, stack, candidates, capacity):
         depth -= 1
         code = stack[depth]
         if code >= 0:
-            bits = bits_less_equal(_box_distances(boxes, code, low, high), limit)
+            bits = bits_less_equal(box_distances(boxes, code, low, high), limit)
             for back in range(_LANES):
                 lane = _LANES - 1 - back
                 stack[depth] = children[code * _LANES + lane]
@@ -194,7 +194,7 @@ def _search_one(tree, sample, limit, worst, x, y, z, scratch, out_index, out_dis
     code = root[sample]
     while True:
         if code >= 0:
-            near = _box_distances(boxes, code, center, center)
+            near = box_distances(boxes, code, center, center)
             bits = bits_less_equal(near, splat(worst))
             store(squares, 0, near)
             nearest = depth
@@ -209,7 +209,7 @@ def _search_one(tree, sample, limit, worst, x, y, z, scratch, out_index, out_dis
                 stack[nearest], stack[depth - 1] = stack[depth - 1], stack[nearest]
                 gaps[nearest], gaps[depth - 1] = gaps[depth - 1], gaps[nearest]
         else:
-            near = _point_distances(points, ~code, x, y, z)
+            near = point_distances(points, ~code, x, y, z)
             bits = bits_less_equal(near, splat(worst))
             store(squares, 0, near)
             for lane in range(_LANES):
@@ -337,13 +337,13 @@ def _search(
             pointer(tree[5]),
         )
         capacity = 64 + 128 * in_block + _LANES
-        place = allocate(3 * _LANES + _LANES + 2 * _STACK + 2 * in_block * (1 + _LANES) + capacity)
+        place = allocate(3 * _LANES + _LANES + 2 * STACK + 2 * in_block * (1 + _LANES) + capacity)
         squares = advance(place, 3 * _LANES)
         lists = advance(squares, _LANES)
         choice = advance(lists, in_block * _LANES)
         gaps = advance(choice, in_block * _LANES)
-        stack = as_int32(advance(gaps, _STACK))
-        middle_distance = advance(gaps, 2 * _STACK)
+        stack = as_int32(advance(gaps, STACK))
+        middle_distance = advance(gaps, 2 * STACK)
         middle_index = as_int32(advance(middle_distance, in_block))
         candidates = as_int32(advance(middle_distance, 2 * in_block))
         scratch = (stack, gaps, squares)
@@ -419,11 +419,11 @@ def _search(
         free(place)
 
 
-def _offsets(sizes):
+def offsets_of(sizes):
     return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
 
 
-def _along_curve(positions, sizes):
+def curve_order(positions, sizes):
     """Rows sorted by sample, along a Hilbert curve in each: locality for any input order.
 
     The cells of the curve divide a sample's box. One that gets more points than a leaf, because few
@@ -433,7 +433,7 @@ def _along_curve(positions, sizes):
     if rows == 0:
         return np.empty(0, np.int64)
     filled = np.flatnonzero(sizes)
-    starts = _offsets(sizes)[filled]
+    starts = offsets_of(sizes)[filled]
     low = np.minimum.reduceat(positions, starts)
     side = (np.maximum.reduceat(positions, starts) * f32(0.5) - low * f32(0.5)).max(1)
     lengths = np.asarray(sizes)[filled]
@@ -454,11 +454,11 @@ def _along_curve(positions, sizes):
     if crowded.any():
         inside = np.repeat(crowded, run)
         again = order[inside]
-        order[inside] = again[_along_curve(positions[again], run[crowded])]
+        order[inside] = again[curve_order(positions[again], run[crowded])]
     return order
 
 
-def _plant(points, ids, sizes):
+def plant_tree(points, ids, sizes):
     """The tree over points whose rows follow a curve in each sample."""
     leaves = -(-np.asarray(sizes, np.int64) // _LANES)
     nodes = np.zeros_like(leaves)
@@ -466,7 +466,7 @@ def _plant(points, ids, sizes):
     while (groups > 1).any():
         groups = np.where(groups > 1, -(-groups // _LANES), 0)
         nodes += groups
-    first_leaf, first_node = _offsets(leaves), _offsets(nodes)
+    first_leaf, first_node = offsets_of(leaves), offsets_of(nodes)
     slots, entries = int(first_leaf[-1]) * _LANES, int(first_node[-1]) * _LANES
     tree = (
         np.full(3 * slots, np.nan, np.float32),
@@ -478,7 +478,13 @@ def _plant(points, ids, sizes):
     )
     dimensions = points.shape[1]
     _build(
-        points.reshape(-1), dimensions, ids, _offsets(sizes), first_leaf[:-1], first_node[:-1], tree
+        points.reshape(-1),
+        dimensions,
+        ids,
+        offsets_of(sizes),
+        first_leaf[:-1],
+        first_node[:-1],
+        tree,
     )
     return tree
 
@@ -495,17 +501,17 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, reach, along
         rows = np.arange(len(query))
         in_order = points
     else:
-        order = _along_curve(points, point_sizes)
-        rows = order if query is points else _along_curve(query, query_sizes)
+        order = curve_order(points, point_sizes)
+        rows = order if query is points else curve_order(query, query_sizes)
         ids, in_order = order.astype(np.int32), points[order]
     limits = np.minimum(np.asarray(limits, np.int64), np.asarray(point_sizes, np.int64))
     blocks = -(-np.asarray(query_sizes, np.int64) // _LANES)
     samples = np.repeat(np.arange(len(blocks)), blocks)
-    ends = _offsets(query_sizes)
-    nth = np.arange(len(samples)) - _offsets(blocks)[samples]
+    ends = offsets_of(query_sizes)
+    nth = np.arange(len(samples)) - offsets_of(blocks)[samples]
     first_rows = ends[samples] + nth * _LANES
     last_rows = np.minimum(first_rows + _LANES, ends[samples + 1])
-    tree = _plant(in_order, ids, point_sizes)
+    tree = plant_tree(in_order, ids, point_sizes)
     _search(
         query.reshape(-1), query.shape[1], rows, first_rows, last_rows, samples, limits, f32(reach),
         tree, width, index.reshape(-1), distance.reshape(-1),

@@ -364,17 +364,23 @@ plus = vector_intrinsic(
 )
 
 
-@intrinsic
-def bits_less_equal(typingctx, a, b):
-    """Bit i of the result is set where lane i of a <= b, as an int64; not where one is NaN."""
-    if a != f32x8 or b != f32x8:
-        return None
+def _bits(relation):
+    def define(typingctx, a, b):
+        if a != f32x8 or b != f32x8:
+            return None
 
-    def codegen(context, builder, sig, args):
-        lanes = builder.bitcast(builder.fcmp_ordered("<=", *args), ir.IntType(LANES))
-        return builder.zext(lanes, ir.IntType(64))
+        def codegen(context, builder, sig, args):
+            lanes = builder.bitcast(builder.fcmp_ordered(relation, *args), ir.IntType(LANES))
+            return builder.zext(lanes, ir.IntType(64))
 
-    return types.int64(a, b), codegen
+        return types.int64(a, b), codegen
+
+    define.__doc__ = f"Bit i of the result, an int64, is set where lane i of a {relation} b"
+    return intrinsic(define)
+
+
+bits_less = _bits("<")
+bits_less_equal = _bits("<=")
 
 
 def _round_scale(b, x):

@@ -230,8 +230,8 @@ def test_threads_and_runs_give_the_same_lists(threads):
 
 def candidates_per_query(positions, k):
     """Share of blocks searched together and the candidates in them, as the kernel collects them."""
-    order = cpu._along_curve(positions, (len(positions),))
-    tree = cpu._plant(positions[order], order.astype(np.int32), (len(positions),))
+    order = cpu.curve_order(positions, (len(positions),))
+    tree = cpu.plant_tree(positions[order], order.astype(np.int32), (len(positions),))
     buffer = np.empty(200, np.int32)
     scratch = (np.empty(96, np.int32), np.empty(96, np.float32), np.empty(8, np.float32))
     index, distance = np.empty(k, np.int32), np.empty(k, np.float32)
@@ -343,7 +343,7 @@ def test_points_far_away_do_not_matter(kind, dimensions):
         assert torch.equal(found, expected)
 
     def spread(positions):
-        order = torch.from_numpy(cpu._along_curve(positions.numpy(), [4000]))
+        order = torch.from_numpy(cpu.curve_order(positions.numpy(), [4000]))
         leaves = positions[order].view(500, 8, dimensions)
         return (leaves.amax(1) - leaves.amin(1)).amax(1).median()
 
@@ -370,7 +370,7 @@ def test_cells_are_divided_until_points_are_equal():
     rng = np.random.default_rng(0)
     nested = np.concatenate([rng.random((40, 2)) * 10.0**-n for n in range(25)])
     nested = np.concatenate([nested, nested[:1].repeat(30, 0)]).astype(np.float32)
-    order = cpu._along_curve(nested, [500, 530])
+    order = cpu.curve_order(nested, [500, 530])
     assert sorted(order[:500]) == list(range(500))
     assert sorted(order[500:]) == list(range(500, 1030))
 
