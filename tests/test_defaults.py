@@ -84,6 +84,8 @@ DEFAULTS = {
     "knn_graph": GRAPH,
     "radius_graph": GRAPH | {"k": None},
     "to_edge_index": {"flow": "source_to_target"},
+    "collate": {},
+    "sizes_from_ptr": {},
     "sizes_from_batch": {"batch_size": None},
     "batch_from_sizes": {"device": None},
     "TokenSet.cluster": CLUSTERS,

@@ -315,7 +315,7 @@ CALLS = {
         {"rate": 0.5},
     ),
     "farthest_point_sample (generator)": (
-        lambda generator: pointformer.farthest_point_sample(
+        lambda generator=None: pointformer.farthest_point_sample(
             POSITIONS, rate=0.5, generator=generator, **R
         ),
         {"generator": torch.Generator()},
@@ -591,7 +591,6 @@ ACCEPTED = {
     "TokenSet.interpolate_to": "power fraction",
     "voxel_pool": "side fraction, features None",
     "random_sample": "sizes numbers",
-    "random_sample (count)": "count negative",
     "radius": "r fraction",
     "radius_graph": "r fraction",
     "interpolate (learned power)": "power fraction, power shape",

@@ -222,6 +222,46 @@ def knn(
     )  # fmt: skip
 
 
+@overload
+def radius(
+    positions: Tensor,
+    r: float,
+    k: int | None = ...,
+    *,
+    query_positions: Tensor | None = ...,
+    sizes: Sequence[int] | None = ...,
+    batch: Tensor | None = ...,
+    query_sizes: Sequence[int] | None = ...,
+    query_batch: Tensor | None = ...,
+    include_self: bool = ...,
+    return_distance: Literal[False] = ...,
+    along_curve: bool = ...,
+    same_positions: bool = ...,
+    check_values: bool = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def radius(
+    positions: Tensor,
+    r: float,
+    k: int | None = ...,
+    *,
+    query_positions: Tensor | None = ...,
+    sizes: Sequence[int] | None = ...,
+    batch: Tensor | None = ...,
+    query_sizes: Sequence[int] | None = ...,
+    query_batch: Tensor | None = ...,
+    include_self: bool = ...,
+    return_distance: Literal[True],
+    along_curve: bool = ...,
+    same_positions: bool = ...,
+    check_values: bool = ...,
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
 def radius(
     positions: Tensor,
     r: float,
@@ -273,7 +313,9 @@ def radius(
         if longest < width or width >= len(positions):
             break
         width = min(4 * width, len(positions))
-    return tuple(x[:, :longest] for x in found) if isinstance(found, tuple) else found[:, :longest]
+    if isinstance(found, tuple):
+        return found[0][:, :longest], found[1][:, :longest]
+    return found[:, :longest]
 
 
 def _search(

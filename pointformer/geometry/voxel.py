@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -105,8 +106,8 @@ def voxel_pool(
     first = fresh.nonzero()[:, 0]
     offsets = torch.cat([first, first.new_full((1,), points)])
     counts = sample[order[first]].bincount(minlength=len(sizes)).tolist()
-    options = {"offsets": offsets, "check_values": False, "impl": impl}
+    pool = partial(segment_reduce, offsets=offsets, check_values=False, impl=impl)
     if features is not None:
-        features = segment_reduce(features.index_select(0, order), reduce, **options)
-    means = segment_reduce(positions.index_select(0, order), "mean", **options)
+        features = pool(features.index_select(0, order), reduce)
+    means = pool(positions.index_select(0, order), "mean")
     return Voxels(means, features, tuple(counts), assignment)
