@@ -50,9 +50,24 @@ def path_inside(folder: str | os.PathLike[str], name: str, *, follow_links: bool
     return path
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, where there is none.
+
+    Raises:
+        OSError: naming it, if it cannot be made or is no folder.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{path}: expected a folder, this is none") from None
+
+
 @contextlib.contextmanager
 def temporary_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty file in the folder of `path`, with its suffix, removed at the end if still there."""
+    """An empty file in the folder of `path`, with its suffix, removed at the end if still there.
+
+    Errors of writing name `path`, which is what its user knows.
+    """
     path = Path(path)
     # Of a fixed length: the final name may be as long as names can be.
     suffix = path.suffix if len(os.fsencode(path.suffix)) <= 16 else ""
@@ -61,6 +76,10 @@ def temporary_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         # The file gets the permissions that the process's umask leaves.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
+    except OSError as error:  # a full disk has no name, a folder that is not there the other one's
+        if error.errno is None or str(error.filename) not in ("None", str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -147,7 +148,7 @@ def check_copies(task: Task, scales: Sequence[float], flip: bool) -> None:
     Raises:
         ValueError: they cannot, or a scale is not positive.
     """
-    if not scales or min(scales) <= 0:
+    if not scales or not all(0 < scale < math.inf for scale in scales):
         raise ValueError(f"scales: expected positive numbers, got {tuple(scales)}")
     if not task.averages and (flip or tuple(scales) != (1.0,)):
         raise ValueError(

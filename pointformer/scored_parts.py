@@ -22,7 +22,7 @@ from typing import Any
 import safetensors.numpy
 from safetensors import safe_open
 
-from pointformer._files import TEMPORARY_PREFIX, atomic_path
+from pointformer._files import TEMPORARY_PREFIX, atomic_path, make_folder
 from pointformer.metrics import Metric
 
 _MADE_WITH = "evaluation.json"
@@ -104,7 +104,7 @@ class PartsFolder:
         if description.exists():
             self._check(description, given)
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             if any(not p.name.startswith(TEMPORARY_PREFIX) for p in self.folder.iterdir()):
                 raise ValueError(
                     f"{self.folder}: expected a new folder, or one of an earlier evaluation, but "
@@ -135,12 +135,9 @@ class PartsFolder:
         self._saved = time.monotonic()
 
     def _write(self, path: Path, content: bytes) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary:
-                temporary.write_bytes(content)
-        except OSError as error:  # which names a temporary file, or none
-            raise OSError(error.errno, error.strerror, str(self.folder)) from None
+        make_folder(self.folder)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
 
     def _check(self, description: Path, given: Mapping[str, Any]) -> None:
         try:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pointformer.processes import Processes
 
 DEFAULT_MODEL = "aff_nano.nuclei"
-_SMALL = 2**22  # pixels
+SMALL = 2**22
+"""Pixels of the largest picture that one thread is enough for."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +117,7 @@ def is_small(pictures: Sequence[str | os.PathLike[str]]) -> bool:
     from pointformer.data.images import image_size
 
     try:
-        return len(pictures) == 1 and math.prod(image_size(pictures[0])) <= _SMALL
+        return len(pictures) == 1 and math.prod(image_size(pictures[0])) <= SMALL
     except (OSError, ValueError):
         return True
 

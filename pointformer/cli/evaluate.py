@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pointformer._files import make_folder
 from pointformer.cli.common import (
     add_model_arguments,
     add_picture_arguments,
@@ -159,6 +160,8 @@ def _opened(
     from pointformer.data import find_source, open_dataset
     from pointformer.tasks import task_of
 
+    if options.limit is not None and options.limit < 0:
+        raise ValueError(f"--limit: expected at least 0, got {options.limit}")
     model = model_from(options)
     task = task_of(model, options.task).name
     resize, crop = _seen(options, task)
@@ -181,6 +184,7 @@ def _opened(
         target, folder = os.path.realpath(options.json), os.path.realpath(options.data)
         if not is_result(options.json) and Path(target).is_relative_to(folder):
             results.protect([options.json])  # lists of classes and the like
+        make_folder(options.json.parent)
         results.check(options.json)
     if options.limit is not None:
         dataset = dataset.subset(range(min(len(dataset), options.limit)))

@@ -19,16 +19,18 @@ import argparse
 import contextlib
 import csv
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pointformer._files import path_inside, sync, temporary_path
+from pointformer._files import make_folder, path_inside, sync, temporary_path
 from pointformer.cli.common import (
+    SMALL,
     add_model_arguments,
     add_picture_arguments,
     add_result_arguments,
@@ -109,8 +111,23 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
         return 1
     processes.gathered(None)  # all have listed the pictures before the first writes beside them
     results.protect([*paths, options.model])
-    model = model_from(options, small=is_small(paths))
-    options.out.mkdir(parents=True, exist_ok=True)
+
+    def prepared() -> Model:
+        from pointformer.segmentation.segment import check_options
+
+        model = model_from(options, small=is_small(paths))
+        check_options(
+            model,
+            tile=options.tile,
+            overlap=options.overlap,
+            min_score=options.min_score,
+            scale=options.scale,
+            diameter=options.diameter,
+        )
+        make_folder(options.out)
+        return model
+
+    model = processes.alike(prepared)
     failures = len(problems) if processes.main else 0
     total = len(paths) + len(problems)
     todo = processes.own(list(zip(paths, result_names(paths), strict=True)))
@@ -125,7 +142,7 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
         for path, outcome in done:
             bar.update()
             try:
-                summary = outcome.result()
+                summary = outcome.result().result()
             except Exception as error:
                 failures += 1
                 complain(error, path, debug=options.debug)
@@ -150,49 +167,85 @@ def _segment_files(
     names: Sequence[str],
     options: argparse.Namespace,
     results: Results,
-) -> Generator[tuple[Path, Future[str]], None, None]:
+) -> Generator[tuple[Path, Future[Future[str]]], None, None]:
     """Each picture, in order, with what was found in it in words, or the error, once it is done.
 
-    While the network looks at a picture, the next ones are read and those before are written. Where
-    this is ended early, what is being written becomes complete, and what is not begun never is.
+    While the network looks at pictures, see `_looking`, the next ones are read and those before are
+    written. Where this is ended early, what is being written becomes complete, and what is not
+    begun never is.
     """
     from pointformer.segmentation.segment import segment
 
     # One picture has nothing to overlap with, and is ended at once.
     executor = partial(ThreadPoolExecutor, 1) if len(paths) > 1 else _InThisThread
-    with executor() as reading, executor() as writing:
+    large = threading.Lock()  # one at a time, as its memory is
+
+    def look(name: str, opened: Future[Picture]) -> Future[str]:
+        """Find what is in a picture; its results are written next."""
+        files = _files_of(name, options.out, results)
+        picture = opened.result()
+        if ended.is_set():
+            raise CancelledError
+        with large if math.prod(picture.shape) > SMALL else contextlib.nullcontext():
+            result = segment(
+                model,
+                picture,
+                tile=options.tile,
+                overlap=options.overlap,
+                min_score=options.min_score,
+                scale=options.scale,
+                diameter=options.diameter,
+            )
+        return writing.submit(write, result, name, files, options.model, results)
+
+    ended = threading.Event()
+    with executor() as reading, executor() as writing, _looking(paths, options) as (looking, looks):
         ahead: deque[Future[Picture]] = deque()
-        behind: deque[tuple[Path, Future[str]]] = deque()
+        behind: deque[tuple[Path, Future[Future[str]]]] = deque()
         todo = iter(paths)
         try:
             for path, name in zip(paths, names, strict=True):
                 for following in islice(todo, _AHEAD - len(ahead)):
                     ahead.append(reading.submit(_read, following, options))
-                opened = ahead.popleft()
-                try:
-                    files = _files_of(name, options.out, results)
-                    result = segment(
-                        model,
-                        opened.result(),
-                        tile=options.tile,
-                        overlap=options.overlap,
-                        min_score=options.min_score,
-                        scale=options.scale,
-                        diameter=options.diameter,
-                    )
-                except Exception as error:
-                    failed: Future[str] = Future()
-                    failed.set_exception(error)
-                    behind.append((path, failed))
-                else:
-                    written = writing.submit(write, result, name, files, options.model, results)
-                    behind.append((path, written))
-                while behind and (behind[0][1].done() or len(behind) > _BEHIND):
+                behind.append((path, looking.submit(look, name, ahead.popleft())))
+                while behind and (_is_over(behind[0][1]) or len(behind) >= looks + _BEHIND):
                     yield behind.popleft()
             yield from behind
         finally:
-            for executing in (reading, writing):
+            ended.set()
+            for executing in (reading, looking, writing):
                 executing.shutdown(cancel_futures=True)
+
+
+def _is_over(looked: Future[Future[str]]) -> bool:
+    """Whether a picture's results are written, or what went wrong is known."""
+    return looked.done() and (looked.exception() is not None or looked.result().done())
+
+
+@contextlib.contextmanager
+def _looking(
+    paths: Sequence[Path], options: argparse.Namespace
+) -> Generator[tuple[Executor, int], None, None]:
+    """Where the network looks at pictures, and at how many at a time.
+
+    With two or three threads, small pictures are looked at side by side, by a thread each: in
+    threads that share one picture, one waits while the other does what cannot be shared. Large
+    ones, and more threads, are for one picture after the other, in this thread, which can be
+    interrupted.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    sample = paths[:: len(paths) // 16 + 1]
+    small = options.tile is None and all(is_small([path]) for path in sample)
+    if len(paths) == 1 or not 1 < threads < 4 or not small or options.device != "cpu":
+        yield _InThisThread(), 1
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool, threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _InThisThread(Executor):

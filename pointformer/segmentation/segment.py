@@ -14,6 +14,7 @@ from pointformer.annotations import Category
 from pointformer.data.images import Picture, Reading, open_picture
 from pointformer.models import Model
 from pointformer.prediction import predict, windows_for
+from pointformer.segmentation.tiling import windows_of
 from pointformer.tasks import MapTask, task_of
 
 if TYPE_CHECKING:
@@ -122,15 +123,9 @@ def segment(
         ValueError, TypeError: the image is unreadable or no picture, it needs a choice or more
             memory than there is, or the model is made for another task.
     """
-    task = task_of(model)
-    if not isinstance(task, MapTask):
-        raise ValueError(
-            f"model: {model.name} is made for {task.name!r} and finds no regions; use one for "
-            "semantic, instance or panoptic segmentation"
-        )
-    if min_score is not None:
-        check_number("min_score", min_score, least=0, most=1)
-    factor = _scale(model, scale, diameter)
+    task, factor = check_options(
+        model, tile=tile, overlap=overlap, min_score=min_score, scale=scale, diameter=diameter
+    )
     picture = open_picture(image, **reading)
     seen = picture.scaled(factor)
     windows = windows_for(model, seen, tile, overlap)
@@ -150,6 +145,37 @@ def segment(
     return Segmentation(
         picture, labels, tokens, seconds, tuple(classes), tuple(scores), model.categories
     )
+
+
+def check_options(
+    model: Model,
+    *,
+    tile: int | None = None,
+    overlap: int | None = None,
+    min_score: float | None = None,
+    scale: float | None = None,
+    diameter: float | None = None,
+) -> tuple[MapTask, float]:
+    """Check what `segment` is given, but for the picture.
+
+    Returns:
+        The model's task, and the side of what the network sees over that of the picture.
+
+    Raises:
+        ValueError, TypeError: naming the argument that cannot be.
+    """
+    task = task_of(model)
+    if not isinstance(task, MapTask):
+        raise ValueError(
+            f"model: {model.name} is made for {task.name!r} and finds no regions; use one for "
+            "semantic, instance or panoptic segmentation"
+        )
+    if overlap is not None:
+        check_count("overlap", overlap, least=0)
+    windows_of(1, 1, tile, overlap)
+    if min_score is not None:
+        check_number("min_score", min_score, least=0, most=1)
+    return task, _scale(model, scale, diameter)
 
 
 def _scale(model: Model, scale: float | None, diameter: float | None) -> float:

@@ -205,8 +205,10 @@ class Trainer:
         values = dict(zip(total, found, strict=False))
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            own = [] if numbers.isfinite().all() else names
+            own = [] if math.isfinite(float(total[bad[0]])) else names
             pictures = [name for some in self.processes.gathered(own) for name in some]
+            if not self.processes.main:
+                raise SystemExit(1)  # the main process says it for all
             raise FloatingPointError(
                 f"the {bad[0]} is {values[bad[0]]} at step {step}, with {', '.join(pictures)}"
             )

@@ -73,8 +73,8 @@ def seen(tmp_path, monkeypatch):
     def stop(*arguments, **options):
         raise Reached
 
-    def draw(model, dataset, task, *, annotations, **options):
-        seen["drawn"] = len(list(annotations))
+    def draw(model, dataset, task, *, progress, **options):
+        seen["drawn"] = len(list(progress(range(len(dataset)))))
         return SimpleNamespace(scores={"AP": 0.5}, pictures=1)
 
     spy(pointformer.models, "create_model", lambda *a, **k: FakeModel(seen))
@@ -211,6 +211,7 @@ TABLE = {
         (["--task", "semantic"], option("open_dataset", "task"), "semantic"),
         (["--task", "semantic"], argument("evaluate", 2), "semantic"),
         (["--skip-bad"], option("open_dataset", "skip_bad"), True),
+        (["--resume", "kept"], option("evaluate", "resume", str), "kept"),
         (["--limit", "1"], lambda seen: seen["drawn"], 1),
         (["--scales", "0.5", "1"], option("evaluate", "scales"), [0.5, 1.0]),
         (["--flip"], option("evaluate", "flip"), True),

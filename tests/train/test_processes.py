@@ -1,13 +1,16 @@
 """Two processes train as one does."""
 
+import ast
+import re
 import signal
 import time
 
 import pytest
 import torch
+from PIL import Image
 
 from helpers.processes import finished, started
-from helpers.training import TINY, write_folder
+from helpers.training import TINY, crops, write_folder
 from pointformer.train.checkpoints import list_checkpoints, read_checkpoint
 
 MASKS = ["options.queries=12", "options.dim=64", "options.hidden=64", "options.decoder_layers=1",
@@ -73,6 +76,43 @@ def test_a_run_goes_on_with_sharded_parameters_and_without(folder, tmp_path):
     assert_alike(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """Pictures of two classes."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for split, count in (("train", 6), ("val", 2)):
+        for number, (picture, ids) in enumerate(crops(count, 48)):
+            path = folder / split / ("many" if ids.max() > 20 else "few") / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+            path = folder / split / ("few" if ids.max() > 20 else "many") / f"{number}t.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture[::-1]).save(path)
+    return folder
+
+
+@pytest.mark.long
+def test_mixtures_are_those_of_the_whole_batch(kinds, tmp_path):
+    changes = ["augmentation.mix.mixup=0.8", "augmentation.mix.cutmix=1.0", "accumulate=1"]
+    for world, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        trained(world, kinds, out, "budget.steps=4", *changes, task="classification")
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.long
+def test_pictures_of_any_size_are_shared(tmp_path):
+    """Without crops a batch is a list, whose pictures differ from process to process."""
+    folder = write_folder(tmp_path / "data", train=8, val=3)
+    for number in range(8):
+        for kind in ("images", "instances"):
+            path = folder / f"train/{kind}/{number}.png"
+            whole = Image.open(path)
+            whole.crop((0, 0, 30 + 4 * number, 64 - 3 * number)).save(path)
+    for world, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        trained(world, folder, out, "budget.steps=4", "augmentation.crop=null")
+    assert_alike(tmp_path / "one", tmp_path / "two")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("task", "changes"),
@@ -82,6 +122,67 @@ def test_each_loss_is_that_of_the_whole_batch(folder, tmp_path, task, changes):
     for world, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
         trained(world, folder, out, "budget.steps=4", *changes, task=task)
     assert_alike(tmp_path / "one", tmp_path / "two")
+
+
+NAN = """
+import os
+from pointformer.train.trainer import Trainer
+step, loss = Trainer.step, Trainer._loss
+def told(self, batch):
+    if self.steps == 2 and os.environ["RANK"] == "1":
+        print(batch.names, flush=True)
+    step(self, batch)
+def bad(self, *arguments):
+    wrong = self.steps == 2 and os.environ["RANK"] == "1"
+    factor = float("nan") if wrong else 1
+    return {name: term * factor for name, term in loss(self, *arguments).items()}
+Trainer.step, Trainer._loss = told, bad
+"""
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_all(folder, tmp_path):
+    """One says it, with the pictures of that batch, and a checkpoint from before is there."""
+    out = tmp_path / "run"
+    command = ["train", TINY, folder, "--task", "instance", "--out", out, "budget.steps=9",
+               "batch=4", "checkpoints.steps=1", "validation.times=0"]  # fmt: skip
+    (_, first, code), (names, second, other) = finished(started(2, *command, before=NAN))
+    assert (code, other) == (1, 1)
+    assert second == ""
+    (error,) = [line for line in first.splitlines() if line.startswith("pointformer: error")]
+    named = re.fullmatch(
+        r"pointformer: error: the loss is nan at step 2, with ([\d, ]+); "
+        r"(step-0000000[12]-\w+\.pt) is from before", error
+    )  # fmt: skip
+    assert ast.literal_eval(names) == named[1].split(", ")
+    assert read_checkpoint(out / "checkpoints" / named[2])["steps"] in (1, 2)
+
+
+BROKEN = """
+import os
+from pointformer.data import Annotation
+read, count = Annotation.read_image, 0
+def bad(self, **reading):
+    global count
+    count += os.environ["RANK"] == "1"
+    if count == 6:
+        raise ValueError(f"{self.image}: expected a picture, but this one is broken")
+    return read(self, **reading)
+Annotation.read_image = bad
+"""
+
+
+@pytest.mark.long
+def test_a_picture_that_breaks_in_one_process_ends_all(folder, tmp_path):
+    """That one says which; the other does not wait, and the run can go on."""
+    out = tmp_path / "run"
+    command = ["train", TINY, folder, "--task", "instance", "--out", out, "budget.steps=9",
+               "batch=4", "checkpoints.steps=1", "validation.times=0"]  # fmt: skip
+    (_, first, code), (_, second, other) = finished(started(2, *command, before=BROKEN))
+    assert (code, other) == (1, 1)
+    assert re.search(r"\.png: expected a picture, but this one is broken.* is from before", second)
+    assert "broken" not in first
+    assert first.splitlines()[-1].startswith("pointformer: error: process 0 of 2: lost the connect")
+    assert list_checkpoints(out / "checkpoints")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
