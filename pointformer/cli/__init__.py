@@ -10,10 +10,11 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 
 from pointformer.cli import evaluate, focus, models, profile, report, segment, train, warmup
-from pointformer.cli.common import abandon, complain, say
+from pointformer.cli.common import abandon, complain, printable, say
 
 _COMMANDS = {
     "segment": segment,
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 if all was done, 1 if not, 2 for a wrong usage."""
     if arguments is None:  # the process is this command: what was imported stays to its end,
         gc.freeze()  # and searching it for garbage, at the end too, takes 0.7 s
-    with _open_streams(), _any_characters(), _orderly_end():
+    with _open_streams(), _any_characters(), _orderly_end(), _warnings_as_lines():
         options = _parsed(arguments)
         try:
             code = _COMMANDS[options.command].run(options)
@@ -90,6 +91,18 @@ def _open_streams() -> Iterator[None]:
             if getattr(sys, name) is None:
                 setattr(sys, name, stack.enter_context(open(os.devnull, "w", encoding="utf-8")))
                 stack.callback(setattr, sys, name, None)
+        yield
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show warnings as what they say, without the line of code that they come from."""
+
+    def show(message: Warning | str, *where: object, **more: object) -> None:
+        say(f"pointformer: warning: {printable(str(message))}", error=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
         yield
 
 

@@ -113,7 +113,7 @@ class Statistics:
         sizes = Counter(facts.size for facts in good)
         common = ", ".join(f"{w} x {h} ({n})" for (h, w), n in sizes.most_common(3))
         more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
-        lines = [f"{len(good)} pictures, width x height {common}{more}"]
+        lines = [f"{len(good)} picture{'s' * (len(good) != 1)}, width x height {common}{more}"]
         counts, total = self.per_class, max(1, sum(self.per_class))
         order = sorted(range(len(counts)), key=lambda k: -counts[k])
         shares = [f"{self.categories[k].name} {100 * counts[k] / total:.3g}%" for k in order[:8]]

@@ -394,6 +394,8 @@ def validation_tile(recipe: Recipe, task: Task) -> int | None:
 def check_folder(out: Path) -> None:
     """Raise `ValueError` where a new run would replace what another program wrote."""
     if (out / RECIPE).exists():
+        if (out / CHECKPOINTS).exists() and not (out / CHECKPOINTS).is_dir():
+            raise ValueError(f"{out / CHECKPOINTS}: expected the folder of a run, this is a file")
         return
     for name in (WEIGHTS, CHECKPOINTS, "log.csv", "scores.csv"):
         if os.path.lexists(out / name):

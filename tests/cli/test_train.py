@@ -102,6 +102,18 @@ def test_one_line_for_what_is_wrong(capsys, folder, tmp_path, arguments, message
     assert not out.exists()
 
 
+def test_a_warning_is_a_line(capsys, folder, tmp_path):
+    """Here of what is kept of other weights, for another task."""
+    code, _, error = run(
+        capsys, "train", folder, "--task=semantic", "--init=aff_nano.nuclei", "budget.steps=1",
+        "validation.times=0", "batch=1", "augmentation.crop.size=32", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0
+    (line,) = [line for line in error.replace("\r", "\n").splitlines() if "warning" in line]
+    assert line.startswith("pointformer: warning: ")
+    assert "kept: the backbone and 22 of 24 weights of the head" in line
+
+
 def test_unknown_options_are_refused(capsys, folder):
     for arguments in (["train", folder, "--out", "x", "--lr", "3"], ["evaluate", folder, "b=3"]):
         with pytest.raises(SystemExit) as stop:

@@ -342,6 +342,14 @@ def test_a_new_run_replaces_nothing(folder, tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
+def test_what_is_no_folder_of_a_run(folder, tmp_path):
+    recipe = recipe_of(folder, "budget.steps=1")
+    (tmp_path / "recipe.yaml").write_text("task: instance")
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(ValueError, match="checkpoints: expected the folder of a run, this is a"):
+        train(recipe, tmp_path, say=silent)
+
+
 def test_parts_of_a_batch_and_recomputed_blocks_give_the_same_step(tmp_path):
     """As far as numbers go, where the loss is a mean over pictures."""
     dataset = dataset_of(tmp_path, "classification", 4, 32)
