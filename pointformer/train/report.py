@@ -137,9 +137,16 @@ def _facts(model: Model, run: Path) -> dict[str, Any]:
         "data": trained.get("data"),
         "steps": trained.get("steps"),
         "minutes of training": trained.get("minutes"),
+        "waited for pictures": _waited(run),
         "pointformer": trained.get("pointformer"),
         "recipe": (run / "recipe.yaml").name,
     }
+
+
+def _waited(run: Path) -> str | None:
+    """Which share of the time, in the middle of the lines of the log."""
+    shares = read_table(run / "log.csv").get("waiting")
+    return None if shares is None else f"{100 * float(np.nanmedian(shares)):.1f}% of the time"
 
 
 def _token_maps(run: Path) -> list[list[tuple[int, str]]]:
