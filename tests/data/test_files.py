@@ -1,5 +1,6 @@
 """Names that come out of files, and files that are whole or not there."""
 
+import errno
 import os
 import stat
 import threading
@@ -146,3 +147,15 @@ def test_names_as_long_as_names_can_be(tmp_path, name):
     with atomic_path(tmp_path / name) as temporary:
         temporary.write_text("x")
     assert (tmp_path / name).read_text() == "x"
+
+
+def test_errors_of_writing_name_the_file_that_was_asked_for(tmp_path):
+    """Not the temporary one; a full disk has no name at all."""
+    for path in (tmp_path / "no/a.txt", tmp_path / "b.txt"):
+        with pytest.raises(OSError, match="No s") as error, atomic_path(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert error.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as error, atomic_path(tmp_path / "b.txt") as temporary:
+        (temporary.parent / "input").read_text()
+    assert error.value.filename == str(tmp_path / "input")
+    assert list(tmp_path.iterdir()) == []

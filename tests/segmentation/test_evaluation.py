@@ -335,6 +335,8 @@ def test_unreadable_pictures_are_skipped_and_not_counted(folder, tmp_path, capsy
     ("options", "message"),
     [
         (["--scales", "-1"], "scales: expected positive numbers"),
+        (["--scales", "nan"], "scales: expected positive numbers"),
+        (["--limit", "-2"], "--limit: expected at least 0, got -2"),
         (["--tile", "0"], "tile: expected a positive integer, got 0"),
         (["--device", "nowhere"], "--device: nowhere cannot be used"),
     ],
