@@ -29,25 +29,39 @@ def compare(benchmark, capsys):
     """`compare(ours=function, name=function, ...)` benchmarks the first, timing the others in turn.
 
     Each other side's median, as a multiple of the first's, is printed and stored as extra
-    information: above 1, the first is faster.
+    information: above 1, the first is faster. So is the ratio of the CPU time of all threads, which
+    other work on the machine changes less.
     """
 
     def run(rounds: int = 7, **sides: Callable[[], object]) -> None:
         ours, *others = sides
         times: dict[str, list[float]] = {name: [] for name in others}
+        cpu_times: dict[str, list[float]] = {name: [] for name in sides}
+
+        def run_side(name: str) -> None:
+            start = time.process_time()
+            sides[name]()
+            cpu_times[name].append(time.process_time() - start)
 
         def time_others() -> None:
             for name in others:
                 start = time.perf_counter()
-                sides[name]()
+                run_side(name)
                 times[name].append(time.perf_counter() - start)
 
-        benchmark.pedantic(sides[ours], setup=time_others, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(
+            lambda: run_side(ours), setup=time_others, rounds=rounds, warmup_rounds=1
+        )
         own = benchmark.stats.stats.median
         # The first round is the warm-up.
         ratios = {name: median(values[1:]) / own for name, values in times.items()}
+        used = {name: median(values[1:]) for name, values in cpu_times.items()}
+        of_cpu = {name: used[name] / used[ours] for name in others}
         benchmark.extra_info.update(ratios, threads=torch.get_num_threads())
-        text = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
+        benchmark.extra_info.update({f"{name} cpu time": x for name, x in of_cpu.items()})
+        text = ", ".join(
+            f"{name} {ratio:.2f}x ({of_cpu[name]:.2f}x CPU time)" for name, ratio in ratios.items()
+        )
         with capsys.disabled():
             print(f"\n{benchmark.name}: {ours} {own * 1e3:.2f} ms; {text}")
 

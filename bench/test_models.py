@@ -10,9 +10,10 @@ from torch import nn
 from pointformer.models import create_model
 
 
-def layers_alone(model, images):
+def layers_alone(model, images, training=False):
     """A function that runs the model's Linear and convolution layers on what they saw for
-    `images`, and nothing else; each on all of its rows at once, as where gradients are recorded."""
+    `images`, and nothing else; each on all of its rows at once, as where gradients are recorded.
+    `training`: their backward passes too."""
     calls = []
     handles = [
         module.register_forward_pre_hook(lambda m, args: calls.append((m, args[0])))
@@ -23,13 +24,33 @@ def layers_alone(model, images):
         model(images)
     for handle in handles:
         handle.remove()
-    inputs = [(module, torch.rand_like(x, requires_grad=False)) for module, x in calls]
+    # All but the images get gradients.
+    inputs = [
+        (module, torch.rand_like(x, requires_grad=i > 0)) for i, (module, x) in enumerate(calls)
+    ]
+    gradients = [torch.rand_like(module(x)) for module, x in inputs] if training else []
 
     def run():
         for module, x in inputs:
             module(x)
 
-    return run
+    def step():
+        for (module, x), gradient in zip(inputs, gradients, strict=True):
+            x.grad = None
+            module(x).backward(gradient)
+        model.zero_grad()
+
+    return step if training else run
+
+
+def training_step(model, images):
+    """A function that runs forward and backward."""
+
+    def step():
+        model(images).square().mean().backward()
+        model.zero_grad()
+
+    return step
 
 
 @pytest.mark.parametrize("name", ["aff_mini", "aff_mini_1_5th", "aff_tiny"])
@@ -42,14 +63,50 @@ def test_inference_at_224(compare, name):
 
 
 def test_training_step_at_224(compare):
-    model = create_model("aff_mini")
-    reference = create_model("aff_mini", impl="reference")
+    """Goal: at most 2x the time of the layers' forward and backward (0.5x here)."""
+    model = create_model("aff_mini").train()
+    images = torch.randn(16, 3, 224, 224)
+    compare(model=training_step(model, images), layers=layers_alone(model, images, training=True))
+
+
+def test_training_step_against_the_reference(compare):
     images = torch.randn(2, 3, 224, 224)
+    sides = {
+        "cpu": create_model("aff_mini"),
+        "reference": create_model("aff_mini", impl="reference"),
+    }
+    compare(rounds=3, **{name: training_step(model, images) for name, model in sides.items()})
 
-    def step(model):
-        model(images).square().mean().backward()
 
-    compare(rounds=3, cpu=lambda: step(model), reference=lambda: step(reference))
+@pytest.fixture
+def swin():
+    """Hugging Face's Swin-T on images, giving logits."""
+    transformers = pytest.importorskip("transformers", reason="pip install 'pointformer[bench]'")
+    network = transformers.SwinForImageClassification(transformers.SwinConfig(num_labels=1000))
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, images):
+            return self.network(images).logits
+
+    return Logits()
+
+
+def test_training_against_swin(compare, swin):
+    """Goal: 1.1x."""
+    model, images = create_model("aff_tiny").train(), torch.randn(8, 3, 224, 224)
+    compare(aff=training_step(model, images), swin=training_step(swin.train(), images))
+
+
+def test_inference_against_swin(compare, swin):
+    """Goal: 1.35x."""
+    model, images = create_model("aff_tiny").eval(), torch.randn(8, 3, 224, 224)
+    swin.eval()
+    with torch.no_grad():
+        compare(aff=lambda: model(images), swin=lambda: swin(images))
 
 
 HEADS = ["features", "mask2former", "hcformer"]
