@@ -12,6 +12,7 @@ from numba import njit, prange
 from pointformer.kernels.cpu.attention_backward import backward, make_plan
 from pointformer.kernels.cpu.attention_blocks import (
     CHUNK,
+    GROUP,
     LOG2_E,
     SPARE,
     add_bias,
@@ -29,6 +30,7 @@ from pointformer.kernels.cpu.attention_blocks import (
     phi_size,
     power8,
     power16,
+    prefetch_next,
     relate_all,
     rows_of,
     shape_of,
@@ -45,7 +47,6 @@ from pointformer.kernels.cpu.simd import (
     load,
     load16,
     pointer,
-    prefetch,
     splat,
     splat16,
     store,
@@ -54,8 +55,6 @@ from pointformer.kernels.cpu.simd import (
 )
 
 __all__ = ["backward", "forward", "make_plan"]
-
-GROUP = 8  # tokens that the forward pass takes together
 
 
 @njit(inline="always")
@@ -84,23 +83,18 @@ def attend_chunk(
         for head in range(shape.heads):
             own = head * shape.channels
             for i in range(tokens):
-                at = ((first + i) * shape.heads + head) * shape.channels
-                # Queries are far apart: without this, every first use waits for memory.
-                soon = at + shape.channels
-                if head == shape.heads - 1:
-                    soon = (first + i + GROUP) * shape.heads * shape.channels
-                for channel in range(0, shape.channels, 16):
-                    prefetch(query, soon + channel)
+                at = (first + i) * query.token_stride + head * query.head_stride
+                prefetch_next(query, first + i, head, shape)
                 dot_blocks(
-                    query, at, packed_key, head, blocks, i * width, counts[i], shape,
+                    query.data, at, packed_key, head, blocks, i * width, counts[i], shape,
                     logits, i * length,
                 )  # fmt: skip
             for i in range(tokens):
                 at = i * phi_size(width, shape)
                 highest = add_bias(logits, i * length, counts[i], phi, at, head, scale, bias, shape)
                 if bias.has_blank:
-                    at = ((first + i) * shape.heads + head) * shape.channels
-                    logit = scale * dot_rows(query, at, bias.blank_key, own, shape.channels)
+                    at = (first + i) * query.token_stride + head * query.head_stride
+                    logit = scale * dot_rows(query.data, at, bias.blank_key, own, shape.channels)
                     highest = max(highest, logit)
                     blank[i] = logit
                 largest[i] = highest
@@ -142,7 +136,7 @@ def attend(
         pack_positions(pointer(positions), cluster, ends, shape, pointer(points))
     for chunk in prange((shape.tokens + CHUNK - 1) // CHUNK):
         attend_chunk(
-            chunk, pointer(query), pointer(positions), pointer(cluster_index), pointer(offsets),
+            chunk, rows_of(query), pointer(positions), pointer(cluster_index), pointer(offsets),
             bias_of(bias), scale, shape, pointer(packed_key), pointer(packed_value),
             pointer(points), pointer(output), pointer(normal),
         )  # fmt: skip
@@ -164,7 +158,7 @@ def forward(
     output = torch.empty(query.shape, dtype=torch.float32)
     normal = torch.empty((*query.shape[:2], 2), dtype=torch.float32)
     attend(
-        flat(query),
+        as_rows(query),
         as_rows(key),
         as_rows(value),
         flat(positions),

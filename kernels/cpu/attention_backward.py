@@ -1,8 +1,9 @@
 """Neighborhood attention on the CPU, the backward pass, in two loops without races.
 
-Over the queries: their gradients, the mean gradient of each row's logits, and a share of the
-gradients of what is learned. Over the clusters: the gradients of their keys and values, from the
-queries that attend to them.
+Over the queries: their gradients, and a share of the gradients of what is learned. Over the
+clusters: the gradients of their keys and values, from the queries that attend to them. Both take a
+tile of queries at a time, so that the softmax's weights and the gradients of the logits, which the
+first loop leaves to the second, stay in a cache.
 """
 
 import numpy as np
@@ -11,6 +12,7 @@ from numba import njit, prange
 
 from pointformer.kernels.cpu.attention_blocks import (
     CHUNK,
+    GROUP,
     LOG2_E,
     SPARE,
     add_bias,
@@ -25,12 +27,10 @@ from pointformer.kernels.cpu.attention_blocks import (
     list_blocks,
     pack,
     pack_positions,
-    packed_at,
-    phi_at,
     phi_size,
     power8,
     power16,
-    relate,
+    prefetch_next,
     relate_all,
     rows_of,
     shape_of,
@@ -39,7 +39,6 @@ from pointformer.kernels.cpu.attention_blocks import (
 from pointformer.kernels.cpu.inverse import inverse_lists
 from pointformer.kernels.cpu.runtime import inlined, kernel
 from pointformer.kernels.cpu.simd import (
-    add_neighbors,
     advance,
     allocate,
     as_int64,
@@ -50,7 +49,6 @@ from pointformer.kernels.cpu.simd import (
     hsum,
     load,
     load16,
-    load_pair16,
     pointer,
     splat,
     splat16,
@@ -59,6 +57,8 @@ from pointformer.kernels.cpu.simd import (
 )
 
 BATCH = 64  # queries of a cluster that the backward pass takes at a time
+TILE_FLOATS = 1 << 16  # about how many weights and gradients of logits there are at a time
+MOST_TILES = 256  # each looks at all clusters
 
 
 @inlined
@@ -68,18 +68,31 @@ def add_scaled(weight, source, source_at, target, target_at, channels):
         store(target, target_at + channel, total)
 
 
+@inlined
+def shared_size(shape):
+    """What the two loops share for a head of a token: twice `per_query` blocks, in whole pairs."""
+    return (shape.per_query * shape.cluster_blocks + 1) // 2 * 32
+
+
+@inlined
+def shared_at(token, tile_first, shape):
+    """Where the softmax's weights of a token's first head start; gradients of logits follow."""
+    return (token - tile_first) * shape.heads * shared_size(shape)
+
+
 @njit(inline="always")
 def query_gradients(
     chunk, grad, query, positions, cluster_index, offsets, bias, scale, log2_scale, shape,
-    packed_key, key_rows, packed_value, points, normal, delta, grad_query, partial,
+    packed_key, key_rows, packed_value, points, normal, grad_query, partial, tile_first, shared,
 ):  # fmt: skip
     """Gradients of a chunk's queries, and its share of those of weight, bias and blank token."""
     width = shape.per_query * shape.cluster_blocks
     length = (width + SPARE) * 8
     sums = shape.heads * shape.features * 16
-    lists = allocate(2 * width)
+    lists = allocate(2 * GROUP * (width + 1))
     blocks = as_int64(lists)
-    weight_sums = allocate(sums + 2 * length + phi_size(width, shape))
+    counts = advance(blocks, GROUP * width)
+    weight_sums = allocate(sums + 2 * length + GROUP * phi_size(width, shape))
     logits = advance(weight_sums, sums)
     grad_logits = advance(logits, length)
     phi = advance(grad_logits, length)
@@ -89,49 +102,68 @@ def query_gradients(
     value_at = key_at + shape.heads * shape.channels
     for n in range(chunk * partial_size(shape), (chunk + 1) * partial_size(shape)):
         partial[n] = f32(0.0)
-    for token in range(chunk * CHUNK, min((chunk + 1) * CHUNK, shape.tokens)):
-        count = list_blocks(cluster_index, token, offsets, shape, blocks, 0)
-        relate_all(positions, token, points, blocks, 0, count, shape, phi, 0)
-        for head in range(shape.heads):
-            at = (token * shape.heads + head) * shape.channels
+    end = min((chunk + 1) * CHUNK, shape.tokens)
+    for group in range(chunk * CHUNK, end, GROUP):
+        tokens = min(GROUP, end - group)
+        for i in range(tokens):
+            first = i * width
+            counts[i] = list_blocks(cluster_index, group + i, offsets, shape, blocks, first)
+            at = i * phi_size(width, shape)
+            relate_all(positions, group + i, points, blocks, first, counts[i], shape, phi, at)
+        # One head after the other: what it reads of keys and values stays in the fastest cache.
+        for row in range(shape.heads * tokens):
+            head, i = row // tokens, row % tokens
+            token, count, first = group + i, counts[i], i * width
+            at = token * grad.token_stride + head * grad.head_stride
+            query_at = token * query.token_stride + head * query.head_stride
             own = head * shape.channels
-            dot_blocks(query, at, packed_key, head, blocks, 0, count, shape, logits, 0)
-            dot_blocks(grad, at, packed_value, head, blocks, 0, count, shape, grad_logits, 0)
-            add_bias(logits, 0, count, phi, 0, head, log2_scale, bias, shape)
+            features = i * phi_size(width, shape)
+            weights = shared_at(token, tile_first, shape) + head * shared_size(shape)
+            changes = weights + shared_size(shape) // 2
+            prefetch_next(query, token, head, shape)
+            prefetch_next(grad, token, head, shape)
+            dot_blocks(
+                query.data, query_at, packed_key, head, blocks, first, count, shape, logits, 0
+            )
+            dot_blocks(
+                grad.data, at, packed_value, head, blocks, first, count, shape, grad_logits, 0
+            )
+            add_bias(logits, 0, count, phi, features, head, log2_scale, bias, shape)
             shift = normal[2 * (token * shape.heads + head)]
             factor = normal[2 * (token * shape.heads + head) + 1]
             blank = blank_grad = f32(0.0)
             if bias.has_blank:
-                logit = dot_rows(query, at, bias.blank_key, own, shape.channels) * log2_scale
-                blank = hmax(power8(splat(logit) - splat(shift))) * factor
-                blank_grad = dot_rows(grad, at, bias.blank_value, own, shape.channels)
+                logit = dot_rows(query.data, query_at, bias.blank_key, own, shape.channels)
+                blank = hmax(power8(splat(logit * log2_scale) - splat(shift))) * factor
+                blank_grad = dot_rows(grad.data, at, bias.blank_value, own, shape.channels)
             total = splat16(f32(0.0))
             for pair in range((count + 1) // 2):
                 weight = power16(load16(logits, pair * 16) - splat16(shift)) * splat16(factor)
-                store(logits, pair * 16, weight)
+                store(shared, weights + pair * 16, weight)
                 total = fma(weight, load16(grad_logits, pair * 16), total)
             mean = hsum(total) + blank * blank_grad
-            delta[token * shape.heads + head] = mean
             for pair in range((count + 1) // 2):
                 change = load16(grad_logits, pair * 16) - splat16(mean)
-                store(grad_logits, pair * 16, load16(logits, pair * 16) * change)
+                change = load16(shared, weights + pair * 16) * change
+                store(shared, changes + pair * 16, change)
             for feature in range(shape.features):
                 to = (head * shape.features + feature) * 16
                 total = load16(weight_sums, to)
                 for pair in range((count + 1) // 2):
-                    x = load16(phi, (pair * (1 + shape.features) + 1 + feature) * 16)
-                    total = fma(load16(grad_logits, pair * 16), x, total)
+                    x = load16(phi, features + (pair * (1 + shape.features) + 1 + feature) * 16)
+                    total = fma(load16(shared, changes + pair * 16), x, total)
                 store(weight_sums, to, total)
             blank_change = blank * (blank_grad - mean)
             if bias.has_blank:
                 # The gradients of a row's logits add up to 0: less rounding than their sum.
                 partial[bias_at + head] -= blank_change
                 scaled = splat(blank_change * scale)
-                add_scaled(scaled, query, at, partial, key_at + own, shape.channels)
-                add_scaled(splat(blank), grad, at, partial, value_at + own, shape.channels)
+                add_scaled(scaled, query.data, query_at, partial, key_at + own, shape.channels)
+                add_scaled(splat(blank), grad.data, at, partial, value_at + own, shape.channels)
             sum_rows(
-                grad_logits, 0, key_rows, blocks, 0, count, head,
-                bias.blank_key, blank_change, scale, shape, grad_query, at,
+                shared, changes, key_rows, blocks, first, count, head,
+                bias.blank_key, blank_change, scale, shape,
+                grad_query, (token * shape.heads + head) * shape.channels,
             )  # fmt: skip
     for n in range(shape.heads * shape.features):
         partial[chunk * partial_size(shape) + n] = hsum(load16(weight_sums, n * 16))
@@ -145,129 +177,123 @@ def partial_size(shape):
 
 
 @inlined
-def dot_queries(query, grad, first, count, queries, head, packed_key, packed_value, block, shape,
-                logits, grad_logits):  # fmt: skip
-    """Products of queries with a block's keys, of output gradients with its values: (count, 8)."""
-    size = shape.heads * shape.channels
-    base = packed_at(head, block, shape)
-    own = head * shape.channels
-    for done in range(0, count, 4):
-        i0 = queries[first + done] * size + own
-        i1 = queries[first + min(done + 1, count - 1)] * size + own
-        i2 = queries[first + min(done + 2, count - 1)] * size + own
-        i3 = queries[first + min(done + 3, count - 1)] * size + own
-        s0 = s1 = s2 = s3 = g0 = g1 = g2 = g3 = splat16(f32(0.0))
-        for channel in range(0, shape.channels, 2):
-            k = load16(packed_key, base + channel * 8)
-            s0 = fma(k, load_pair16(query, i0 + channel), s0)
-            s1 = fma(k, load_pair16(query, i1 + channel), s1)
-            s2 = fma(k, load_pair16(query, i2 + channel), s2)
-            s3 = fma(k, load_pair16(query, i3 + channel), s3)
-            v = load16(packed_value, base + channel * 8)
-            g0 = fma(v, load_pair16(grad, i0 + channel), g0)
-            g1 = fma(v, load_pair16(grad, i1 + channel), g1)
-            g2 = fma(v, load_pair16(grad, i2 + channel), g2)
-            g3 = fma(v, load_pair16(grad, i3 + channel), g3)
-        to = done * 8
-        store(logits, to, add_neighbors(s0, s1))
-        store(logits, to + 16, add_neighbors(s2, s3))
-        store(grad_logits, to, add_neighbors(g0, g1))
-        store(grad_logits, to + 16, add_neighbors(g2, g3))
+def first_block(cluster_index, token, cluster, offsets, shape):
+    """Place of a cluster's first block in the list that `list_blocks` makes for a token."""
+    place = 0
+    for slot in range(token * shape.per_query, (token + 1) * shape.per_query):
+        other = cluster_index[slot]
+        if other == cluster:
+            break
+        if 0 <= other < shape.clusters:
+            place += (offsets[other + 1] - offsets[other] + 7) // 8
+    return place
 
 
 @inlined
-def add_outer(weights, source, first, count, queries, head, shape, target):
-    """`target[head, j]` += the sum over queries of `weights[query, j] * source[query, head]`."""
-    size = shape.heads * shape.channels
-    for channel in range(0, shape.channels, 8):
-        at = head * shape.channels + channel
-        to = head * 8 * shape.channels + channel
+def add_outer(
+    weights, weights_at, ahead, source, stride, source_at, first, count, queries, channels,
+    target, target_at,
+):  # fmt: skip
+    """Add to eight rows of `target` the sum over queries of their eight weights times their row of
+    `source`. The weights of query i start at `weights_at[i] + ahead`."""
+    for channel in range(0, channels, 8):
+        at = source_at + channel
+        to = target_at + channel
         a0 = load(target, to)
-        a1 = load(target, to + shape.channels)
-        a2 = load(target, to + 2 * shape.channels)
-        a3 = load(target, to + 3 * shape.channels)
-        a4 = load(target, to + 4 * shape.channels)
-        a5 = load(target, to + 5 * shape.channels)
-        a6 = load(target, to + 6 * shape.channels)
-        a7 = load(target, to + 7 * shape.channels)
+        a1 = load(target, to + channels)
+        a2 = load(target, to + 2 * channels)
+        a3 = load(target, to + 3 * channels)
+        a4 = load(target, to + 4 * channels)
+        a5 = load(target, to + 5 * channels)
+        a6 = load(target, to + 6 * channels)
+        a7 = load(target, to + 7 * channels)
         for i in range(count):
-            x = load(source, queries[first + i] * size + at)
-            a0 = fma(splat(weights[i * 8]), x, a0)
-            a1 = fma(splat(weights[i * 8 + 1]), x, a1)
-            a2 = fma(splat(weights[i * 8 + 2]), x, a2)
-            a3 = fma(splat(weights[i * 8 + 3]), x, a3)
-            a4 = fma(splat(weights[i * 8 + 4]), x, a4)
-            a5 = fma(splat(weights[i * 8 + 5]), x, a5)
-            a6 = fma(splat(weights[i * 8 + 6]), x, a6)
-            a7 = fma(splat(weights[i * 8 + 7]), x, a7)
+            x = load(source, queries[first + i] * stride + at)
+            w = weights_at[i] + ahead
+            a0 = fma(splat(weights[w]), x, a0)
+            a1 = fma(splat(weights[w + 1]), x, a1)
+            a2 = fma(splat(weights[w + 2]), x, a2)
+            a3 = fma(splat(weights[w + 3]), x, a3)
+            a4 = fma(splat(weights[w + 4]), x, a4)
+            a5 = fma(splat(weights[w + 5]), x, a5)
+            a6 = fma(splat(weights[w + 6]), x, a6)
+            a7 = fma(splat(weights[w + 7]), x, a7)
         store(target, to, a0)
-        store(target, to + shape.channels, a1)
-        store(target, to + 2 * shape.channels, a2)
-        store(target, to + 3 * shape.channels, a3)
-        store(target, to + 4 * shape.channels, a4)
-        store(target, to + 5 * shape.channels, a5)
-        store(target, to + 6 * shape.channels, a6)
-        store(target, to + 7 * shape.channels, a7)
+        store(target, to + channels, a1)
+        store(target, to + 2 * channels, a2)
+        store(target, to + 3 * channels, a3)
+        store(target, to + 4 * channels, a4)
+        store(target, to + 5 * channels, a5)
+        store(target, to + 6 * channels, a6)
+        store(target, to + 7 * channels, a7)
 
 
 @njit(inline="always")
 def key_gradients(
-    cluster, grad, query, positions, offsets, inverse_offsets, inverse_queries,
-    bias, scale, log2_scale, shape,
-    packed_key, packed_value, points, normal, delta, grad_key, grad_value,
+    cluster, grad, query, cluster_index, offsets, begin, end, inverse_queries, scale, shape,
+    tile_first, shared, grad_key, grad_value,
 ):  # fmt: skip
-    """Gradients of a cluster's keys and values, from the queries that attend to it."""
+    """Gradients of a cluster's keys and values from a tile's queries, added to those of tiles
+    before."""
     size = shape.heads * shape.channels
-    key_sums = allocate(16 * size + 16 * BATCH + phi_size(BATCH, shape))
+    key_sums = allocate(16 * size + 2 * BATCH)
     value_sums = advance(key_sums, 8 * size)
-    logits = advance(value_sums, 8 * size)
-    grad_logits = advance(logits, 8 * BATCH)
-    phi = advance(grad_logits, 8 * BATCH)
-    begin, end = inverse_offsets[cluster], inverse_offsets[cluster + 1]
+    places = as_int64(advance(value_sums, 8 * size))
     for part in range(shape.cluster_blocks):
         row = offsets[cluster] + 8 * part
         tokens = min(offsets[cluster + 1] - row, 8)
         if tokens <= 0:
             break
-        block = cluster * shape.cluster_blocks + part
         for n in range(0, 8 * size, 8):
             store(key_sums, n, zero())
             store(value_sums, n, zero())
         for first in range(begin, end, BATCH):
             count = min(end - first, BATCH)
             for i in range(count):
-                at = phi_at(i, shape)
-                relate(positions, inverse_queries[first + i], points, block, shape, phi, at)
+                token = inverse_queries[first + i]
+                block = first_block(cluster_index, token, cluster, offsets, shape) + part
+                places[i] = shared_at(token, tile_first, shape) + block * 8
             for head in range(shape.heads):
-                dot_queries(
-                    query, grad, first, count, inverse_queries, head,
-                    packed_key, packed_value, block, shape, logits, grad_logits,
+                own = head * shape.channels
+                weights = head * shared_size(shape)
+                add_outer(
+                    shared, places, weights + shared_size(shape) // 2,
+                    query.data, query.token_stride, head * query.head_stride,
+                    first, count, inverse_queries, shape.channels, key_sums, 8 * own,
                 )  # fmt: skip
-                add_bias(logits, 0, count, phi, 0, head, log2_scale, bias, shape)
-                for i in range(count):
-                    at = inverse_queries[first + i] * shape.heads + head
-                    weight = power8(load(logits, i * 8) - splat(normal[2 * at]))
-                    weight = weight * splat(normal[2 * at + 1])
-                    change = load(grad_logits, i * 8) - splat(delta[at])
-                    store(logits, i * 8, weight)
-                    store(grad_logits, i * 8, weight * change)
-                add_outer(grad_logits, query, first, count, inverse_queries, head, shape, key_sums)
-                add_outer(logits, grad, first, count, inverse_queries, head, shape, value_sums)
+                add_outer(
+                    shared, places, weights,
+                    grad.data, grad.token_stride, head * grad.head_stride,
+                    first, count, inverse_queries, shape.channels, value_sums, 8 * own,
+                )  # fmt: skip
         for head in range(shape.heads):
             for token in range(tokens):
                 to = ((row + token) * shape.heads + head) * shape.channels
                 at = (head * 8 + token) * shape.channels
                 for channel in range(0, shape.channels, 8):
-                    store(grad_key, to + channel, load(key_sums, at + channel) * splat(scale))
-                    store(grad_value, to + channel, load(value_sums, at + channel))
+                    key_sum = load(key_sums, at + channel) * splat(scale)
+                    value_sum = load(value_sums, at + channel)
+                    if tile_first > 0:
+                        key_sum = key_sum + load(grad_key, to + channel)
+                        value_sum = value_sum + load(grad_value, to + channel)
+                    store(grad_key, to + channel, key_sum)
+                    store(grad_value, to + channel, value_sum)
     free(key_sums)
+
+
+@inlined
+def end_of_tile(queries, begin, end, tile_end):
+    """The first of a cluster's queries, which ascend, that is beyond a tile."""
+    while begin < end and queries[begin] < tile_end:
+        begin += 1
+    return begin
 
 
 @kernel
 def attend_backward(
     grad, query, key, value, positions, cluster_index, offsets, inverse_offsets, inverse_queries,
-    bias, scale, log2_scale, shape, packed_key, key_rows, packed_value, points, normal, delta,
-    grad_query, grad_key, grad_value, partial,
+    bias, scale, log2_scale, shape, packed_key, key_rows, packed_value, points, normal,
+    grad_query, grad_key, grad_value, partial, tile_chunks, shared, begins,
 ):  # fmt: skip
     for cluster in prange(shape.clusters):
         ends = pointer(offsets)
@@ -275,20 +301,27 @@ def attend_backward(
         pack(rows_of(key), cluster, ends, shape, pointer(key_rows), False)
         pack(rows_of(value), cluster, ends, shape, pointer(packed_value), True)
         pack_positions(pointer(positions), cluster, ends, shape, pointer(points))
-    for chunk in prange((shape.tokens + CHUNK - 1) // CHUNK):
-        query_gradients(
-            chunk, pointer(grad), pointer(query), pointer(positions), pointer(cluster_index),
-            pointer(offsets), bias_of(bias), scale, log2_scale, shape, pointer(packed_key),
-            pointer(key_rows), pointer(packed_value), pointer(points), pointer(normal),
-            pointer(delta), pointer(grad_query), pointer(partial),
-        )  # fmt: skip
-    for cluster in prange(shape.clusters):
-        key_gradients(
-            cluster, pointer(grad), pointer(query), pointer(positions), pointer(offsets),
-            pointer(inverse_offsets), pointer(inverse_queries), bias_of(bias), scale, log2_scale,
-            shape, pointer(packed_key), pointer(packed_value), pointer(points), pointer(normal),
-            pointer(delta), pointer(grad_key), pointer(grad_value),
-        )  # fmt: skip
+        begins[cluster] = inverse_offsets[cluster]
+    chunks = (shape.tokens + CHUNK - 1) // CHUNK
+    for first_chunk in range(0, chunks, tile_chunks):
+        for chunk in prange(first_chunk, min(first_chunk + tile_chunks, chunks)):
+            query_gradients(
+                chunk, rows_of(grad), rows_of(query), pointer(positions), pointer(cluster_index),
+                pointer(offsets), bias_of(bias), scale, log2_scale, shape, pointer(packed_key),
+                pointer(key_rows), pointer(packed_value), pointer(points), pointer(normal),
+                pointer(grad_query), pointer(partial), first_chunk * CHUNK, pointer(shared),
+            )  # fmt: skip
+        for cluster in prange(shape.clusters):
+            queries = pointer(inverse_queries)
+            begin, end = begins[cluster], inverse_offsets[cluster + 1]
+            end = end_of_tile(queries, begin, end, (first_chunk + tile_chunks) * CHUNK)
+            if begin < end or first_chunk == 0:
+                key_gradients(
+                    cluster, rows_of(grad), rows_of(query), pointer(cluster_index),
+                    pointer(offsets), begin, end, queries, scale, shape,
+                    first_chunk * CHUNK, pointer(shared), pointer(grad_key), pointer(grad_value),
+                )  # fmt: skip
+            begins[cluster] = end
 
 
 def make_plan(cluster_index, cluster_offsets, cluster_size, training, copies=1):
@@ -326,9 +359,11 @@ def backward(
     rows = [torch.empty(query.shape, dtype=torch.float32) for _ in range(3)]
     chunks = -(-shape.tokens // CHUNK)
     partial = np.empty((chunks, partial_size(shape)), np.float32)
+    per_chunk = CHUNK * shape.heads * shared_size(shape)
+    tile_chunks = max(1, TILE_FLOATS // max(per_chunk, 1), -(-chunks // MOST_TILES))
     attend_backward(
-        flat(grad),
-        flat(query),
+        as_rows(grad),
+        as_rows(query),
         as_rows(key),
         as_rows(value),
         flat(positions),
@@ -344,9 +379,11 @@ def backward(
         empty_packed(shape),
         empty_points(shape),
         normal.view(-1).numpy(),
-        np.empty(shape.tokens * shape.heads, np.float32),
         *(row.view(-1).numpy() for row in rows),
         partial.reshape(-1),
+        tile_chunks,
+        torch.empty(min(tile_chunks, chunks) * per_chunk).numpy(),
+        np.empty(shape.clusters, np.int64),
     )
     sums = torch.from_numpy(partial.sum(0, dtype=np.float64).astype(np.float32))
     per_head = (shape.features, 1, shape.channels, shape.channels)

@@ -15,6 +15,7 @@ blocks share a vector of 16. Logits are in units of log2, because exp2 is the ch
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from pointformer.kernels.cpu.runtime import inlined
 from pointformer.kernels.cpu.simd import (
@@ -33,6 +34,7 @@ from pointformer.kernels.cpu.simd import (
     low8,
     maximum,
     pointer,
+    prefetch,
     splat,
     splat16,
     sqrt,
@@ -44,6 +46,7 @@ from pointformer.kernels.cpu.simd import (
 
 SPARE = 5  # blocks that scratch memory of logits has beyond those of a neighborhood
 CHUNK = 16  # tokens per unit of work; small, so that one small image still fills the threads
+GROUP = 8  # tokens taken together, one head after the other
 LOG2_E = f32(1.4426950408889634)
 MISSING = f32(-1e30)
 
@@ -221,9 +224,8 @@ def relate_all(positions, token, points, blocks, first, count, shape, phi, at):
 def dot_blocks(vector, at, packed, head, blocks, first, count, shape, target, to):
     """Products of one head's `vector[at:]` with packed columns: (count, 8) into `target[to:]`.
 
-    Every product has the same order of sums here and in `dot_queries`: the backward pass then finds
-    the very logits of the forward pass. Several run at a time to hide their latency; the last ones
-    may repeat the last block, so `target` has room for `count + SPARE` blocks.
+    Several run at a time to hide their latency; the last ones may repeat the last block, so
+    `target` has room for `count + SPARE` blocks.
     """
     last = first + count - 1
     for done in range(0, count, 6):
@@ -299,6 +301,17 @@ def sum_rows(
         total = low8(add_neighbors(pairs, pairs))
         total = fma(splat(extra_weight), load(extra, extra_at + channel), total)
         store(to, at + channel, total * splat(factor))
+
+
+@inlined
+def prefetch_next(rows, token, head, shape):
+    """Ask for what is read of `rows` after a token's head when `GROUP` tokens are taken together:
+    rows are far apart, every first use would wait for memory."""
+    at = token * rows.token_stride + (head + 1) * rows.head_stride
+    if head == shape.heads - 1:
+        at = (token + GROUP) * rows.token_stride
+    for channel in range(0, shape.channels, 16):
+        prefetch(rows.data, at + channel)
 
 
 @inlined
@@ -379,9 +392,11 @@ def shape_of(query, positions, cluster_index, cluster_offsets, cluster_size, pos
 
 
 def empty_packed(shape):
-    """Memory for a packed (T, H, d) tensor."""
-    return np.empty(shape.clusters * shape.cluster_blocks * shape.heads * shape.channels * 8, f32)
+    """Memory for a packed (T, H, d) tensor, from a cache line on, as torch gives it."""
+    return torch.empty(
+        shape.clusters * shape.cluster_blocks * shape.heads * shape.channels * 8
+    ).numpy()
 
 
 def empty_points(shape):
-    return np.empty(shape.clusters * shape.cluster_blocks * (shape.dimensions + 1) * 8, f32)
+    return torch.empty(shape.clusters * shape.cluster_blocks * (shape.dimensions + 1) * 8).numpy()

@@ -24,6 +24,7 @@ from helpers.attention import (
     registered_arguments,
 )
 from pointformer.clusters import Neighborhoods
+from pointformer.kernels.cpu import attention_backward
 from pointformer.ops import neighborhood_attention
 from pointformer.reference.relative_position import relative_position
 
@@ -220,6 +221,13 @@ def test_all_tokens_attend_to_one_cluster():
     inputs = make_inputs(sizes=(150,), cluster_size=8)
     inputs[2].cluster_index[:] = torch.tensor([4, 9, -1])
     check_against_float64(inputs)
+
+
+@pytest.mark.parametrize("cluster_size", [8, 12])
+def test_backward_pass_in_many_tiles_of_queries(monkeypatch, cluster_size):
+    """Clusters with queries in several tiles, and clusters of which one tile sees nothing."""
+    monkeypatch.setattr(attention_backward, "TILE_FLOATS", 1)
+    check_against_float64(make_inputs(sizes=(150, 41), cluster_size=cluster_size))
 
 
 def test_translation():
