@@ -66,7 +66,8 @@ def test_training_step_at_224(compare):
     """Goal: at most 2x the time of the layers' forward and backward (0.5x here)."""
     model = create_model("aff_mini").train()
     images = torch.randn(16, 3, 224, 224)
-    compare(model=training_step(model, images), layers=layers_alone(model, images, training=True))
+    layers = layers_alone(model, images, training=True)
+    compare(rounds=5, model=training_step(model, images), layers=layers)
 
 
 def test_training_step_against_the_reference(compare):
@@ -98,7 +99,8 @@ def swin():
 def test_training_against_swin(compare, swin):
     """Goal: 1.1x."""
     model, images = create_model("aff_tiny").train(), torch.randn(8, 3, 224, 224)
-    compare(aff=training_step(model, images), swin=training_step(swin.train(), images))
+    swin.train()
+    compare(rounds=5, aff=training_step(model, images), swin=training_step(swin, images))
 
 
 def test_inference_against_swin(compare, swin):
@@ -106,7 +108,7 @@ def test_inference_against_swin(compare, swin):
     model, images = create_model("aff_tiny").eval(), torch.randn(8, 3, 224, 224)
     swin.eval()
     with torch.no_grad():
-        compare(aff=lambda: model(images), swin=lambda: swin(images))
+        compare(rounds=5, aff=lambda: model(images), swin=lambda: swin(images))
 
 
 HEADS = ["features", "mask2former", "hcformer"]
