@@ -13,11 +13,15 @@ from pointformer import (
     add_norm,
     balanced_cluster,
     deformable_attention,
+    farthest_point_sample,
     knn,
     nearest_clusters,
     neighborhood_attention,
     point_conv,
+    radius,
     scored_merge,
+    segment_reduce,
+    segment_softmax,
     select_centers,
     weighted_gather,
 )
@@ -100,6 +104,7 @@ def op_calls():
     positions, scores = torch.rand(70, 2, generator=g) * 30, torch.rand(70, generator=g)
     lattice = torch.cartesian_prod(torch.arange(7.0), torch.arange(10.0))
     neighborhoods = attention.make_inputs()[2]
+    segments = torch.randn(20, 5, generator=g)
     listed = merge.make_case((9,), channels=16)
     points = {"features": listed["features"], "positions": listed["positions"]}
     points |= {"neighbor_index": torch.randint(0, 9, (9, 3), generator=g, dtype=torch.int32)}
@@ -148,6 +153,19 @@ def op_calls():
                 "query_positions": ordered[:9],
                 "return_distance": True,
             },
+        ),
+        "radius": OpCall(
+            radius,
+            {"positions": positions, "r": 4.0, "k": 4, "return_distance": True, **uneven},
+        ),
+        "farthest": OpCall(
+            farthest_point_sample, {"positions": positions[:20], "count": 3, "sizes": (12, 8)}
+        ),
+        "segment_reduce": OpCall(
+            segment_reduce, {"values": segments, "reduce": "std", "sizes": (9, 0, 11)}, ("values",)
+        ),
+        "segment_softmax": OpCall(
+            segment_softmax, {"values": segments, "index": torch.arange(20) % 3}, ("values",)
         ),
         "select": OpCall(select_centers, {"positions": lattice, **selection, **uneven}),
         "select by a grid": OpCall(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from helpers.fake_gpu import dirty_memory, fake_gpu
 from helpers.strategies import scattered, tokens
-from pointformer import Clusters, TokenSet, balanced_cluster, knn, nearest_clusters
+from pointformer import Clusters, TokenSet, balanced_cluster, knn, nearest_clusters, radius
 from pointformer.kernels.neighbors import fused_nearest
 from pointformer.kernels.triton import neighbors as kernels
 from pointformer.kernels.triton.runtime import INTERPRETED
@@ -55,6 +55,18 @@ def test_knn_is_that_of_the_cpu(sample, k, scale, data):
     kwargs["along_curve"] = data.draw(st.booleans())
     with mock.patch.multiple(kernels, _IN_LIST=8, _LISTS=(4, 8)):  # longer ones take two passes
         assert_same(lambda impl: knn(positions, k, impl=impl, **kwargs))
+
+
+@given(
+    sample=tokens(max_size=25, max_samples=3),
+    r=st.sampled_from([0.0, 1.0, 2.0, 30.0]),  # on lattices with points on the border
+    k=st.sampled_from([2, 6, 13]),
+    along_curve=st.booleans(),
+)
+def test_radius_is_that_of_the_cpu(sample, r, k, along_curve):
+    kwargs = {"sizes": sample.sizes, "return_distance": True, "along_curve": along_curve}
+    with mock.patch.multiple(kernels, _IN_LIST=8, _LISTS=(4, 8)):  # longer ones take two passes
+        assert_same(lambda impl: radius(sample.positions, r, k, impl=impl, **kwargs))
 
 
 @given(

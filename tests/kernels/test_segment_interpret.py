@@ -1,0 +1,71 @@
+"""Reductions over segments in Triton's interpreter: as accurate as eager ones."""
+
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.fake_gpu import dirty_memory
+from helpers.gradients import assert_as_accurate_as_eager
+from helpers.segment import make_case, with_gradients
+from pointformer import segment_logsumexp, segment_reduce, segment_softmax
+from pointformer.kernels.segment import fused_segment_reduce, fused_segment_softmax
+from pointformer.kernels.triton import segment as kernels
+from pointformer.kernels.triton.runtime import INTERPRETED
+
+if not INTERPRETED:
+    reason = "kernels run compiled here: set TRITON_INTERPRET=1"
+    pytest.skip(reason, allow_module_level=True)
+
+OPS = {name: partial(segment_reduce, reduce=name) for name in ("sum", "mean", "min", "max", "std")}
+OPS |= {"logsumexp": segment_logsumexp, "softmax": segment_softmax}
+
+
+@given(
+    name=st.sampled_from(sorted(OPS)),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    channels=st.sampled_from([(), (1,), (3,), (2, 5), (70,)]),
+    long=st.sampled_from([7, 512]),  # rows from which on several programs share a segment
+    seed=st.integers(0, 2**16),
+)
+def test_as_accurate_as_eager(name, lengths, channels, long, seed):
+    values, _, offsets = make_case([n + 2 for n in lengths], channels, seed)
+    with mock.patch.object(kernels, "_LONG", long):
+        assert_as_accurate_as_eager(
+            partial(with_gradients, OPS[name], values, offsets=offsets),
+            "triton",
+            lambda key, exact: 2e-6 * exact[key].abs().max(),
+            dirty_memory,
+        )
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_empty_segments_and_rows_in_any_order(name):
+    values, index, _ = make_case((0, 5, 0, 3, 0), (3,), ties=True)
+    shuffled = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+    run = partial(with_gradients, OPS[name], values[shuffled], index=index[shuffled], count=5)
+    with dirty_memory():
+        ours = run(impl="triton")
+    expected = run(impl="cpu")
+    torch.testing.assert_close(ours["out"], expected["out"], rtol=1e-5, atol=1e-6)
+    if name != "logsumexp":
+        torch.testing.assert_close(ours["grad"], expected["grad"], rtol=1e-5, atol=1e-5)
+
+
+def test_values_that_are_not_finite():
+    values = torch.tensor([1.0, torch.nan, 2.0, -torch.inf, 3.0, -torch.inf])
+    for name, op in OPS.items():
+        ours, theirs = (op(values, sizes=[3, 2, 1], impl=impl) for impl in ("triton", "cpu"))
+        torch.testing.assert_close(ours, theirs, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("name", ["max", "std", "logsumexp"])
+def test_opcheck(name):
+    values, _, offsets = make_case((5, 0, 3))
+    torch.library.opcheck(
+        fused_segment_reduce, (values.requires_grad_(), offsets, name, 1, "triton")
+    )
+    torch.library.opcheck(fused_segment_softmax, (values, offsets, "triton"))
