@@ -1,5 +1,6 @@
 """Reductions over segments: against torch segment by segment, torch-scatter, gradients."""
 
+from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
@@ -16,7 +17,7 @@ from pointformer.kernels.cpu import segment as cpu
 from pointformer.kernels.segment import fused_segment_reduce, fused_segment_softmax
 
 REDUCTIONS = ("sum", "mean", "min", "max", "std")
-OPS = {name: partial(segment_reduce, reduce=name) for name in REDUCTIONS}
+OPS: dict[str, Callable] = {name: partial(segment_reduce, reduce=name) for name in REDUCTIONS}
 OPS |= {"logsumexp": segment_logsumexp, "softmax": segment_softmax}
 IMPLS = ("reference", "cpu")
 LENGTHS = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 40)), max_size=5)

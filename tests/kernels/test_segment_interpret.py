@@ -1,5 +1,6 @@
 """Reductions over segments in Triton's interpreter: as accurate as eager ones."""
 
+from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
@@ -20,7 +21,9 @@ if not INTERPRETED:
     reason = "kernels run compiled here: set TRITON_INTERPRET=1"
     pytest.skip(reason, allow_module_level=True)
 
-OPS = {name: partial(segment_reduce, reduce=name) for name in ("sum", "mean", "min", "max", "std")}
+OPS: dict[str, Callable] = {
+    name: partial(segment_reduce, reduce=name) for name in ("sum", "mean", "min", "max", "std")
+}
 OPS |= {"logsumexp": segment_logsumexp, "softmax": segment_softmax}
 
 

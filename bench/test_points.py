@@ -1,0 +1,90 @@
+"""What point clouds need, against torch-cluster, torch-scatter and scipy, in one run."""
+
+import pytest
+import torch
+
+from helpers.strategies import scattered
+from pointformer import farthest_point_sample, knn, radius, segment_reduce, segment_softmax
+
+POINTS = 200_000
+
+
+@pytest.fixture
+def torch_cluster():
+    return pytest.importorskip("torch_cluster", reason="torch-cluster is not installed")
+
+
+@pytest.fixture
+def torch_scatter():
+    return pytest.importorskip("torch_scatter", reason="torch-scatter is not installed")
+
+
+def test_knn(compare, torch_cluster):
+    """Goals: 2x scipy's k-d tree, 7x torch-cluster, and less than 1.5x the time with 1% strays."""
+    from scipy.spatial import cKDTree
+
+    positions, strays = scattered("even", POINTS, 3), scattered("strays", POINTS, 3)
+    array, threads = positions.numpy(), torch.get_num_threads()
+    compare(
+        rounds=3,
+        cpu=lambda: knn(positions, 16),
+        scipy=lambda: cKDTree(array).query(array, 16, workers=threads),
+        torch_cluster=lambda: torch_cluster.knn(positions, positions, 16),
+        strays=lambda: knn(strays, 16),
+    )
+
+
+@pytest.mark.parametrize("k", [16, 32, None])
+def test_radius(compare, torch_cluster, k):
+    """Goal: 3x. About 32 points are in reach."""
+    positions = scattered("even", POINTS // 2, 3)
+    r = 100 * (32 * 3 / (4 * torch.pi * len(positions))) ** (1 / 3)
+    compare(
+        rounds=3,
+        cpu=lambda: radius(positions, r, k),
+        torch_cluster=lambda: torch_cluster.radius(
+            positions, positions, r, max_num_neighbors=k or 200
+        ),
+    )
+
+
+def test_farthest_points(compare, torch_cluster):
+    """Goal: 3x."""
+    positions = scattered("even", POINTS // 2, 3)
+    compare(
+        rounds=2,
+        cpu=lambda: farthest_point_sample(positions, count=4096),
+        torch_cluster=lambda: torch_cluster.fps(
+            positions, ratio=4095.5 / len(positions), random_start=False
+        ),
+    )
+
+
+@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+@pytest.mark.parametrize("heads", [1, 4, 8])
+def test_softmax(compare, torch_scatter, heads, order):
+    """Of the 16 edges of 100,000 points. Goal: 1x."""
+    from torch_scatter.composite import scatter_softmax
+
+    g = torch.Generator().manual_seed(0)
+    index = torch.randint(0, POINTS // 2, (8 * POINTS,), generator=g)
+    index = index.sort().values if order == "sorted" else index
+    logits = torch.randn(len(index), heads, generator=g)
+    compare(
+        rounds=3,
+        cpu=lambda: segment_softmax(logits, index=index, count=POINTS // 2),
+        torch_scatter=lambda: scatter_softmax(logits, index, 0),
+    )
+
+
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+def test_pool(compare, torch_scatter, reduce):
+    """200,000 tokens in 64 samples."""
+    values = torch.randn(POINTS, 64, generator=torch.Generator().manual_seed(0))
+    sizes = (POINTS // 64,) * 64
+    index = torch.arange(64).repeat_interleave(POINTS // 64)
+    compare(
+        rounds=3,
+        cpu=lambda: segment_reduce(values, reduce, sizes=sizes),
+        torch_scatter=lambda: torch_scatter.scatter(values, index, 0, reduce=reduce),
+    )
