@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,12 +12,15 @@ import pointformer.kernels.attention  # noqa: F401  (registers the plan)
 from pointformer._checks import (
     INTEGERS,
     MOST_ROWS,
+    can_read,
     check_flags,
     check_tensor,
     describe,
 )
 from pointformer._dispatch import choose, lacks_nothing
 from pointformer.kernels.tables import from_host, starts_of
+
+_LOOKED_AT, _ROWS_LOOKED_AT = 16, 1024  # clusters, and rows in them, to tell the order of rows
 
 
 def offsets_of(sizes: tuple[int, ...] | list[int], device: torch.device | None = None) -> Tensor:
@@ -37,6 +41,48 @@ def check_neighborhoods(neighborhoods: object, tokens: int, device: torch.device
     if neighborhoods.num_queries != tokens or neighborhoods.clusters.num_tokens != tokens:
         raise ValueError(f"neighborhoods: expected those of {tokens} tokens, got {neighborhoods!r}")
     check_tensor("neighborhoods", neighborhoods.cluster_index, ("T", "R"), (torch.int32,), device)
+
+
+def check_order(name: str, positions: Tensor, clusters: Clusters, wait: bool = False) -> None:
+    """Raise if these positions (T, D) are rows in input order in place of cluster order.
+
+    A few clusters are looked at: their centers are the means of the rows that they would have in
+    input order, but not of those that they have. Positions of other units or other places, which
+    have means of their own, pass. On GPUs only if it may `wait`.
+    """
+    centers = clusters.centers
+    if not can_read(positions) or not (wait or positions.device.type == "cpu"):
+        return
+    if type(positions) is not Tensor:  # a stand-in without numbers, or one of a transformation
+        return
+    if positions.shape != (clusters.num_tokens, centers.shape[1]) or len(centers) < 2:
+        return
+    size = clusters.cluster_size
+    few = min(_LOOKED_AT, 1 + _ROWS_LOOKED_AT // size, len(centers))
+    some = np.arange(few) * (len(centers) // few)
+    expected = _taken(centers, some)
+    starts, ends = (_taken(clusters.offsets, some + i)[:, None] for i in (0, 1))
+    rows = starts + np.arange(size)
+    inside = (rows < ends)[..., None]
+    rows = np.minimum(rows, clusters.num_tokens - 1)
+    rounding = size * 2.0**-23 * np.abs(expected).max()
+
+    def differ(rows: np.ndarray) -> bool:
+        means = np.where(inside, _taken(positions, rows), 0.0).sum(1) / inside.sum(1)
+        return bool((np.abs(means - expected) > rounding).any())
+
+    if differ(rows) and not differ(_taken(clusters.order, rows)):
+        raise ValueError(
+            f"{name}: expected rows in cluster order, got them in input order; put all rows that "
+            "belong to tokens in that order, x[clusters.order], or use tokens.cluster()"
+        )
+
+
+def _taken(tensor: Tensor, rows: np.ndarray) -> np.ndarray:
+    """These rows, on the host; for few rows on CPUs in a fraction of torch's time."""
+    if tensor.device.type == "cpu":
+        return tensor.detach().numpy()[rows]
+    return tensor.detach()[torch.from_numpy(rows).to(tensor.device)].cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -32,7 +32,7 @@ from pointformer._checks import (
     check_tensor,
     describe,
 )
-from pointformer.clusters import Clusters, Neighborhoods, offsets_of
+from pointformer.clusters import Clusters, Neighborhoods, check_order, offsets_of
 from pointformer.geometry.boxes import bounding_boxes
 from pointformer.geometry.clustering import balanced_cluster
 from pointformer.geometry.neighbors import nearest_clusters
@@ -138,6 +138,8 @@ class TokenSet:
             )
         if clusters is not None and clusters.sizes != sizes:
             raise ValueError(f"clusters: expected samples of {brief(sizes)} tokens, got {clusters}")
+        if clusters is not None:
+            check_order("positions", positions, clusters)
         fields = _checked_fields(fields, positions)
         check_flags(same_positions=same_positions)
         if same_positions:

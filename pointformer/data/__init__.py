@@ -38,6 +38,7 @@ from pointformer.data.images import (
     read_labels,
 )
 from pointformer.data.labels import read_ade20k, write_labels, write_map
+from pointformer.data.points import read_points, write_classes, write_points
 from pointformer.data.sources import FORMATS, find_source, open_dataset, open_splits
 
 __all__ = [
@@ -75,10 +76,13 @@ __all__ = [
     "read_image",
     "read_instances",
     "read_labels",
+    "read_points",
     "write_cityscapes_objects",
+    "write_classes",
     "write_coco_panoptic",
     "write_coco_results",
     "write_folder_objects",
     "write_labels",
     "write_map",
+    "write_points",
 ]

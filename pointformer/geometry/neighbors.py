@@ -22,7 +22,7 @@ from pointformer._checks import (
     describe,
 )
 from pointformer._dispatch import choose, lacks_nothing
-from pointformer.clusters import Clusters, Neighborhoods, offsets_of
+from pointformer.clusters import Clusters, Neighborhoods, check_order, offsets_of
 from pointformer.kernels.neighbors import fused_nearest
 from pointformer.reference import neighbors as reference
 
@@ -64,8 +64,9 @@ def nearest_clusters(
         include_own: put clusters that the token, or a token of its tile, belongs to in the place of
             the farthest others if they are missing. Where a tile belongs to more than
             `num_clusters` clusters, some of them are left out.
-        check_values: whether to look for positions that are not finite, which waits for the device.
-            Never done under `torch.compile` and while a CUDA graph is captured.
+        check_values: whether to look for positions that are not finite, or in input order, which
+            waits for the device. Never done under `torch.compile` and while a CUDA graph is
+            captured.
         impl: "reference", "cpu" or "triton"; `None` chooses by device. "torch_cluster" for
             comparison where torch-cluster is installed: of equally far clusters it may list others.
 
@@ -96,6 +97,8 @@ def nearest_clusters(
         check_finite("positions", positions, sizes)
     if clusters.same_positions:
         check_same_positions("positions", positions, sizes, check_values)
+    if check_values:
+        check_order("positions", positions, clusters, wait=True)
     limits = tuple(
         count if size <= clusters.global_size else min(num_clusters, count)
         for size, count in zip(sizes, counts, strict=True)

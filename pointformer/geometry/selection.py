@@ -214,7 +214,8 @@ def _free_parts(
 ) -> tuple[Tensor, Tensor]:
     """Which tokens have the prior and which are reserved, off a lattice: (T,) bool each."""
     sample = reference.sample_of_rows(sizes, positions.device)
-    if len(set(sides)) == 1:  # no copy from the host
+    # A set of them would tie what is compiled to these very numbers.
+    if sides and all(side == sides[0] for side in sides[1:]):  # no copy from the host
         limit = torch.stack([torch.full_like(positions[:, 0], side) for side in sides[0]], 1)
     else:
         limit = from_host(sides, torch.float32, positions.device)

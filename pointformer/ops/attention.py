@@ -15,7 +15,7 @@ from pointformer._checks import (
     lacks_gradient_of,
 )
 from pointformer._dispatch import choose
-from pointformer.clusters import Neighborhoods, check_neighborhoods
+from pointformer.clusters import Neighborhoods, check_neighborhoods, check_order
 from pointformer.reference import attention as reference
 
 
@@ -75,6 +75,7 @@ def neighborhood_attention(
     dimensions = positions.shape[1]
     check_tensor("positions", positions, (tokens, dimensions), None, device)
     check_neighborhoods(neighborhoods, tokens, device)
+    check_order("positions", positions, neighborhoods.clusters)
     if position_weight is not None:
         features = (dimensions, 5 if dimensions == 2 else 7)
         check_tensor("position_weight", position_weight, (heads, "F"), FLOATS, device)

@@ -19,7 +19,7 @@ from pointformer._checks import (
     lacks_gradient_of,
 )
 from pointformer._dispatch import choose
-from pointformer.clusters import Neighborhoods, check_neighborhoods
+from pointformer.clusters import Neighborhoods, check_neighborhoods, check_order
 from pointformer.kernels.merge import fused_merge
 from pointformer.reference.merge import merge as reference_merge
 
@@ -78,6 +78,7 @@ def scored_merge(
     positions = _check_positions("positions", positions, tokens, None, device)
     check_tensor("center_index", center_index, ("T'",), INTEGERS, device)
     check_neighborhoods(neighborhoods, tokens, device)
+    check_order("positions", positions, neighborhoods.clusters)
     _check_weight_net(weight, bias, norm_weight, norm_bias, eps, positions.shape[1], device)
 
     centered = neighborhoods.select(center_index)

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,15 @@ from torch.utils.data import DataLoader, Dataset
 import pointformer
 from helpers.strategies import tokens as token_strategy
 from pointformer import (
+    Neighborhoods,
     TokenSet,
     balanced_cluster,
     batch_from_sizes,
     interpolate,
     knn,
+    nearest_clusters,
+    neighborhood_attention,
+    scored_merge,
     select_centers,
     sizes_from_batch,
     sizes_from_ptr,
@@ -150,6 +155,49 @@ def test_rows_of_other_samples():
     assert tokens.select(torch.tensor([0, 7, 8])).sizes == (1, 2)
     with pytest.raises(ValueError, match="sizes: expected 2 samples, as in the set"):
         tokens.select(torch.tensor([0, 7]), (1, 1, 0))
+
+
+IMPLEMENTATIONS = ["reference", "cpu"]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("where", [0.0, 5e6])
+@pytest.mark.parametrize("kind", ["scattered", "grid", "ragged"])
+def test_rows_in_input_order(impl, where, kind):
+    if kind == "grid":
+        given_ = TokenSet.from_grid(torch.randn(2, 16, 20, 30))
+    else:
+        sizes = (300,) if kind == "scattered" else (40, 3, 0, 257)
+        given_ = TokenSet(torch.rand(300, 3) * 1000, torch.randn(300, 16), sizes)
+    given_ = given_.with_positions(given_.positions + where)
+    tokens = given_.cluster(8)
+    clusters, total = tokens.clusters, tokens.num_tokens
+    around = tokens.neighborhoods(3)
+    net = {
+        "weight": torch.randn(4, 2 * tokens.dimensions + 1),
+        **dict.fromkeys(("bias", "norm_weight", "norm_bias"), torch.ones(4)),
+    }
+    scores, centers = torch.rand(total), torch.arange(0, total, 4)
+
+    def run(positions, around=around):
+        heads = tokens.features.view(total, 2, 8)
+        neighborhood_attention(heads, heads, heads, positions, around, impl=impl)
+        scored_merge(tokens.features, scores, positions, centers, around, **net, impl=impl)
+
+    wrong = given_.positions
+    for call in (
+        lambda: nearest_clusters(wrong, clusters, 3, impl=impl),
+        lambda: TokenSet(wrong, tokens.features, tokens.sizes, clusters=clusters),
+        lambda: run(wrong),
+    ):
+        with pytest.raises(ValueError, match="positions: expected rows in cluster order, got them"):
+            call()
+    run(tokens.positions)
+    run(tokens.positions * 0.01)  # in other units
+    run(torch.randn_like(wrong))
+    run(wrong * 0)
+    same = replace(clusters, order=torch.arange(total))  # in input order these are in that order
+    run(tokens.positions, Neighborhoods(around.cluster_index, same))
 
 
 class Clouds(Dataset):
