@@ -319,6 +319,17 @@ def _given(value: object) -> str:
     return brief(value)
 
 
+def alike(numbers: Sequence) -> bool:
+    """Whether all host numbers are equal; while compiling only where they are for all inputs, for
+    else it would be for these alone.
+    """
+    if not torch.compiler.is_compiling():
+        return all(number == numbers[0] for number in numbers[1:])
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return all(statically_known_true(number == numbers[0]) for number in numbers[1:])
+
+
 def can_read(values: Tensor) -> bool:
     """Whether checks may look at the values: not while a graph is traced or a GPU's captured."""
     if torch.compiler.is_compiling() or values.device.type == "meta":

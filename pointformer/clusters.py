@@ -12,6 +12,7 @@ import pointformer.kernels.attention  # noqa: F401  (registers the plan)
 from pointformer._checks import (
     INTEGERS,
     MOST_ROWS,
+    alike,
     can_read,
     check_flags,
     check_tensor,
@@ -25,7 +26,7 @@ _LOOKED_AT, _ROWS_LOOKED_AT = 16, 1024  # clusters, and rows in them, to tell th
 
 def offsets_of(sizes: tuple[int, ...] | list[int], device: torch.device | None = None) -> Tensor:
     """Start of each sample in a packed batch, and the end: (B+1,) int64 from B host integers."""
-    if all(size == sizes[0] for size in sizes[1:]):  # no copy from the host
+    if alike(sizes):  # no copy from the host
         return torch.arange(len(sizes) + 1, device=device) * (sizes[0] if sizes else 0)
     return from_host(starts_of(sizes), torch.int64, device)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pointformer._checks import (
+    alike,
     brief,
     check_count,
     check_finite,
@@ -165,7 +166,7 @@ def balanced_cluster(
         if different < len(sizes):
             starts = torch.arange(0, len(positions), sizes[0], device=device)
             order = (order + starts[:, None]).view(-1)
-    if chosen == "triton" and any(counts) and _all_equal(sizes):
+    if chosen == "triton" and any(counts) and alike(sizes):
         lengths = _cluster_lengths(sizes[0], counts[0], cluster_size, remainder)
         offsets, centers = fused_cluster_ranges(
             positions, order, len(sizes), sizes[0], counts[0], *lengths, chosen
@@ -378,7 +379,7 @@ def _anchor_walk(
     samples = len(longest)
     volumes = list(map(math.prod, _rows(cells_of, samples)))
     first_cell, total = offsets_of(volumes, device), sum(volumes)
-    bits = max(cells_of).bit_length()
+    bits = _bits_of(cells_of)
     shape = from_host(cells_of, torch.int64, device).view(samples, -1)
     cell_size = from_host(sides_of, torch.float32, device).view(samples, -1)
     origin = from_host(corners, torch.float32, device).view(samples, -1)
@@ -407,6 +408,14 @@ def _anchor_walk(
     step = torch.zeros_like(origin).scatter(1, axis[:, None], 1.0) * cell_in_units
     _extend_walks(anchors, first_cell, step)
     return origin, cell_size, unit, shape, first_cell[:-1], anchor_of_cell, anchors
+
+
+def _bits_of(cells: list[int]) -> int:
+    """Bits of the largest of these numbers of cells."""
+    if not torch.compiler.is_compiling():
+        return max(cells).bit_length()
+    largest = reduce(torch.sym_max, cells, 1)  # what is compiled is for all that have as many bits
+    return next(bits for bits in range(1, _MAX_CELLS.bit_length() + 1) if largest < 1 << bits)
 
 
 def _cells(shape: Tensor, first_cell: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -457,10 +466,6 @@ def _plain_keys(
     return (sample << (bits * dimensions)) | code_of(curve, cells, shape, bits)
 
 
-def _all_equal(sizes: tuple[int, ...]) -> bool:
-    return all(other == sizes[0] for other in sizes[1:])
-
-
 def _cluster_lengths(size: int, count: int, cluster_size: int, remainder: str) -> tuple[int, int]:
     """Tokens in each of a sample's clusters (maybe fewer in its last one), and how many of the
     first ones have one more."""
@@ -479,7 +484,7 @@ def _cluster_offsets(
     """(K+1,) int32, the row where each cluster starts, and T."""
     total = sum(counts)
     size, count = (sizes[0], counts[0]) if sizes else (0, 0)
-    if count and _all_equal(sizes):  # no copy from the host
+    if count and alike(sizes):  # no copy from the host
         index = torch.arange(total + 1, dtype=torch.int32, device=device)
         length, longer = _cluster_lengths(size, count, cluster_size, remainder)
         if count * length == size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Literal, overload
 
 import torch
@@ -99,11 +100,14 @@ def nearest_clusters(
         check_same_positions("positions", positions, sizes, check_values)
     if check_values:
         check_order("positions", positions, clusters, wait=True)
+    # Python's own would be compiled for which samples are small, and again for others.
+    compiling = torch.compiler.is_compiling()
+    smaller, larger = (torch.sym_min, torch.sym_max) if compiling else (min, max)
     limits = tuple(
-        count if size <= clusters.global_size else min(num_clusters, count)
+        count if size <= clusters.global_size else smaller(num_clusters, count)
         for size, count in zip(sizes, counts, strict=True)
     )
-    width = max((0, *limits))
+    width = reduce(larger, limits, 0)
     chosen = choose(
         "nearest_clusters",
         impl,

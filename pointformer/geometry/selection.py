@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pointformer._checks import (
     FLOATS,
+    alike,
     brief,
     can_read,
     check_finite,
@@ -214,8 +215,7 @@ def _free_parts(
 ) -> tuple[Tensor, Tensor]:
     """Which tokens have the prior and which are reserved, off a lattice: (T,) bool each."""
     sample = reference.sample_of_rows(sizes, positions.device)
-    # A set of them would tie what is compiled to these very numbers.
-    if sides and all(side == sides[0] for side in sides[1:]):  # no copy from the host
+    if sides and all(map(alike, zip(*sides, strict=True))):  # no copy from the host
         limit = torch.stack([torch.full_like(positions[:, 0], side) for side in sides[0]], 1)
     else:
         limit = from_host(sides, torch.float32, positions.device)
