@@ -258,7 +258,8 @@ def _offsets(tensor, rows):
 def order(index, count):
     """See `pointformer.kernels.segment`."""
     numbers = index.contiguous().numpy()
-    if numbers.size and not 0 <= numbers.min() <= numbers.max() < count:
+    least, most = (int(x) for x in index.aminmax()) if numbers.size else (0, -1)
+    if least < 0 or most >= count:
         raise IndexError(f"index: expected segments from 0 to {count - 1}")
     return tuple(torch.from_numpy(x) for x in inverse_lists(numbers, count))
 

@@ -127,9 +127,7 @@ def segment_softmax(
     else:
         shares = fused_segment_softmax(table, offsets, chosen)
     if order is not None:
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        shares = shares.index_select(0, back)
+        shares = torch.empty_like(shares).index_copy(0, order, shares)
     return shares.view(values.shape)
 
 
@@ -149,7 +147,11 @@ def _table(values: Tensor, order: Tensor | None) -> Tensor:
     """(T, C), rows in the order of segments."""
     channels = values.shape[1:].numel()
     table = values.reshape(len(values), channels)
-    return table if order is None else table.index_select(0, order)
+    if order is None:
+        return table
+    if channels == 1:  # torch copies rows of one number each at several times the cost
+        return table.view(-1).index_select(0, order)[:, None]
+    return table.index_select(0, order)
 
 
 def _in_segments(
@@ -214,11 +216,16 @@ def _in_segments(
             raise IndexError(
                 f"index: segment {least if least < 0 else most} of {count} does not exist"
             )
-    if device.type == "cpu" and can_read(index) and bool((index[1:] >= index[:-1]).all()):
+    # Most of those that are in no order show it at once.
+    if device.type == "cpu" and can_read(index) and _ascends(index[:1024]) and _ascends(index):
         return torch.searchsorted(index, torch.arange(count + 1)), None, chosen
     if chosen == "reference":
         return *reference.segment_order(index, count), chosen
     return *segment_order(index, count, chosen), chosen
+
+
+def _ascends(index: Tensor) -> bool:
+    return bool((index[1:] >= index[:-1]).all())
 
 
 def _named(*given: object) -> zip:
