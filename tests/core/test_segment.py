@@ -17,8 +17,11 @@ from pointformer.kernels.cpu import segment as cpu
 from pointformer.kernels.segment import fused_segment_reduce, fused_segment_softmax
 
 REDUCTIONS = ("sum", "mean", "min", "max", "std")
-OPS: dict[str, Callable] = {name: partial(segment_reduce, reduce=name) for name in REDUCTIONS}
-OPS |= {"logsumexp": segment_logsumexp, "softmax": segment_softmax}
+OPS: dict[str, Callable] = {
+    **{name: partial(segment_reduce, reduce=name) for name in REDUCTIONS},
+    "logsumexp": segment_logsumexp,
+    "softmax": segment_softmax,
+}
 IMPLS = ("reference", "cpu")
 LENGTHS = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 40)), max_size=5)
 CHANNELS = st.sampled_from([(), (1,), (2,), (3,), (4,), (7,), (8,), (12,), (16,), (2, 5), (0,)])

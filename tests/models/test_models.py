@@ -236,7 +236,7 @@ def test_bad_names_and_options_say_what_is_known():
     ):
         with pytest.raises(
             TypeError,
-            match=r"unknown option queries \(queries is of the head hcformer or mask2former\); "
+            match=r"unknown option queries \(queries is of the head mask2former or hcformer\); "
             r"known options: .*of head 'dense': channels, pixel_channels$",
         ):
             make(queries=3)
