@@ -12,7 +12,7 @@ def points(count, dimensions, side):
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-@pytest.mark.parametrize("curve", ["hilbert", "morton", "snake"])
+@pytest.mark.parametrize("curve", ["hilbert", "morton", "peano", "snake", "kd"])
 def test_a_million_points(compare, curve, dimensions):
     """Goal: at most 3x the time of sorting as many random integers: torch_sort at least 0.33x."""
     positions = points(1_000_000, dimensions, 1000)
@@ -66,7 +66,7 @@ def cloud(kind, count, dimensions):
 
 
 @pytest.mark.parametrize("kind", ["even", "stray", "strays", "blobs", "heavy tails", "sphere"])
-@pytest.mark.parametrize("curve", ["hilbert", "morton", "snake"])
+@pytest.mark.parametrize("curve", ["hilbert", "morton", "peano", "snake", "kd"])
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_any_density(compare, dimensions, curve, kind):
     """Goals: at most 2x the time of even density: even at least 0.5x; at least 0.65 of the 48

@@ -15,11 +15,16 @@ LIBRARY.define(
 LIBRARY.define("curve_code(str curve, Tensor cells, Tensor shape, int bits, str impl) -> Tensor")
 # Grids as flat lists with D numbers per sample: corner of the canvas, sides of a cell, cells per
 # axis; `longest` is the axis along which a single anchor has its virtual neighbors. Without
-# `anchors`, keys are places along the curve, and Hilbert's and Morton's grids have 2**`plain_bits`
+# `anchors`, keys are places along the curve, and grids but those of the snake have `plain_levels`
 # cells per axis.
 LIBRARY.define(
     "curve_keys(Tensor positions, SymInt[] sizes, float[] origin, float[] cell_size, "
     "SymInt[] shape, SymInt[] longest, str curve, bool anchors, str impl) -> Tensor"
+)
+# Keys that cut parts of clusters in two; see `pointformer.reference.clustering.kd_keys`.
+LIBRARY.define(
+    "kd_keys(Tensor positions, Tensor order, Tensor offsets, Tensor first, Tensor last, "
+    "Tensor back, str impl) -> (Tensor keys, Tensor axis)"
 )
 LIBRARY.define(
     "cluster_centers(Tensor positions, Tensor order, Tensor offsets, str impl) -> Tensor"
@@ -34,6 +39,7 @@ LIBRARY.define(
 fused_curve_code = torch.ops.pointformer.curve_code.default
 fused_cluster_keys = torch.ops.pointformer.cluster_keys.default
 fused_curve_keys = torch.ops.pointformer.curve_keys.default
+fused_kd_keys = torch.ops.pointformer.kd_keys.default
 fused_cluster_centers = torch.ops.pointformer.cluster_centers.default
 fused_cluster_ranges = torch.ops.pointformer.cluster_ranges.default
 
@@ -53,6 +59,11 @@ def _fake_curve_keys(positions, *grids_and_impl):
     return positions.new_empty(positions.shape[0], dtype=torch.int64)
 
 
+@torch.library.register_fake("pointformer::kd_keys", lib=LIBRARY)
+def _fake_kd_keys(positions, order, offsets, first, last, back, impl):
+    return torch.empty_like(order), torch.empty_like(first)
+
+
 @torch.library.register_fake("pointformer::cluster_centers", lib=LIBRARY)
 def _fake_centers(positions, order, offsets, impl):
     return positions.new_empty(offsets.shape[0] - 1, positions.shape[1])
@@ -68,5 +79,6 @@ def _fake_ranges(positions, order, samples, size, count, length, longer, impl):
 implement("curve_code", "clustering.curve_code")
 implement("cluster_keys", "clustering.keys")
 implement("curve_keys", "clustering.curve_keys")
+implement("kd_keys", "clustering.kd_keys")
 implement("cluster_centers", "clustering.centers")
 implement("cluster_ranges", "clustering.ranges")

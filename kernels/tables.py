@@ -48,8 +48,10 @@ def shifted_copies(index: torch.Tensor, copies: int, rows: int) -> torch.Tensor:
     return torch.where(index < 0, index, index + starts).flatten(0, 1)
 
 
-def plain_bits(dimensions: int, samples: int) -> int:
-    """Bits per axis of a curve's fine lattice: D times as many and the sample fill 63 bits."""
-    if dimensions == 2:
-        return 16
-    return 15 if samples <= 1 << 18 else 12  # multiples of D, or the Hilbert curve is turned
+def plain_levels(curve: str, dimensions: int, samples: int) -> int:
+    """Cells per axis of a curve's fine lattice: a cell's number and the sample fill 63 bits."""
+    many = samples > 1 << 18
+    if curve == "peano":
+        return 3 ** (10 if dimensions == 2 else 7 if many else 9)
+    # Multiples of D, or the Hilbert curve is turned.
+    return 1 << (16 if dimensions == 2 else 12 if many else 15)

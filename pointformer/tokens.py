@@ -321,6 +321,7 @@ class TokenSet:
         anchors: bool = True,
         remainder: str = "spread",
         global_size: int = 0,
+        adaptive: bool | None = None,
         check_values: bool = True,
         impl: str | None = None,
     ) -> TokenSet:
@@ -334,6 +335,7 @@ class TokenSet:
             anchors=anchors,
             remainder=remainder,
             global_size=global_size,
+            adaptive=adaptive,
             same_positions=self.same_positions,
             check_values=check_values,
             impl=impl,

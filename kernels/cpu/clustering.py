@@ -19,8 +19,8 @@ from pointformer.kernels.cpu.simd import (
 )
 
 _CHUNK = 4096
-_HILBERT, _MORTON, _SNAKE = range(3)
-_CURVES = {"hilbert": _HILBERT, "morton": _MORTON, "snake": _SNAKE}
+_HILBERT, _MORTON, _PEANO, _SNAKE = range(4)
+_CURVES = {"hilbert": _HILBERT, "morton": _MORTON, "peano": _PEANO, "snake": _SNAKE}
 
 
 @inlined
@@ -80,6 +80,20 @@ def _codes(cells, shape, dimensions, curve, bits, out):
                     length = lengths[own + axis]
                     forward = code % 2 == 0
                     code = code * length + (axes[axis] if forward else length - 1 - axes[axis])
+            elif curve == _PEANO:
+                weight = 1
+                for _ in range(min(2 * bits // 3 + 1, 39 // dimensions)):
+                    odd = 0  # of each axis, the digits that come before the current one
+                    for axis in range(dimensions):
+                        odd ^= axes[axis] & 1
+                    for axis in range(dimensions):
+                        odd ^= axes[axis] & 1
+                        above = axes[axis] // 3
+                        digit = axes[axis] - 3 * above
+                        code += weight * (2 - digit if odd else digit)
+                        weight *= 3
+                        axes[axis] = above
+                        odd ^= above & 1
             elif curve == _MORTON:
                 for axis in range(dimensions):
                     code |= _spread(axes[axis], dimensions) << axis
@@ -150,6 +164,36 @@ def _keys(
 
 
 @kernel
+def _kd_keys(positions, order, offsets, first, last, back, dimensions, keys, axes):
+    """A part of clusters at a time: its bounding box, then the keys of its rows."""
+    for cluster in prange(len(first)):
+        axes[cluster] = 0
+        if first[cluster] == cluster:
+            place, rows, out = pointer(positions), pointer(order), pointer(keys)
+            start, end = offsets[cluster], offsets[last[cluster]]
+            longest = f32(-1.0)
+            for axis in range(dimensions):
+                low = high = place[rows[start] * dimensions + axis]
+                for row in range(start + 1, end):
+                    value = place[rows[row] * dimensions + axis]
+                    low, high = min(low, value), max(high, value)
+                if high - low > longest:
+                    longest = high - low
+                    axes[cluster] = axis
+            axis = axes[cluster]
+            turned = -((back[cluster] >> axis) & 1)
+            is_cut = last[cluster] - cluster > 1
+            for row in range(start, end):
+                ascending = 0
+                if is_cut:
+                    ascending = float_bits(f32(place[rows[row] * dimensions + axis] + f32(0.0)))
+                    if ascending < 0:
+                        ascending ^= 0x7FFFFFFF
+                    ascending ^= turned
+                out[row] = (cluster << 32) + (ascending + (1 << 31))
+
+
+@kernel
 def _centers(positions, order, offsets, dimensions, out):
     clusters = len(offsets) - 1
     for chunk in prange((clusters + _CHUNK - 1) // _CHUNK):
@@ -177,6 +221,16 @@ def keys(positions, *tables):
     arrays = [tensor.contiguous().view(-1).numpy() for tensor in (positions, *tables)]
     _keys(*arrays, positions.shape[1], out.numpy())
     return out
+
+
+def kd_keys(positions, order, offsets, first, last, back):
+    keys, axis = torch.empty_like(order), torch.empty_like(first)
+    arrays = [
+        tensor.contiguous().view(-1).numpy()
+        for tensor in (positions, order, offsets, first, last, back)
+    ]
+    _kd_keys(*arrays, positions.shape[1], keys.numpy(), axis.numpy())
+    return keys, axis
 
 
 def centers(positions, order, offsets):

@@ -1,10 +1,10 @@
 """Balanced clustering on GPUs: one kernel from positions to sort keys, one for the centers.
 
 No table of anchors is built. A Hilbert or Morton walk over a grid halves the canvas along each axis
-again and again; the cells that come before a given one are those of the parts passed on the way
-down to it, and each part's share of the grid is a product of lengths. So a cell's place in the walk
-is a sum over the levels, and the cell at a given place is found on the same way down: exact
-integers, whatever the shape of the grid.
+again and again, Peano's takes thirds along one axis after the other; the cells that come before a
+given one are those of the parts passed on the way down to it, and each part's share of the grid is
+a product of lengths. So a cell's place in the walk is a sum over the levels, and the cell at a
+given place is found on the same way down: exact integers, whatever the shape of the grid.
 
 Every float operation is rounded by itself, as on the CPU: ties decide the order.
 """
@@ -16,12 +16,15 @@ import torch
 import triton
 import triton.language as tl
 
-from pointformer.kernels.tables import from_host, plain_bits, starts_of
+from pointformer.kernels.tables import from_host, plain_levels, starts_of
 from pointformer.kernels.triton.runtime import Variant
 
-HILBERT, MORTON, SNAKE = (tl.constexpr(curve) for curve in range(3))
-_CURVES = {"hilbert": HILBERT.value, "morton": MORTON.value, "snake": SNAKE.value}
+HILBERT, MORTON, PEANO, SNAKE = (tl.constexpr(curve) for curve in range(4))
+_CURVES = {
+    "hilbert": HILBERT.value, "morton": MORTON.value, "peano": PEANO.value, "snake": SNAKE.value
+}  # fmt: skip
 _BLOCK = 128
+_PART_BLOCK = 256  # rows of a part that is cut, at a time
 
 
 @triton.jit
@@ -110,6 +113,107 @@ def curve_code(x, y, z, bits, D: tl.constexpr, CURVE: tl.constexpr):
 
 
 @triton.jit
+def peano_code(x, y, z, digits, D: tl.constexpr):
+    """Number of a cell along Peano's curve, from the lowest digits up: int64."""
+    code = tl.zeros(x.shape, tl.int64)
+    weight = tl.full(x.shape, 1, tl.int64)
+    for _step in range(digits):
+        above_x, above_y, above_z = x // 3, y // 3, z // 3
+        digit = _turned(x - 3 * above_x, y ^ z)
+        code += weight * digit
+        weight *= 3
+        digit = _turned(y - 3 * above_y, above_x ^ z)
+        code += weight * digit
+        weight *= 3
+        if D == 3:
+            digit = _turned(z - 3 * above_z, above_x ^ above_y)
+            code += weight * digit
+            weight *= 3
+        x, y, z = above_x, above_y, above_z
+    return code
+
+
+@triton.jit
+def _turned(digit, others):
+    """A digit of Peano's curve, which runs backwards where the `others` are odd together."""
+    return tl.where(others & 1 != 0, 2 - digit, digit)
+
+
+@triton.jit
+def _third_of(cell, low, length, side, others):
+    """The third of an axis that a cell is in: the first cell of it, its cells, those passed."""
+    digit = (cell - low) // side
+    total = tl.minimum(length - low, 3 * side)
+    own = tl.minimum(total - digit * side, side)
+    before = digit * side
+    passed = tl.where(others & 1 != 0, total - before - own, before)
+    return low + before, own, passed
+
+
+@triton.jit
+def _third_at(place, low, length, side, others):
+    """The third of an axis that the cell after `place` others along it is in, as `_third_of`."""
+    total = tl.minimum(length - low, 3 * side)
+    cell = low + tl.where(others & 1 != 0, total - 1 - place, place)
+    return _third_of(cell, low, length, side, others)
+
+
+@triton.jit
+def _power(exponent):
+    """3**exponent"""
+    power = 1
+    for _step in range(exponent):
+        power *= 3
+    return power
+
+
+@triton.jit
+def _peano_place(x, y, z, nx, ny, nz, digits, D: tl.constexpr):
+    place = tl.zeros_like(x)
+    ax, ay, az = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)  # corner of the part
+    bx, by, bz = ax + nx, ay + ny, az + 1  # its cells along each axis
+    if D == 3:
+        bz = az + nz
+    side = _power(digits)
+    for _step in range(digits):
+        side = side // 3
+        # The sum of the base-3 digits so far of a coordinate is odd where `a // side` is.
+        px, py, pz = ax // (3 * side), ay // (3 * side), az // (3 * side)
+        if D == 3:
+            az, bz, passed = _third_of(z, az, nz, side, px ^ py)
+            place += passed * bx * by
+            pz = az // side
+        ay, by, passed = _third_of(y, ay, ny, side, px ^ pz)
+        place += passed * bx * bz
+        py = ay // side
+        ax, bx, passed = _third_of(x, ax, nx, side, py ^ pz)
+        place += passed * by * bz
+    return place
+
+
+@triton.jit
+def _peano_cell(place, nx, ny, nz, digits, D: tl.constexpr):
+    ax, ay, az = tl.zeros_like(place), tl.zeros_like(place), tl.zeros_like(place)
+    bx, by, bz = ax + nx, ay + ny, az + 1
+    if D == 3:
+        bz = az + nz
+    side = _power(digits)
+    for _step in range(digits):
+        side = side // 3
+        px, py, pz = ax // (3 * side), ay // (3 * side), az // (3 * side)
+        if D == 3:
+            az, bz, passed = _third_at(place // (bx * by), az, nz, side, px ^ py)
+            place -= passed * bx * by
+            pz = az // side
+        ay, by, passed = _third_at(place // (bx * bz), ay, ny, side, px ^ pz)
+        place -= passed * bx * bz
+        py = ay // side
+        ax, bx, passed = _third_at(place // (by * bz), ax, nx, side, py ^ pz)
+        place -= passed * by * bz
+    return ax, ay, az
+
+
+@triton.jit
 def _halves(length, low, side):
     """How many of an axis' `length` cells lie in the `side` cells from `low`, and the next ones."""
     inside = tl.maximum(length - low, 0)
@@ -133,6 +237,8 @@ def _place_of(x, y, z, nx, ny, nz, bits, D: tl.constexpr, CURVE: tl.constexpr):
         if D == 3:
             place = z * ny + tl.where(z % 2 == 0, y, ny - 1 - y)
         place = place * nx + tl.where(place % 2 == 0, x, nx - 1 - x)
+    elif CURVE == PEANO:
+        place = _peano_place(x, y, z, nx, ny, nz, bits, D)
     else:
         place = tl.zeros_like(x)
         state = tl.full(x.shape, 0x420, tl.int32)
@@ -164,6 +270,8 @@ def _cell_at(place, nx, ny, nz, bits, D: tl.constexpr, CURVE: tl.constexpr):
             z = row // ny
             y = row % ny
             y = tl.where(z % 2 == 0, y, ny - 1 - y)
+    elif CURVE == PEANO:
+        x, y, z = _peano_cell(place, nx, ny, nz, bits, D)
     else:
         x = tl.zeros_like(place)
         y = tl.zeros_like(place)
@@ -233,14 +341,15 @@ def _squared_gaps(
 
 
 _KEY_INTEGERS = (
-    "starts", "first_cell", "longest", "shape_x", "shape_y", "shape_z", "tokens", "samples", "bits"
+    "starts", "first_cell", "longest", "shape_x", "shape_y", "shape_z", "tokens", "samples", "bits",
+    "shift",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_KEY_INTEGERS)
 def curve_keys_fwd_kernel(
     positions, keys, starts, first_cell, longest, shape_x, shape_y, shape_z,
-    origin_x, origin_y, origin_z, cell_x, cell_y, cell_z, tokens, samples, bits,
+    origin_x, origin_y, origin_z, cell_x, cell_y, cell_z, tokens, samples, bits, shift,
     D: tl.constexpr, CURVE: tl.constexpr, ANCHORS: tl.constexpr, RAGGED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -290,13 +399,68 @@ def curve_keys_fwd_kernel(
         first = tl.load(first_cell + sample) if RAGGED else first_cell * wide_sample
         anchor = first + place + 2 * wide_sample + 1
         key = (anchor << 31) | (ratio.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    elif CURVE == SNAKE:
-        wide_z = z.to(tl.int64)
-        code = _place_of(x.to(tl.int64), y.to(tl.int64), wide_z, nx, ny, nz, bits, D, CURVE)
-        key = (sample.to(tl.int64) << (bits * D)) | code
     else:
-        key = (sample.to(tl.int64) << (bits * D)) | curve_code(x, y, z, bits, D, CURVE)
+        if CURVE == SNAKE:
+            wide_z = z.to(tl.int64)
+            code = _place_of(x.to(tl.int64), y.to(tl.int64), wide_z, nx, ny, nz, bits, D, CURVE)
+        elif CURVE == PEANO:
+            code = peano_code(x, y, z, bits, D)
+        else:
+            code = curve_code(x, y, z, bits, D, CURVE)
+        key = (sample.to(tl.int64) << shift) | code
     tl.store(keys + row, key, mask=stored)
+
+
+@triton.jit
+def kd_keys_fwd_kernel(
+    positions, order, offsets, first, last, back, keys, axes, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A program per cluster; that of a part's first one makes the keys of all of the part."""
+    cluster = tl.program_id(0)
+    axis = 0
+    is_first = tl.load(first + cluster) == cluster
+    end_cluster = tl.load(last + cluster)
+    start = tl.load(offsets + cluster)
+    end = tl.where(is_first, tl.load(offsets + end_cluster), start)
+    low_x = tl.full((BLOCK,), float("inf"), tl.float32)
+    low_y = low_x
+    low_z = low_x
+    high_x = -low_x
+    high_y = -low_x
+    high_z = -low_x
+    lanes = tl.arange(0, BLOCK)
+    for block in range(start, end, BLOCK):
+        here = block + lanes < end
+        base = positions + tl.load(order + block + lanes, mask=here, other=0) * D
+        x = tl.load(base, mask=here, other=0.0)
+        y = tl.load(base + 1, mask=here, other=0.0)
+        low_x = tl.where(here, tl.minimum(low_x, x), low_x)
+        low_y = tl.where(here, tl.minimum(low_y, y), low_y)
+        high_x = tl.where(here, tl.maximum(high_x, x), high_x)
+        high_y = tl.where(here, tl.maximum(high_y, y), high_y)
+        if D == 3:
+            z = tl.load(base + 2, mask=here, other=0.0)
+            low_z = tl.where(here, tl.minimum(low_z, z), low_z)
+            high_z = tl.where(here, tl.maximum(high_z, z), high_z)
+    longest = tl.max(high_x, 0) - tl.min(low_x, 0)
+    side = tl.max(high_y, 0) - tl.min(low_y, 0)
+    axis = (side > longest).to(tl.int32)
+    if D == 3:
+        longest = tl.maximum(longest, side)
+        axis = tl.where(tl.max(high_z, 0) - tl.min(low_z, 0) > longest, 2, axis)
+    axis = tl.where(is_first, axis, 0)
+    tl.store(axes + cluster, axis.to(tl.int64))
+    turned = (tl.load(back + cluster) >> axis) & 1
+    is_cut = end_cluster - cluster > 1
+    for block in range(start, end, BLOCK):
+        here = block + lanes < end
+        base = positions + tl.load(order + block + lanes, mask=here, other=0) * D
+        value = tl.load(base + axis, mask=here, other=0.0) + 0.0  # -0 is 0
+        ascending = value.to(tl.int32, bitcast=True)
+        ascending = tl.where(ascending < 0, ascending ^ 0x7FFFFFFF, ascending).to(tl.int64)
+        ascending = tl.where(is_cut, ascending ^ -turned, 0)
+        key = (cluster.to(tl.int64) << 32) + (ascending + (1 << 31))
+        tl.store(keys + block + lanes, key, mask=here)
 
 
 @triton.jit(do_not_specialize=("clusters", "size", "per_sample", "length", "longer"))
@@ -349,7 +513,7 @@ def _keys_variant(dimensions, curve, anchors, ragged):
     starts = (torch.int64, torch.int64, torch.int32) if ragged else ("i32",) * 3
     return Variant(
         curve_keys_fwd_kernel,
-        (torch.float32, torch.int64, *starts, *integers, *floats, "i32", "i32", "i32"),
+        (torch.float32, torch.int64, *starts, *integers, *floats, *("i32",) * 4),
         {
             "D": dimensions,
             "CURVE": _CURVES[curve],
@@ -360,7 +524,23 @@ def _keys_variant(dimensions, curve, anchors, ragged):
         writes=("keys",),
         tiles={"BLOCK": (64, 256)},
         fp_fusion=False,
-        rounds=lambda a: {"step": a["bits"], "span": halvings(a["samples"])},
+        rounds=lambda a: {
+            "step": a["bits"],
+            "_step": a["bits"],
+            "span": halvings(a["samples"]),
+        },
+    )
+
+
+@cache
+def _kd_keys_variant(dimensions):
+    return Variant(
+        kd_keys_fwd_kernel,
+        (torch.float32, torch.int64, torch.int32, *(torch.int64,) * 5),
+        {"D": dimensions, "BLOCK": _PART_BLOCK},
+        writes=("keys", "axes"),
+        tiles={"BLOCK": (128, 512)},
+        fp_fusion=False,
     )
 
 
@@ -393,6 +573,7 @@ def variants():
             for anchors in (True, False):
                 for ragged in (False, True):
                     yield _keys_variant(dimensions, curve, anchors, ragged)
+        yield _kd_keys_variant(dimensions)
         for uniform in (False, True):
             yield _centers_variant(dimensions, uniform)
 
@@ -413,9 +594,12 @@ def curve_keys(positions, sizes, origin, cell_size, shape, longest, curve, ancho
     keys = torch.empty(tokens, dtype=torch.int64, device=positions.device)
     if tokens == 0:
         return keys
-    bits = plain_bits(dimensions, len(sizes))
-    if anchors:
-        bits = max(shape).bit_length()
+    levels = plain_levels(curve, dimensions, len(sizes))
+    shift = (levels**dimensions - 1).bit_length()
+    bits = (max(shape) if anchors else levels - 1).bit_length()
+    if curve == "peano":  # digits of base 3
+        bits = 2 * bits // 3 + 1
+    else:
         bits += -bits % dimensions  # a leading zero turns the curve
     grids = [_split(values, dimensions) for values in (shape, origin, cell_size)]
     cells = [math.prod(row) for row in grids[0]]
@@ -437,9 +621,20 @@ def curve_keys(positions, sizes, origin, cell_size, shape, longest, curve, ancho
     variant = _keys_variant(dimensions, curve, anchors, ragged)
     variant.launch(
         lambda constants: (triton.cdiv(tokens, constants["BLOCK"]),),
-        *(positions.contiguous(), keys, *tables, tokens, len(sizes), bits),
+        *(positions.contiguous(), keys, *tables, tokens, len(sizes), bits, shift),
     )
     return keys
+
+
+def kd_keys(positions, order, offsets, first, last, back):
+    """Keys (T,) and axes (K,), int64, see `pointformer.reference.clustering.kd_keys`."""
+    keys, axes = torch.empty_like(order), torch.empty_like(first)
+    if len(first):
+        _kd_keys_variant(positions.shape[1]).launch(
+            lambda constants: (len(first),),
+            *(positions.contiguous(), order, offsets, first, last, back, keys, axes),
+        )
+    return keys, axes
 
 
 def centers(positions, order, offsets):

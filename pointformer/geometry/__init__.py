@@ -2,7 +2,7 @@
 neighbor search, sampling."""
 
 from pointformer.geometry.clustering import balanced_cluster
-from pointformer.geometry.curves import hilbert_code, morton_code, snake_code
+from pointformer.geometry.curves import hilbert_code, morton_code, peano_code, snake_code
 from pointformer.geometry.neighbors import knn, nearest_clusters, radius
 from pointformer.geometry.sampling import curve_sample, farthest_point_sample, random_sample
 from pointformer.geometry.selection import select_centers
@@ -17,6 +17,7 @@ __all__ = [
     "knn",
     "morton_code",
     "nearest_clusters",
+    "peano_code",
     "radius",
     "random_sample",
     "select_centers",

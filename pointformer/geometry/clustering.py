@@ -14,6 +14,7 @@ from torch import Tensor
 from pointformer._checks import (
     alike,
     brief,
+    can_read,
     check_count,
     check_finite,
     check_flags,
@@ -33,8 +34,9 @@ from pointformer.kernels.clustering import (
     fused_cluster_ranges,
     fused_curve_code,
     fused_curve_keys,
+    fused_kd_keys,
 )
-from pointformer.kernels.tables import from_host, plain_bits
+from pointformer.kernels.tables import from_host, plain_levels
 from pointformer.reference import clustering as reference
 
 _REMAINDERS = ("spread", "last")
@@ -57,6 +59,7 @@ def balanced_cluster(
     anchors: bool = True,
     remainder: str = "spread",
     global_size: int = 0,
+    adaptive: bool | None = None,
     same_positions: bool = False,
     check_values: bool = True,
     impl: str | None = None,
@@ -78,10 +81,17 @@ def balanced_cluster(
     its anchors lie half a unit below the centers of the cells. The other curves measure in cells,
     so that the order does not depend on the unit of the positions.
 
-    Without `extent` the order adapts to density, and points far away cost nothing: where a cell of
-    the bounding box holds more than four times `cluster_size` tokens but not all of the sample's,
-    these are ordered among themselves as a sample of their own is, in their own bounding box, and
-    so on. Equal ones keep the order of their rows.
+    The order adapts to density, so that the canvas decides nothing and points far away cost
+    nothing: where a cell holds more than four times `cluster_size` tokens, these are ordered among
+    themselves as a sample of their own is, in their own bounding box, and so on. Equal ones keep
+    the order of their rows. At last each pair of clusters (a sample's first and second, and so on)
+    that has tokens of such a cell is cut in two as "kd" does it, forwards.
+
+    `curve="kd"` has no cells. A sample's clusters are cut in two halves (the first has one more of
+    an odd number) across the longest side of their tokens' bounding box (the first of equal ones),
+    where tokens are sorted along that axis, ties by the order so far; then each half is, down to
+    single clusters. The second half is walked the other way along the other axes, so that it starts
+    near the end of the first.
 
     Args:
         positions: (T, D) float32, D = 2 or 3, axes (x, y[, z]), samples one after the other.
@@ -90,18 +100,21 @@ def balanced_cluster(
         batch: in place of `sizes` the sample of each token, see `sizes_from_batch`.
         extent: sides of each sample's canvas, B x D host numbers in the units of `positions`, or D
             numbers for all samples; tokens outside belong to the nearest cells. `None` measures the
-            bounding boxes, and divides crowded cells again; both wait for the device.
+            bounding boxes, which waits for the device.
         origin: lower corner of each sample's canvas, like `extent`; 0 by default. Without `extent`
             it is the lower corner of the bounding box and cannot be given.
-        curve: "hilbert", "morton" or "snake".
+        curve: "hilbert", "morton", "peano", "snake" or "kd".
         anchors: `False` for the plain order of the curve, ties by input row: of "hilbert" and
             "morton" over a fine lattice (65,536 levels along the longest axis in 2-D, 32,768 in
-            3-D, 4,096 for more than 262,144 different samples), of "snake" over the cells described
-            above.
+            3-D, 4,096 for more than 262,144 different samples), of "peano" too (59,049, 19,683 and
+            2,187 levels), of "snake" over the cells described above. "kd" has none in any case.
         remainder: "spread" for ceil(n / cluster_size) clusters whose sizes differ by at most one,
             larger ones first; "last" for full clusters, where a sample's last may be short.
         global_size: samples with at most this many tokens are not worth a neighborhood: they keep
             the order of their rows, and `nearest_clusters` lists all of their clusters.
+        adaptive: whether crowded cells are divided, which waits for the device. `None`: yes, but
+            where it cannot wait (under `torch.compile` and while a CUDA graph is captured), and not
+            for the released order, which is that of the snake with anchors in a given `extent`.
         same_positions: promises that all samples have the positions of the first one, row by row,
             and its canvas: only that one is sorted.
         check_values: whether to look for positions that are not finite, or not the same where that
@@ -139,6 +152,15 @@ def balanced_cluster(
         canvas = [*itertools.chain(*corners)], [*itertools.chain(*sides)]
     elif origin is not None:
         raise ValueError("origin: give extent too, or neither")
+    if adaptive is not None:
+        check_flags(adaptive=adaptive)
+    else:
+        is_released = curve == "snake" and anchors and canvas is not None
+        adaptive = can_read(positions) and not is_released
+    if adaptive and not can_read(positions):
+        raise ValueError(
+            "adaptive: True waits for the device, which is not possible here; use None"
+        )
 
     device = positions.device
     triton_lacks = partial(_triton_lacks, positions)
@@ -150,19 +172,34 @@ def balanced_cluster(
     if all(in_order):
         order = torch.arange(positions.shape[0], device=device)
     else:
-        along_curve = partial(
-            _along_curve, cluster_size=cluster_size, curve=curve, anchors=anchors, impl=chosen
-        )
         different = 1 if same_positions else len(sizes)  # samples, to be sorted
         rows = positions[: sum(sizes[:different])], sizes[:different]
         in_order = in_order[:different]
-        if canvas is None:
-            ratio_bits = reference.RATIO_BITS if anchors else 0
-            most = _CROWDED * cluster_size
-            order = _adaptive_order(along_curve, *rows, in_order, ratio_bits, most)
+        few = counts[:different]
+        offsets_of_few = partial(_cluster_offsets, rows[1], few, cluster_size, remainder, device)
+        kd_keys = (
+            reference.kd_keys if chosen == "reference" else partial(fused_kd_keys, impl=chosen)
+        )
+        if curve == "kd":
+            order = _kd_order(kd_keys, rows[0], few, in_order, offsets_of_few())
         else:
-            canvas = canvas[0][: different * dimensions], canvas[1][: different * dimensions]
-            order = along_curve(*rows, canvas, in_order)[1]
+            if canvas is None:
+                canvas = _measured_canvas(*rows)
+                whole = [True] * different
+            else:
+                canvas = canvas[0][: different * dimensions], canvas[1][: different * dimensions]
+                whole = in_order
+            along_curve = partial(
+                _along_curve, cluster_size=cluster_size, curve=curve, anchors=anchors, impl=chosen
+            )
+            keys, order = along_curve(*rows, canvas, in_order)
+            if adaptive:
+                ratio_bits = reference.RATIO_BITS if anchors else 0
+                most = _CROWDED * cluster_size
+                places, crowds = _crowded(keys >> ratio_bits, rows[1], most, whole)
+                if crowds:
+                    order = _divided(along_curve, rows[0], order, places, crowds, ratio_bits, most)
+                    order = _cut_pairs(kd_keys, rows[0], order, places, few, offsets_of_few())
         if different < len(sizes):
             starts = torch.arange(0, len(positions), sizes[0], device=device)
             order = (order + starts[:, None]).view(-1)
@@ -184,28 +221,88 @@ def balanced_cluster(
     )
 
 
-def _adaptive_order(
+def _parts(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """First cluster of the part that each cluster is in, and the one after its last: (K,) int64."""
+    bounds, counts = offsets_of(tuple(lengths), device), from_host(lengths, torch.int64, device)
+    total = sum(lengths)
+    first, last = (
+        torch.repeat_interleave(ends, counts, output_size=total)
+        for ends in (bounds[:-1], bounds[1:])
+    )
+    return first, last
+
+
+def _kd_order(
+    kd_keys: Callable[..., tuple[Tensor, Tensor]],
+    positions: Tensor,
+    counts: tuple[int, ...],
+    in_order: Sequence[bool],
+    offsets: Tensor,
+) -> Tensor:
+    """Rows (T,) int64 in the order of "kd", where clusters are `offsets` (K+1,) of them."""
+    parts = [[1] * n if keeps else [n] for n, keeps in zip(counts, in_order, strict=True)]
+    lengths = [*itertools.chain(*parts)]
+    first, last = _parts(lengths, positions.device)
+    own = torch.arange(len(first), device=positions.device)
+    back = torch.zeros_like(own)
+    order = torch.arange(len(positions), device=positions.device)
+    for _ in range((max(lengths, default=1) - 1).bit_length()):
+        keys, axis = kd_keys(positions, order, offsets, first, last, back)
+        order = order.index_select(0, torch.sort(keys, stable=True).indices)
+        middle = (first + last + 1) // 2
+        is_second = own >= middle
+        turned = ((1 << positions.shape[1]) - 1) ^ (1 << axis[first])
+        back = torch.where(is_second, back ^ turned, back)
+        first, last = first.where(~is_second, middle), last.where(is_second, middle)
+    return order
+
+
+def _cut_pairs(
+    kd_keys: Callable[..., tuple[Tensor, Tensor]],
+    positions: Tensor,
+    order: Tensor,
+    places: Tensor,
+    counts: tuple[int, ...],
+    offsets: Tensor,
+) -> Tensor:
+    """`order` where pairs of clusters with tokens at `places` are cut across their longest side.
+
+    Parts of a cell have few cells, and many clusters lie in two: this makes them rounder.
+    """
+    own = torch.arange(len(offsets) - 1, device=positions.device)
+    start, end = _parts(counts, positions.device)
+    first = own - (own - start) % 2
+    last = end.minimum(first + 2)
+    crowded = torch.zeros_like(own, dtype=torch.bool)
+    crowded[torch.searchsorted(offsets, places.int(), right=True) - 1] = True
+    either = crowded[first] | crowded[last - 1]
+    first, last = first.where(either, own), last.where(either, own + 1)
+    keys, _ = kd_keys(positions, order, offsets, first, last, torch.zeros_like(own))
+    return order.index_select(0, torch.sort(keys, stable=True).indices)
+
+
+def _divided(
     along_curve: Callable[..., tuple[Tensor, Tensor]],
     positions: Tensor,
+    order: Tensor,
+    places: Tensor,
     sizes: tuple[int, ...],
-    in_order: Sequence[bool],
     ratio_bits: int,
     most: int,
 ) -> Tensor:
-    """Rows (T,) int64 along the curve in bounding boxes, cells of more than `most` tokens divided.
+    """`order` where the tokens at `places`, so many in each crowded cell, are ordered again.
 
-    Those of all samples at once. Each time the longest side of a box is at least halved, so that
-    the range of float32 bounds the number of rounds.
+    All cells at once, in their bounding boxes, until no cell has more than `most` tokens. Each time
+    the longest side of a box is at least halved, so that the range of float32 bounds the number of
+    rounds.
     """
-    keys, order = along_curve(positions, sizes, _measured_canvas(positions, sizes), in_order)
-    places, sizes = _crowded(keys >> ratio_bits, sizes, most)
     while sizes:
         rows = order.index_select(0, places)
         part = positions.index_select(0, rows)
         canvas, still = _measured_canvas(part, sizes), [False] * len(sizes)
         keys, again = along_curve(part, sizes, canvas, still)
         order[places] = rows.index_select(0, again)
-        inside, sizes = _crowded(keys >> ratio_bits, sizes, most)
+        inside, sizes = _crowded(keys >> ratio_bits, sizes, most, [True] * len(sizes))
         places = places.index_select(0, inside)
     return order
 
@@ -230,22 +327,28 @@ def _along_curve(
         counts = tuple(-(-size // cluster_size) for size in sizes)
         grids = _anchor_grids(counts, sides, in_order)
     else:
-        grids = _fine_grids(sides, positions.shape[1], in_order)
+        grids = _fine_grids(sides, positions.shape[1], in_order, curve)
     keys = _sort_keys(positions, sizes, corners, grids, curve, anchors, impl)
     return torch.sort(keys, stable=True)
 
 
-def _crowded(cells: Tensor, sizes: tuple[int, ...], most: int) -> tuple[Tensor, tuple[int, ...]]:
+def _crowded(
+    cells: Tensor, sizes: tuple[int, ...], most: int, whole: Sequence[bool]
+) -> tuple[Tensor, tuple[int, ...]]:
     """Rows (int64) in cells with more than `most` tokens, and how many are in each such cell.
 
-    But for cells with all of a sample: its points are equal, or it keeps its order.
+    But for cells with all of a sample where those stay `whole`: it keeps its order, or fills the
+    cells of its own bounding box, so that its points are equal.
     """
     run = cells[:0]
     if (cells[most:] == cells[:-most]).any():
         run = torch.unique_consecutive(cells, return_counts=True)[1]
     starts = offsets_of(sizes, cells.device)
     sample = torch.searchsorted(starts, run.cumsum(0) - 1, right=True) - 1
-    crowded = (run > most) & (run < starts.diff()[sample])
+    is_part = run < starts.diff()[sample]
+    if not all(whole):
+        is_part |= ~from_host(whole, torch.bool, cells.device)[sample]
+    crowded = (run > most) & is_part
     inside = torch.repeat_interleave(crowded, run).nonzero()[:, 0]
     return inside, tuple(run[crowded].tolist())
 
@@ -333,9 +436,11 @@ def _anchor_grid_arrays(sides: np.ndarray, clusters: np.ndarray) -> tuple[np.nda
     return shape.astype(np.int64), np.where(sides > 0, sides / shape, length[:, None])
 
 
-def _fine_grids(sides: list[float], dimensions: int, in_order: Sequence[bool]) -> _Grids:
+def _fine_grids(
+    sides: list[float], dimensions: int, in_order: Sequence[bool], curve: str
+) -> _Grids:
     """The same for the plain order of a curve: fine lattices of cells with equal sides."""
-    levels = 1 << plain_bits(dimensions, len(in_order))
+    levels = plain_levels(curve, dimensions, len(in_order))
     cell = []
     for row, still in zip(_rows(sides, len(in_order)), in_order, strict=True):
         cell += [math.inf if still else max(row) / levels or math.inf] * dimensions
@@ -453,7 +558,7 @@ def _plain_keys(
 ) -> Tensor:
     """Sort keys (T,) int64 without anchors: (sample, place of the cell on the curve)."""
     dimensions, device = positions.shape[1], positions.device
-    bits = plain_bits(dimensions, len(sizes))
+    levels = plain_levels(curve, dimensions, len(sizes))
     samples = torch.arange(len(sizes), device=device)
     lengths = offsets_of(sizes, device).diff()
     sample = torch.repeat_interleave(samples, lengths, output_size=len(positions))
@@ -463,7 +568,8 @@ def _plain_keys(
     )
     shape = from_host(grids[0], torch.int64, device).view(-1, dimensions)[sample]
     cells = ((positions - origin) / cell).floor().clamp(min=0).minimum((shape - 1).float()).long()
-    return (sample << (bits * dimensions)) | code_of(curve, cells, shape, bits)
+    code = code_of(curve, cells, shape, (levels - 1).bit_length())
+    return (sample << (levels**dimensions - 1).bit_length()) | code
 
 
 def _cluster_lengths(size: int, count: int, cluster_size: int, remainder: str) -> tuple[int, int]:

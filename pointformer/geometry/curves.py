@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pointformer._checks import describe
 
-CURVES = ("hilbert", "morton", "snake")
+CURVES = ("hilbert", "morton", "peano", "snake", "kd")
 
 _SPREAD = {
     2: (
@@ -90,6 +90,34 @@ def hilbert_code(cells: Tensor, bits: int = 21) -> Tensor:
     return _interleave([axis ^ parity for axis in reversed(axes)])
 
 
+def peano_code(cells: Tensor, bits: int = 21) -> Tensor:
+    """Number of each cell along Peano's curve that starts at the origin, axis 0 fastest.
+
+    In base 3, a coordinate's digit counts backwards where the digits of the other axes that come
+    before it in the number have an odd sum. An integer is odd where the sum of its base-3 digits
+    is. The number of a cell does not depend on how many digits there are.
+
+    Args:
+        cells: (..., D) int64 cell coordinates from 0 to 3**19 - 1 in 2-D, 3**13 - 1 in 3-D.
+        bits: how many bits the coordinates have; fewer are faster.
+
+    Returns:
+        (...,) int64; cells with consecutive numbers are neighbors.
+    """
+    axes = _split(cells)
+    code, weight = torch.zeros_like(axes[0]), 1
+    for _ in range(min(2 * bits // 3 + 1, 39 // len(axes))):  # 3**39 fits 63 bits
+        above = [axis // 3 for axis in axes]
+        for i, axis in enumerate(axes):
+            digit, others = axis - 3 * above[i], torch.zeros_like(axis)
+            for other in (*above[:i], *axes[i + 1 :]):
+                others = others ^ other
+            code = code + weight * torch.where(others % 2 == 1, 2 - digit, digit)
+            weight *= 3
+        axes = above
+    return code
+
+
 def snake_code(cells: Tensor, shape: Tensor) -> Tensor:
     """Number of each cell along the boustrophedon: every row and plane runs back the other way.
 
@@ -114,4 +142,6 @@ def curve_code(curve: str, cells: Tensor, shape: Tensor, bits: int) -> Tensor:
         return hilbert_code(cells, bits)
     if curve == "morton":
         return morton_code(cells)
+    if curve == "peano":
+        return peano_code(cells, bits)
     return snake_code(cells, shape)

@@ -57,6 +57,46 @@ def cluster_keys(
     return (anchor << RATIO_BITS) | bits
 
 
+def kd_keys(
+    positions: Tensor, order: Tensor, offsets: Tensor, first: Tensor, last: Tensor, back: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sort keys that order each part of the clusters across the longest side of its bounding box.
+
+    Args:
+        positions: (T, D) float32.
+        order: (T,) int64, the rows of the positions so far.
+        offsets: (K+1,) int32, start of each cluster in that order.
+        first, last: (K,) int64, the clusters first to last - 1 of the part that a cluster is in.
+        back: (K,) int64, bit a is set where the part is walked backwards along axis a.
+
+    Returns:
+        Keys (T,) int64, equal inside parts of one cluster, and (K,) int64, the axis of the part
+        that starts with each cluster; 0 where none does.
+    """
+    clusters = torch.arange(len(first), device=first.device)
+    lengths = offsets.diff().long()
+    cluster = torch.repeat_interleave(clusters, lengths, output_size=len(order))
+    starts, ends = offsets[:-1].long(), offsets[last].long()
+    rows = torch.where(first == clusters, ends - starts, 0)
+    place = positions[order] + 0.0  # -0 is 0
+    low, high = (
+        torch.segment_reduce(place, reduce, lengths=rows, axis=0, unsafe=True)
+        for reduce in ("min", "max")
+    )
+    side = (high - low).where((rows > 0)[:, None], 0.0)
+    axis, longest = torch.zeros_like(first), side[:, 0]
+    for other in range(1, positions.shape[1]):
+        longer = side[:, other] > longest
+        axis, longest = axis.where(~longer, other), torch.where(longer, side[:, other], longest)
+    part = first[cluster]
+    along = axis[part]
+    bits = place.gather(1, along[:, None])[:, 0].contiguous().view(torch.int32).long()
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers ordered like the floats
+    ascending = torch.where((back[part] >> along) & 1 == 1, ~ascending, ascending)
+    ascending = torch.where(last[part] - part > 1, ascending, 0)
+    return (part << 32) + (ascending + (1 << 31)), axis
+
+
 def cluster_centers(positions: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """Mean position of each cluster: members added in row order in float32, one division.
 

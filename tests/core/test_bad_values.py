@@ -297,8 +297,10 @@ def test_arguments_that_do_not_fit_are_named(tokens):
     for sizes in ([60.0], 60, "ab"):
         with pytest.raises(TypeError, match="sizes: expected integers"):
             knn(tokens.positions, 2, sizes=sizes)
-    for curve, count in (("peano", 0), (["hilbert"], 60)):
-        with pytest.raises(ValueError, match="curve: expected one of hilbert, morton, snake"):
+    for curve, count in (("spiral", 0), (["hilbert"], 60)):
+        with pytest.raises(
+            ValueError, match="curve: expected one of hilbert, morton, peano, snake"
+        ):
             balanced_cluster(tokens.positions[:count], 8, curve=curve)
     with pytest.raises(ValueError, match="global_size: expected an integer of at least 0, got -1"):
         balanced_cluster(tokens.positions, 8, global_size=-1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.strategies import full_lattice
-from pointformer.geometry import hilbert_code, morton_code, snake_code
+from pointformer.geometry import hilbert_code, morton_code, peano_code, snake_code
 from pointformer.geometry.curves import curve_code
 from pointformer.kernels.clustering import fused_curve_code
 
@@ -21,6 +21,31 @@ def test_hilbert_is_a_walk_through_neighbors(extent):
     walk = walk_of(code, cells)
     assert walk[0].eq(0).all()
     assert walk.diff(dim=0).abs().sum(1).eq(1).all()
+
+
+@pytest.mark.parametrize("extent", [(27, 27), (9, 9, 9), (3, 3), (3, 3, 3), (1, 1)])
+def test_peano_is_a_walk_through_neighbors(extent):
+    cells = full_lattice(extent).long()
+    code = peano_code(cells)
+    assert sorted(code.tolist()) == list(range(len(cells)))
+    walk = walk_of(code, cells)
+    assert walk[0].eq(0).all()
+    assert walk.diff(dim=0).abs().sum(1).eq(1).all()
+    assert walk[-1].eq(cells.amax(0)).all()
+
+
+def test_peano_runs_along_x_first():
+    walk = walk_of(peano_code(full_lattice((3, 3)).long()), full_lattice((3, 3)))
+    assert walk.tolist() == [[0, 0], [1, 0], [2, 0], [2, 1], [1, 1], [0, 1], [0, 2], [1, 2], [2, 2]]
+
+
+@pytest.mark.parametrize(("dimensions", "digits"), [(2, 19), (3, 13)])
+def test_peano_does_not_depend_on_the_number_of_digits(dimensions, digits):
+    cells = torch.randint(0, 32, (200, dimensions), generator=torch.Generator().manual_seed(1))
+    for bits in (6, 7, 12):
+        assert torch.equal(peano_code(cells, bits), peano_code(cells))
+    last = torch.full((1, dimensions), 3**digits - 1)  # every digit is the last one of its curve
+    assert peano_code(last, 31).tolist() == [3 ** (digits * dimensions) - 1]
 
 
 @pytest.mark.parametrize("extent", [(5, 4), (1, 7), (3, 4, 5), (2, 1, 3), (4, 3, 1)])
@@ -54,7 +79,7 @@ def test_hilbert_does_not_depend_on_the_number_of_bits(dimensions):
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-@pytest.mark.parametrize("curve", ["hilbert", "morton", "snake"])
+@pytest.mark.parametrize("curve", ["hilbert", "morton", "peano", "snake"])
 def test_fused_codes_equal_torch(curve, dimensions):
     generator = torch.Generator().manual_seed(2)
     shape = torch.randint(1, 2**20, (5000, dimensions), generator=generator)

@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.strategies import scattered
+from helpers.strategies import UNEVEN, cloud, scattered
 from pointformer import Clusters, balanced_cluster, knn, nearest_clusters
 from pointformer.kernels.cpu import neighbors as cpu
 from pointformer.kernels.neighbors import fused_nearest
 
 PARITY = Path(__file__).parents[1] / "parity"
 IMPLS = ("reference", "cpu")
-LAYOUTS = ("uniform", "lattice", "equal", "tiny", "huge", "blob", "far")
+LAYOUTS = ("uniform", "lattice", "equal", "tiny", "huge", "blob", "far", *UNEVEN)
 
 
 def brute_force(query, points, count):
@@ -33,6 +33,8 @@ def brute_force(query, points, count):
 
 def layout(rng, kind, shape):
     """Float32 positions of a kind that is known for trouble."""
+    if kind in UNEVEN:
+        return cloud(rng, kind, *shape)[0].astype(np.float32)
     uniform = rng.random(shape)
     positions = {
         "uniform": uniform * 100,

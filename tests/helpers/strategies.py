@@ -28,7 +28,7 @@ class Tokens:
         ]
 
 
-def _sample(rng, kind, size, dimensions):
+def cloud(rng, kind, size, dimensions):
     """Positions (size, D) and extent of one sample."""
     extent = rng.integers(1, 40, dimensions).astype(float)
     if kind == "row":
@@ -53,13 +53,24 @@ def _sample(rng, kind, size, dimensions):
     if kind == "nested":  # a third of the points in each part of a tenth of the size
         scale = 10.0 ** -rng.geometric(0.3, (size, 1)).clip(max=30)
         return rng.normal(size=(size, dimensions)) * scale, extent
+    if kind == "sheet":  # of points in space, a hilly one; in the plane a wave
+        positions = rng.random((size, dimensions)) * extent
+        positions[:, -1] = np.sin(positions[:, :-1].sum(1))
+        return positions, extent
+    if kind == "line":  # askew
+        direction = rng.normal(size=dimensions)
+        return rng.random((size, 1)) * direction * 50 + rng.normal(size=dimensions), extent
+    if kind == "map":  # meters of a projection, where float32's steps are half a meter
+        corner = np.array([771_234.0, 6_277_553.0, 120.0])[:dimensions]
+        return corner + rng.random((size, dimensions)) * extent, extent
     if kind == "flat":
         extent[rng.integers(dimensions)] = 0.0
     return rng.random((size, dimensions)) * extent, extent
 
 
 KINDS = ("uniform", "lattice", "row", "equal", "duplicates", "blob", "flat")
-UNEVEN = ("stray", "blobs", "nested")  # their extents hold no more than a part of the points
+# Their extents hold no more than a part of the points.
+UNEVEN = ("stray", "blobs", "nested", "sheet", "line", "map")
 
 
 @st.composite
@@ -69,7 +80,7 @@ def tokens(draw, kinds=KINDS, max_size=80, max_samples=4, dimensions=(2, 3)):
     axes = draw(st.sampled_from(dimensions))
     size = st.integers(0, max_size)
     shapes = draw(st.lists(st.tuples(st.sampled_from(kinds), size), max_size=max_samples))
-    parts = [_sample(rng, kind, size, axes) for kind, size in shapes]
+    parts = [cloud(rng, kind, size, axes) for kind, size in shapes]
     positions = np.concatenate([np.zeros((0, axes)), *(part for part, _ in parts)])
     return Tokens(
         torch.from_numpy(positions).float(),

@@ -9,7 +9,7 @@ from pointformer import balanced_cluster
 from pointformer.kernels.clustering import fused_cluster_centers
 
 pytestmark = pytest.mark.gpu
-CURVES = ("hilbert", "morton", "snake")
+CURVES = ("hilbert", "morton", "peano", "snake", "kd")
 
 
 def assert_equal(ours, theirs):

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from helpers.fake_gpu import dirty_memory, fake_gpu
 from helpers.strategies import KINDS, UNEVEN, full_lattice, tokens
 from pointformer import TokenSet, balanced_cluster
-from pointformer.kernels.clustering import fused_cluster_centers, fused_curve_keys
+from pointformer.kernels.clustering import fused_cluster_centers, fused_curve_keys, fused_kd_keys
 from pointformer.kernels.triton import clustering as kernels
 from pointformer.kernels.triton.runtime import INTERPRETED
 
 PARITY = Path(__file__).parents[1] / "parity"
-CURVES = ("hilbert", "morton", "snake")
+CURVES = ("hilbert", "morton", "peano", "snake", "kd")
 
 if not INTERPRETED:
     reason = "kernels run compiled here: set TRITON_INTERPRET=1"
@@ -124,6 +124,8 @@ def test_registered_ops(anchors):
     torch.library.opcheck(fused_curve_keys, arguments)
     order, offsets = torch.randperm(40), torch.tensor([0, 20, 23, 40], dtype=torch.int32)
     torch.library.opcheck(fused_cluster_centers, (positions, order, offsets, "triton"))
+    first, last, back = torch.tensor([[0, 1, 1], [1, 3, 3], [0, 2, 2]])
+    torch.library.opcheck(fused_kd_keys, (positions, order, offsets, first, last, back, "triton"))
 
 
 def test_compiles_in_one_graph():
