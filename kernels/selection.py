@@ -9,16 +9,17 @@ import torch
 
 from pointformer.kernels.library import LIBRARY, implement
 
+# `coarse` is how far apart the reserved nodes of each sample lie; 0 where none are.
 LIBRARY.define(
     "select_on_lattice(Tensor scores, Tensor positions, Tensor offsets, Tensor extent, "
-    "Tensor kept_offsets, int kept, float alpha, int stride, str prior, bool reserve, "
+    "Tensor kept_offsets, int kept, float alpha, int stride, str prior, SymInt[] coarse, "
     "str impl) -> Tensor"
 )
 # `nearest` (T, 2) int32 are the two tokens nearest to each, itself among them, -1 for none: the
 # prior is adaptive. Without it, it is that of the grid or none.
 LIBRARY.define(
     "select_from_nearest(Tensor scores, Tensor positions, Tensor? nearest, SymInt[] sizes, "
-    "SymInt[] kept, float alpha, int stride, bool grid, bool reserve, str impl) -> Tensor"
+    "SymInt[] kept, float alpha, int stride, bool grid, SymInt[] coarse, str impl) -> Tensor"
 )
 fused_select_on_lattice = torch.ops.pointformer.select_on_lattice.default
 fused_select_from_nearest = torch.ops.pointformer.select_from_nearest.default

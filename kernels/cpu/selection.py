@@ -56,7 +56,7 @@ def _any_within(x, y, z, width, height, depth, count, first_cell, radius):
 @kernel
 def _keys(
     scores, positions, offsets, extent, first_cell, count, dimensions, alpha, stride, prior,
-    reserve, bits, out,
+    coarse, bits, out,
 ):  # fmt: skip
     """(sample, not reserved, falling selection score, row in the sample) in one integer."""
     tokens = scores.size
@@ -90,9 +90,9 @@ def _keys(
                     has_prior = _any_within(
                         x, y, z, width, height, depth, cells, first_cell[sample], lowest // 2
                     )
-            coarse = 2 * stride
+            apart = coarse[sample]
             place = 0
-            if not (reserve and x % coarse == 0 and y % coarse == 0 and z % coarse == 0):
+            if apart == 0 or x % apart != 0 or y % apart != 0 or z % apart != 0:
                 ranking = f32(alpha * scores[row]) + (f32(1.0) if has_prior else f32(0.0))
                 ascending = float_bits(ranking)
                 if ascending < 0:
@@ -115,7 +115,7 @@ def _gather(keys, offsets, kept_offsets, bits, out):
             out[first + i] = start + (key & ((1 << bits) - 1))
 
 
-def select(scores, positions, offsets, extent, kept_offsets, kept, alpha, stride, prior, reserve):
+def select(scores, positions, offsets, extent, kept_offsets, kept, alpha, stride, prior, coarse):
     dimensions = positions.shape[1]
     scores, positions = scores.contiguous().numpy(), positions.contiguous().view(-1).numpy()
     offsets, extent, kept_offsets = offsets.numpy(), extent.numpy(), kept_offsets.numpy()
@@ -127,7 +127,7 @@ def select(scores, positions, offsets, extent, kept_offsets, kept, alpha, stride
     keys = np.empty(len(scores), np.int64)
     _keys(
         scores, positions, offsets, extent.ravel(), first_cell, count, dimensions, f32(alpha),
-        stride, _PRIORS[prior], reserve, bits, keys,
+        stride, _PRIORS[prior], np.array(coarse, np.int64), bits, keys,
     )  # fmt: skip
     keys.sort()
     out = torch.empty(kept, dtype=torch.int64)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from pointformer.kernels.tables import from_host, starts_of
-from pointformer.kernels.triton.clustering import halvings, sample_of
+from pointformer.kernels.triton.clustering import halvings, of_sample, sample_of
 from pointformer.kernels.triton.runtime import Variant
 
 NONE, GRID, ADAPTIVE = (tl.constexpr(prior) for prior in range(3))
@@ -26,7 +26,7 @@ def selection_keys_fwd_kernel(
     scores, positions, nearest, keys, starts, tokens, samples, alpha, stride, coarse,
     D: tl.constexpr, PRIOR: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tokens on multiples of `coarse` are reserved; none are if it is 0."""
+    """Tokens on multiples of their sample's `coarse` are reserved; none are if it is 0."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
     stored = row < tokens
     row = tl.minimum(row, tokens - 1)
@@ -47,11 +47,14 @@ def selection_keys_fwd_kernel(
         there = positions + tl.maximum(other, 0).to(tl.int64) * D
         x_gap = tl.load(there).to(tl.int64) - x.to(tl.int64)
         y_gap = tl.load(there + 1).to(tl.int64) - y.to(tl.int64)
+        farthest = tl.full(x_gap.shape, _FARTHEST, tl.int64)
+        x_gap = tl.minimum(tl.abs(x_gap), farthest)
+        y_gap = tl.minimum(tl.abs(y_gap), farthest)
         square = x_gap * x_gap + y_gap * y_gap
         if D == 3:
             z_gap = tl.load(there + 2).to(tl.int64) - z.to(tl.int64)
+            z_gap = tl.minimum(tl.abs(z_gap), farthest)
             square += z_gap * z_gap
-        farthest = tl.full(square.shape, _FARTHEST, tl.int64)
         square = tl.where(other < 0, farthest * farthest, square)
         square = tl.minimum(square, farthest * farthest)
         together = x | y | z
@@ -61,8 +64,9 @@ def selection_keys_fwd_kernel(
     ascending = ranking.to(tl.int32, bitcast=True)
     ascending = tl.where(ascending < 0, ascending ^ 0x7FFFFFFF, ascending).to(tl.int64)
     place = tl.full(ascending.shape, (3 << 31) - 1, tl.int64) - ascending
-    side = tl.maximum(coarse, 1)
-    reserved = (coarse > 0) & (x % side == 0) & (y % side == 0) & (z % side == 0)
+    apart = of_sample(coarse, sample, RAGGED)
+    side = tl.maximum(apart, 1)
+    reserved = (apart > 0) & (x % side == 0) & (y % side == 0) & (z % side == 0)
     place = tl.where(reserved, 0, place)
     tl.store(keys + row, (sample << _PLACE_BITS) | place, mask=stored)
 
@@ -108,7 +112,8 @@ def _keys_variant(dimensions, prior, ragged):
         selection_keys_fwd_kernel,
         (
             *(torch.float32, torch.float32, nearest, torch.int64),
-            *(torch.int32 if ragged else "i32", "i32", "i32", "fp32", "i32", "i32"),
+            *(torch.int32 if ragged else "i32", "i32", "i32", "fp32", "i32"),
+            torch.int32 if ragged else "i32",
         ),
         {"D": dimensions, "PRIOR": prior, "RAGGED": ragged, "BLOCK": _BLOCK},
         writes=("keys",),
@@ -139,7 +144,7 @@ def variants():
         yield _rows_variant(ragged)
 
 
-def select_from_nearest(scores, positions, nearest, sizes, kept, alpha, stride, grid, reserve):
+def select_from_nearest(scores, positions, nearest, sizes, kept, alpha, stride, grid, coarse):
     """See `pointformer.kernels.selection`."""
     tokens, dimensions = positions.shape
     out = torch.empty(sum(kept), dtype=torch.int64, device=positions.device)
@@ -147,10 +152,11 @@ def select_from_nearest(scores, positions, nearest, sizes, kept, alpha, stride, 
         return out
     positions = positions.contiguous()
     keys = torch.empty(tokens, dtype=torch.int64, device=positions.device)
-    ragged = len(set(zip(sizes, kept, strict=True))) > 1
-    tables = (sizes[0], kept[0])
+    ragged = len(set(zip(sizes, kept, coarse, strict=True))) > 1
+    coarse = [min(apart, _LARGEST) for apart in coarse]
+    tables = (sizes[0], kept[0], coarse[0])
     if ragged:
-        columns = [starts_of(sizes), starts_of(kept)]
+        columns = [starts_of(sizes), starts_of(kept), [*coarse, 0]]
         tables = from_host(columns, torch.int32, positions.device)
     prior = GRID if grid else NONE
     if nearest is None:
@@ -161,12 +167,12 @@ def select_from_nearest(scores, positions, nearest, sizes, kept, alpha, stride, 
     variant.launch(
         lambda constants: (triton.cdiv(tokens, constants["BLOCK"]),),
         scores.contiguous(), positions, nearest, keys, tables[0], tokens, len(sizes), alpha,
-        min(stride, _LARGEST), min(2 * stride * reserve, _LARGEST),
+        min(stride, _LARGEST), tables[2],
     )  # fmt: skip
     keys, order = torch.sort(keys, stable=True)
     variant = _rows_variant(ragged)
     variant.launch(
         lambda constants: (triton.cdiv(len(out), constants["BLOCK"]),),
-        *(keys, order, out, *tables, len(out), len(sizes), max(kept)),
+        *(keys, order, out, *tables[:2], len(out), len(sizes), max(kept)),
     )
     return out

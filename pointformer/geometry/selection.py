@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -27,6 +27,7 @@ from pointformer._checks import (
 from pointformer._dispatch import choose, lacks_nothing
 from pointformer.clusters import offsets_of
 from pointformer.geometry.boxes import bounding_boxes
+from pointformer.geometry.clustering import balanced_cluster
 from pointformer.geometry.neighbors import knn
 from pointformer.kernels.selection import fused_select_from_nearest, fused_select_on_lattice
 from pointformer.kernels.tables import from_host
@@ -46,11 +47,13 @@ def select_centers(
     sizes: Sequence[int] | None = None,
     batch: Tensor | None = None,
     extent: Sequence | Tensor | None = None,
+    origin: Sequence | Tensor | None = None,
     rate: float,
     alpha: float = 4.0,
     stride: float,
     prior: str | None = "adaptive",
     reserve: bool = True,
+    reserve_share: float | None = None,
     lattice: bool = True,
     along_curve: bool = False,
     check_values: bool = True,
@@ -62,43 +65,56 @@ def select_centers(
     a regular grid would keep and 0 for the others. Of n tokens max(int(n * rate), reserved) are
     kept, at least one and at most n; with `reserve`, a coarse lattice is kept whatever its scores.
 
-    On a lattice (integer positions), with S = `stride`:
+    On a lattice (integer positions), with S = `stride` and coordinates from the `origin`:
 
-    * reserved are the tokens whose coordinates all are multiples of 2S. There is room for one in
-      each of the ceil(side / 2S) nodes per axis of the canvas; room that is not needed goes to the
-      best of the others, so that the number of kept tokens depends on `sizes` and `extent` only.
+    * reserved are the tokens whose coordinates all are multiples of 2S. Of a given `extent` there
+      is room for one in each of the ceil(side / 2S) nodes per axis; room that is not needed goes to
+      the best of the others, so that the number of kept tokens depends on `sizes` and `extent`
+      only. Else those that there are count, which waits for the device.
     * the prior "grid" is 1 where all coordinates are multiples of S; "adaptive" where they are
       multiples of 2t, t being the smallest power of two (1, 2, 4, ...) that is at least the
       distance to the nearest other token. `None` ranks by score alone.
 
     Off a lattice the nodes are the same points, and each node's part is played by the token closest
     to it, ties to the lowest row, among the tokens to which it is the nearest node inside the
-    canvas; for the adaptive prior among those of them with the same t, which may be below 1. A
-    full lattice gives the same result either way.
+    canvas; for the adaptive prior among those of them with the same t, which may be below 1, down
+    to what float32 resolves at the token's coordinates. A full lattice gives the same result either
+    way. The reserved tokens that there are count, which waits for the device; under `torch.compile`
+    and while a CUDA graph is captured there is room for all nodes instead.
 
     Args:
         scores: (T,) floating, importance of each token, usually in (0, 1).
-        positions: (T, D) float32, D = 2 or 3, rows of a sample in any order, not negative.
+        positions: (T, D) float32, D = 2 or 3, rows of a sample in any order.
         sizes: tokens per sample, B host integers; `None` for one sample.
         batch: in place of `sizes` the sample of each token, see `sizes_from_batch`.
         extent: sides of each sample's canvas, B x D host numbers, or D for all samples. `None`
-            measures the largest coordinates (plus one on a lattice), which waits for the device.
+            measures the points (the canvas begins at the multiples of 2S at or below the lowest
+            coordinates and ends at the largest, plus one on a lattice), which waits for the device.
+        origin: lower corner of each sample's canvas, like `extent`; 0 by default. Without `extent`
+            it is measured and cannot be given.
         rate: share of the tokens to keep, in (0, 1].
         alpha: weight of the scores against the prior.
         stride: S, distance between the nodes of the grid to keep, in the units of `positions`: 2, 4
             and 8 after the first, second and third stage.
         prior: "adaptive", "grid" or `None`.
         reserve: keep the coarse lattice.
+        reserve_share: leave room for the others: while more than this share of max(1, int(n *
+            rate)) tokens is reserved, nodes lie twice as far apart as 2S, and so on. In (0, 1].
+            `None` reserves what there is at 2S, be it more than `rate` asks for, as the released
+            models do.
         lattice: whether positions are integers; `False` accepts any.
         along_curve: whether the rows of each sample follow a space-filling curve, as in cluster
-            order, see `knn`. The result is the same in any case.
+            order, so that none has to be found.
         check_values: whether to look for scores and positions that do not fit, which waits for the
             device. Never done under `torch.compile` and while a CUDA graph is captured.
         impl: "reference", "cpu" or "triton"; `None` chooses by device.
 
     Returns:
         Rows of the kept tokens, (T',) int64, and how many of them per sample. In each sample those
-        taken by rank come first, best first, ties by row; then the reserved ones in row order.
+        taken by rank come first, best first; then the reserved ones in row order. Of equal rank, on
+        a lattice the first rows are taken. Off a lattice those that are spread most evenly: in the
+        order of the places along a Hilbert curve with their bits reversed (every second one, then
+        every second of the others, and so on).
 
     Raises:
         TypeError, ValueError: an argument does not fit, a score is NaN, a position is NaN or
@@ -114,6 +130,8 @@ def select_centers(
     check_flags(
         reserve=reserve, lattice=lattice, along_curve=along_curve, check_values=check_values
     )
+    if reserve_share is not None:
+        check_number("reserve_share", reserve_share, above=0, most=1)
     check_number("stride", stride, above=0)
     if stride > _LARGEST_STRIDE:
         raise ValueError(f"stride: expected at most {_LARGEST_STRIDE:g}, got {brief(stride)}")
@@ -124,25 +142,40 @@ def select_centers(
     if check_values:
         check_finite("positions", positions, sizes)
         _check_scores(scores)
+    is_measured = extent is None
     if extent is None:
-        extent = bounding_boxes(positions, sizes)[1] + int(lattice)
+        if origin is not None:
+            raise ValueError("origin: give extent too, or neither")
+        low, high = bounding_boxes(positions, sizes)
+        corner = ((low.double() / (2 * stride)).floor() * (2 * stride)).float()
+        origin, extent = corner, high.double() - corner + int(lattice)
     sides = check_per_sample("extent", extent, len(sizes), dimensions)
+    if origin is not None:
+        corners = check_per_sample("origin", origin, len(sizes), dimensions)
+        if any(itertools.chain(*corners)):
+            positions = positions - _of_rows(corners, sizes, positions)
     if lattice and check_values:
         _check_lattice(positions, sides, sizes)
-    keep = tuple(
-        _number_kept(size, side, rate, stride if reserve else None)
-        for size, side in zip(sizes, sides, strict=True)
-    )
     triton_lacks = partial(_triton_lacks, sides, lattice)
     chosen = choose(
         "select_centers", impl, {"cpu": lacks_nothing, "triton": triton_lacks}, positions.device
     )
+    keep = tuple(min(size, max(1, int(size * rate))) for size in sizes)
+    coarse = [0.0] * len(sizes)
+    if reserve:
+        nodes = partial(_nodes, sides)
+        if (is_measured or not lattice) and can_read(positions):
+            nodes = partial(_reserved, positions, sizes, sides, lattice)
+        coarse, room = _reserved_strides(nodes, sides, keep, stride, reserve_share)
+        keep = tuple(
+            min(size, max(count, most)) for size, count, most in zip(sizes, keep, room, strict=True)
+        )
     search = partial(
         knn, positions, sizes=sizes, along_curve=along_curve, check_values=False, impl=chosen
     )
     if chosen == "triton" and lattice:
         pair = search(2) if prior == "adaptive" else None
-        options = (alpha, int(stride), prior == "grid", reserve, chosen)
+        options = (alpha, int(stride), prior == "grid", [*map(int, coarse)], chosen)
         return fused_select_from_nearest(scores, positions, pair, sizes, keep, *options), keep
     if chosen == "cpu" and lattice and _map_fits(sizes, sides):
         canvas = torch.tensor(sides, dtype=torch.float64).ceil().long()
@@ -156,22 +189,117 @@ def select_centers(
             alpha,
             int(stride),
             prior or "none",
-            reserve,
+            [*map(int, coarse)],
             chosen,
         )
         return index, keep
 
-    nearest = None
+    nearest, even = None, None
     if prior == "adaptive":
         index = search(1, include_self=False)
         assert isinstance(index, Tensor)
         nearest = index[:, 0].long()
-    if lattice:
-        has_prior, reserved = _lattice_parts(positions, nearest, int(stride), prior, reserve)
-    else:
-        has_prior, reserved = _free_parts(positions, nearest, sizes, sides, stride, prior, reserve)
+    if not lattice:
+        even = _evenly(positions, sizes, sides, along_curve, chosen)
+    has_prior = _has_prior(positions, nearest, sizes, sides, stride, prior, lattice)
+    reserved = _nodes_of(positions, sizes, sides, coarse, lattice)
     ranking = has_prior.float() + alpha * scores
-    return reference.select(ranking, reserved, sizes, keep), keep
+    return reference.select(ranking, reserved, sizes, keep, even), keep
+
+
+def _of_rows(
+    rows: Sequence[tuple[float, ...]], sizes: tuple[int, ...], positions: Tensor
+) -> Tensor:
+    """(T, D) or (1, D) float32: the numbers of each row's sample."""
+    if rows and all(map(alike, zip(*rows, strict=True))):  # no copy from the host
+        return torch.stack([torch.full_like(positions[:, 0], number) for number in rows[0]], 1)
+    table = from_host(rows, torch.float32, positions.device).reshape(len(sizes), positions.shape[1])
+    return table[reference.sample_of_rows(sizes, positions.device)]
+
+
+def _nodes(sides: Sequence[tuple[float, ...]], coarse: Sequence[float]) -> list[int]:
+    """Multiples of `coarse` in each canvas."""
+    return [
+        math.prod([max(1, math.ceil(length / apart)) for length in side])
+        for side, apart in zip(sides, coarse, strict=True)
+    ]
+
+
+def _nodes_of(
+    positions: Tensor,
+    sizes: tuple[int, ...],
+    sides: Sequence[tuple[float, ...]],
+    coarse: Sequence[float],
+    lattice: bool,
+) -> Tensor:
+    """(T,) bool: the tokens that play the part of multiples of `coarse`; none where that is 0."""
+    if not any(coarse):
+        return torch.zeros(len(positions), dtype=torch.bool, device=positions.device)
+    dtype = torch.int64 if lattice else torch.float32
+    sample = reference.sample_of_rows(sizes, positions.device)
+    if len(set(coarse)) == 1:  # no copy from the host
+        apart = torch.full_like(sample, coarse[0], dtype=dtype)
+    else:
+        apart = from_host(coarse, dtype, positions.device)[sample]
+    if lattice:
+        return reference.on_lattice(positions, apart)
+    return reference.nearest_to_nodes(positions, sample, apart, _of_rows(sides, sizes, positions))
+
+
+def _reserved(
+    positions: Tensor,
+    sizes: tuple[int, ...],
+    sides: Sequence[tuple[float, ...]],
+    lattice: bool,
+    coarse: Sequence[float],
+) -> list[int]:
+    """How many tokens of each sample play the part of multiples of `coarse`."""
+    chosen = _nodes_of(positions, sizes, sides, coarse, lattice)
+    total = torch.nn.functional.pad(chosen.cumsum(0), (1, 0))
+    return total[offsets_of(sizes, positions.device)].diff().tolist()
+
+
+def _reserved_strides(
+    nodes: Callable[[Sequence[float]], list[int]],
+    sides: Sequence[tuple[float, ...]],
+    keep: tuple[int, ...],
+    stride: float,
+    share: float | None,
+) -> tuple[list[float], list[int]]:
+    """How far apart the reserved nodes of each sample lie, and how many of them `nodes` counts."""
+    coarse = [2.0 * stride] * len(sides)
+    while True:
+        count = nodes(coarse)
+        crowded = [
+            share is not None and found > max(1, share * kept) and apart < max(side)
+            for found, kept, apart, side in zip(count, keep, coarse, sides, strict=True)
+        ]
+        if not any(crowded):
+            return coarse, count
+        coarse = [apart * (1 + more) for apart, more in zip(coarse, crowded, strict=True)]
+
+
+def _evenly(
+    positions: Tensor,
+    sizes: tuple[int, ...],
+    sides: Sequence[tuple[float, ...]],
+    along_curve: bool,
+    impl: str,
+) -> Tensor:
+    """(T,) int64 that sort rows of a sample so that the first ones are spread evenly."""
+    place = torch.arange(len(positions), device=positions.device)
+    if not along_curve:
+        extent = None if can_read(positions) else [*map(list, sides)]
+        order = balanced_cluster(
+            positions, sizes=sizes, extent=extent, anchors=False, check_values=False, impl=impl
+        ).order
+        place = torch.empty_like(order).scatter(0, order, place)
+    sample = reference.sample_of_rows(sizes, positions.device)
+    place = place - offsets_of(sizes, positions.device)[sample]
+    even = torch.zeros_like(place)
+    for _ in range((max(sizes, default=0)).bit_length()):
+        even, place = 2 * even + place % 2, place // 2
+    return even
 
 
 def _triton_lacks(sides: Sequence[tuple[float, ...]], lattice: bool) -> str | None:
@@ -189,56 +317,25 @@ def _map_fits(sizes: tuple[int, ...], sides: Sequence[tuple[float, ...]]) -> boo
     return cells <= _CELLS_PER_TOKEN * (sum(sizes) + 1024) and keys <= 2**_KEY_BITS
 
 
-def _lattice_parts(
-    positions: Tensor, nearest: Tensor | None, stride: int, prior: str | None, reserve: bool
-) -> tuple[Tensor, Tensor]:
-    """Which tokens have the prior and which are reserved, on a lattice: (T,) bool each."""
-    nobody = torch.zeros(len(positions), dtype=torch.bool, device=positions.device)
-    has_prior = nobody
-    if nearest is not None:
-        has_prior = reference.on_lattice(
-            positions, 2 * reference.lattice_spacing(positions, nearest)
-        )
-    elif prior == "grid":
-        has_prior = reference.on_lattice(positions, stride)
-    return has_prior, reference.on_lattice(positions, 2 * stride) if reserve else nobody
-
-
-def _free_parts(
+def _has_prior(
     positions: Tensor,
     nearest: Tensor | None,
     sizes: tuple[int, ...],
     sides: Sequence[tuple[float, ...]],
     stride: float,
     prior: str | None,
-    reserve: bool,
-) -> tuple[Tensor, Tensor]:
-    """Which tokens have the prior and which are reserved, off a lattice: (T,) bool each."""
+    lattice: bool,
+) -> Tensor:
+    """(T,) bool"""
+    if nearest is None:
+        apart = stride if prior == "grid" else 0.0
+        return _nodes_of(positions, sizes, sides, [float(apart)] * len(sizes), lattice)
+    if lattice:
+        return reference.on_lattice(positions, 2 * reference.lattice_spacing(positions, nearest))
     sample = reference.sample_of_rows(sizes, positions.device)
-    if sides and all(map(alike, zip(*sides, strict=True))):  # no copy from the host
-        limit = torch.stack([torch.full_like(positions[:, 0], side) for side in sides[0]], 1)
-    else:
-        limit = from_host(sides, torch.float32, positions.device)
-        limit = limit.reshape(len(sizes), positions.shape[1])[sample]
-    nobody = torch.zeros_like(sample, dtype=torch.bool)
-    every = torch.full_like(limit[:, 0], stride)
-    has_prior = nobody
-    if nearest is not None:
-        side = 2 * reference.spacing(positions, nearest, limit.amax(1))
-        has_prior = reference.nearest_to_nodes(positions, sample, side, limit)
-    elif prior == "grid":
-        has_prior = reference.nearest_to_nodes(positions, sample, every, limit)
-    if not reserve:
-        return has_prior, nobody
-    return has_prior, reference.nearest_to_nodes(positions, sample, 2 * every, limit)
-
-
-def _number_kept(size: int, side: Sequence[float], rate: float, stride: float | None) -> int:
-    """How many of `size` tokens to keep; `stride` is that of the reserved lattice, if any."""
-    reserved = 1
-    if stride is not None:
-        reserved = math.prod([max(1, math.ceil(length / (2 * stride))) for length in side])
-    return min(size, max(int(size * rate), reserved))
+    limit = _of_rows(sides, sizes, positions)
+    side = 2 * reference.spacing(positions, nearest, limit.amax(1))
+    return reference.nearest_to_nodes(positions, sample, side, limit)
 
 
 def _check_scores(scores: Tensor) -> None:
@@ -258,7 +355,8 @@ def _check_lattice(
     """Raise if a position is not an integer inside the canvas, naming the sample."""
     if not can_read(positions):
         return
-    limit = torch.tensor(sides, device=positions.device).reshape(len(sizes), positions.shape[1])
+    limit = torch.tensor(sides, dtype=torch.float64, device=positions.device)
+    limit = limit.reshape(len(sizes), positions.shape[1])
     sample = reference.sample_of_rows(sizes, positions.device)
     limit = limit[0] if len(set(sides)) == 1 else limit[sample]
     good = (positions == positions.floor()) & (positions >= 0) & (positions < limit)

@@ -11,7 +11,6 @@ from pointformer.clusters import offsets_of
 from pointformer.reference.neighbors import squared_distance
 
 _EXPONENTS = 24  # of spacings on a lattice: float32 holds integers up to 2**24
-_FINEST = 20  # off a lattice, spacings below 2**-20 of the canvas count as that
 
 
 def sample_of_rows(sizes: Sequence[int], device: torch.device) -> Tensor:
@@ -36,6 +35,7 @@ def lattice_spacing(positions: Tensor, nearest: Tensor) -> Tensor:
         nearest: (T,) int64, the nearest other token; -1 (no other) counts as infinitely far.
     """
     difference = positions.long() - positions[nearest.clamp(min=0)].long()
+    difference = difference.clamp(-(2**_EXPONENTS), 2**_EXPONENTS)
     square = (difference * difference).sum(1)
     square = square.where(nearest >= 0, 4**_EXPONENTS)
     squares = 4 ** torch.arange(_EXPONENTS, device=positions.device)
@@ -45,18 +45,19 @@ def lattice_spacing(positions: Tensor, nearest: Tensor) -> Tensor:
 def spacing(positions: Tensor, nearest: Tensor, longest_side: Tensor) -> Tensor:
     """Smallest power of two >= the distance to the nearest other token: (T,) float32.
 
-    Not below 2**-20 of the canvas' longest side (rounded up to a power of two), which is also the
-    spacing of duplicates, nor above twice that side, the spacing of a lone token.
+    Not below what float32 resolves at the token's coordinates, which is also the spacing of
+    duplicates, nor above twice the canvas' longest side, the spacing of a lone token.
 
     Args:
-        positions: (T, D) float32.
+        positions: (T, D) float32, from the canvas' corner.
         nearest: (T,) int64, the nearest other token; -1 for none.
         longest_side: (T,) float32, the longest side of the token's canvas.
     """
     distance = squared_distance(positions, positions[nearest.clamp(min=0)]).sqrt()
     largest = 2 * longest_side
     distance = distance.where(nearest >= 0, largest).minimum(largest)
-    distance = distance.maximum(longest_side * 2.0**-_FINEST)
+    numbers = torch.finfo(torch.float32)
+    distance = distance.maximum(positions.abs().amax(1) * numbers.eps).clamp(min=numbers.tiny)
     mantissa, exponent = torch.frexp(distance)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     return torch.ldexp(torch.ones_like(distance), exponent)
@@ -94,14 +95,21 @@ def nearest_to_nodes(positions: Tensor, sample: Tensor, side: Tensor, limit: Ten
     return chosen
 
 
-def select(score: Tensor, reserved: Tensor, sizes: Sequence[int], keep: Sequence[int]) -> Tensor:
+def select(
+    score: Tensor,
+    reserved: Tensor,
+    sizes: Sequence[int],
+    keep: Sequence[int],
+    even: Tensor | None = None,
+) -> Tensor:
     """Rows kept of each sample: the best by score, then the reserved ones in row order.
 
     Args:
-        score: (T,) float32 selection score; ties go to the lowest row.
+        score: (T,) float32 selection score.
         reserved: (T,) bool, taken whatever their score.
         sizes: tokens per sample.
         keep: how many of them to keep. If more are reserved, the first rows of those.
+        even: (T,) int64, ties go to the lowest of these; `None`: to the lowest row.
 
     Returns:
         (sum(keep),) int64.
@@ -111,7 +119,12 @@ def select(score: Tensor, reserved: Tensor, sizes: Sequence[int], keep: Sequence
     ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers ordered like the floats
     place = torch.where(reserved, 0, (1 << 32) + (1 << 31) - 1 - ascending)
     sample = sample_of_rows(sizes, device)
-    order = torch.sort((sample << 34) | place, stable=True).indices
+    keys = (sample << 34) | place
+    if even is None:
+        order = torch.sort(keys, stable=True).indices
+    else:
+        order = torch.sort(even.where(~reserved, torch.arange(len(even), device=device))).indices
+        order = order[torch.sort(keys[order], stable=True).indices]
 
     start, first = offsets_of(tuple(sizes), device), offsets_of(tuple(keep), device)
     total = torch.cat([start[:1], reserved.cumsum(0)])

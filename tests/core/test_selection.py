@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.strategies import full_lattice, tokens
-from pointformer import select_centers
+from helpers.strategies import KINDS, UNEVEN, full_lattice, tokens
+from pointformer import balanced_cluster, knn, select_centers
 from pointformer.kernels.selection import fused_select_on_lattice
 from pointformer.reference import selection as reference
 
@@ -53,14 +53,15 @@ def spacings(positions):
     return squares.amin(1).sqrt().tolist()
 
 
-def expected(scores, has_prior, reserved, room, rate, alpha):
-    """Rows kept of one sample in their order."""
+def expected(scores, has_prior, reserved, room, rate, alpha, ties=None):
+    """Rows kept of one sample in their order; `ties` says which of equal ones come first."""
     n = len(scores)
+    ties = ties or list(range(n))
     keep = min(n, max(int(n * rate), room))
     ranking = np.float32(alpha) * scores + np.array(has_prior, np.float32)
     fixed = [row for row in range(n) if reserved[row]][:keep]
-    others = sorted((-ranking[row], row) for row in range(n) if not reserved[row])
-    return [row for _, row in others[: keep - len(fixed)]] + fixed
+    others = sorted((-ranking[row], ties[row], row) for row in range(n) if not reserved[row])
+    return [row for *_, row in others[: keep - len(fixed)]] + fixed
 
 
 def room_for(extent, stride, reserve):
@@ -123,7 +124,15 @@ def node_players(positions, side, extent):
     return [row in players for row in range(len(positions))]
 
 
-@given(sample=tokens(kinds=("uniform", "lattice", "blob"), max_samples=1), options=options)
+def every_second_first(positions):
+    """The stated order of equal tokens: places on the curve as binary fractions, read backwards."""
+    order = balanced_cluster(positions, anchors=False).order.tolist()
+    digits = len(f"{len(order):b}")
+    ties = {row: int(f"{place:0{digits}b}"[::-1], 2) for place, row in enumerate(order)}
+    return [ties[row] for row in range(len(order))]
+
+
+@given(sample=tokens(kinds=("uniform", "lattice", "blob", *UNEVEN), max_samples=1), options=options)
 def test_selection_off_a_lattice_is_the_stated_one(sample, options):
     if len(sample.positions) == 0:
         return
@@ -134,28 +143,46 @@ def test_selection_off_a_lattice_is_the_stated_one(sample, options):
         has_prior = node_players(sample.positions, [stride] * n, extent)
     elif options["prior"] == "adaptive":
         longest = max(extent)
-        near = [min(max(d, longest * 2.0**-20), 2 * longest) for d in spacings(sample.positions)]
+        finest = (sample.positions.abs().amax(1) * 2.0**-23).clamp(min=2.0**-126).tolist()
+        near = [
+            max(min(d, 2 * longest), fine)
+            for d, fine in zip(spacings(sample.positions), finest, strict=True)
+        ]
         sides = [2 * power_of_two_above(np.float32(d)) for d in near]
         has_prior = node_players(sample.positions, sides, extent)
     if options["reserve"]:
         reserved = node_players(sample.positions, [2 * stride] * n, extent)
-    room = room_for(extent, stride, options["reserve"])
-    assert sum(reserved) <= room
+    assert sum(reserved) <= room_for(extent, stride, options["reserve"])
     index, _ = select_centers(
         scores, sample.positions, extent=sample.extent, lattice=False, **options
     )
-    rows = expected(scores.numpy(), has_prior, reserved, room, options["rate"], options["alpha"])
+    room = max(1, sum(reserved))
+    ties = every_second_first(sample.positions)
+    rows = expected(
+        scores.numpy(), has_prior, reserved, room, options["rate"], options["alpha"], ties
+    )
     assert index.tolist() == rows
 
 
-@given(sample=tokens(), options=options, lattice=st.booleans(), measured=st.booleans())
-def test_implementations_agree_and_samples_are_independent(sample, options, lattice, measured):
+@given(
+    sample=tokens(kinds=KINDS + UNEVEN),
+    options=options,
+    share=st.sampled_from([None, 0.3]),
+    lattice=st.booleans(),
+    measured=st.booleans(),
+)
+def test_implementations_agree_and_samples_are_independent(
+    sample, options, share, lattice, measured
+):
     if lattice:
         sample.positions.floor_()
+    if lattice and not measured:
+        sample.positions.clamp_(0, 2**23)
         sample.extent = tuple(
-            tuple(math.floor(side) + 1.0 for side in extent) for extent in sample.extent
+            tuple((part.amax(0) + 1).tolist() if len(part) else (1.0,) * sample.dimensions)
+            for part in sample.positions.split(sample.sizes)
         )
-    options = {**options, "lattice": lattice}
+    options = {**options, "lattice": lattice, "reserve_share": share}
     scores = scores_of(sample)
 
     def run(part, values, impl):
@@ -278,12 +305,117 @@ def test_a_measured_canvas_ends_after_the_last_cell(impl, lattice, kept):
 
 
 def test_spacing_by_hand():
-    """Powers of two not below the distance, within 2**-20 and twice the canvas' side."""
+    """Powers of two not below the distance, between float32's steps and twice the canvas' side."""
     positions = torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.0], [7.0, 4.0], [0.0, 1e-9]])
     nearest = torch.tensor([1, 2, 1, 1, -1])
     side = torch.tensor([100.0, 100.0, 1.0, 1.5, 3.0])
-    expected = [8.0, 2.0**-13, 2.0**-20, 4.0, 8.0]  # the fourth is cut to 3, the last is alone
+    expected = [8.0, 2.0**-21, 2.0**-21, 4.0, 8.0]  # the fourth is cut to 3, the last is alone
     assert reference.spacing(positions, nearest, side).tolist() == expected
+
+
+def surface(count, seed=0):
+    """Points on a hilly sheet in map coordinates: (T, 3) float64, in meters, 0.5 m apart."""
+    rng = np.random.default_rng(seed)
+    xy = rng.random((count, 2)) * 0.5 * count**0.5
+    z = 3 * np.sin(xy[:, 0] / 7) + 2 * np.cos(xy[:, 1] / 5)
+    return torch.from_numpy(np.column_stack([xy, z])) + torch.tensor([771_200.0, 6_277_550.0, 80.0])
+
+
+def gaps(positions, index):
+    """Distances (T,) from all points to the nearest selected one."""
+    _, distance = knn(positions[index], 1, query_positions=positions, return_distance=True)
+    return distance[:, 0]
+
+
+WORLD = surface(3000)
+FREE = {"rate": 0.25, "stride": 1.0, "lattice": False}
+
+
+@pytest.mark.parametrize("where", ["corner", "centered", "far", "stray"])
+@pytest.mark.parametrize("reserve", [True, False])
+@pytest.mark.parametrize("prior", ["adaptive", "grid", None])
+def test_a_cloud_is_thinned_evenly_wherever_it_is(where, reserve, prior):
+    """Constant scores: the choice is spread, of the size asked for, and a stray costs nothing."""
+    center = {"corner": WORLD.amin(0), "centered": WORLD.mean(0), "far": 0, "stray": WORLD.mean(0)}
+    positions = (WORLD - center[where]).float()
+    if where == "stray":
+        positions[7] = 1e7
+    kwargs = {**FREE, "stride": 0.5, "reserve": reserve, "prior": prior}
+    index, keep = select_centers(torch.full((3000,), 0.5), positions, **kwargs)
+    assert keep == (len(index),)
+    assert 750 <= len(index) <= 1500
+    near = gaps(positions, index).sort().values[:-1]  # the last may be the stray's
+    assert near.mean() < (1.2 if where == "far" else 0.55)
+
+
+@pytest.mark.parametrize("prior", ["adaptive", "grid", None])
+@pytest.mark.parametrize("lattice", [True, False])
+def test_a_shift_by_nodes_selects_the_same(lattice, prior):
+    """Measured: in positive and negative coordinates, of any size that float32 holds."""
+    generator = torch.Generator().manual_seed(0)
+    cells = full_lattice((20, 20))[torch.randperm(400, generator=generator)[:150]]
+    positions = cells if lattice else cells + torch.rand(150, 2, generator=generator).mul(8) / 8
+    scores = torch.rand(150, generator=generator)
+    kwargs = {"rate": 0.3, "stride": 4, "lattice": lattice, "prior": prior}
+    expected = select_centers(scores, positions, **kwargs)
+    for shift in ((8, -16), (-80, 8000), (80_000, -800)):
+        moved = positions + torch.tensor(shift)
+        moved = moved if lattice else (moved * 64).round() / 64
+        alike = moved - torch.tensor(shift)
+        index, keep = select_centers(scores, moved, **kwargs)
+        reference_index, kept = select_centers(scores, alike, **kwargs)
+        assert torch.equal(index, reference_index)
+        assert keep == kept
+        given = select_centers(scores, moved, origin=shift, extent=(20, 20), **kwargs)
+        assert torch.equal(given[0], select_centers(scores, alike, extent=(20, 20), **kwargs)[0])
+    assert expected[1] == (max(45, expected[1][0]),)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rate", [0.25, 1 / 8, 1 / 32, 1 / 300])
+@pytest.mark.parametrize("lattice", [True, False])
+def test_reserved_tokens_leave_room(impl, rate, lattice):
+    positions = full_lattice((32, 24)).repeat(2, 1)
+    kwargs = {"sizes": [768, 768], "extent": [(32, 24)] * 2, "stride": 2, "lattice": lattice}
+    scores = torch.rand(1536, generator=torch.Generator().manual_seed(0))
+    index, keep = select_centers(
+        scores, positions, rate=rate, reserve_share=0.5, impl=impl, **kwargs
+    )
+    asked = int(768 * rate)
+    assert keep == (asked, asked)
+    nodes, apart = 48, 4
+    while nodes > max(1, asked / 2):
+        apart *= 2
+        nodes = math.ceil(32 / apart) * math.ceil(24 / apart)
+    reserved = (positions % apart == 0).all(1).nonzero()[:, 0].tolist()
+    assert set(reserved) <= set(index.tolist())
+    best = scores[:768].masked_fill((positions[:768] % apart == 0).all(1), -1)
+    free = index[: asked - nodes]
+    by_rank, _ = select_centers(
+        scores, positions, rate=rate, reserve_share=0.5, prior=None, impl=impl, **kwargs
+    )
+    assert torch.equal(by_rank[: len(free)], best.argsort(descending=True)[: len(free)])
+    _, more = select_centers(scores, positions, rate=rate, impl=impl, **kwargs)
+    assert more == (max(48, asked),) * 2
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_each_sample_has_reserved_tokens_of_its_own(impl):
+    """Canvases and sizes of all kinds in a batch: as one by one."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(40, 40), (8, 8), (3, 60), (40, 40)]
+    parts = [full_lattice(shape) for shape in shapes]
+    parts[3] = parts[3][torch.randperm(1600, generator=generator)[:200]]
+    scores = [torch.rand(len(part), generator=generator) for part in parts]
+    options = {"rate": 0.06, "stride": 2, "reserve_share": 0.4, "impl": impl}
+    index, keep = select_centers(
+        torch.cat(scores), torch.cat(parts), sizes=[*map(len, parts)], extent=shapes, **options
+    )
+    start = 0
+    for part, values, shape, rows in zip(parts, scores, shapes, index.split(keep), strict=True):
+        alone, _ = select_centers(values, part, extent=shape, **options)
+        assert torch.equal(alone + start, rows)
+        start += len(part)
 
 
 def test_scores_of_any_sign_and_dtype():
@@ -320,7 +452,7 @@ def test_registered_op():
     positions = full_lattice((8, 8))
     arguments = (
         torch.rand(64), positions, torch.tensor([0, 64]), torch.tensor([[8, 8]]),
-        torch.tensor([0, 16]), 16, 4.0, 2, "adaptive", True, "cpu",
+        torch.tensor([0, 16]), 16, 4.0, 2, "adaptive", [4], "cpu",
     )  # fmt: skip
     torch.library.opcheck(fused_select_on_lattice, arguments)
 
@@ -344,6 +476,8 @@ def test_selection_compiles_in_one_graph(lattice):
         ({"rate": 1.5}, r"rate: expected a number in \(0, 1\], got 1.5"),
         ({"scores": torch.zeros(9)}, r"scores: expected shape \(16\), got a float32 tensor"),
         ({"scores": torch.full((16,), math.nan)}, "scores: expected numbers, got NaN in 16 of 16"),
+        ({"reserve_share": 0.0}, r"reserve_share: expected a number in \(0, 1\], got 0.0"),
+        ({"extent": None, "origin": (1, 2)}, "origin: give extent too, or neither"),
         ({"prior": "density"}, "prior: expected one of adaptive, grid, None, got 'density'"),
         ({"stride": 1.5}, "stride: expected a positive integer, got 1.5"),
         ({"extent": (4, 3)}, r"positions: sample 0 has \[0.0, 3.0\] in row 12, which is not on"),

@@ -1,6 +1,5 @@
 """Selection of centers in Triton's interpreter: the rows of the CPU, in the same order."""
 
-import math
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.fake_gpu import dirty_memory, fake_gpu
-from helpers.strategies import full_lattice, tokens
+from helpers.strategies import KINDS, UNEVEN, full_lattice, tokens
 from pointformer import select_centers
 from pointformer.kernels.selection import fused_select_from_nearest
 from pointformer.kernels.triton import neighbors, selection
@@ -42,17 +41,25 @@ options = st.fixed_dictionaries(
         "stride": st.sampled_from([1, 2, 4, 8]),
         "prior": st.sampled_from(PRIORS),
         "reserve": st.booleans(),
+        "reserve_share": st.sampled_from([None, 0.3]),
         "lattice": st.sampled_from([True, True, False]),
     }
 )
 
 
-@given(sample=tokens(max_size=40, max_samples=3), options=options, seed=st.integers(0, 99))
-def test_rows_are_those_of_the_cpu(sample, options, seed):
-    extent = sample.extent
+@given(
+    sample=tokens(kinds=KINDS + UNEVEN, max_size=40, max_samples=3),
+    options=options,
+    measured=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rows_are_those_of_the_cpu(sample, options, measured, seed):
+    extent = None if measured else sample.extent
     if options["lattice"]:
-        sample.positions.floor_()
-        extent = [[math.floor(side) + 1.0 for side in row] for row in extent]
+        sample.positions.clamp_(-1e6, 1e6).floor_()
+    if options["lattice"] and not measured:
+        sample.positions.clamp_(min=0)
+        extent = [(1e6 + 1,) * sample.dimensions] * len(sample.sizes)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(-4, 16, (len(sample.positions),), generator=generator) / 16
     kwargs = {"sizes": sample.sizes, "extent": extent, **options}
@@ -118,7 +125,7 @@ def test_more_reserved_tokens_than_room():
 def test_registered_op(prior):
     positions = full_lattice((6, 4))
     pair = torch.arange(48, dtype=torch.int32).view(24, 2) // 2 if prior == "adaptive" else None
-    arguments = (torch.rand(24), positions, pair, [12, 12], [5, 6], 4.0, 2, prior == "grid", True)
+    arguments = (torch.rand(24), positions, pair, [12, 12], [5, 6], 4.0, 2, prior == "grid", [4, 4])
     torch.library.opcheck(fused_select_from_nearest, (*arguments, "triton"))
 
 
