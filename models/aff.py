@@ -85,6 +85,7 @@ class AdaptiveMerge(nn.Module):
     def __init__(self, config: AFFConfig, stage: int) -> None:
         super().__init__()
         dim, mid = config.dims[stage], self.mid_channels
+        self.index = stage
         self.stride = 2 ** (stage + 1)
         self.score = nn.Linear(dim, 1)
         features = position_features(config.expanded_position)
@@ -110,12 +111,13 @@ class AdaptiveMerge(nn.Module):
             tokens.positions,
             sizes=tokens.sizes,
             extent=tokens.extent,
-            rate=config.rate,
+            rate=config.rates[self.index],
             alpha=config.alpha,
             stride=self.stride,
             # On the full grid of the first stage both priors are the same.
             prior="grid" if first and config.prior == "adaptive" else config.prior,
             reserve=config.reserve,
+            reserve_share=config.reserve_share,
             along_curve=True,
             check_values=not scores.is_cuda,  # which would wait for it
             impl=impl,
@@ -166,6 +168,7 @@ class Stage(nn.Module):
             anchors=config.anchors,
             remainder=config.remainder,
             global_size=size,
+            adaptive=False,  # nor are cells of a lattice crowded much, and GPUs would wait
             check_values=False,  # the positions are a lattice's
             impl=impl,
         )

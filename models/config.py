@@ -80,7 +80,7 @@ class AFFConfig(_Config):
         neighborhood_size: tokens that a token attends to, per stage: the nearest
             `round(neighborhood_size / cluster_size)` clusters. A sample with no more tokens than
             this is global: everything attends to everything.
-        rate: share of the tokens kept by each merge, in (0, 1].
+        rate: share of the tokens kept by each merge, in (0, 1]: one number, or one for each merge.
         alpha: weight of the learned score against the grid prior (Table 6).
         image_size: native input size in pixels, for reports; any size works.
         patch_stride: pixels per token of the first stage: 4, 2 or 1.
@@ -91,6 +91,8 @@ class AFFConfig(_Config):
         scope: neighborhoods per "token" or per "tile"; see `nearest_clusters`.
         prior: "adaptive" (the paper), "grid" (multiples of the stage's stride) or `None`.
         reserve: always keep the tokens on each stage's coarse grid.
+        reserve_share: at most this share of the kept tokens, with a coarser grid where it takes
+            more; `None` for no limit, see `select_centers`. At a rate of 1/4 it hardly ever does.
         expanded_position: position bias from (dx, dy, dist, sin, cos), not from (dx, dy) alone.
         blank_token: a learned key and value in every neighborhood (section 4.3).
         merge: "adaptive" (section 3.3), or "patch" for Swin's 2x2 merging on the grid.
@@ -102,7 +104,7 @@ class AFFConfig(_Config):
     mlp_ratio: float = 3.0
     cluster_size: int = 8
     neighborhood_size: tuple[int, ...] = (48, 48, 48, 49)
-    rate: float = 0.25
+    rate: float | tuple[float, ...] = 0.25
     alpha: float = 4.0
     image_size: int = 224
     patch_stride: int = 4
@@ -115,6 +117,7 @@ class AFFConfig(_Config):
     scope: str = "token"
     prior: str | None = "adaptive"
     reserve: bool = True
+    reserve_share: float | None = 0.5
     expanded_position: bool = True
     blank_token: bool = True
     merge: str = "adaptive"
@@ -123,7 +126,17 @@ class AFFConfig(_Config):
         super().__post_init__()
         self._check_heads()
         self._check_stride()
-        check_number("rate", self.rate, above=0, most=1)
+        if isinstance(self.rate, list | tuple):
+            object.__setattr__(self, "rate", tuple(self.rate))
+            if len(self.rates) != len(self.dims) - 1:
+                raise ValueError(
+                    f"rate: expected one number, or one for each of {len(self.dims) - 1} merges, "
+                    f"got {brief(self.rate)}"
+                )
+        for rate in self.rates:
+            check_number("rate", rate, above=0, most=1)
+        if self.reserve_share is not None:
+            check_number("reserve_share", self.reserve_share, above=0, most=1)
         check_number("drop_path", self.drop_path, least=0, most=1)
         for name, known in (
             ("curve", CURVES),
@@ -138,6 +151,11 @@ class AFFConfig(_Config):
                 f"neighborhood_size: {self.neighborhood_size} is less than one cluster of "
                 f"{self.cluster_size} tokens"
             )
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Share of the tokens kept by each merge."""
+        return self.rate if isinstance(self.rate, tuple) else (self.rate,) * (len(self.dims) - 1)
 
 
 @dataclass(frozen=True)
@@ -179,6 +197,9 @@ class GridConfig(_Config):
 
 def config_from(values: Mapping[str, object]) -> AFFConfig | SwinConfig:
     """The configuration whose fields these are, as `dataclasses.asdict` gives them."""
+    earlier = {"reserve_share": None}  # what files from before the field was written ran with
+    if "reserve" in values:
+        values = {**earlier, **values}
     for kind in (AFFConfig, SwinConfig):
         known = {field.name for field in fields(kind)}
         needed = {field.name for field in fields(kind) if field.default is MISSING}
@@ -187,8 +208,8 @@ def config_from(values: Mapping[str, object]) -> AFFConfig | SwinConfig:
     raise ValueError(f"no backbone of this package has the options {', '.join(sorted(values))}")
 
 
-# The released models pin the order that their weights were trained with.
-_RELEASED: dict[str, Any] = {"curve": "snake", "remainder": "last"}
+# The released models pin the order and the selection that their weights were trained with.
+_RELEASED: dict[str, Any] = {"curve": "snake", "remainder": "last", "reserve_share": None}
 _MINI = AFFConfig(
     dims=(32, 128, 256, 384), depths=(2, 2, 6, 2), heads=(2, 4, 8, 16), mlp_ratio=2.0, **_RELEASED
 )

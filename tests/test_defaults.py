@@ -18,6 +18,7 @@ CLUSTERS = {
     "anchors": True,
     "remainder": "spread",
     "global_size": 0,
+    "adaptive": None,
 }
 NEIGHBORHOODS = {
     "num_clusters": 6,
@@ -42,9 +43,11 @@ DEFAULTS = {
     "point_conv": {"center_positions": None, "eps": 1e-5},
     "select_centers": {
         "extent": None,
+        "origin": None,
         "alpha": 4.0,
         "prior": "adaptive",
         "reserve": True,
+        "reserve_share": None,
         "lattice": True,
         "along_curve": False,
     },

@@ -53,6 +53,7 @@ CLUSTERING = {
     "anchors": True,
     "remainder": "last",
     "global_size": 0,
+    "adaptive": True,
     "check_values": True,
     **R,
 }
@@ -76,6 +77,7 @@ AFF = {
     "scope": "token",
     "prior": "grid",
     "reserve": True,
+    "reserve_share": 0.5,
     "expanded_position": True,
     "blank_token": True,
     "merge": "adaptive",
@@ -449,6 +451,8 @@ CALLS = {
             "stride": 2,
             "prior": "grid",
             "reserve": True,
+            "reserve_share": 0.5,
+            "origin": (0.0, 0.0),
             "lattice": True,
             "along_curve": True,
             "check_values": True,
@@ -600,7 +604,8 @@ ACCEPTED = {
     "select_centers (free)": "stride fraction",
     "segment": "scale fraction",
     "segment (diameter)": "diameter None, diameter fraction",
-    "models.AFFConfig": "prior None, mlp_ratio fraction, alpha fraction, layer_scale fraction",
+    "models.AFFConfig": "prior None, reserve_share None, mlp_ratio fraction, alpha fraction, "
+    "layer_scale fraction",
     "models.SwinConfig": "mlp_ratio fraction, layer_scale fraction",
     "models.list_models": "filter text, filter long text",
     # A model can have any name.

@@ -35,7 +35,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MODEL,
         help="NAME.TAG of weights in the package, or a .safetensors file (default: %(default)s)",
     )
-    parser.add_argument("--rate", type=float, help="share of tokens kept by each merge, in (0, 1]")
+    parser.add_argument(
+        "--rate",
+        type=_rates,
+        help="share of tokens kept by each merge, in (0, 1]; with commas, one for each",
+    )
     parser.add_argument("--alpha", type=float, help="weight of the learned score, 0 = uniform grid")
     parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
     parser.add_argument(
@@ -43,6 +47,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="CPU threads (default: all cores, but one for one small picture)",
     )
+
+
+def _rates(text: str) -> float | tuple[float, ...]:
+    """A number, or several with commas between."""
+    numbers = tuple(map(float, text.split(",")))
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def add_result_arguments(parser: argparse.ArgumentParser) -> None:

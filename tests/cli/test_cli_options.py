@@ -160,6 +160,7 @@ MODEL = [
     (["--model", "aff_tiny.tag"], argument("create_model", 0), "aff_tiny.tag"),
     (["--model", "m.safetensors"], argument("create_model", 0), "m.safetensors"),
     (["--rate", "0.5"], option("create_model", "rate"), 0.5),
+    (["--rate", "0.5,0.25,1"], option("create_model", "rate"), (0.5, 0.25, 1.0)),
     (["--alpha", "0"], option("create_model", "alpha"), 0.0),
     (["--device", "cuda:1"], lambda seen: seen["to"], ["cuda:1"]),
     (["--threads", "3"], lambda seen: seen.get("set_num_threads"), ((3,), {})),

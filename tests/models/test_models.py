@@ -18,7 +18,7 @@ from pointformer.models import (
     list_models,
 )
 from pointformer.models.backbone import HIDDEN, add_branch, by_rows, drop_path
-from pointformer.models.config import CONFIGS
+from pointformer.models.config import CONFIGS, config_from
 
 # Few blocks and channels: the wiring of AFF without its cost.
 TINY = AFFConfig(dims=(16, 32, 32, 48), depths=(1, 1, 1, 1), heads=(2, 2, 4, 2), mlp_ratio=1.0)
@@ -120,16 +120,42 @@ def test_any_image_size(shape, patch_stride):
     assert stages[0].tokens.num_tokens == cells
 
 
-@pytest.mark.parametrize("rate", [1.0, 0.5, 0.2, 0.1, 0.01])
-def test_rate_sets_the_number_of_tokens(rate):
-    model = tiny("features", rate=rate)
+@pytest.mark.parametrize("share", [None, 0.5])
+@pytest.mark.parametrize("rate", [1.0, 0.5, 0.2, 0.1, 0.01, (0.5, 0.1, 1.0), [0.05, 0.3, 0.2]])
+def test_rate_sets_the_number_of_tokens(rate, share):
+    """One rate, or one for each merge; as the released models do, with reserved tokens on top."""
+    model = tiny("features", rate=rate, reserve_share=share)
     with torch.no_grad():
         sizes = [tokens.sizes[0] for tokens in model(torch.randn(2, 3, 128, 96))]
     height, width = 32, 24
     for stage in (1, 2, 3):
         stride = 2 ** (stage + 1)
-        reserved = -(-height // stride) * -(-width // stride)
-        assert sizes[stage] == max(int(sizes[stage - 1] * rate), reserved)
+        reserved = -(-height // stride) * -(-width // stride) if share is None else 1
+        asked = int(sizes[stage - 1] * (rate if isinstance(rate, float) else rate[stage - 1]))
+        assert sizes[stage] == max(asked, reserved)
+
+
+def test_small_rates_leave_room_for_the_best_tokens():
+    """At a rate of 1/8 the lattice of the released models takes all that the second merge keeps."""
+    image = torch.randn(1, 3, 256, 256)
+    on_grid = []
+    for share in (0.5, None):
+        with torch.no_grad():
+            tokens = scored(rate=1 / 8, reserve_share=share, prior=None)(image)[2]
+        assert tokens.num_tokens == 64
+        on_grid.append((tokens.positions % 8 == 0).all(1).double().mean())
+    assert on_grid[0] < 0.6
+    assert on_grid[1] == 1
+
+
+def test_released_models_reserve_as_they_were_trained():
+    for name, config in CONFIGS.items():
+        if isinstance(config, AFFConfig):
+            assert config.reserve_share == (0.5 if name == "aff_nano" else None)
+    stored = dataclasses.asdict(TINY)
+    assert config_from(stored).reserve_share == 0.5
+    del stored["reserve_share"]  # a file from before there was one
+    assert config_from(stored).reserve_share is None
 
 
 def test_merging_keeps_the_centers_positions():
@@ -242,6 +268,10 @@ def test_bad_names_and_options_say_what_is_known():
             make(queries=3)
     with pytest.raises(ValueError, match=r"rate: expected a number in \(0, 1\], got 1.5"):
         create_model("aff_nano", rate=1.5)
+    with pytest.raises(ValueError, match=r"rate: .* one for each of 3 merges, got \(0.5, 0.5\)"):
+        create_model("aff_nano", rate=(0.5, 0.5))
+    with pytest.raises(ValueError, match=r"rate: expected a number in \(0, 1\], got 2"):
+        create_model("aff_nano", rate=(0.5, 2, 0.5))
     with pytest.raises(ValueError, match="head: expected one of"):
         create_model("aff_nano", head="boxes")
 
