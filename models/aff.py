@@ -12,92 +12,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pointformer import (
-    Neighborhoods,
-    TokenSet,
-    neighborhood_attention,
-    scored_merge,
-    select_centers,
-)
-from pointformer.models.backbone import (
-    Backbone,
-    Block,
-    BlockAttention,
-    PatchMerge,
-    StageOutput,
-    run_blocks,
-)
+from pointformer import Neighborhoods, TokenSet, select_centers
+from pointformer.models.backbone import Backbone, PatchEmbed, PatchMerge, StageOutput
 from pointformer.models.config import AFFConfig
-from pointformer.models.layers import WeightNet
+from pointformer.nn import Block, NeighborhoodAttention, ScoredMerge, run_blocks
 
 
-def position_features(expanded: bool) -> int:
-    """How many numbers describe a relative position in 2-D: (dx, dy[, dist, sin, cos])."""
-    return 5 if expanded else 2
-
-
-class Attention(BlockAttention):
-    """Neighborhood attention with a learned position bias and a blank token (section 3.2, 4.3)."""
-
-    def __init__(self, dim: int, heads: int, expanded_position: bool, blank_token: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.position = nn.Linear(position_features(expanded_position), heads)
-        self.proj = nn.Linear(dim, dim)
-        if blank_token:
-            self.blank_key = nn.Parameter(torch.randn(dim))
-            self.blank_value = nn.Parameter(torch.randn(dim))
-        else:
-            self.register_parameter("blank_key", None)
-            self.register_parameter("blank_value", None)
-
-    def forward(
-        self, x: Tensor, tokens: TokenSet, neighborhoods: Neighborhoods, impl: str | None
-    ) -> Tensor:
-        """(T, C), before the output projection `proj`, which is the block's to run."""
-        # Split by `unbind`, whose gradient is one copy.
-        query, key, value = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
-        blank_key = blank_value = None
-        if self.blank_key is not None:
-            blank_key = self.blank_key.view(self.heads, -1)
-            blank_value = self.blank_value.view(self.heads, -1)
-        out = neighborhood_attention(
-            query,
-            key,
-            value,
-            tokens.positions,
-            neighborhoods,
-            position_weight=self.position.weight,
-            position_bias=self.position.bias,
-            blank_key=blank_key,
-            blank_value=blank_value,
-            impl=impl,
-        )
-        return out.flatten(1)
-
-
-class AdaptiveMerge(nn.Module):
-    """Scores tokens, keeps the best and merges the neighborhoods around them (section 3.3)."""
-
-    mid_channels = 4
+class AdaptiveMerge(ScoredMerge):
+    """Keeps the tokens that score best and merges the neighborhoods around them (section 3.3)."""
 
     def __init__(self, config: AFFConfig, stage: int) -> None:
-        super().__init__()
-        dim, mid = config.dims[stage], self.mid_channels
+        dims = config.dims[stage : stage + 2]
+        super().__init__(*dims, expanded_position=config.expanded_position)
         self.index = stage
         self.stride = 2 ** (stage + 1)
-        self.score = nn.Linear(dim, 1)
-        features = position_features(config.expanded_position)
-        self.weight_net = WeightNet(features, mid)
-        self.norm = nn.LayerNorm(mid * dim)
-        self.linear = nn.Linear(mid * dim, config.dims[stage + 1])
 
-    def scores(self, x: Tensor) -> Tensor:
-        """(T,) importance in (0, 1), float32."""
-        return torch.sigmoid(self.score(x).float())[:, 0]
-
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         tokens: TokenSet,
         neighborhoods: Neighborhoods,
@@ -122,17 +52,7 @@ class AdaptiveMerge(nn.Module):
             check_values=not scores.is_cuda,  # which would wait for it
             impl=impl,
         )
-        merged = scored_merge(
-            tokens.features,
-            scores,
-            tokens.positions,
-            index,
-            neighborhoods,
-            **self.weight_net.arguments(),
-            impl=impl,
-        )
-        features = self.linear(self.norm(merged))
-        return tokens.select(index, sizes, features=features, check_values=False)
+        return super().forward(tokens, neighborhoods, scores, index, sizes, impl)
 
 
 class Stage(nn.Module):
@@ -144,7 +64,12 @@ class Stage(nn.Module):
         dim, heads = config.dims[stage], config.heads[stage]
         self.blocks = nn.ModuleList(
             Block(
-                Attention(dim, heads, config.expanded_position, config.blank_token),
+                NeighborhoodAttention(
+                    dim,
+                    heads,
+                    expanded_position=config.expanded_position,
+                    blank_token=config.blank_token,
+                ),
                 dim,
                 int(dim * config.mlp_ratio),
                 config.layer_scale,
@@ -206,7 +131,7 @@ class AFF(Backbone):
     config: AFFConfig
 
     def __init__(self, config: AFFConfig, impl: str | None = None) -> None:
-        super().__init__(config, Stage, impl)
+        super().__init__(config, Stage, PatchEmbed(config), impl)
 
     def reconfigure(self, **changes: object) -> None:
         """Change `rate`, `alpha` or `neighborhood_size`, which no weight's shape depends on."""

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pointformer._checks import check_count, describe
-from pointformer.models.aff import AdaptiveMerge, Attention
 from pointformer.models.hcformer import SoftAssignment
 from pointformer.models.heads import DenseHead, HCFormerHead
 from pointformer.models.inference import evaluating
-from pointformer.models.layers import MultiheadAttention, PointConv
+from pointformer.models.layers import MultiheadAttention
 from pointformer.models.mask2former import MaskDecoder, MaskPredictions
 from pointformer.models.model import Model
 from pointformer.models.pixel_decoder import DeformableAttention, PixelDecoder
 from pointformer.models.swin import WindowAttention
+from pointformer.nn import NeighborhoodAttention, PointConv, ScoredMerge
 
 # The paper's figures in billions, by model and head: classification at 224 px with 1000 classes
 # (Table 2), Mask2Former* at 512 px with 150 classes (Table 3).
@@ -174,7 +174,7 @@ def _layer(module: nn.Linear | nn.Conv2d, args: tuple, output: Tensor) -> dict[s
     return {"dense": layer_multiply_adds(module, output)}
 
 
-def _attention(module: Attention, args: tuple, output: Tensor) -> dict[str, int]:
+def _attention(module: NeighborhoodAttention, args: tuple, output: Tensor) -> dict[str, int]:
     _, _, neighborhoods = args
     pairs = int(neighborhoods.members()[1].sum())
     blanks = 0 if module.blank_key is None else output.shape[0]
@@ -189,12 +189,13 @@ def _windows(module: WindowAttention, args: tuple, output: Tensor) -> dict[str, 
     return {"windows": 2 * cells * windows.size**2 * output.shape[-1]}
 
 
-def _merge(module: AdaptiveMerge, args: tuple, output) -> dict[str, int]:
+def _merge(module: ScoredMerge, args: tuple, output) -> dict[str, int]:
     tokens, neighborhoods = args[:2]
     mean_size = float(neighborhoods.members()[1].sum()) / max(tokens.num_tokens, 1)
     pairs = round(mean_size * output.num_tokens)
-    features = module.weight_net.linear.in_features
-    return {"merge": merge_multiply_adds(pairs, tokens.channels, module.mid_channels, features)}
+    linear = module.weight_net.linear
+    mid, features = linear.out_features, linear.in_features
+    return {"merge": merge_multiply_adds(pairs, tokens.channels, mid, features)}
 
 
 def _multihead(module: MultiheadAttention, args: tuple, output: Tensor) -> dict[str, int]:
@@ -255,9 +256,9 @@ def _masks(module: MaskDecoder, args: tuple, output: MaskPredictions) -> dict[st
 _COUNTS: dict[type[nn.Module], Callable[..., dict[str, int]]] = {
     nn.Linear: _layer,
     nn.Conv2d: _layer,
-    Attention: _attention,
+    NeighborhoodAttention: _attention,
     WindowAttention: _windows,
-    AdaptiveMerge: _merge,
+    ScoredMerge: _merge,
     MultiheadAttention: _multihead,
     DeformableAttention: _deformable,
     PointConv: _point_conv,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pointformer._checks import brief, check_count, check_flags, check_number, check_option
 from pointformer.geometry.curves import CURVES
@@ -17,14 +18,14 @@ class _Config:
 
     dims: tuple[int, ...]
     heads: tuple[int, ...]
-    patch_stride: int
+    may_be_zero: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Check the kind of each field by its annotation; sides and shares are not negative."""
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if field.type == "int":
-                check_count(field.name, value)
+                check_count(field.name, value, least=0 if field.name in self.may_be_zero else 1)
             elif field.type == "float":
                 check_number(field.name, value, least=0)
             elif field.type == "bool":
@@ -54,10 +55,6 @@ class _Config:
             if dim % heads:
                 raise ValueError(f"heads: stage {stage} has {dim} channels for {heads} heads")
 
-    def _check_stride(self) -> None:
-        if self.patch_stride not in (1, 2, 4):
-            raise ValueError(f"patch_stride: expected 1, 2 or 4, got {brief(self.patch_stride)}")
-
     def override(self, **changes: object) -> Self:
         """A copy with some fields changed; an unknown field is an error that lists the known."""
         known = {field.name for field in fields(self)}  # type: ignore[arg-type]
@@ -67,6 +64,11 @@ class _Config:
                 f"unknown option {', '.join(unknown)}; known options: {', '.join(sorted(known))}"
             )
         return replace(self, **changes)  # type: ignore[type-var]
+
+
+def _check_stride(patch_stride: int) -> None:
+    if patch_stride not in (1, 2, 4):
+        raise ValueError(f"patch_stride: expected 1, 2 or 4, got {brief(patch_stride)}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class AFFConfig(_Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_heads()
-        self._check_stride()
+        _check_stride(self.patch_stride)
         if isinstance(self.rate, list | tuple):
             object.__setattr__(self, "rate", tuple(self.rate))
             if len(self.rates) != len(self.dims) - 1:
@@ -181,8 +183,65 @@ class SwinConfig(_Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_heads()
-        self._check_stride()
+        _check_stride(self.patch_stride)
         check_number("drop_path", self.drop_path, least=0, most=1)
+
+
+@dataclass(frozen=True)
+class PointConfig(_Config):
+    """Everything that defines a backbone of point sets; the fields of `AFFConfig` it shares mean
+    the same.
+
+    Attributes:
+        neighborhood_size: tokens that a token attends to, per stage. A sample with no more tokens
+            than this is global.
+        in_channels: features of a point besides its position; may be 0.
+        dimensions: 2 or 3, axes of the positions.
+        coordinates: axes that are features too, as of `PointPreprocess`: "xyz" for objects in a
+            known pose, "z" for scenes, "" for none.
+        unit: see `PointPreprocess`.
+        embed_neighbors: nearest points that a point is embedded with, itself among them.
+        points: typical number in a sample, for reports; any number works.
+    """
+
+    dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    mlp_ratio: float = 2.0
+    cluster_size: int = 8
+    neighborhood_size: tuple[int, ...] = (48, 48, 48, 48)
+    rate: float = 0.25
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
+    in_channels: int = 0
+    dimensions: int = 3
+    coordinates: str = "xyz"
+    unit: float | None = None
+    embed_neighbors: int = 16
+    curve: str = "hilbert"
+    points: int = 1024
+
+    may_be_zero = ("in_channels",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_heads()
+        check_count("dimensions", self.dimensions, least=2, most=3)
+        check_number("rate", self.rate, above=0, most=1)
+        check_number("drop_path", self.drop_path, least=0, most=1)
+        if self.unit is not None:
+            check_number("unit", self.unit, above=0)
+        check_option("curve", self.curve, CURVES)
+        axes = "xyz"[: self.dimensions]
+        known = [c for n in range(4) for c in map("".join, itertools.combinations(axes, n))]
+        check_option("coordinates", self.coordinates, known)
+        if not self.coordinates and not self.in_channels:
+            raise ValueError("coordinates: expected some where in_channels is 0, got none")
+        if min(self.neighborhood_size) < self.cluster_size:
+            raise ValueError(
+                f"neighborhood_size: {self.neighborhood_size} is less than one cluster of "
+                f"{self.cluster_size} tokens"
+            )
 
 
 @dataclass(frozen=True)
@@ -195,12 +254,16 @@ class GridConfig(_Config):
     in_channels: int = 3
 
 
-def config_from(values: Mapping[str, object]) -> AFFConfig | SwinConfig:
+ModelConfig = AFFConfig | SwinConfig | PointConfig
+"""Of the backbones that have a name."""
+
+
+def config_from(values: Mapping[str, object]) -> ModelConfig:
     """The configuration whose fields these are, as `dataclasses.asdict` gives them."""
     earlier = {"reserve_share": None}  # what files from before the field was written ran with
     if "reserve" in values:
         values = {**earlier, **values}
-    for kind in (AFFConfig, SwinConfig):
+    for kind in (AFFConfig, SwinConfig, PointConfig):
         known = {field.name for field in fields(kind)}
         needed = {field.name for field in fields(kind) if field.default is MISSING}
         if needed <= set(values) <= known:
@@ -240,7 +303,7 @@ def _on_a_grid(config: AFFConfig) -> SwinConfig:
     return SwinConfig(**{name: getattr(config, name) for name in shared})
 
 
-CONFIGS: dict[str, AFFConfig | SwinConfig] = {
+CONFIGS: dict[str, ModelConfig] = {
     "aff_nano": AFFConfig(
         dims=(32, 64, 128, 192),
         depths=(2, 2, 4, 2),
@@ -257,13 +320,17 @@ CONFIGS: dict[str, AFFConfig | SwinConfig] = {
     "aff_small_1_5th": replace(_SMALL, rate=0.2),
     "aff_base": _BASE,
     "aff_base_384": replace(_BASE, cluster_size=24, neighborhood_size=(144,) * 4, image_size=384),
+    "point_nano": PointConfig(dims=(32, 64, 128, 256), depths=(1, 1, 2, 1), heads=(2, 4, 8, 8)),
+    "point_small": PointConfig(
+        dims=(64, 128, 256, 384), depths=(2, 2, 6, 2), heads=(4, 8, 16, 16), drop_path=0.1
+    ),
     "swin_mini": _on_a_grid(_MINI),
     "swin_tiny": _on_a_grid(_TINY),
     "swin_small": _on_a_grid(_SMALL),
 }
 
 
-def config_of(name: str) -> AFFConfig | SwinConfig:
+def config_of(name: str) -> ModelConfig:
     """The configuration of a model; an unknown name is an error that lists the known."""
     if not isinstance(name, str) or name not in CONFIGS:
         known = ", ".join(sorted(CONFIGS))

@@ -24,7 +24,7 @@ from pointformer._checks import (
 from pointformer._files import atomic_path
 from pointformer.annotations import Category
 from pointformer.models.backbone import Backbone
-from pointformer.models.config import AFFConfig, GridConfig, SwinConfig, config_from
+from pointformer.models.config import GridConfig, ModelConfig, PointConfig, config_from
 from pointformer.models.grid import GridBackbone
 from pointformer.models.heads import (
     CLASSIFIERS,
@@ -90,8 +90,12 @@ def save_model(
         "num_classes": inner.num_classes,
         "config": dataclasses.asdict(config),
         "object_diameter": inner.object_diameter,
-        "preprocess": {"mean": inner.preprocess.mean, "std": inner.preprocess.std},
     }
+    if isinstance(inner.preprocess, Preprocess):  # that of points is in the configuration
+        description["preprocess"] = {
+            "mean": inner.preprocess.mean,
+            "std": inner.preprocess.std,
+        }
     how = json.loads(_json("trained", inner.trained if trained is None else trained))
     metadata = {_METADATA: _json("model", {**description, "trained": how})}
     state = without_wrappers(model.state_dict(), inner.name)
@@ -233,7 +237,7 @@ class _Description:
     """What a file says of its model; see `Model`."""
 
     name: str
-    config: AFFConfig | SwinConfig
+    config: ModelConfig
     head: str
     head_options: dict[str, Any]
     num_classes: int
@@ -329,7 +333,8 @@ class _Description:
             model = Model(self.name, config, head, num_classes, impl, task, categories, **options)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        if self.preprocess is not None and len(self.preprocess.mean) == config.in_channels:
+        fits = self.preprocess and len(self.preprocess.mean) == config.in_channels
+        if self.preprocess is not None and fits and not isinstance(config, PointConfig):
             model.preprocess = self.preprocess
         if head != self.head:
             return model, WHOLE_HEAD

@@ -1,7 +1,7 @@
 """Heads: from a backbone's stages to class scores, a dense map, or masks.
 
 A head is made with the backbone's configuration and the number of classes; keyword arguments are
-options that `create_model` takes too. It is called with the stages, the images and `impl`.
+options that `create_model` takes too. It is called with the stages, the inputs and `impl`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from pointformer import TokenSet, interpolate
 from pointformer._checks import brief, check_count, check_flags, check_number, check_option
 from pointformer.models.backbone import StageOutput
-from pointformer.models.config import AFFConfig
+from pointformer.models.config import AFFConfig, PointConfig
 from pointformer.models.hcformer import Encoder, SoftAssignment, decode
 from pointformer.models.layers import POSITION_NORMS, at_least_float32
 from pointformer.models.mask2former import MaskDecoder, MaskPredictions
 from pointformer.models.pixel_decoder import PixelDecoder
+from pointformer.models.points import PointDecoder
+from pointformer.nn import init_linear
 
 Images = Tensor | Sequence[Tensor]
 
@@ -40,6 +42,8 @@ class Output(Enum):
     SCORES = "a score for each class (B, K)", ("classification",), None
     CLASSES = "a score for each class and pixel (B, K, H, W)", ("semantic",), None
     BORDERS = "background, inside and border (B, 3, H, W)", ("instance",), 3
+    POINT_SCORES = "a score for each class (B, K) of a point set", ("point_classification",), None
+    POINT_CLASSES = "a score for each class and point (T, K)", ("point_segmentation",), None
     MASKS = "queries, each with a class and a mask", ("semantic", "instance", "panoptic"), None
 
     def __init__(self, description: str, tasks: tuple[str, ...], channels: int | None) -> None:
@@ -65,9 +69,11 @@ class Head(nn.Module):
 
     Attributes:
         outputs: what it can say; what comes first and fits holds where no task is asked for.
+        of_points: whether it is for backbones of point sets, not of images.
     """
 
     outputs: tuple[Output, ...]
+    of_points: bool = False
 
 
 def mean_tokens(tokens: TokenSet) -> Tensor:
@@ -330,6 +336,70 @@ class HCFormerHead(Head):
             return replace(last, auxiliary=tuple(earlier), temperatures=temperatures)
 
 
+class PointClassificationHead(Head):
+    """LayerNorm, mean and maximum over the last stage's tokens, two layers: (B, classes).
+
+    Args:
+        dropout: between the two layers.
+    """
+
+    outputs, of_points = (Output.POINT_SCORES,), True
+
+    def __init__(self, config: PointConfig, num_classes: int, *, dropout: float = 0.5) -> None:
+        super().__init__()
+        dim = config.dims[-1]
+        self.norm = nn.LayerNorm(dim)
+        self.hidden = nn.Linear(2 * dim, dim)
+        self.act = nn.GELU()
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(dim, num_classes)
+        init_linear(self)
+
+    def forward(self, stages: list[StageOutput], points: TokenSet, impl: str | None) -> Tensor:
+        tokens = stages[-1].tokens
+        tokens = tokens.with_features(self.norm(tokens.features))
+        pooled = torch.cat([mean_tokens(tokens), _largest(tokens)], 1)
+        return self.linear(self.dropout(self.act(self.hidden(pooled))))
+
+
+def _largest(tokens: TokenSet) -> Tensor:
+    """(B, C) maximum of each sample's features."""
+    if tokens.is_uniform:
+        return tokens.features.view(tokens.batch_size, -1, tokens.channels).amax(1)
+    sample = tokens.sample_index[:, None].expand_as(tokens.features)
+    lowest = tokens.features.new_zeros(tokens.batch_size, tokens.channels)
+    return lowest.scatter_reduce(0, sample, tokens.features, "amax", include_self=False)
+
+
+class PointSegmentationHead(Head):
+    """A `PointDecoder` and a linear classifier: logits (T, classes), rows as the points came in.
+
+    Args:
+        decoder_layers: blocks at each stage.
+        neighbors: coarse tokens that a fine one is interpolated from.
+    """
+
+    outputs, of_points = (Output.POINT_CLASSES,), True
+
+    def __init__(
+        self,
+        config: PointConfig,
+        num_classes: int,
+        *,
+        decoder_layers: int = 1,
+        neighbors: int = 3,
+    ) -> None:
+        super().__init__()
+        self.decoder = PointDecoder(config, decoder_layers, neighbors)
+        self.norm = nn.LayerNorm(config.dims[0])
+        self.linear = nn.Linear(config.dims[0], num_classes)
+        init_linear(self.linear)
+
+    def forward(self, stages: list[StageOutput], points: TokenSet, impl: str | None) -> Tensor:
+        tokens = self.decoder(stages, impl)
+        return tokens.with_features(self.linear(self.norm(tokens.features))).input_order().features
+
+
 def check_options(head: str, options: Mapping[str, object]) -> None:
     """Raise if the value of a known option is of another kind than the head's annotation says."""
     parameters = inspect.signature(HEADS[head]).parameters
@@ -337,6 +407,8 @@ def check_options(head: str, options: Mapping[str, object]) -> None:
         kind = parameters[name].annotation
         if kind == "int":
             check_count(name, value, least=0 if name.endswith("_layers") else 1)
+        elif kind == "float" and name == "dropout":
+            check_number(name, value, least=0, most=1)
         elif kind == "float":
             check_number(name, value, above=0)
         elif kind == "bool":
@@ -413,6 +485,8 @@ HEADS: dict[str, type[Head]] = {  # the simplest first
     "features": FeatureHead,
     "mask2former": Mask2FormerHead,
     "hcformer": HCFormerHead,
+    "point_classification": PointClassificationHead,
+    "point_segmentation": PointSegmentationHead,
 }
 
 # The module of a head that gives the classes' scores, as its weights are called.
@@ -422,4 +496,6 @@ CLASSIFIERS: dict[str, tuple[str, ...]] = {
     "features": (),
     "hcformer": ("decoder.classify",),
     "mask2former": ("decoder.classify",),
+    "point_classification": ("linear",),
+    "point_segmentation": ("linear",),
 }

@@ -2,99 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypedDict, cast
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from pointformer import TokenSet, knn, point_conv
+from pointformer import TokenSet
 from pointformer._checks import check_option
+from pointformer.nn import FeedForward
 
 POSITION_NORMS = ("image", "batch")
-
-
-class GELU(nn.GELU):
-    """GELU that overwrites its input, a layer's output, where no gradient is recorded: to fill new
-    memory would take as long as the function itself."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """For sums, scores and losses, which half precision would spoil."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class FeedForward(nn.Sequential):
-    """Linear, activation, Linear."""
-
-    def __init__(self, dim: int, hidden: int, activation: type[nn.Module] = GELU) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = activation()
-        self.fc2 = nn.Linear(hidden, dim)
-
-
-class WeightNetArguments(TypedDict):
-    weight: Tensor
-    bias: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    eps: float
-
-
-class WeightNet(nn.Sequential):
-    """Relative positions to `mid` weights: Linear, LayerNorm, GELU; `scored_merge` evaluates it."""
-
-    def __init__(self, features: int, mid: int) -> None:
-        super().__init__(nn.Linear(features, mid), nn.LayerNorm(mid), nn.GELU())
-
-    @property
-    def linear(self) -> nn.Linear:
-        return cast(nn.Linear, self[0])
-
-    def arguments(self) -> WeightNetArguments:
-        """The keyword arguments of `scored_merge` and `point_conv` that describe the net."""
-        norm = cast(nn.LayerNorm, self[1])
-        return {
-            "weight": self.linear.weight,
-            "bias": self.linear.bias,
-            "norm_weight": norm.weight,
-            "norm_bias": norm.bias,
-            "eps": norm.eps,
-        }
-
-
-class PointConv(nn.Module):
-    """What a 3x3 convolution is on a grid, over the `k` nearest tokens (section 4.1)."""
-
-    def __init__(self, dim: int, out_dim: int, k: int = 9, mid: int = 4) -> None:
-        super().__init__()
-        self.k = k
-        self.weight_net = WeightNet(5, mid)
-        self.norm = nn.LayerNorm(mid * dim)
-        self.linear = nn.Linear(mid * dim, out_dim)
-
-    def forward(self, tokens: TokenSet, impl: str | None = None) -> TokenSet:
-        index = knn(
-            tokens.positions,
-            self.k,
-            sizes=tokens.sizes,
-            same_positions=tokens.same_positions,
-            check_values=False,
-            impl=impl,
-        )
-        summed = point_conv(
-            tokens.features,
-            tokens.positions,
-            index,
-            **self.weight_net.arguments(),
-            check_values=False,
-            impl=impl,
-        )
-        return tokens.with_features(self.linear(self.norm(summed)))
 
 
 class MultiheadAttention(nn.Module):

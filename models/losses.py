@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from pointformer.models.mask2former import MaskPredictions
-from pointformer.models.parallel import WHOLE, BatchPart
+from pointformer.nn.parallel import WHOLE, BatchPart
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from pointformer import TokenSet, knn
 from pointformer.models.layers import (
-    FeedForward,
     MultiheadAttention,
     at_least_float32,
     pack_samples,
     pad_samples,
     sine_encoding,
 )
+from pointformer.nn import FeedForward
 
 
 @dataclass(frozen=True)

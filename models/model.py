@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pointformer import TokenSet
 from pointformer._checks import (
     brief,
     check_count,
+    check_finite,
     check_flags,
     check_number,
     check_option,
@@ -20,12 +22,21 @@ from pointformer._checks import (
 )
 from pointformer.annotations import Category
 from pointformer.models.aff import AFF
-from pointformer.models.backbone import Block, StageOutput
-from pointformer.models.config import AFFConfig, GridConfig, SwinConfig, config_of
+from pointformer.models.backbone import StageOutput
+from pointformer.models.config import (
+    AFFConfig,
+    GridConfig,
+    ModelConfig,
+    PointConfig,
+    SwinConfig,
+    config_of,
+)
 from pointformer.models.grid import GridBackbone
 from pointformer.models.heads import HEADS, TASKS, check_options, options_of, output_of
-from pointformer.models.parallel import BatchPart
+from pointformer.models.points import PointBackbone, PointPreprocess
 from pointformer.models.swin import Swin
+from pointformer.nn import Block
+from pointformer.nn.parallel import BatchPart
 
 IMPLS = ("reference", "cpu", "triton", None)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -96,11 +107,11 @@ class Preprocess(nn.Module):
 
 def configured(
     name: str,
-    config: AFFConfig | SwinConfig,
+    config: ModelConfig,
     head: str,
     options: Mapping[str, object],
     made_for: str = "classification",
-) -> tuple[AFFConfig | SwinConfig, dict[str, object]]:
+) -> tuple[ModelConfig, dict[str, object]]:
     """The configuration with changes, and the options of the head, out of a model's options.
 
     Args:
@@ -159,7 +170,7 @@ class Model(nn.Module):
     def __init__(
         self,
         name: str,
-        config: AFFConfig | SwinConfig | GridBackbone,
+        config: ModelConfig | GridBackbone,
         head: str,
         num_classes: int,
         impl: str | None = None,
@@ -173,10 +184,14 @@ class Model(nn.Module):
         check_options(head, head_options)
         if not isinstance(name, str):
             raise TypeError(f"name: expected text, got {describe(name)}")
-        if not isinstance(config, AFFConfig | SwinConfig | GridBackbone):
+        if not isinstance(config, ModelConfig | GridBackbone):
             raise TypeError(
-                f"config: expected AFFConfig, SwinConfig or GridBackbone, got {describe(config)}"
+                "config: expected AFFConfig, SwinConfig, PointConfig or GridBackbone, got "
+                f"{describe(config)}"
             )
+        if HEADS[head].of_points != isinstance(config, PointConfig):
+            kinds = ("images", "points") if HEADS[head].of_points else ("points", "images")
+            raise ValueError(f"head: {name:.60} is a model of {kinds[0]}, {head!r} of {kinds[1]}")
         check_count("num_classes", num_classes)
         check_option("impl", impl, IMPLS)
         check_option("task", task, (*TASKS, None))
@@ -198,29 +213,40 @@ class Model(nn.Module):
         self.name = name
         self.head_name = head
         self.num_classes = num_classes
-        self.backbone: AFF | Swin | GridBackbone
+        self.backbone: AFF | Swin | PointBackbone | GridBackbone
         if isinstance(config, GridBackbone):
             self.backbone = config
             self.backbone.impl = impl
+        elif isinstance(config, AFFConfig):
+            self.backbone = AFF(config, impl)
+        elif isinstance(config, SwinConfig):
+            self.backbone = Swin(config, impl)
         else:
-            self.backbone = (
-                AFF(config, impl) if isinstance(config, AFFConfig) else Swin(config, impl)
-            )
+            self.backbone = PointBackbone(config, impl)
         self.head = HEADS[head](self.config, num_classes, **head_options)
         self.head_options = head_options
         self.task = task or self.output.only_task
         self.categories = None if categories is None else tuple(categories)
-        self.preprocess = Preprocess.of_channels(self.config.in_channels)
+        self.preprocess: Preprocess | PointPreprocess
+        if isinstance(self.config, PointConfig):
+            self.preprocess = PointPreprocess(self.config.unit)
+        else:
+            self.preprocess = Preprocess.of_channels(self.config.in_channels)
         self.object_diameter: float | None = None
         self.trained: dict[str, Any] | None = None
 
     @property
-    def config(self) -> AFFConfig | SwinConfig | GridConfig:
+    def config(self) -> ModelConfig | GridConfig:
         return self.backbone.config
 
+    @property
+    def of_points(self) -> bool:
+        """Whether it takes point sets, not images."""
+        return isinstance(self.config, PointConfig)
+
     def reconfigure(self, **changes: object) -> None:
-        """Change `rate`, `alpha` or `neighborhood_size` of an AFF for the following calls."""
-        if not isinstance(self.backbone, AFF):
+        """Change `rate`, `neighborhood_size` or, of an AFF, `alpha` for the following calls."""
+        if not isinstance(self.backbone, AFF | PointBackbone):
             raise ValueError(
                 f"reconfigure: the tokens of {self.name} are a grid, nothing can change"
             )
@@ -247,31 +273,40 @@ class Model(nn.Module):
             if isinstance(module, Block):
                 module.part = part
 
-    def forward(self, images: Tensor | Sequence[Tensor], with_stages: bool = False) -> Any:
-        """Run on normalized images.
+    def forward(
+        self, images: Tensor | Sequence[Tensor] | TokenSet, with_stages: bool = False
+    ) -> Any:
+        """Run on normalized images or points.
 
         Args:
             images: (B, C, H, W), or a list of (C, H, W) whose sizes may differ, of C
-                `config.in_channels`; they are converted to the dtype of the weights.
+                `config.in_channels`; they are converted to the dtype of the weights. For a model of
+                points a `TokenSet` with as many features.
             with_stages: return the backbone's `StageOutput`s too, as (output, stages).
 
         Returns:
             head "classification": logits (B, num_classes). "dense": logits (B, num_classes, H, W),
             or a list of (num_classes, H, W) for a list. "features": four `TokenSet`s.
-            "mask2former" and "hcformer": `MaskPredictions`.
+            "mask2former" and "hcformer": `MaskPredictions`. "point_classification": logits
+            (B, num_classes). "point_segmentation": (T, num_classes), rows as in the `TokenSet`.
         """
-        self._check(images)
         check_flags(with_stages=with_stages)
         dtype = next(self.parameters()).dtype
-        if isinstance(images, Tensor):
-            images = images.to(dtype)
+        inputs: Any
+        if isinstance(self.config, PointConfig):
+            inputs = _checked_points(images, self.config)
+            inputs = inputs.with_features(inputs.features.to(dtype))
         else:
-            images = [image.to(dtype) for image in images]
-        stages: list[StageOutput] = self.backbone(images)
-        output = self.head(stages, images, self.backbone.impl)
+            self._check(images)
+            if isinstance(images, Tensor):
+                inputs = images.to(dtype)
+            else:
+                inputs = [image.to(dtype) for image in images]
+        stages: list[StageOutput] = self.backbone(inputs)
+        output = self.head(stages, inputs, self.backbone.impl)
         return (output, stages) if with_stages else output
 
-    def _check(self, images: Tensor | Sequence[Tensor]) -> None:
+    def _check(self, images: object) -> None:
         channels = self.config.in_channels
         if not isinstance(images, Tensor | list | tuple):
             raise TypeError(
@@ -301,6 +336,22 @@ class Model(nn.Module):
                 )
 
 
+def _checked_points(tokens: object, config: PointConfig) -> TokenSet:
+    wanted = f"a TokenSet of {config.dimensions}-D positions and {config.in_channels} features"
+    if not isinstance(tokens, TokenSet):
+        raise TypeError(
+            f"images: this is a model of points; expected {wanted}, got {describe(tokens)}"
+        )
+    if (tokens.dimensions, tokens.channels) != (config.dimensions, config.in_channels):
+        raise ValueError(f"images: expected {wanted}, got {tokens}")
+    empty = [sample for sample, size in enumerate(tokens.sizes) if size == 0]
+    if empty or not tokens.sizes:
+        which = f"sample {empty[0]} has" if empty else "there are"
+        raise ValueError(f"images: expected points in every sample, {which} none")
+    check_finite("images", tokens.positions, tokens.sizes)
+    return tokens if tokens.clusters is None else tokens.input_order()
+
+
 def new_model(
     name: str,
     head: str | None = None,
@@ -311,7 +362,9 @@ def new_model(
     **overrides: object,
 ) -> Model:
     """A model by name with random weights; see `create_model`."""
-    head = "classification" if head is None else head
-    config, options = configured(name, config_of(name), head, overrides)
+    config = config_of(name)
+    if head is None:
+        head = "point_classification" if isinstance(config, PointConfig) else "classification"
+    config, options = configured(name, config, head, overrides)
     num_classes = 1000 if num_classes is None else num_classes
     return Model(name, config, head, num_classes, impl, task, categories, **options)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pointformer import TokenSet, deformable_attention, interpolate, knn
-from pointformer.models.layers import EncoderLayer, PointConv, sine_encoding
+from pointformer.models.layers import EncoderLayer, sine_encoding
+from pointformer.nn import PointConv
 
 
 class DeformableAttention(nn.Module):

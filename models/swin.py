@@ -15,16 +15,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pointformer import TokenSet
-from pointformer.models.backbone import (
-    Backbone,
-    Block,
-    BlockAttention,
-    PatchMerge,
-    StageOutput,
-    run_blocks,
-)
+from pointformer.models.backbone import Backbone, PatchEmbed, PatchMerge, StageOutput
 from pointformer.models.config import SwinConfig
 from pointformer.models.grid import by_shape
+from pointformer.nn import Block, run_blocks
+from pointformer.nn.blocks import BlockAttention
 
 
 class Windows:
@@ -99,8 +94,10 @@ class WindowAttention(BlockAttention):
         down, right = (x.reshape(-1, 1) - x.reshape(1, -1) + size - 1 for x in (row, column))
         self.register_buffer("index", down * (2 * size - 1) + right, persistent=False)
 
-    def forward(self, x: Tensor, tokens: TokenSet, windows: Windows, impl: str | None) -> Tensor:
-        """(T, C) in raster order, before the output projection `proj`, which is the block's."""
+    def forward(
+        self, x: Tensor, tokens: TokenSet, windows: Windows, *, project: bool, impl: str | None
+    ) -> Tensor:
+        """(T, C) in raster order."""
         maps = self.qkv(x).view(tokens.batch_size, *windows.sides, -1)
         query, key, value = rearrange(
             windows.split(maps), "n t (three h d) -> three n h t d", three=3, h=self.heads
@@ -110,7 +107,8 @@ class WindowAttention(BlockAttention):
             bias = bias.masked_fill(windows.blocked[:, None], -torch.inf)
             bias = bias.repeat(len(query) // len(bias), 1, 1, 1)
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return windows.join(rearrange(out, "n h t d -> n t (h d)")).reshape(x.shape)
+        out = windows.join(rearrange(out, "n h t d -> n t (h d)")).reshape(x.shape)
+        return self.proj(out) if project else out
 
 
 class Stage(nn.Module):
@@ -161,7 +159,7 @@ class Swin(Backbone):
     config: SwinConfig
 
     def __init__(self, config: SwinConfig, impl: str | None = None) -> None:
-        super().__init__(config, Stage, impl)
+        super().__init__(config, Stage, PatchEmbed(config), impl)
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> list[StageOutput]:
         return by_shape(self._stages, images)

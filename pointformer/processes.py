@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pointformer.models.parallel import BatchPart
+from pointformer.nn.parallel import BatchPart
 
 T = TypeVar("T")
 Strategy = Literal["ddp", "fsdp"]

@@ -12,7 +12,7 @@ FOLDERS = {"pointformer": ROOT / "pointformer", "pointformer.kernels": ROOT / "k
 CORE = {
     "pointformer", "pointformer._checks", "pointformer._dispatch", "pointformer._files",
     "pointformer.annotations", "pointformer.clusters", "pointformer.geometry", "pointformer.graph",
-    "pointformer.ops", "pointformer.reference", "pointformer.tokens",
+    "pointformer.nn", "pointformer.ops", "pointformer.reference", "pointformer.tokens",
 }  # fmt: skip
 LIGHT = "pointformer"  # its `__getattr__` fetches what `import pointformer` is not to load
 

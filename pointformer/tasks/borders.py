@@ -12,7 +12,7 @@ from skimage.segmentation import watershed
 from torch import Tensor
 
 from pointformer.annotations import VOID
-from pointformer.models.parallel import WHOLE, BatchPart
+from pointformer.nn.parallel import WHOLE, BatchPart
 
 CLASSES = BACKGROUND, INSIDE, BORDER = range(3)  # of `Output.BORDERS`
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pointformer.annotations import VOID, Category
 from pointformer.metrics import Accuracy, Metric
 from pointformer.models import Output
-from pointformer.models.parallel import WHOLE, BatchPart
+from pointformer.nn.parallel import WHOLE, BatchPart
 from pointformer.segmentation.tiling import Tile
 from pointformer.tasks.task import Size, Task, Truth, on_device
 

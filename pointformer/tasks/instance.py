@@ -17,8 +17,8 @@ from pointformer.data import CITYSCAPES_THINGS
 from pointformer.metrics import CityscapesAP, CocoAP, InstanceAP, Metric
 from pointformer.models import Output
 from pointformer.models.mask2former import MaskPredictions
-from pointformer.models.parallel import WHOLE, BatchPart
 from pointformer.models.postprocess import instances
+from pointformer.nn.parallel import WHOLE, BatchPart
 from pointformer.segmentation.tiling import Tile, stitch_maps, stitch_objects
 from pointformer.tasks.borders import dense_loss, instance_target, instances_from_logits
 from pointformer.tasks.masks import MaskTask

@@ -12,7 +12,7 @@ from pointformer.annotations import Category, Objects
 from pointformer.models import Output
 from pointformer.models.losses import LossWeights, Targets, segmentation_loss
 from pointformer.models.mask2former import MaskPredictions
-from pointformer.models.parallel import WHOLE, BatchPart
+from pointformer.nn.parallel import WHOLE, BatchPart
 from pointformer.tasks.task import Task, Truth
 
 

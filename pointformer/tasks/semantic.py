@@ -13,8 +13,8 @@ from pointformer.annotations import VOID, SegmentMap
 from pointformer.metrics import Metric, SemanticIoU
 from pointformer.models import Output
 from pointformer.models.mask2former import MaskPredictions
-from pointformer.models.parallel import WHOLE, BatchPart
 from pointformer.models.postprocess import semantic_scores
+from pointformer.nn.parallel import WHOLE, BatchPart
 from pointformer.segmentation.tiling import Tile, blend
 from pointformer.tasks.masks import MaskTask
 from pointformer.tasks.task import MapTask, Size, Truth, on_device

@@ -13,7 +13,7 @@ from torch import Tensor
 from pointformer.annotations import Category, Objects, Segment, SegmentMap
 from pointformer.metrics import Metric
 from pointformer.models import Output
-from pointformer.models.parallel import WHOLE, BatchPart
+from pointformer.nn.parallel import WHOLE, BatchPart
 from pointformer.segmentation.tiling import Tile
 
 Size = tuple[int, int]

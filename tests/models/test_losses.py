@@ -25,7 +25,7 @@ from pointformer.models.losses import (
     uncertain_points,
 )
 from pointformer.models.mask2former import MaskPredictions
-from pointformer.models.parallel import WHOLE
+from pointformer.nn.parallel import WHOLE
 
 WEIGHTS = LossWeights()
 

@@ -17,8 +17,8 @@ from pointformer.models import (
     create_model,
     list_models,
 )
-from pointformer.models.backbone import HIDDEN, add_branch, by_rows, drop_path
 from pointformer.models.config import CONFIGS, config_from
+from pointformer.nn.blocks import HIDDEN, add_branch, by_rows, drop_path
 
 # Few blocks and channels: the wiring of AFF without its cost.
 TINY = AFFConfig(dims=(16, 32, 32, 48), depths=(1, 1, 1, 1), heads=(2, 2, 4, 2), mlp_ratio=1.0)
@@ -344,7 +344,7 @@ def test_hidden_layers_take_a_few_rows_at_a_time(monkeypatch):
     images = torch.randn(2, 3, 64, 48)
     with torch.no_grad():
         whole = model(images)
-        monkeypatch.setattr("pointformer.models.backbone.HIDDEN", 5000)
+        monkeypatch.setattr("pointformer.nn.blocks.HIDDEN", 5000)
         torch.testing.assert_close(model(images), whole)
     torch.testing.assert_close(model(images).detach(), whole)
 
