@@ -79,6 +79,9 @@ class Preprocess(nn.Module):
                 f"std: expected one number for each of mean's {len(self.mean)}, got {brief(std)}"
             )
 
+    def extra_repr(self) -> str:
+        return f"mean={self.mean}, std={self.std}"
+
     @classmethod
     def of_channels(cls, channels: int) -> Preprocess:
         """ImageNet's for three channels; for others the means over its three, for every channel."""

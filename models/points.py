@@ -47,6 +47,9 @@ class PointPreprocess(nn.Module):
             check_number("unit", unit, above=0)
         self.unit = unit
 
+    def extra_repr(self) -> str:
+        return f"unit={self.unit}"
+
     def forward(self, tokens: TokenSet) -> TokenSet:
         if not isinstance(tokens, TokenSet):
             raise TypeError(f"tokens: expected a TokenSet, got {describe(tokens)}")

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 import pointformer
+from pointformer import TokenSet
 from pointformer.data.annotations import Annotation, Dataset
 from pointformer.data.images import Reading, open_picture
+from pointformer.data.points import read_sample
 from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.metrics import Metric
 from pointformer.models import Model
-from pointformer.prediction import check_copies, predict, windows_for
+from pointformer.prediction import check_copies, predict, predict_points, windows_for
 from pointformer.processes import Processes
 from pointformer.scored_parts import PartsFolder, ScoredPart, joined
 from pointformer.tasks import MapTask, Task, task_of
@@ -63,7 +65,8 @@ def evaluate(
         task: the model's, or its name: "classification" (top-1 and top-5 accuracy), "semantic"
             (mean IoU), "instance" (AP of COCO where pycocotools is installed, of Cityscapes for its
             classes where cityscapesscripts is; AP as StarDist counts it, regardless of class) or
-            "panoptic" (PQ, for things and stuff).
+            "panoptic" (PQ, for things and stuff); "point_classification" and "point_segmentation"
+            have the scores of the first two.
         metrics: makes those that take the place of the task's `metrics`; parts of the data set are
             scored by metrics of their own, which are merged in its order.
         scales, flip: see `predict`; not for objects and segments, because the queries of different
@@ -163,9 +166,8 @@ def _made_with(
     model: Model, task: Task, dataset: Dataset, metrics: Sequence[Metric], options: dict[str, Any]
 ) -> dict[str, Any]:
     """What scores depend on, in JSON: SHA-256 of what is large."""
-    look = model.preprocess
     kind = (model.name, model.config, model.head_name, model.head_options, model.num_classes)
-    weights = hashlib.sha256(repr((*kind, look.mean, look.std)).encode())
+    weights = hashlib.sha256(repr((*kind, model.preprocess)).encode())
     for name, value in sorted(model.state_dict().items()):
         weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -195,8 +197,9 @@ def predictions(
     resize: Resize | None = None,
     crop: CenterCrop | None = None,
     **reading: Unpack[Reading],
-) -> Iterator[tuple[Annotation, np.ndarray, Any]]:
-    """Annotations of a data set, their pictures (H, W, 3) uint8, and what the model finds there.
+) -> Iterator[tuple[Annotation, Any, Any]]:
+    """Annotations of a data set, their pictures (H, W, 3) uint8 or points, and what the model finds
+    there.
 
     Args:
         indices: which pictures; the other arguments, and errors, are those of `evaluate`.
@@ -204,11 +207,14 @@ def predictions(
     for index in indices:
         try:
             annotation = dataset[index]
-            image = annotation.read_image(**reading)
+            image = read_sample(annotation, reading)
         except ValueError as error:
             if not dataset.skip_bad:
                 raise
             dataset.skipped[dataset.entries[index].name] = str(error)
+            continue
+        if isinstance(image, TokenSet):
+            yield annotation, image, predict_points(model, task, image)
             continue
         seen = image
         if crop is not None:  # of what is resized

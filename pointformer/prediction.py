@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pointformer import TokenSet
 from pointformer._checks import check_count
 from pointformer.data import Picture
 from pointformer.data.transforms import Resize, resized
@@ -124,6 +125,15 @@ def predict(
     with evaluating(model):
         found = task.join(picture.shape, windows, parts())
     return found, tuple(sum(stage) for stage in zip(*tokens, strict=True))
+
+
+def predict_points(model: Model, task: Task, points: TokenSet) -> Any:
+    """What a model finds in a point set of one sample, in eval mode."""
+    device = next(model.parameters()).device
+    with evaluating(model):
+        output = model(model.preprocess(points.to(device)))
+        (found,) = task.decode(output, [(points.num_tokens,)])
+    return found
 
 
 def _magnification(picture: Picture, resize: Resize | None) -> tuple[float, float]:

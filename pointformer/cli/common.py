@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from pointformer.processes import Processes
 
 DEFAULT_MODEL = "aff_nano.nuclei"
+TASKS = (
+    *("semantic", "instance", "panoptic", "classification"),
+    *("point_classification", "point_segmentation"),
+)
 SMALL = 2**22
 """Pixels of the largest picture that one thread is enough for."""
 

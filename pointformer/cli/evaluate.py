@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pointformer._files import make_folder
 from pointformer.cli.common import (
+    TASKS,
     add_model_arguments,
     add_picture_arguments,
     add_result_arguments,
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="default: val, or all")
     parser.add_argument(
         "--task",
-        choices=("semantic", "instance", "panoptic", "classification"),
+        choices=TASKS,
         help="default: the model's",
     )
     parser.add_argument("--annotations", type=Path, help="JSON file of COCO's formats")

@@ -21,6 +21,7 @@ from pointformer.data.classes import class_folders, read_class_folders
 from pointformer.data.coco import read_coco_instances, read_coco_panoptic
 from pointformer.data.folders import read_folder
 from pointformer.data.labels import found_classes, paired_files, read_ade20k
+from pointformer.data.points import object_splits, read_objects, read_scenes, scene_splits
 from pointformer.data.shards import read_shards, shard_files
 
 _SAME = (("train", "training"), ("val", "validation", "valid", "dev"), ("test", "testing"))
@@ -102,7 +103,7 @@ def find_source(
             f"{path}: looks like no data set of a known format: expected SPLIT/images beside "
             "SPLIT/labels or SPLIT/instances, a folder of pictures for each class, COCO's JSON in "
             "annotations/, leftImg8bit/ beside gtFine/, ADE20K's images/ beside annotations/, tar "
-            "files of samples, or a .npz file of arrays"
+            "files of samples, or a .npz file of arrays or points"
         )
     hint = "; pass its JSON (--annotations)" if format.startswith("coco") else ""
     raise ValueError(f"{path}: expected {FORMATS[format].layout}, found none{hint}")
@@ -119,6 +120,7 @@ def open_dataset(
     categories: Sequence[Category] | Sequence[str] | None = None,
     void: Sequence[int] | None = None,
     skip_bad: bool = False,
+    features: Sequence[str] = (),
 ) -> Dataset:
     """A data set of any format.
 
@@ -126,7 +128,7 @@ def open_dataset(
         path: of its folder or file, see `find_source`, or what that found.
         format: one of `FORMATS`; `None`: what it looks like.
         task: what is to be learned or scored: "semantic", "instance", "panoptic",
-            "classification".
+            "classification", "point_classification", "point_segmentation".
         split: its name; "val" also finds "validation", and so on. `None`: "val", or all where there
             are no splits.
         annotations: the JSON file of COCO's formats; `path` is the folder of its pictures then.
@@ -135,6 +137,7 @@ def open_dataset(
             the data set lists (in categories.json or classes.txt), or else that are in its maps.
         void: labels of maps that mean void, see `read_folder`.
         skip_bad: leave out what is bad, see `Dataset`.
+        features: of points, see `read_scenes`.
 
     Raises:
         ValueError: naming the path: it has no such format or split, none for this task, or what is
@@ -153,7 +156,9 @@ def open_dataset(
             f"{source.path}: {source.format} has nothing for the task {task!r}, only for "
             f"{', '.join(kind.tasks)}"
         )
-    request = _Request(source.path, name, task, annotations, segments, categories, void, skip_bad)
+    request = _Request(
+        source.path, name, task, annotations, segments, categories, void, skip_bad, features
+    )
     return kind.read(request)
 
 
@@ -169,6 +174,7 @@ def open_splits(
     categories: Sequence[Category] | Sequence[str] | None = None,
     void: Sequence[int] | None = None,
     skip_bad: bool = False,
+    features: Sequence[str] = (),
 ) -> tuple[Dataset, Dataset | None]:
     """The pictures to learn from, and those to be scored on.
 
@@ -177,7 +183,7 @@ def open_splits(
         val_share: of the pictures that are kept to be scored on where there is no split for that,
             see `Dataset.divided`; 0: none are.
         seed: of that choice.
-        path, format, task, categories, void, skip_bad: see `open_dataset`.
+        path, format, task, categories, void, skip_bad, features: see `open_dataset`.
 
     Returns:
         Both have the classes of the first.
@@ -195,6 +201,7 @@ def open_splits(
         categories=categories,
         void=void,
         skip_bad=skip_bad,
+        features=features,
     )
     if val is not None or source.split("val") is not None:
         validation = open_dataset(
@@ -204,6 +211,7 @@ def open_splits(
             categories=training.categories,
             void=void,
             skip_bad=skip_bad,
+            features=features,
         )
         return training, validation
     if val_share == 0:
@@ -220,6 +228,7 @@ class _Request(NamedTuple):
     categories: Sequence[Category] | Sequence[str] | None
     void: Sequence[int] | None
     skip_bad: bool
+    features: Sequence[str]
 
 
 class _Format(NamedTuple):
@@ -542,6 +551,18 @@ FORMATS: dict[str, _Format] = {
         lambda path: sorted(_arrays(path)),
         _read_arrays,
         lists_classes=False,
+    ),
+    "objects": _Format(
+        "an archive (.npz) of objects, xyz (n, P, 3) and label (n,)",
+        ("point_classification",),
+        object_splits,
+        lambda r: read_objects(r.path, r.split, r.categories),
+    ),
+    "scenes": _Format(
+        "archives (.npz) of points, xyz (n, 3) and label (n,)",
+        ("point_segmentation",),
+        scene_splits,
+        lambda r: read_scenes(r.path, r.split, r.categories, features=r.features, void=r.void),
     ),
 }
 """Formats by name."""

@@ -20,8 +20,16 @@ from pointformer.annotations import VOID, Category
 from pointformer.data.annotations import Dataset, Entry
 from pointformer.data.images import Reading
 from pointformer.data.packed import Packed
+from pointformer.data.points import read_sample
+from pointformer.tokens import TokenSet
 
 _FORM = 1  # of the file that keeps what was found
+_COUNTED = {
+    "semantic": "pixels",
+    "classification": "pictures",
+    "point_segmentation": "points",
+    "point_classification": "sets",
+}
 _NAMED = 5  # of a list, so many are named
 
 
@@ -31,15 +39,15 @@ class PictureFacts:
 
     Attributes:
         name: of the picture.
-        size: height and width in pixels; (0, 0) if it cannot be read.
-        classes: for each class that is in it, how many objects, pixels, or pictures (1).
+        size: height and width in pixels, or how many points; zeros if it cannot be read.
+        classes: for each class that is in it, how many objects, pixels, points, or pictures (1).
         areas: of its objects in pixels; crowds are none.
-        void: pixels without a class, in maps of classes.
+        void: pixels without a class, in maps of classes; points.
         problem: why it cannot be read, in one line.
     """
 
     name: str
-    size: tuple[int, int] = (0, 0)
+    size: tuple[int, ...] = (0, 0)
     classes: tuple[tuple[int, int], ...] = ()
     areas: tuple[int, ...] = ()
     void: int = 0
@@ -53,7 +61,7 @@ class Statistics:
     Attributes:
         categories: its classes.
         facts: of each picture, in order; also of those that cannot be read.
-        counts: "objects", "pixels" or "pictures": what is counted for each class.
+        counts: "objects", "pixels", "points", "pictures" or "sets": what is counted for each class.
     """
 
     categories: tuple[Category, ...]
@@ -99,6 +107,8 @@ class Statistics:
                 "objects": f"an object, {what} none",
                 "pixels": f"a pixel with a class, {what} none but void",
                 "pictures": f"a picture with a class, {what} none",
+                "points": f"a point with a class, {what} none",
+                "sets": f"a point set with a class, {what} none",
             }
             raise ValueError(f"data: expected {missing[self.counts]}")
         if len(used) == 1 and self.counts != "objects":
@@ -111,9 +121,15 @@ class Statistics:
         """What there is, in words."""
         good = self.good
         sizes = Counter(facts.size for facts in good)
-        common = ", ".join(f"{w} x {h} ({n})" for (h, w), n in sizes.most_common(3))
-        more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
-        lines = [f"{len(good)} picture{'s' * (len(good) != 1)}, width x height {common}{more}"]
+        if self.counts in ("points", "sets"):
+            numbers = [size for (size,) in sizes.elements()]
+            low, high = min(numbers), max(numbers)
+            lines = [f"{len(good)} point sets of {low:,}{f' to {high:,}' * (high > low)} points"]
+        else:
+            common = ", ".join(f"{w} x {h} ({n})" for (h, w), n in sizes.most_common(3))
+            more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
+            many = f"{len(good)} picture{'s' * (len(good) != 1)}"
+            lines = [f"{many}, width x height {common}{more}"]
         counts, total = self.per_class, max(1, sum(self.per_class))
         order = sorted(range(len(counts)), key=lambda k: -counts[k])
         shares = [f"{self.categories[k].name} {100 * counts[k] / total:.3g}%" for k in order[:8]]
@@ -122,7 +138,7 @@ class Statistics:
             f"{len(counts)} class{'es' if len(counts) > 1 else ''}, by {self.counts}: "
             f"{', '.join(shares)}{more}"
         )
-        if self.counts == "pixels":
+        if self.counts in ("pixels", "points"):
             pixels = sum(math.prod(facts.size) for facts in good)
             lines.append(f"{100 * sum(f.void for f in good) / max(1, pixels):.3g}% void")
         diameters = self.diameters
@@ -188,14 +204,14 @@ def examine(
 
     Args:
         task: what is counted: objects for "instance" and "panoptic", pixels for "semantic",
-            pictures for "classification".
+            pictures for "classification"; points and point sets for the tasks of points.
         cache: a file that keeps what was found: pictures whose files are as they were are not read
             again. `None`: none is kept.
         threads: that read at a time; `None`: one per core.
         progress: whether to show a bar.
         reading: how pictures are read, see `pointformer.data.Reading`.
     """
-    counts = {"semantic": "pixels", "classification": "pictures"}.get(task, "objects")
+    counts = _COUNTED.get(task, "objects")
     labels = [f"{c.id} {c.name}" for c in dataset.categories]
     whole = json.dumps([_FORM, task, labels, _state(dataset.source), reading], default=str)
     states = [json.dumps([_state(e.image), _state(e.labels), e.label]) for e in dataset.entries]
@@ -263,10 +279,11 @@ def _facts(dataset: Dataset, index: int, counts: str, reading: Reading) -> Pictu
     entry: Entry = dataset.entries[index]
     try:
         annotation = dataset[index]
-        size = annotation.read_image(**reading).shape[:2]
-        if counts == "pictures":
+        sample = read_sample(annotation, reading)
+        size = (sample.num_tokens,) if isinstance(sample, TokenSet) else sample.shape[:2]
+        if counts in ("pictures", "sets"):
             classes = Counter([annotation.label])
-        elif counts == "pixels":
+        elif counts in ("pixels", "points"):
             values, pixels = np.unique(annotation.classes(), return_counts=True)
             classes = Counter(dict(zip(values.tolist(), pixels.tolist(), strict=True)))
         else:
@@ -310,10 +327,9 @@ def _kept(cache: str | os.PathLike[str] | None, whole: str) -> dict[str, tuple[s
 
 
 def _read_facts(row: dict[str, Any]) -> PictureFacts:
-    height, width = row["size"]
     classes = tuple((int(k), int(n)) for k, n in row["classes"])
     return PictureFacts(
-        row["name"], (height, width), classes, tuple(row["areas"]), row["void"], row["problem"]
+        row["name"], tuple(row["size"]), classes, tuple(row["areas"]), row["void"], row["problem"]
     )
 
 

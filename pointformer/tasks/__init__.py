@@ -16,6 +16,7 @@ from pointformer.models import Model
 from pointformer.tasks.classification import Classification
 from pointformer.tasks.instance import InstanceBorders, InstanceMasks
 from pointformer.tasks.panoptic import Panoptic
+from pointformer.tasks.points import PointClassification, PointSegmentation
 from pointformer.tasks.semantic import SemanticClasses, SemanticMasks
 from pointformer.tasks.task import MapTask, Task, Truth
 
@@ -28,6 +29,8 @@ TASKS: tuple[type[Task], ...] = (
     InstanceBorders,
     InstanceMasks,
     Panoptic,
+    PointClassification,
+    PointSegmentation,
 )
 
 

@@ -16,7 +16,7 @@ from pointformer.models import Output
 from pointformer.nn.parallel import WHOLE, BatchPart
 from pointformer.segmentation.tiling import Tile
 
-Size = tuple[int, int]
+Size = tuple[int, ...]  # height and width of a picture, or how many points there are
 
 
 class Truth(Protocol):
@@ -82,11 +82,11 @@ class Task(abc.ABC):
         *,
         min_score: float | None = None,
     ) -> list[Any]:
-        """Predictions for B images.
+        """Predictions for B images, or point sets.
 
         Args:
             output: of the model.
-            sizes: heights and widths of the images that the model saw.
+            sizes: heights and widths of the images that the model saw, or the numbers of points.
             output_sizes: those of the predictions, if others.
             min_score: confidence that what competes for pixels needs; objects that may overlap keep
                 every score.
@@ -96,7 +96,6 @@ class Task(abc.ABC):
         """One prediction from those of copies of one image; `True` for mirrored ones."""
         raise NotImplementedError(f"predictions of the task {self.name!r} cannot be averaged")
 
-    @abc.abstractmethod
     def join(self, shape: Size, windows: Sequence[Tile], parts: Iterable[Any]) -> Any:
         """The prediction for a picture from those of windows that cover it.
 
@@ -104,6 +103,7 @@ class Task(abc.ABC):
             shape: height and width of the picture.
             parts: in the order of the windows; taken one at a time.
         """
+        raise NotImplementedError(f"the task {self.name!r} has no windows")
 
     def truth(self, annotation: Any) -> Any:
         """What of an annotation the task is about."""

@@ -15,8 +15,14 @@ from pointformer.models.state import WHOLE_HEAD, copy_weights, is_safetensors
 from pointformer.train.recipe import Recipe
 
 
-def make_model(recipe: Recipe, categories: Sequence[Category]) -> Model:
+def make_model(
+    recipe: Recipe, categories: Sequence[Category], channels: int | None = None
+) -> Model:
     """The model in the state that a run starts from.
+
+    Args:
+        categories: of the data.
+        channels: features of points; `None`: the data are pictures.
 
     Raises:
         ValueError, TypeError: model, head, options, initial weights or classes do not fit.
@@ -24,6 +30,8 @@ def make_model(recipe: Recipe, categories: Sequence[Category]) -> Model:
     head, classes = head_for(recipe.task, len(categories), recipe.head)
     options: dict[str, Any] = {"head": head, "num_classes": classes, "task": recipe.task}
     options["categories"] = list(categories)
+    if channels is not None:
+        options["in_channels"] = channels
     for name in options:
         if name in recipe.options:
             raise ValueError(
@@ -31,8 +39,9 @@ def make_model(recipe: Recipe, categories: Sequence[Category]) -> Model:
             )
     options |= recipe.options
     torch.manual_seed(recipe.seed)
+    default = "aff_tiny" if channels is None else "point_nano"
     if recipe.init is None:
-        return create_model(recipe.model or "aff_tiny", pretrained=False, **options)
+        return create_model(recipe.model or default, pretrained=False, **options)
     if recipe.init_stages is None:
         model = _trained_model(recipe, **options)
         if recipe.model not in (None, model.name):

@@ -8,14 +8,16 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pointformer import TokenSet
 from pointformer.data import Annotation, Dataset, Reading
+from pointformer.data.points import read_sample
 from pointformer.data.transforms import Transform
 from pointformer.train.ending import left_to_parent
 
@@ -27,13 +29,13 @@ class Batch(NamedTuple):
     """What one process learns from in a step.
 
     Attributes:
-        images: (B, 3, H, W) uint8, or B of (3, H, W) where sizes differ.
+        images: (B, 3, H, W) uint8, or B of (3, H, W) where sizes differ, or B point sets.
         annotations: B, of the images.
         names: of the pictures in the data set.
         seconds: that one worker took to load it.
     """
 
-    images: Tensor | list[Tensor]
+    images: Tensor | list[Tensor] | list[TokenSet]
     annotations: list[Annotation]
     names: list[str]
     seconds: float
@@ -168,7 +170,7 @@ class _Failure(NamedTuple):
     message: str
 
 
-_Sample = tuple[np.ndarray, Annotation, str, float]
+_Sample = tuple[np.ndarray | TokenSet, Annotation, str, float]
 
 
 class _Samples:
@@ -184,14 +186,15 @@ class _Samples:
         start = time.perf_counter()
         try:
             annotation = self.dataset[index]
-            image = annotation.read_image(**self.reading)
+            image: Any = read_sample(annotation, self.reading)
         except ValueError as error:
             return _Failure(str(error))
         if self.transform is not None:
             rng = _generator(self.seed, _SAMPLE, position)
             image, annotation = self.transform(image, annotation, rng)
-        pixels = np.moveaxis(image, 2, 0)
-        return pixels, annotation, self.dataset.entries[index].name, time.perf_counter() - start
+        if not isinstance(image, TokenSet):
+            image = np.moveaxis(image, 2, 0)
+        return image, annotation, self.dataset.entries[index].name, time.perf_counter() - start
 
 
 def _collated(samples: list[_Sample | _Failure]) -> Batch | _Failure:
@@ -201,8 +204,10 @@ def _collated(samples: list[_Sample | _Failure]) -> Batch | _Failure:
             return sample
         good.append(sample)
     images, annotations, names, seconds = (list(column) for column in zip(*good, strict=True))
-    pixels: Tensor | list[Tensor]
-    if len({image.shape for image in images}) == 1:
+    pixels: Tensor | list[Tensor] | list[TokenSet]
+    if isinstance(images[0], TokenSet):
+        pixels = images
+    elif len({image.shape for image in images}) == 1:
         pixels = torch.from_numpy(np.stack(images))  # on one thread, which torch's may not be
     else:
         pixels = [torch.from_numpy(np.ascontiguousarray(image)) for image in images]

@@ -32,6 +32,7 @@ def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
         categories=data.categories,
         void=data.void,
         skip_bad=data.skip_bad,
+        features=data.features,
     )
 
 

@@ -12,6 +12,14 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pointformer._checks import brief
+from pointformer.data.point_transforms import (
+    RandomDrop,
+    RandomJitter,
+    RandomMirror,
+    RandomRegion,
+    RandomRotation,
+    RandomScale,
+)
 from pointformer.data.transforms import (
     CenterCrop,
     Chain,
@@ -46,6 +54,7 @@ class Data:
         draw: "evenly", or "by_objects": crowded pictures more often, by the root of the number of
             their objects.
         skip_bad: leave out what cannot be read.
+        features: of points, by their names in the files, see `pointformer.data.points`.
     """
 
     path: str | None = None
@@ -57,6 +66,24 @@ class Data:
     val_share: float = 0.1
     draw: Literal["evenly", "by_objects"] = "evenly"
     skip_bad: bool = False
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PointAugmentation:
+    """How point sets change each time, in this order; `None`: not so. See the classes.
+
+    Attributes:
+        region, drop: parts of the points.
+        mirror, rotate, scale, jitter: of their positions.
+    """
+
+    region: RandomRegion | None = None
+    drop: RandomDrop | None = None
+    mirror: RandomMirror | None = None
+    rotate: RandomRotation | None = None
+    scale: RandomScale | None = None
+    jitter: RandomJitter | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +97,7 @@ class Augmentation:
             classes of pictures.
         erase: a rectangle.
         mix: of pictures of a batch, for classes of pictures.
+        points: what is done with points, in the place of all others.
     """
 
     resized_crop: RandomResizedCrop | None = None
@@ -81,10 +109,15 @@ class Augmentation:
     rand_augment: RandAugment | None = None
     erase: RandomErasing | None = None
     mix: Mix | None = None
+    points: PointAugmentation = field(default_factory=PointAugmentation)
 
-    def transform(self) -> Chain:
-        """All that is done with a picture."""
-        changes = [getattr(self, f.name) for f in fields(self) if f.name != "mix"]
+    def transform(self, of_points: bool = False) -> Chain:
+        """All that is done with a picture, or with a point set."""
+        if of_points:
+            changes = [getattr(self.points, f.name) for f in fields(self.points)]
+        else:
+            names = (f.name for f in fields(self) if f.name not in ("mix", "points"))
+            changes = [getattr(self, name) for name in names]
         return Chain([change for change in changes if change is not None])
 
 
@@ -137,7 +170,8 @@ class Recipe:
 
     Attributes:
         task: what is learned.
-        model: name, as of `create_model`; `None`: that of `init`, or else aff_tiny.
+        model: name, as of `create_model`; `None`: that of `init`, or else aff_tiny, and for points
+            point_nano.
         init: NAME.TAG or a file whose weights to start from: of `save_model`, such as that of
             another run, or a released checkpoint of `model`. `None`: random ones.
         init_stages: how many stages of its backbone to take, and nothing of its head; `None`: all,
@@ -161,7 +195,14 @@ class Recipe:
         log_every: steps per line of the log.
     """
 
-    task: Literal["semantic", "instance", "panoptic", "classification"] = "semantic"
+    task: Literal[
+        "semantic",
+        "instance",
+        "panoptic",
+        "classification",
+        "point_classification",
+        "point_segmentation",
+    ] = "semantic"
     model: str | None = None
     init: str | None = None
     init_stages: int | None = None

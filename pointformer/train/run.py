@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import pointformer
 from pointformer._files import atomic_path
-from pointformer.data import Category, Dataset
+from pointformer.data import Dataset
+from pointformer.data.points import PointDataset
 from pointformer.evaluation import evaluate
 from pointformer.models import Model, Output, save_model
 from pointformer.processes import Processes, started_processes
@@ -276,7 +277,7 @@ class Run:
         row = {"final": int(final), "pictures": result.pictures, **result.scores}
         logs.add_scores(trainer.steps, row)
         shown = [self.validation[index] for index in some[: self.recipe.validation.token_maps]]
-        if self.main:
+        if self.main and not trainer.model.of_points:
             draw_token_maps(averaged, shown, self.out, trainer.steps)
         first = ", ".join(f"{name} {value:.3f}" for name, value in list(result.scores.items())[:3])
         self.say(f"step {trainer.steps}, {result.pictures} pictures: {first}")
@@ -325,9 +326,8 @@ def train(
     with started_processes(device) as processes, contextlib.ExitStack() as stack:
         speak = say if processes.main else _silent
         training, validation = processes.alike(lambda: open_data(recipe))
-        categories = training.categories
         # What cannot be is said before all is read.
-        model, task = processes.alike(lambda: _made(recipe, categories, processes))
+        model, task = processes.alike(lambda: _made(recipe, training, processes))
         processes.alike(lambda: stack.enter_context(owned(out)) if processes.main else None)
         training, statistics = checked(training, recipe, out / "data" / "train.json", processes)
         processes.alike(statistics.check)
@@ -340,7 +340,7 @@ def train(
         trainer = Trainer(recipe, model, task, len(training), processes)
         batches = Batches(
             training,
-            recipe.augmentation.transform(),
+            recipe.augmentation.transform(isinstance(training, PointDataset)),
             batch=recipe.batch,
             seed=recipe.seed,
             workers=recipe.workers,
@@ -358,16 +358,14 @@ def train(
         return run.finish()
 
 
-def _made(
-    recipe: Recipe, categories: Sequence[Category], processes: Processes
-) -> tuple[Model, Task]:
+def _made(recipe: Recipe, training: Dataset, processes: Processes) -> tuple[Model, Task]:
     own = recipe.batch // (processes.world * recipe.accumulate)
     if processes.world > 1 and recipe.augmentation.mix is not None and own % 2:
         raise ValueError(
             "augmentation.mix: mixes pictures two by two; expected an even number of pictures per "
             f"process and part of a batch, got {own}"
         )
-    model = make_model(recipe, categories)
+    model = make_model(recipe, training)
     fast = processes.device.type == "cpu" and model.backbone.impl != "reference"
     if recipe.strategy == "fsdp" and processes.world > 1 and fast:
         # They hold weights as NumPy arrays, whose memory fully_shard could not free.
@@ -375,7 +373,7 @@ def _made(
             "strategy: 'fsdp' does not work with the CPU's kernels; use ddp, or options.impl="
             "reference"
         )
-    return model, task_of(model, recipe.task, categories, **recipe.loss)
+    return model, task_of(model, recipe.task, training.categories, **recipe.loss)
 
 
 def _silent(line: str) -> None:

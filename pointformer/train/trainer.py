@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pointformer import TokenSet
 from pointformer.data import Annotation
 from pointformer.models import Model
 from pointformer.processes import Processes
@@ -155,10 +156,13 @@ class Trainer:
                 len(annotations) / len(batch.annotations),
             )
 
-    def _normalized(self, images: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    def _normalized(self, images: Any) -> Any:
+        if isinstance(images[0], TokenSet):
+            points = TokenSet.cat(images).to(self.processes.device)
+            return self.model.preprocess(points)
         if isinstance(images, Tensor):
             return self.model.preprocess(images.to(self.processes.device, non_blocking=True))
-        return [self._normalized(image) for image in images]  # type: ignore[misc]
+        return [self._normalized(image) for image in images]
 
     def _mixed_loss(self, images: Any, annotations: Sequence[Annotation]) -> dict[str, Tensor]:
         """The loss of mixtures of pictures, where the recipe mixes them."""
