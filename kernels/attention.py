@@ -54,7 +54,8 @@ def _plan_fake(cluster_index, cluster_offsets, cluster_size, training, copies, i
 implement("neighborhood_plan", "attention.make_plan")
 
 _ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor positions, Tensor cluster_index, "
+    "Tensor query, Tensor key, Tensor value, Tensor query_positions, Tensor positions, "
+    "Tensor cluster_index, "
     "Tensor cluster_offsets, int cluster_size, Tensor[] plan, Tensor? position_weight, "
     "Tensor? position_bias, Tensor? blank_key, Tensor? blank_value, float scale, str impl"
 )
@@ -108,7 +109,7 @@ def _differentiate(ctx, grad, _):
         gradient if tensor is not None else None
         for tensor, gradient in zip(learned, (weight, bias, blank_key, blank_value), strict=True)
     ]
-    return *row_grads, None, None, None, None, None, *learned_grads, None, None
+    return *row_grads, None, None, None, None, None, None, *learned_grads, None, None
 
 
 differentiate("neighborhood_attention", _differentiate, _save)

@@ -13,8 +13,10 @@ from pointformer._checks import (
     INTEGERS,
     MOST_ROWS,
     alike,
+    as_int32,
     can_read,
     check_flags,
+    check_positions,
     check_tensor,
     describe,
 )
@@ -31,17 +33,23 @@ def offsets_of(sizes: tuple[int, ...] | list[int], device: torch.device | None =
     return from_host(starts_of(sizes), torch.int64, device)
 
 
-def check_neighborhoods(neighborhoods: object, tokens: int, device: torch.device) -> None:
-    """Raise if these are not the neighborhoods of so many tokens, on this device."""
+def check_neighborhoods(
+    neighborhoods: object, queries: int, tokens: int, device: torch.device
+) -> None:
+    """Raise if these are not the neighborhoods of so many queries among so many tokens, on this
+    device."""
     if not isinstance(neighborhoods, Neighborhoods):
         raise TypeError(f"neighborhoods: expected Neighborhoods, got {describe(neighborhoods)}")
     if not isinstance(neighborhoods.clusters, Clusters):
         raise TypeError(
             f"neighborhoods: expected Clusters in it, got {describe(neighborhoods.clusters)}"
         )
-    if neighborhoods.num_queries != tokens or neighborhoods.clusters.num_tokens != tokens:
-        raise ValueError(f"neighborhoods: expected those of {tokens} tokens, got {neighborhoods!r}")
-    check_tensor("neighborhoods", neighborhoods.cluster_index, ("T", "R"), (torch.int32,), device)
+    if neighborhoods.num_queries != queries or neighborhoods.clusters.num_tokens != tokens:
+        wanted = f"{tokens} tokens"
+        if queries != tokens:
+            wanted = f"{queries} queries among {tokens} tokens"
+        raise ValueError(f"neighborhoods: expected those of {wanted}, got {neighborhoods!r}")
+    check_tensor("neighborhoods", neighborhoods.cluster_index, ("Q", "R"), (torch.int32,), device)
 
 
 def check_order(name: str, positions: Tensor, clusters: Clusters, wait: bool = False) -> None:
@@ -159,6 +167,52 @@ class Neighborhoods:
     plan: tuple[Tensor, ...] = ()
     plan_impl: str | None = None
     copies: int = 1
+
+    @classmethod
+    def from_lists(
+        cls, neighbor_index: Tensor, positions: Tensor, *, check_values: bool = True
+    ) -> Neighborhoods:
+        """Neighborhoods that are listed token by token, in any order of rows, such as by `knn`.
+
+        Args:
+            neighbor_index: (Q, k) int32 or int64, rows of the tokens, none twice in a list, -1
+                where there are fewer.
+            positions: (T, D) float32, of the tokens.
+            check_values: whether to look for rows that do not exist or are twice in a list, which
+                waits for the device and sorts the lists.
+
+        Raises:
+            TypeError, ValueError: an argument's type, shape, dtype or device does not fit, or a row
+                is twice in a list.
+            IndexError: there is no such row.
+        """
+        check_positions("positions", positions)
+        device = positions.device
+        check_tensor("neighbor_index", neighbor_index, ("Q", "k"), INTEGERS, device)
+        check_flags(check_values=check_values)
+        tokens = len(positions)
+        if check_values and can_read(neighbor_index) and neighbor_index.numel():
+            lists = neighbor_index.sort(1).values
+            if int(lists[:, 0].min()) < -1 or int(lists[:, -1].max()) >= tokens:
+                bad = min(int(lists[:, 0].min()), -1), int(lists[:, -1].max())
+                raise IndexError(
+                    f"neighbor_index: expected rows of {tokens} tokens, or -1, got "
+                    f"{bad[0] if bad[0] < -1 else bad[1]}"
+                )
+            twice = ((lists[:, 1:] == lists[:, :-1]) & (lists[:, 1:] >= 0)).any(1)
+            if bool(twice.any()):
+                raise ValueError(
+                    f"neighbor_index: has a row twice in list {int(twice.int().argmax())}"
+                )
+        clusters = Clusters(
+            torch.arange(tokens, device=device),
+            torch.arange(tokens + 1, dtype=torch.int32, device=device),
+            positions,
+            (tokens,),
+            (tokens,),
+            cluster_size=1,
+        )
+        return cls(as_int32(neighbor_index), clusters)
 
     @property
     def num_queries(self) -> int:

@@ -385,6 +385,7 @@ CALLS = {
             "value": HEADS,
             "positions": TOKENS.positions,
             "neighborhoods": AROUND,
+            "query_positions": TOKENS.positions,
             "position_weight": torch.ones(2, 5),
             "position_bias": torch.ones(2),
             "blank_key": torch.ones(2, 4),

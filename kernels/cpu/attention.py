@@ -59,7 +59,7 @@ __all__ = ["backward", "forward", "make_plan"]
 
 @njit(inline="always")
 def attend_chunk(
-    chunk, query, positions, cluster_index, offsets, bias, scale, shape,
+    chunk, query, query_positions, cluster_index, offsets, bias, scale, shape,
     packed_key, packed_value, points, output, normal,
 ):  # fmt: skip
     width = shape.per_query * shape.cluster_blocks
@@ -79,7 +79,9 @@ def attend_chunk(
         for i in range(tokens):
             counts[i] = list_blocks(cluster_index, first + i, offsets, shape, blocks, i * width)
             at = i * phi_size(width, shape)
-            relate_all(positions, first + i, points, blocks, i * width, counts[i], shape, phi, at)
+            relate_all(
+                query_positions, first + i, points, blocks, i * width, counts[i], shape, phi, at
+            )
         for head in range(shape.heads):
             own = head * shape.channels
             for i in range(tokens):
@@ -126,7 +128,7 @@ def attend_chunk(
 
 @kernel
 def attend(
-    query, key, value, positions, cluster_index, offsets, bias, scale, shape,
+    query, key, value, query_positions, positions, cluster_index, offsets, bias, scale, shape,
     packed_key, packed_value, points, output, normal,
 ):  # fmt: skip
     for cluster in prange(shape.clusters):
@@ -136,17 +138,17 @@ def attend(
         pack_positions(pointer(positions), cluster, ends, shape, pointer(points))
     for chunk in prange((shape.tokens + CHUNK - 1) // CHUNK):
         attend_chunk(
-            chunk, rows_of(query), pointer(positions), pointer(cluster_index), pointer(offsets),
-            bias_of(bias), scale, shape, pointer(packed_key), pointer(packed_value),
-            pointer(points), pointer(output), pointer(normal),
+            chunk, rows_of(query), pointer(query_positions), pointer(cluster_index),
+            pointer(offsets), bias_of(bias), scale, shape, pointer(packed_key),
+            pointer(packed_value), pointer(points), pointer(output), pointer(normal),
         )  # fmt: skip
 
 
 def forward(
-    query, key, value, positions, cluster_index, cluster_offsets, cluster_size, plan,
-    position_weight, position_bias, blank_key, blank_value, scale,
+    query, key, value, query_positions, positions, cluster_index, cluster_offsets, cluster_size,
+    plan, position_weight, position_bias, blank_key, blank_value, scale,
 ):  # fmt: skip
-    """Output (T, H, d) and the softmax's normalization (T, H, 2)."""
+    """Output (Q, H, d) and the softmax's normalization (Q, H, 2)."""
     clusters = cluster_offsets.shape[0] - 1
     if cluster_index.numel() and int(cluster_index.max()) >= clusters:
         raise IndexError(
@@ -161,6 +163,7 @@ def forward(
         as_rows(query),
         as_rows(key),
         as_rows(value),
+        flat(query_positions),
         flat(positions),
         cluster_index.contiguous().view(-1).numpy(),
         cluster_offsets.contiguous().numpy(),

@@ -82,7 +82,7 @@ def shared_at(token, tile_first, shape):
 
 @njit(inline="always")
 def query_gradients(
-    chunk, grad, query, positions, cluster_index, offsets, bias, scale, log2_scale, shape,
+    chunk, grad, query, query_positions, cluster_index, offsets, bias, scale, log2_scale, shape,
     packed_key, key_rows, packed_value, points, normal, grad_query, partial, tile_first, shared,
 ):  # fmt: skip
     """Gradients of a chunk's queries, and its share of those of weight, bias and blank token."""
@@ -109,7 +109,9 @@ def query_gradients(
             first = i * width
             counts[i] = list_blocks(cluster_index, group + i, offsets, shape, blocks, first)
             at = i * phi_size(width, shape)
-            relate_all(positions, group + i, points, blocks, first, counts[i], shape, phi, at)
+            relate_all(
+                query_positions, group + i, points, blocks, first, counts[i], shape, phi, at
+            )
         # One head after the other: what it reads of keys and values stays in the fastest cache.
         for row in range(shape.heads * tokens):
             head, i = row // tokens, row % tokens
@@ -291,7 +293,8 @@ def end_of_tile(queries, begin, end, tile_end):
 
 @kernel
 def attend_backward(
-    grad, query, key, value, positions, cluster_index, offsets, inverse_offsets, inverse_queries,
+    grad, query, key, value, query_positions, positions, cluster_index, offsets,
+    inverse_offsets, inverse_queries,
     bias, scale, log2_scale, shape, packed_key, key_rows, packed_value, points, normal,
     grad_query, grad_key, grad_value, partial, tile_chunks, shared, begins,
 ):  # fmt: skip
@@ -306,8 +309,8 @@ def attend_backward(
     for first_chunk in range(0, chunks, tile_chunks):
         for chunk in prange(first_chunk, min(first_chunk + tile_chunks, chunks)):
             query_gradients(
-                chunk, rows_of(grad), rows_of(query), pointer(positions), pointer(cluster_index),
-                pointer(offsets), bias_of(bias), scale, log2_scale, shape, pointer(packed_key),
+                chunk, rows_of(grad), rows_of(query), pointer(query_positions),
+                pointer(cluster_index), pointer(offsets), bias_of(bias), scale, log2_scale, shape, pointer(packed_key),
                 pointer(key_rows), pointer(packed_value), pointer(points), pointer(normal),
                 pointer(grad_query), pointer(partial), first_chunk * CHUNK, pointer(shared),
             )  # fmt: skip
@@ -344,8 +347,8 @@ def make_plan(cluster_index, cluster_offsets, cluster_size, training, copies=1):
 
 def backward(
     grad, output, normal,
-    query, key, value, positions, cluster_index, cluster_offsets, cluster_size, plan,
-    position_weight, position_bias, blank_key, blank_value, scale,
+    query, key, value, query_positions, positions, cluster_index, cluster_offsets, cluster_size,
+    plan, position_weight, position_bias, blank_key, blank_value, scale,
 ):  # fmt: skip
     """Gradients of query, key, value, weight, bias and blank tokens; empty ones for what is `None`.
 
@@ -356,7 +359,8 @@ def backward(
         query, positions, cluster_index, cluster_offsets, cluster_size, position_weight
     )
     inverse = plan or make_plan(cluster_index, cluster_offsets, cluster_size, True)
-    rows = [torch.empty(query.shape, dtype=torch.float32) for _ in range(3)]
+    empty = torch.empty if shape.tokens else torch.zeros  # no query, and nothing is written
+    rows = [empty(x.shape, dtype=torch.float32) for x in (query, key, value)]
     chunks = -(-shape.tokens // CHUNK)
     partial = np.empty((chunks, partial_size(shape)), np.float32)
     per_chunk = CHUNK * shape.heads * shared_size(shape)
@@ -366,6 +370,7 @@ def backward(
         as_rows(query),
         as_rows(key),
         as_rows(value),
+        flat(query_positions),
         flat(positions),
         cluster_index.contiguous().view(-1).numpy(),
         cluster_offsets.contiguous().numpy(),

@@ -46,17 +46,17 @@ __all__ = ["backward", "forward", "make_plan", "variants"]
 _STRIDES = ("query_token", "query_head", "key_token", "key_head", "value_token", "value_head")
 _INTEGERS = (
     *_STRIDES, "tokens", "heads", "octets", "features", "has_bias", "has_blank", "capacity",
-    "cluster_size", "reciprocal", "shift",
+    "cluster_size", "reciprocal", "shift", "last_key",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def neighborhood_attention_fwd_kernel(
-    query, key, value, positions, counts, rows, lengths, members,
+    query, key, value, query_positions, positions, counts, rows, lengths, members,
     position_weight, position_bias, blank_key, blank_value, output, normal,
     query_token, query_head, key_token, key_head, value_token, value_head,
     tokens, heads, octets, features, has_bias, has_blank,
-    capacity, cluster_size, reciprocal, shift, scale,
+    capacity, cluster_size, reciprocal, shift, last_key, scale,
     AXES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def neighborhood_attention_fwd_kernel(
     tile = tl.program_id(0) // parts
     lane = tl.arange(0, TILE)
     row = tl.minimum(tile * TILE + lane, tokens - 1)
-    x, y, z = load_points(positions, row, AXES)
+    x, y, z = load_points(query_positions, row, AXES)
     point = (x[:, None], y[:, None], z[:, None])
     log2_scale = scale * LOG2_E
     own_bit = (1 << lane)[:, None]
@@ -91,7 +91,7 @@ def neighborhood_attention_fwd_kernel(
     for start in range(0, count * cluster_size, KEYS):
         key_row, key_point, attending = load_keys(
             start, count, rows + first, lengths + first, members + first,
-            cluster_size, reciprocal, shift, positions, tokens - 1, AXES, KEYS,
+            cluster_size, reciprocal, shift, positions, last_key, AXES, KEYS,
         )  # fmt: skip
         relation = relate(point, key_point, AXES)
         attends = (attending & own_bit) != 0
@@ -137,7 +137,15 @@ def _variant(dtype, learned, axes, width, heads):
     rows = (dtype,) * 3
     return Variant(
         neighborhood_attention_fwd_kernel,
-        (*rows, torch.float32, *(torch.int32,) * 4, *(learned,) * 4, dtype, torch.float32)
+        (
+            *rows,
+            torch.float32,
+            torch.float32,
+            *(torch.int32,) * 4,
+            *(learned,) * 4,
+            dtype,
+            torch.float32,
+        )
         + ("i32",) * len(_INTEGERS)
         + ("fp32",),
         {
@@ -167,10 +175,10 @@ def variants():
 
 
 def forward(
-    query, key, value, positions, cluster_index, cluster_offsets, cluster_size, plan,
-    position_weight, position_bias, blank_key, blank_value, scale,
+    query, key, value, query_positions, positions, cluster_index, cluster_offsets, cluster_size,
+    plan, position_weight, position_bias, blank_key, blank_value, scale,
 ):  # fmt: skip
-    """Output (T, H, d) and the softmax's normalization (T, H, 2)."""
+    """Output (Q, H, d) and the softmax's normalization (Q, H, 2)."""
     tokens, heads, channels = query.shape
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     normal = torch.empty((tokens, heads, 2), dtype=torch.float32, device=query.device)
@@ -181,9 +189,17 @@ def forward(
     together = max(n for n in heads_together(query.dtype, width) if heads % n == 0)
     _variant(query.dtype, learned[0].dtype, positions.shape[1], width, together).launch(
         lambda constants: (-(-tokens // TILE) * (heads // constants["HEADS"]),),
-        *(*inputs, positions.contiguous(), *tiles, *learned, output, normal),
+        *(
+            *inputs,
+            query_positions.contiguous(),
+            positions.contiguous(),
+            *tiles,
+            *learned,
+            output,
+            normal,
+        ),
         *(number for pair in strides for number in pair),
         *(tokens, heads, channels // 8, *flags),
-        *(tiles[1].shape[1], cluster_size, *division(cluster_size), scale),
+        *(tiles[1].shape[1], cluster_size, *division(cluster_size), len(key) - 1, scale),
     )
     return output, normal

@@ -51,18 +51,19 @@ _STRIDES = (
 )  # fmt: skip
 _QUERY_INTEGERS = (
     *_STRIDES, "tokens", "heads", "octets", "features", "has_bias", "has_blank", "capacity",
-    "cluster_size", "reciprocal", "shift",
+    "cluster_size", "reciprocal", "shift", "last_key",
 )  # fmt: skip
 _KEY_INTEGERS = (*_STRIDES, "clusters", "heads", "octets", "features", "has_bias", "group")
 
 
 @triton.jit(do_not_specialize=_QUERY_INTEGERS)
 def neighborhood_attention_bwd_query_kernel(
-    grad, output, normal, query, key, value, positions, counts, rows, lengths, members,
+    grad, output, normal, query, key, value, query_positions, positions,
+    counts, rows, lengths, members,
     position_weight, position_bias, blank_key, blank_value, grad_query, means, shares,
     grad_token, grad_head, query_token, query_head, key_token, key_head, value_token, value_head,
     tokens, heads, octets, features, has_bias, has_blank,
-    capacity, cluster_size, reciprocal, shift, scale,
+    capacity, cluster_size, reciprocal, shift, last_key, scale,
     AXES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +84,7 @@ def neighborhood_attention_bwd_query_kernel(
     largest = tl.load(normal + at * 2)
     factor = tl.load(normal + at * 2 + 1)
     scaled_mean = (mean * factor)[:, None]
-    x, y, z = load_points(positions, row, AXES)
+    x, y, z = load_points(query_positions, row, AXES)
     point = (x[:, None], y[:, None], z[:, None])
     weights, bias = load_bias(position_weight, position_bias, head, features, has_bias, AXES)
     log2_scale = scale * LOG2_E
@@ -101,7 +102,7 @@ def neighborhood_attention_bwd_query_kernel(
     for start in range(0, count * cluster_size, KEYS):
         key_row, key_point, attending = load_keys(
             start, count, rows + first, lengths + first, members + first,
-            cluster_size, reciprocal, shift, positions, tokens - 1, AXES, KEYS,
+            cluster_size, reciprocal, shift, positions, last_key, AXES, KEYS,
         )  # fmt: skip
         k = load_rows(key, key_row, head, key_token, key_head, octets, WIDTH)
         v = load_rows(value, key_row, head, value_token, value_head, octets, WIDTH)
@@ -151,7 +152,7 @@ def neighborhood_attention_bwd_query_kernel(
 
 @triton.jit(do_not_specialize=_KEY_INTEGERS)
 def neighborhood_attention_bwd_key_kernel(
-    grad, normal, means, query, key, value, positions,
+    grad, normal, means, query, key, value, query_positions, positions,
     cluster_offsets, begins, counts, queries, members,
     position_weight, position_bias, grad_key, grad_value,
     grad_token, grad_head, query_token, query_head, key_token, key_head, value_token, value_head,
@@ -196,7 +197,7 @@ def neighborhood_attention_bwd_key_kernel(
         slot = tl.minimum(slot, count - 1)
         query_row = tl.load(queries + slot)
         attended = tl.where(listed, tl.load(members + slot), 0)
-        qx, qy, qz = load_points(positions, query_row, AXES)
+        qx, qy, qz = load_points(query_positions, query_row, AXES)
         relation = relate((qx[None, :], qy[None, :], qz[None, :]), point, AXES)
         attends = (attended[None, :] & own_bit) != 0
         new_key, new_value = (), ()
@@ -286,7 +287,7 @@ def _query_variant(dtype, learned, axes, width):
     wide = dtype == torch.float32
     return Variant(
         neighborhood_attention_bwd_query_kernel,
-        (dtype, dtype, torch.float32, *(dtype,) * 3, torch.float32, *(torch.int32,) * 4)
+        (dtype, dtype, torch.float32, *(dtype,) * 3, *(torch.float32,) * 2, *(torch.int32,) * 4)
         + (*(learned,) * 4, dtype, torch.float32, torch.float32)
         + ("i32",) * len(_QUERY_INTEGERS)
         + ("fp32",),
@@ -313,7 +314,7 @@ def _key_variant(dtype, learned, axes, width, heads):
     wide = dtype == torch.float32
     return Variant(
         neighborhood_attention_bwd_key_kernel,
-        (dtype, torch.float32, torch.float32, *(dtype,) * 3, torch.float32)
+        (dtype, torch.float32, torch.float32, *(dtype,) * 3, torch.float32, torch.float32)
         + (*(torch.int32,) * 5, learned, learned, dtype, dtype)
         + ("i32",) * len(_KEY_INTEGERS)
         + ("fp32",),
@@ -375,8 +376,8 @@ def variants():
 
 def backward(
     grad, output, normal,
-    query, key, value, positions, cluster_index, cluster_offsets, cluster_size, plan,
-    position_weight, position_bias, blank_key, blank_value, scale,
+    query, key, value, query_positions, positions, cluster_index, cluster_offsets, cluster_size,
+    plan, position_weight, position_bias, blank_key, blank_value, scale,
 ):  # fmt: skip
     """Gradients of query, key, value and what is learned; empty ones for what is `None`."""
     (tokens, heads, channels), axes = query.shape, positions.shape[1]
@@ -388,7 +389,7 @@ def backward(
     inputs, strides = zip(*(readable(x) for x in (grad, query, key, value)), strict=True)
     grad, *inputs = inputs
     strides = [number for pair in strides for number in pair]
-    positions = positions.contiguous()
+    points = query_positions.contiguous(), positions.contiguous()
     width = width_of(channels)
 
     d_rows = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value)]
@@ -399,10 +400,10 @@ def backward(
     shares = torch.empty(programs, columns, device=device, dtype=torch.float32)
     variant.launch(
         (programs * heads,),
-        *(grad, output.contiguous(), normal, *inputs, positions, *tiles, *learned),
+        *(grad, output.contiguous(), normal, *inputs, *points, *tiles, *learned),
         *(d_rows[0], means, shares),
         *(*strides, tokens, heads, channels // 8, *flags),
-        *(tiles[1].shape[1], cluster_size, *division(cluster_size), scale),
+        *(tiles[1].shape[1], cluster_size, *division(cluster_size), len(key) - 1, scale),
     )
     group = clusters_per_group(cluster_size)
     together = max(n for n in heads_together(query.dtype, width) if heads % n == 0)
@@ -416,7 +417,7 @@ def backward(
             normal,
             means,
             *inputs,
-            positions,
+            *points,
             cluster_offsets.contiguous(),
             *groups,
             *learned[:2],

@@ -26,6 +26,7 @@ def neighborhood_attention(
     positions: Tensor,
     neighborhoods: Neighborhoods,
     *,
+    query_positions: Tensor | None = None,
     position_weight: Tensor | None = None,
     position_bias: Tensor | None = None,
     blank_key: Tensor | None = None,
@@ -35,20 +36,24 @@ def neighborhood_attention(
 ) -> Tensor:
     """Local attention with a relative position bias (AutoFocusFormer, section 3.3).
 
-    The logit of token i and its neighbor j is ``scale * query_i . key_j + position_weight .
-    phi(positions_j - positions_i) + position_bias``. The softmax also runs over a learned blank
-    token, if there is one: its logit is ``scale * query_i . blank_key``, without bias. It lets a
-    token attend to nothing near it. A token whose neighborhood is empty gets zeros, or
+    The logit of query i and its neighbor j is ``scale * query_i . key_j + position_weight .
+    phi(positions_j - query_positions_i) + position_bias``. The softmax also runs over a learned
+    blank token, if there is one: its logit is ``scale * query_i . blank_key``, without bias. It
+    lets a query attend to nothing near it. A query whose neighborhood is empty gets zeros, or
     `blank_value`.
 
     Args:
-        query, key, value: (T, H, d) float32, bfloat16, float16 or float64, rows in cluster order.
-            Strided views (of one key-value projection) are read without a copy where their last
-            stride is 1.
+        query: (Q, H, d) float32, bfloat16, float16 or float64: of the T tokens themselves, in
+            cluster order, or with `query_positions` of any others (cross attention).
+        key, value: (T, H, d), rows in cluster order. Strided views (of one key-value projection)
+            are read without a copy where their last stride is 1.
         positions: (T, D) float32, D = 2 or 3, rows in cluster order; only the reference
             gives them gradients.
-        neighborhoods: the clusters that each of the T tokens attends to, none twice.
-            `neighborhoods.with_plan()` saves every call the work of preparing them.
+        neighborhoods: the clusters that each query attends to, none twice; lists of neighbors by
+            `Neighborhoods.from_lists`. `neighborhoods.with_plan()` saves every call the work of
+            preparing them.
+        query_positions: (Q, D) float32; `None` where the queries are the tokens. Only the reference
+            gives them gradients.
         position_weight: (H, F) weights of the relative position features. F = 5 in 2-D: dx, dy,
             distance, sine, cosine. F = 7 in 3-D: dx, dy, dz, distance, unit vector. F = D: only
             the differences. In the units of `positions`; `None` means no such term. Below 1.1e-19,
@@ -60,21 +65,27 @@ def neighborhood_attention(
             arithmetic, d a multiple of 8 up to 128), or `None` for the device's own.
 
     Returns:
-        (T, H, d) in the dtype of `query`. Sums are accumulated in float32, for float64 in float64.
+        (Q, H, d) in the dtype of `query`. Sums are accumulated in float32, for float64 in float64.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device, or `impl`
             cannot run the arguments; the message names the argument.
     """
-    query = check_tensor("query", query, ("T", "H", "d"), FLOATS)
-    tokens, heads, channels = query.shape
+    query = check_tensor("query", query, ("Q", "H", "d"), FLOATS)
+    queries, heads, channels = query.shape
     device = query.device
+    positions = check_positions("positions", positions)
+    tokens, dimensions = positions.shape
+    if query_positions is None:
+        check_tensor("positions", positions, (queries, dimensions), None, device)
+        query_positions = positions
+    else:
+        check_tensor("positions", positions, (tokens, dimensions), None, device)
+        query_positions = check_positions("query_positions", query_positions, dimensions)
+        check_tensor("query_positions", query_positions, (queries, dimensions), None, device)
     for name, tensor in (("key", key), ("value", value)):
         check_tensor(name, tensor, (tokens, heads, channels), (query.dtype,), device)
-    positions = check_positions("positions", positions)
-    dimensions = positions.shape[1]
-    check_tensor("positions", positions, (tokens, dimensions), None, device)
-    check_neighborhoods(neighborhoods, tokens, device)
+    check_neighborhoods(neighborhoods, queries, tokens, device)
     check_order("positions", positions, neighborhoods.clusters)
     if position_weight is not None:
         features = (dimensions, 5 if dimensions == 2 else 7)
@@ -99,8 +110,10 @@ def neighborhood_attention(
         check_number("scale", scale)
 
     lacks = {
-        "cpu": lambda: _fused_lacks(query, positions),
-        "triton": lambda: _fused_lacks(query, positions) or neighborhoods.triton_lacks(),
+        "cpu": lambda: _fused_lacks(query, positions, query_positions),
+        "triton": lambda: (
+            _fused_lacks(query, positions, query_positions) or neighborhoods.triton_lacks()
+        ),
     }
     chosen = choose("neighborhood_attention", impl, lacks, device)
     if chosen != "reference":
@@ -109,6 +122,7 @@ def neighborhood_attention(
             query,
             key,
             value,
+            query_positions,
             positions,
             neighborhoods.cluster_index,
             clusters.offsets,
@@ -128,6 +142,7 @@ def neighborhood_attention(
         value,
         positions,
         neighborhoods,
+        query_positions=query_positions,
         position_weight=position_weight,
         position_bias=position_bias,
         blank_key=blank_key,
@@ -136,11 +151,11 @@ def neighborhood_attention(
     )
 
 
-def _fused_lacks(query: Tensor, positions: Tensor) -> str | None:
+def _fused_lacks(query: Tensor, positions: Tensor, query_positions: Tensor) -> str | None:
     """Why neither the CPU nor the Triton kernels can run, in words, or `None`."""
     if query.dtype == torch.float64:
         return "query is float64 and the kernels compute in float32"
     channels = query.shape[2]
     if channels % 8 or not 8 <= channels <= 128:
         return f"query has {channels} channels per head, not a multiple of 8 in 8..128"
-    return lacks_gradient_of(positions=positions)
+    return lacks_gradient_of(positions=positions, query_positions=query_positions)

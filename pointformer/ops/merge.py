@@ -77,7 +77,7 @@ def scored_merge(
     check_tensor("scores", scores, (tokens,), FLOATS, device)
     positions = _check_positions("positions", positions, tokens, None, device)
     check_tensor("center_index", center_index, ("T'",), INTEGERS, device)
-    check_neighborhoods(neighborhoods, tokens, device)
+    check_neighborhoods(neighborhoods, tokens, tokens, device)
     check_order("positions", positions, neighborhoods.clusters)
     _check_weight_net(weight, bias, norm_weight, norm_bias, eps, positions.shape[1], device)
 

@@ -93,7 +93,7 @@ def neighborhood_attention_backward(a: Arguments, output: Tensor) -> Traffic:
         tokens * (4 * row + point + 12)  # query, output, gradient, query's gradient
         + rows * (2 * row + point)
         + 12 * clusters
-        + tokens * (4 * row + point)  # key, value and their gradients
+        + len(a["key"]) * (4 * row + point)  # key, value and their gradients
         + queries * (2 * row + point + 12 + 8)
     )
     return Traffic(heads * per_head, (rows + queries) / max(tokens, 1))

@@ -140,7 +140,8 @@ def neighborhood_attention(a: Arguments, output: Tensor) -> Work:
     channels = output.shape[1] * output.shape[2]
     bias_weights = 0 if weight is None else weight.numel()
     return Work(
-        num_bytes(a["query"], a["key"], a["value"], output, a["positions"])
+        num_bytes(*(a[name] for name in ("query", "key", "value", "positions", "query_positions")))
+        + num_bytes(output)
         + _lists(neighborhoods)
         + _learned(a),
         2 * attention_multiply_adds(pairs, blanks, channels, bias_weights),

@@ -16,6 +16,7 @@ def neighborhood_attention(
     positions: Tensor,
     neighborhoods: Neighborhoods,
     *,
+    query_positions: Tensor,
     position_weight: Tensor | None,
     position_bias: Tensor | None,
     blank_key: Tensor | None,
@@ -25,13 +26,13 @@ def neighborhood_attention(
     """See `pointformer.ops.neighborhood_attention`; float64 inputs are computed in float64."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     with torch.autocast(query.device.type, enabled=False):
-        rows, mask = neighborhoods.members()  # (T, M)
+        rows, mask = neighborhoods.members()  # (Q, M)
         scaled = query.to(dtype) * scale
         logits = torch.einsum("thd,tmhd->thm", scaled, key.to(dtype)[rows])
         if position_weight is not None:
-            points = positions.to(dtype)
+            points, places = positions.to(dtype), query_positions.to(dtype)
             full = position_weight.shape[1] != positions.shape[1]
-            features = relative_position(points[rows] - points[:, None], full)
+            features = relative_position(points[rows] - places[:, None], full)
             logits = logits + torch.einsum("tmf,hf->thm", features, position_weight.to(dtype))
         if position_bias is not None:
             logits = logits + position_bias.to(dtype)[:, None]

@@ -19,8 +19,10 @@ from helpers.attention import (
     cut,
     gradients,
     make_inputs,
+    make_lists,
     nearest,
     neighborhood_lists,
+    places_of,
     registered_arguments,
 )
 from pointformer.clusters import Neighborhoods
@@ -38,7 +40,8 @@ def brute_force(tensors, positions, neighborhoods, scale):
     for i, clusters in enumerate(neighborhoods.cluster_index.tolist()):
         rows = [j for c in clusters if c >= 0 for j in range(offsets[c], offsets[c + 1])]
         logits = scale * torch.einsum("hd,jhd->hj", tensors["query"][i], tensors["key"][rows])
-        delta = positions[rows].to(logits.dtype) - positions[i]
+        points, places = places_of(positions)
+        delta = points[rows].to(logits.dtype) - places[i]
         if "position_weight" in tensors:
             weight = tensors["position_weight"]
             phi = relative_position(delta, full=weight.shape[1] != delta.shape[1])
@@ -60,6 +63,23 @@ def test_reference_is_the_definition(dimensions, options):
     inputs = make_inputs(dimensions=dimensions, **options)
     output = attend(*inputs, scale=0.3)
     torch.testing.assert_close(output, brute_force(*inputs, scale=0.3), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("queries", [None, 9])
+def test_reference_over_lists_is_the_definition(queries):
+    inputs = make_lists(queries=queries)
+    output = attend(*inputs, scale=0.3)
+    torch.testing.assert_close(output, brute_force(*inputs, scale=0.3), rtol=0, atol=1e-13)
+
+
+def test_reference_gradcheck_of_cross_attention():
+    tensors, places, neighborhoods = make_lists(tokens=6, queries=3, k=3, heads=1, channels=2)
+    tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+    def function(*values):
+        return attend(dict(zip(tensors, values, strict=True)), places, neighborhoods)
+
+    assert torch.autograd.gradcheck(function, list(tensors.values()))
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
@@ -152,6 +172,62 @@ def token_sets(draw):
 @given(token_sets())
 def test_fused_matches_float64(inputs):
     check_against_float64(inputs)
+
+
+@st.composite
+def listed_tokens(draw):
+    dimensions = draw(st.sampled_from([2, 3]))
+    return make_lists(
+        tokens=draw(st.integers(1, 60)),
+        queries=draw(st.sampled_from([None, 1, 7, 90])),
+        k=draw(st.integers(1, 20)),
+        dimensions=dimensions,
+        heads=draw(st.integers(1, 3)),
+        channels=draw(st.sampled_from([8, 16, 24])),
+        features=draw(st.sampled_from([0, dimensions, 2 * dimensions + 1])),
+        blank=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@given(listed_tokens())
+def test_fused_over_lists_matches_float64(inputs):
+    check_against_float64(inputs)
+
+
+def test_queries_among_no_tokens():
+    tensors, places, neighborhoods = make_lists(tokens=0, queries=3)
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    for impl in ("reference", "cpu"):
+        output = attend(tensors, places, neighborhoods, impl=impl)
+        torch.testing.assert_close(output, tensors["blank_value"].expand(3, -1, -1))
+
+
+def test_cross_attention_over_clusters():
+    """Queries at the tokens' own places, in another order and fewer."""
+    tensors, positions, neighborhoods = make_inputs(dtype=torch.float32)
+    rows = torch.tensor([7, 3, 3, 20, 0])
+    some = tensors | {"query": tensors["query"][rows]}
+    for impl in ("reference", "cpu"):
+        whole = attend(tensors, positions, neighborhoods, impl=impl)
+        places = positions, positions[rows]
+        own = neighborhoods.select(rows)
+        torch.testing.assert_close(attend(some, places, own, impl=impl), whole[rows])
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        ([[0, 1], [2, 2]], ValueError, "row twice in list 1"),
+        ([[0, 3]], IndexError, "rows of 3 tokens, or -1, got 3"),
+        ([[-2, 1]], IndexError, "rows of 3 tokens, or -1, got -2"),
+        ([0, 1], ValueError, "neighbor_index: expected shape"),
+        ([[0.0, 1.0]], TypeError, "neighbor_index: expected dtype"),
+    ],
+)
+def test_lists_that_cannot_be(index, error, message):
+    with pytest.raises(error, match=message):
+        Neighborhoods.from_lists(torch.tensor(index), torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

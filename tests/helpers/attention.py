@@ -84,8 +84,58 @@ def make_inputs(
     return tensors, positions, neighborhoods
 
 
+def make_lists(
+    tokens=23,
+    queries=None,
+    k=5,
+    dimensions=3,
+    heads=2,
+    channels=8,
+    features=None,
+    blank=True,
+    seed=0,
+):
+    """As `make_inputs`, with lists of tokens in the place of clusters, some shorter than others.
+
+    With `queries` these are others than the tokens, and the positions are a pair: of the tokens,
+    and of the queries.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = tokens if queries is None else queries
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    positions = torch.rand(tokens, dimensions, generator=generator) * 10
+    index = torch.rand(rows, tokens, generator=generator).argsort(1)[:, :k]
+    index = torch.nn.functional.pad(index, (0, k - index.shape[1]), value=-1)
+    short = torch.rand(rows, k, generator=generator) < 0.2
+    neighborhoods = Neighborhoods.from_lists(index.masked_fill(short, -1), positions)
+    tensors = {
+        "query": normal(rows, heads, channels),
+        "key": normal(tokens, heads, channels),
+        "value": normal(tokens, heads, channels),
+        "position_bias": normal(heads),
+    }
+    if features != 0:
+        tensors["position_weight"] = normal(heads, features or 2 * dimensions + 1) / 2
+    if blank:
+        tensors["blank_key"] = normal(heads, channels)
+        tensors["blank_value"] = normal(heads, channels)
+    if queries is not None:
+        positions = positions, torch.rand(rows, dimensions, generator=generator) * 10
+    return tensors, positions, neighborhoods
+
+
+def places_of(positions):
+    """Of the tokens, and of the queries, from either or both."""
+    return positions if isinstance(positions, tuple) else (positions, positions)
+
+
 def attend(tensors, positions, neighborhoods, **options):
     tensors = dict(tensors)
+    if isinstance(positions, tuple):
+        positions, options["query_positions"] = positions
     query, key, value = (tensors.pop(name) for name in ("query", "key", "value"))
     if query.dtype == torch.float64:
         options.setdefault("impl", "reference")
@@ -108,7 +158,8 @@ def low_precision(tensors, positions, neighborhoods):
     logits = torch.einsum("thd,tmhd->thm", query * scale, key[rows]).float()
     if "position_weight" in tensors:
         weight = tensors["position_weight"]
-        phi = relative_position(positions[rows] - positions[:, None], weight.shape[1] > 3)
+        points, places = places_of(positions)
+        phi = relative_position(points[rows] - places[:, None], weight.shape[1] > 3)
         logits = logits + torch.einsum("tmf,hf->thm", phi, weight)
     if "position_bias" in tensors:
         logits = logits + tensors["position_bias"][:, None]
@@ -117,7 +168,7 @@ def low_precision(tensors, positions, neighborhoods):
     if "blank_key" in tensors:
         blank = torch.einsum("thd,hd->th", query * scale, tensors["blank_key"].to(query.dtype))
         logits = torch.cat([logits, blank[..., None].float()], -1)
-        blank = tensors["blank_value"].to(value.dtype).expand(len(value), 1, -1, -1)
+        blank = tensors["blank_value"].to(value.dtype).expand(len(query), 1, -1, -1)
         values = torch.cat([values, blank], 1)
     attention = logits.softmax(-1).to(value.dtype)
     return torch.einsum("thm,tmhd->thd", attention, values)
@@ -141,7 +192,7 @@ def check_against_float64(
     exact = {name: tensor.double() for name, tensor in rounded.items()}
     generator = torch.Generator().manual_seed(seed)
     cotangent = torch.randn(tensors["query"].shape, generator=generator)
-    cotangent = cotangent.to(positions.device, dtype)
+    cotangent = cotangent.to(tensors["query"].device, dtype)
     want, want_grads = gradients(exact, positions, neighborhoods, cotangent.double())
     options = {"impl": "reference"} if eager is None else {"function": eager}
     plain = gradients(rounded, positions, neighborhoods, cotangent, **options)
@@ -154,8 +205,8 @@ def check_against_float64(
         assert ours.shape == theirs.shape, name
         # The floor: a few roundings of the terms of a sum, which may cancel.
         term = tensors["query"].shape[2] ** 0.5
-        if name == "position_weight" and len(positions):
-            term *= positions.abs().max().item()
+        if name == "position_weight" and len(tensors["query"]):
+            term *= places_of(positions)[0].abs().max().item()
         size = true.abs().max().item() if true.numel() else 0.0
         floor = 4 * torch.finfo(torch.float32).eps * max(size, term)
         assert error(ours, true) <= 2 * error(theirs, true) + floor, name
@@ -188,7 +239,7 @@ def neighborhood_lists(neighborhoods):
 def registered_arguments(tensors, positions, neighborhoods, impl="cpu"):
     return (
         *(tensors[name] for name in ("query", "key", "value")),
-        positions,
+        *reversed(places_of(positions)),
         *neighborhood_lists(neighborhoods),
         list(neighborhoods.plan),
         *(tensors.get(n) for n in ("position_weight", "position_bias", "blank_key", "blank_value")),

@@ -18,6 +18,7 @@ from helpers.attention import (
     gradients,
     low_precision,
     make_inputs,
+    make_lists,
     nearest,
     neighborhood_lists,
     registered_arguments,
@@ -263,6 +264,13 @@ def test_empty_neighborhood(blank):
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
+@pytest.mark.parametrize("queries", [None, 5, 40])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_lists_and_other_queries(queries, dimensions):
+    inputs = make_lists(queries=queries, dimensions=dimensions, seed=dimensions)
+    check_against_float64(inputs, impl="triton", memory=dirty_memory)
+
+
 @pytest.mark.parametrize("blank", [False, True])
 @pytest.mark.parametrize("sizes", [(), (0,), (0, 1), (1,)])
 def test_few_tokens(sizes, blank):
@@ -368,7 +376,7 @@ def test_can_be_captured(training):
             plan = attention.make_plan(*lists, training, 1)
             for made, planned in zip(plan, neighborhoods.plan, strict=True):
                 assert (made.shape, made.dtype) == (planned.shape, planned.dtype)
-            arguments = (*rows, positions, *lists, plan, *learned, 0.25)
+            arguments = (*rows, positions, positions, *lists, plan, *learned, 0.25)
             made, normal = attention.forward(*arguments)
             assert made.shape == output.shape
             if training:
