@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from pointformer import Neighborhoods, TokenSet, select_centers
 from pointformer.models.backbone import Backbone, PatchEmbed, PatchMerge, StageOutput
 from pointformer.models.config import AFFConfig
-from pointformer.nn import Block, NeighborhoodAttention, ScoredMerge, run_blocks
+from pointformer.nn import Block, NeighborhoodAttention, ScoredMerge
+from pointformer.nn.blocks import run_blocks
 
 
 class AdaptiveMerge(ScoredMerge):

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pointformer import TokenSet
 from pointformer._checks import check_count, describe
+from pointformer.models.config import PointConfig
 from pointformer.models.hcformer import SoftAssignment
 from pointformer.models.heads import DenseHead, HCFormerHead
 from pointformer.models.inference import evaluating
@@ -110,8 +112,15 @@ def merge_multiply_adds(pairs: int, channels: int, mid_channels: int, features: 
     return pairs * mid_channels * (channels + features)
 
 
-def complexity_of(model: Model, height: int, width: int) -> Complexity:
-    """Run one made-up image of height x width pixels and count what each layer did.
+def complexity_of(
+    model: Model,
+    height: int | None = None,
+    width: int | None = None,
+    *,
+    points: int | None = None,
+) -> Complexity:
+    """Run one made-up image of height x width pixels, or so many points, and count what each layer
+    did.
 
     A layer counts by the shapes that it sees, so rate, neighborhood size and options count as
     they are set. Linear layers and convolutions give zeros meanwhile, which is faster. Of a foreign
@@ -119,8 +128,11 @@ def complexity_of(model: Model, height: int, width: int) -> Complexity:
     """
     if not isinstance(model, Model):
         raise TypeError(f"model: expected a Model, got {describe(model)}")
-    check_count("height", height)
-    check_count("width", width)
+    if model.of_points:
+        check_count("points", points)
+    else:
+        check_count("height", height)
+        check_count("width", width)
     totals: Counter[str] = Counter()
     handles = []
     for module in model.modules():
@@ -128,17 +140,26 @@ def complexity_of(model: Model, height: int, width: int) -> Complexity:
             if isinstance(module, kind):
                 handles.append(module.register_forward_hook(_adding(totals, counts)))
     parameter = next(model.parameters())
-    image = torch.zeros(1, model.config.in_channels, height, width).to(parameter)
+    made: Tensor | TokenSet
+    if points is not None and isinstance(model.config, PointConfig):
+        generator = torch.Generator().manual_seed(0)
+        places = torch.rand(points, model.config.dimensions, generator=generator)
+        features = torch.zeros(points, model.config.in_channels)
+        made = model.preprocess(TokenSet(places, features)).to(parameter.device, parameter.dtype)
+    else:
+        assert height is not None
+        assert width is not None
+        made = torch.zeros(1, model.config.in_channels, height, width).to(parameter)
     try:
         with evaluating(model), _ShapesOnly():
-            output = model(image)
+            output = model(made)
     finally:
         for handle in handles:
             handle.remove()
     published = totals["dense"]
     if isinstance(output, MaskPredictions):
         _, queries, classes = output.class_logits.shape
-        totals["semantic"] = queries * (classes - 1) * height * width
+        totals["semantic"] = queries * (classes - 1) * made.shape[-2:].numel()
         published += sum(totals[part] for part in ("windows", "decoder", "masks", "semantic"))
     totals["attention"] += totals.pop("windows", 0)
     parts = ("dense", "attention", "merge", "decoder", "points", "masks", "semantic")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pointformer import TokenSet
 from pointformer._checks import check_option
-from pointformer.nn import FeedForward
+from pointformer.nn.blocks import FeedForward
 
 POSITION_NORMS = ("image", "batch")
 

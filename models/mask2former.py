@@ -18,7 +18,7 @@ from pointformer.models.layers import (
     pad_samples,
     sine_encoding,
 )
-from pointformer.nn import FeedForward
+from pointformer.nn.blocks import FeedForward
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pointformer import TokenSet, batch_from_sizes, interpolate
 from pointformer._checks import check_number, describe
 from pointformer.clusters import offsets_of
-from pointformer.kernels.tables import from_host
 from pointformer.models.backbone import Backbone, StageOutput
 from pointformer.models.config import PointConfig
 from pointformer.nn import (
@@ -26,8 +25,8 @@ from pointformer.nn import (
     PointConv,
     ScoredMerge,
     init_linear,
-    run_blocks,
 )
+from pointformer.nn.blocks import run_blocks
 
 _TYPICAL = 8.0  # distance from the middle, in units of the model
 
@@ -106,10 +105,10 @@ def best_of_runs(
     longest = max((math.ceil(n / m) for n, m in zip(sizes, counts, strict=True) if m), default=1)
     device = scores.device
     sample = batch_from_sizes(counts, device)
-    size = from_host(sizes, torch.int64, device)[sample]
-    count = from_host(counts, torch.int64, device)[sample]
-    run = torch.arange(sum(counts), device=device) - offsets_of(counts, device)[sample]
-    start = offsets_of(tuple(sizes), device)[sample]
+    runs, rows = offsets_of(counts, device), offsets_of(tuple(sizes), device)
+    size, count = rows.diff()[sample], runs.diff()[sample]
+    run = torch.arange(sum(counts), device=device) - runs[sample]
+    start = rows[sample]
     first, end = start + run * size // count, start + (run + 1) * size // count
     row = first[:, None] + torch.arange(longest, device=device)
     inside = row < end[:, None]

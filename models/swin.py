@@ -18,8 +18,8 @@ from pointformer import TokenSet
 from pointformer.models.backbone import Backbone, PatchEmbed, PatchMerge, StageOutput
 from pointformer.models.config import SwinConfig
 from pointformer.models.grid import by_shape
-from pointformer.nn import Block, run_blocks
-from pointformer.nn.blocks import BlockAttention
+from pointformer.nn import Block
+from pointformer.nn.blocks import BlockAttention, run_blocks
 
 
 class Windows:

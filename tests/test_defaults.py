@@ -33,6 +33,7 @@ DEFAULTS = {
     "balanced_cluster": CLUSTERS | {"extent": None, "origin": None},
     "nearest_clusters": NEIGHBORHOODS,
     "neighborhood_attention": {
+        "query_positions": None,
         "position_weight": None,
         "position_bias": None,
         "blank_key": None,
@@ -94,6 +95,7 @@ DEFAULTS = {
     "TokenSet.cluster": CLUSTERS,
     "TokenSet.neighborhoods": NEIGHBORHOODS,
     "TokenSet.to_grid": {"fill": 0.0},
+    "Neighborhoods.from_lists": {},
     "Neighborhoods.with_plan": {"training": True},
 }
 

@@ -17,6 +17,7 @@ from torch import nn
 
 import pointformer
 import pointformer.models
+import pointformer.nn
 from pointformer import (
     Clusters,
     Neighborhoods,
@@ -28,7 +29,14 @@ from pointformer import (
     nearest_clusters,
 )
 from pointformer.annotations import Category
-from pointformer.models import AFFConfig, GridBackbone, Model, SwinConfig
+from pointformer.models import (
+    AFFConfig,
+    GridBackbone,
+    Model,
+    PointConfig,
+    PointPreprocess,
+    SwinConfig,
+)
 from pointformer.segmentation.segment import open_picture
 
 R = {"impl": "reference"}
@@ -93,6 +101,14 @@ MODEL = {
     "categories": [Category("nucleus", (0, 0, 0))],
 }
 SMALL = Model(**MODEL).eval()
+POINT = {
+    **{name: AFF[name] for name in ("dims", "depths", "heads", "neighborhood_size")},
+    **{"mlp_ratio": 1.5, "cluster_size": 4, "rate": 0.5, "layer_scale": 0.5, "drop_path": 0.5},
+    **{"in_channels": 2, "dimensions": 3, "coordinates": "z", "unit": 0.5, "embed_neighbors": 3},
+    **{"curve": "morton", "points": 64},
+}
+SMALL_POINTS = Model("small", PointConfig(**POINT), "point_segmentation", 3, **R).eval()
+CLOUD = TokenSet(torch.rand(24, 3), FEATURES[:, :2], (12, 12))
 TRAINED = Model(**MODEL).eval()
 TRAINED.object_diameter = 8.0
 FOREIGN = GridBackbone(nn.Identity(), (8, 8))
@@ -183,6 +199,10 @@ CALLS = {
     ),
     "collate": (pointformer.collate, {"samples": [GRID, GRID]}),
     "Neighborhoods.with_plan": (AROUND.with_plan, {"training": True, **R}),
+    "Neighborhoods.from_lists": (
+        Neighborhoods.from_lists,
+        {"neighbor_index": INDEX, "positions": POSITIONS, "check_values": True},
+    ),
     "Neighborhoods.select": (AROUND.select, {"rows": torch.arange(3)}),
     "Segmentation.class_name": (FOUND.class_name, {"id": 1}),
     "balanced_cluster": (
@@ -495,6 +515,31 @@ CALLS = {
     ),
     "models.AFFConfig": (AFFConfig, AFF),
     "models.SwinConfig": (SwinConfig, {**SWIN, "window_size": 4}),
+    "models.PointConfig": (PointConfig, POINT),
+    "models.PointPreprocess": (PointPreprocess, {"unit": 0.5}),
+    "models.PointPreprocess.forward": (PointPreprocess().forward, {"tokens": TOKENS}),
+    "models.Model.forward (points)": (SMALL_POINTS.forward, {"images": CLOUD, "with_stages": True}),
+    "nn.Block": (
+        pointformer.nn.Block,
+        {
+            "attention": pointformer.nn.NeighborhoodAttention(8, 2),
+            **{"dim": 8, "hidden": 16, "layer_scale": 0.5, "drop_path_rate": 0.5},
+        },
+    ),
+    "nn.WeightNet": (pointformer.nn.WeightNet, {"features": 5, "mid": 4}),
+    "nn.init_linear": (pointformer.nn.init_linear, {"module": nn.Linear(2, 2)}),
+    "nn.NeighborhoodAttention": (
+        pointformer.nn.NeighborhoodAttention,
+        {"dim": 8, "heads": 2, "dimensions": 3, "expanded_position": True, "blank_token": True},
+    ),
+    "nn.PointConv": (
+        pointformer.nn.PointConv,
+        {"dim": 8, "out_dim": 8, "k": 4, "mid": 4, "dimensions": 3},
+    ),
+    "nn.ScoredMerge": (
+        pointformer.nn.ScoredMerge,
+        {"dim": 8, "out_dim": 8, "mid": 4, "dimensions": 3, "expanded_position": True},
+    ),
     "models.GridBackbone": (
         GridBackbone,
         {"module": nn.Identity(), "dims": (8, 8), "in_channels": 3, "image_size": 32},
@@ -529,7 +574,7 @@ CALLS = {
     "models.Preprocess.forward": (SMALL.preprocess.forward, {"image": torch.zeros(3, 8, 8)}),
     "models.complexity_of": (
         pointformer.models.complexity_of,
-        {"model": SMALL, "height": 16, "width": 16},
+        {"model": SMALL, "height": 16, "width": 16, "points": None},
     ),
     "models.create_model": (
         pointformer.models.create_model,
@@ -608,6 +653,9 @@ ACCEPTED = {
     "models.AFFConfig": "prior None, reserve_share None, mlp_ratio fraction, alpha fraction, "
     "layer_scale fraction",
     "models.SwinConfig": "mlp_ratio fraction, layer_scale fraction",
+    "models.PointConfig": "mlp_ratio fraction, layer_scale fraction, unit fraction",
+    "models.PointPreprocess": "unit fraction",
+    "nn.Block": "layer_scale fraction",
     "models.list_models": "filter text, filter long text",
     # A model can have any name.
     "models.Model": "name text, name long text",
@@ -657,7 +705,12 @@ def parameters_of(function):
 
 def public_names():
     """Functions, classes that are called, and methods with arguments."""
-    modules = {"": pointformer, "models.": pointformer.models, "integrations.": integrations}
+    modules = {
+        "": pointformer,
+        "models.": pointformer.models,
+        "nn.": pointformer.nn,
+        "integrations.": integrations,
+    }
     for prefix, module in modules.items():
         yield from (prefix + name for name in module.__all__)
     for kind in (TokenSet, Clusters, Neighborhoods, Segmentation):

@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from pointformer.models import complexity_of, create_model, list_models
     from pointformer.models.complexity import PUBLISHED
+    from pointformer.models.config import CONFIGS, PointConfig
 
     for name in ("size", "classes"):
         value = getattr(options, name)
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     names = options.names or untrained
     width = max(18, *(len(printable(name)) for name in names))
     print(
-        f"{'model':{width}}{'pixels':>8}{'parameters':>14}"
+        f"{'model':{width}}{'size':>8}{'parameters':>14}"
         + "".join(f"{column:>11}" for column in _COLUMNS)
         + f"{'as papers':>11}{'paper':>8}"
     )
@@ -70,7 +71,8 @@ def run(options: argparse.Namespace) -> int:
     for name in names:
         head, classes = options.head, options.classes
         if name in untrained:
-            head = head or "classification"
+            of_points = isinstance(CONFIGS[name], PointConfig)
+            head = head or ("point_classification" if of_points else "classification")
             classes = classes or (1000 if head == "classification" else 150)
         # With another head it is not the trained model.
         pretrained = False if head or classes else None
@@ -78,8 +80,12 @@ def run(options: argparse.Namespace) -> int:
         if name not in untrained:
             trained[name] = model
         classifies = model.head_name == "classification"
-        size = options.size or (model.config.image_size if classifies else 512)
-        c = complexity_of(model, size, size)
+        if isinstance(model.config, PointConfig):
+            size = model.config.points
+            c = complexity_of(model, points=size)
+        else:
+            size = options.size or (model.config.image_size if classifies else 512)
+            c = complexity_of(model, size, size)
         published = PUBLISHED.get((name, model.head_name))
         if (size, model.num_classes) != ((224, 1000) if classifies else (512, 150)):
             published = None
@@ -108,11 +114,20 @@ def _described(model: Model) -> dict[str, object]:
         "head": {"name": model.head_name, "classes": model.num_classes, **model.head_options},
         "task": model.task,
         "categories": categories or None,
-        "mean of inputs": list(model.preprocess.mean),
-        "deviation of inputs": list(model.preprocess.std),
+        **_inputs(model),
         "diameter of objects": model.object_diameter and f"{model.object_diameter:g} pixels",
         "trained": model.trained or "not said",
     }
+
+
+def _inputs(model: Model) -> dict[str, object]:
+    """How raw inputs are normalized."""
+    from pointformer.models import PointPreprocess
+
+    look = model.preprocess
+    if isinstance(look, PointPreprocess):
+        return {"unit of positions": look.unit or "of each sample"}
+    return {"mean of inputs": list(look.mean), "deviation of inputs": list(look.std)}
 
 
 def _lines(values: dict[str, object], indent: str) -> Iterator[str]:

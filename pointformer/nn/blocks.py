@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pointformer._checks import check_count, check_number, describe
 from pointformer.nn.parallel import WHOLE, BatchPart
 from pointformer.ops import add_norm
 from pointformer.tokens import TokenSet
@@ -21,6 +22,8 @@ HIDDEN = 1 << 22  # numbers that a hidden layer holds at a time at inference
 def init_linear(module: nn.Module) -> None:
     """Start all its Linear layers as transformers do: weights from a normal distribution of
     standard deviation 0.02, cut off at 2, and biases 0."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a module, got {describe(module)}")
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -41,6 +44,8 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, dim: int, hidden: int, activation: type[nn.Module] = GELU) -> None:
         super().__init__()
+        check_count("dim", dim)
+        check_count("hidden", hidden)
         self.fc1 = nn.Linear(dim, hidden)
         self.act = activation()
         self.fc2 = nn.Linear(hidden, dim)
@@ -116,10 +121,15 @@ class Block(nn.Module):
         attention: BlockAttention,
         dim: int,
         hidden: int,
-        layer_scale: float,
-        drop_path_rate: float,
+        layer_scale: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        if not isinstance(attention, nn.Module):
+            raise TypeError(f"attention: expected a module, got {describe(attention)}")
+        check_count("dim", dim)
+        check_number("layer_scale", layer_scale, least=0)
+        check_number("drop_path_rate", drop_path_rate, least=0, most=1)
         self.drop_path_rate = drop_path_rate
         self.recompute = False
         self.part = WHOLE

@@ -35,6 +35,7 @@ class WeightNet(nn.Sequential):
     """Relative positions to `mid` weights: Linear, LayerNorm, GELU; `scored_merge` evaluates it."""
 
     def __init__(self, features: int, mid: int) -> None:
+        check_count("features", features)
         check_count("mid", mid)
         super().__init__(nn.Linear(features, mid), nn.LayerNorm(mid), nn.GELU())
 

@@ -365,7 +365,8 @@ def _made(recipe: Recipe, training: Dataset, processes: Processes) -> tuple[Mode
             "augmentation.mix: mixes pictures two by two; expected an even number of pictures per "
             f"process and part of a batch, got {own}"
         )
-    model = make_model(recipe, training)
+    channels = training.channels if isinstance(training, PointDataset) else None
+    model = make_model(recipe, training.categories, channels)
     fast = processes.device.type == "cpu" and model.backbone.impl != "reference"
     if recipe.strategy == "fsdp" and processes.world > 1 and fast:
         # They hold weights as NumPy arrays, whose memory fully_shard could not free.

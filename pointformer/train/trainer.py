@@ -158,9 +158,8 @@ class Trainer:
 
     def _normalized(self, images: Any) -> Any:
         if isinstance(images[0], TokenSet):
-            points = TokenSet.cat(images).to(self.processes.device)
-            return self.model.preprocess(points)
-        if isinstance(images, Tensor):
+            images = TokenSet.cat(images)
+        if isinstance(images, Tensor | TokenSet):
             return self.model.preprocess(images.to(self.processes.device, non_blocking=True))
         return [self._normalized(image) for image in images]
 

@@ -9,6 +9,7 @@ from PIL import Image
 from pointformer.annotations import Category, Segment
 from pointformer.data import Annotation, Dataset
 from pointformer.data.annotations import Entry
+from pointformer.data.points import PointDataset
 from pointformer.tasks import task_of
 from pointformer.train.initial import make_model
 from pointformer.train.recipe import read_recipe
@@ -84,6 +85,7 @@ def recipe_of(folder, *changes, task="instance", **values):
 
 
 def trainer_of(dataset, recipe):
-    model = make_model(recipe, dataset.categories)
+    channels = dataset.channels if isinstance(dataset, PointDataset) else None
+    model = make_model(recipe, dataset.categories, channels)
     task = task_of(model, recipe.task, dataset.categories, **recipe.loss)
     return Trainer(recipe, model, task, len(dataset))
