@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pointformer import TokenSet
-from pointformer._checks import check_count, describe
+from pointformer._checks import brief, check_count, describe
 from pointformer.models.config import PointConfig
 from pointformer.models.hcformer import SoftAssignment
 from pointformer.models.heads import DenseHead, HCFormerHead
@@ -130,6 +130,8 @@ def complexity_of(
         raise TypeError(f"model: expected a Model, got {describe(model)}")
     if model.of_points:
         check_count("points", points)
+    elif points is not None:
+        raise ValueError(f"points: expected None, {model.name} takes images, got {brief(points)}")
     else:
         check_count("height", height)
         check_count("width", width)
@@ -159,6 +161,7 @@ def complexity_of(
     published = totals["dense"]
     if isinstance(output, MaskPredictions):
         _, queries, classes = output.class_logits.shape
+        assert isinstance(made, Tensor)
         totals["semantic"] = queries * (classes - 1) * made.shape[-2:].numel()
         published += sum(totals[part] for part in ("windows", "decoder", "masks", "semantic"))
     totals["attention"] += totals.pop("windows", 0)

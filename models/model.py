@@ -193,8 +193,8 @@ class Model(nn.Module):
                 f"{describe(config)}"
             )
         if HEADS[head].of_points != isinstance(config, PointConfig):
-            kinds = ("images", "points") if HEADS[head].of_points else ("points", "images")
-            raise ValueError(f"head: {name:.60} is a model of {kinds[0]}, {head!r} of {kinds[1]}")
+            own, other = ("images", "points") if HEADS[head].of_points else ("points", "images")
+            raise ValueError(f"head: {name:.60} is a model of {own}, {head!r} is for {other}")
         check_count("num_classes", num_classes)
         check_option("impl", impl, IMPLS)
         check_option("task", task, (*TASKS, None))
@@ -241,6 +241,13 @@ class Model(nn.Module):
     @property
     def config(self) -> ModelConfig | GridConfig:
         return self.backbone.config
+
+    @property
+    def image_config(self) -> AFFConfig | SwinConfig | GridConfig:
+        """The configuration of a model of images; a `ValueError` if it is one of points."""
+        if isinstance(self.config, PointConfig):
+            raise ValueError(f"model: {self.name} takes points, expected a model of images")
+        return self.config
 
     @property
     def of_points(self) -> bool:
@@ -295,16 +302,16 @@ class Model(nn.Module):
         """
         check_flags(with_stages=with_stages)
         dtype = next(self.parameters()).dtype
-        inputs: Any
+        inputs: Any = images
         if isinstance(self.config, PointConfig):
             inputs = _checked_points(images, self.config)
-            inputs = inputs.with_features(inputs.features.to(dtype))
+            inputs = inputs.to(dtype=dtype)
         else:
             self._check(images)
-            if isinstance(images, Tensor):
-                inputs = images.to(dtype)
+            if isinstance(inputs, Tensor):
+                inputs = inputs.to(dtype)
             else:
-                inputs = [image.to(dtype) for image in images]
+                inputs = [image.to(dtype) for image in inputs]
         stages: list[StageOutput] = self.backbone(inputs)
         output = self.head(stages, inputs, self.backbone.impl)
         return (output, stages) if with_stages else output

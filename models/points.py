@@ -213,6 +213,7 @@ class PointDecoder(nn.Module):
         coarse = stages[-1].tokens
         steps = zip(stages[:-1], self.up, self.blocks, strict=True)
         for stage, up, blocks in reversed(list(steps)):
+            assert isinstance(blocks, nn.ModuleList)
             tokens = stage.tokens
             raised = interpolate(
                 up(coarse.features),

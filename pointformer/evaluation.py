@@ -16,7 +16,7 @@ import pointformer
 from pointformer import TokenSet
 from pointformer.data.annotations import Annotation, Dataset
 from pointformer.data.images import Reading, open_picture
-from pointformer.data.points import read_sample
+from pointformer.data.point_sets import read_sample
 from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.metrics import Metric
 from pointformer.models import Model

@@ -132,7 +132,7 @@ def predict_points(model: Model, task: Task, points: TokenSet) -> Any:
     device = next(model.parameters()).device
     with evaluating(model):
         output = model(model.preprocess(points.to(device)))
-        (found,) = task.decode(output, [(points.num_tokens,)])
+        (found,) = task.decode(output, [(points.num_tokens, 1)])
     return found
 
 

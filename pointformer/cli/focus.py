@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     model = model_from(options, small=is_small([options.image]))
     with torch.inference_mode():
         stages = model.backbone(model.preprocess(to_tensor(image).to(options.device))[None])
-    picture = focus_picture(image, stages, model.config.patch_stride)
+    picture = focus_picture(image, stages, model.image_config.patch_stride)
     with results.write(options.out) as temporary:
         save_sealed(temporary, picture)
     tokens = " -> ".join(str(stage.tokens.num_tokens) for stage in stages)

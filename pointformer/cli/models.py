@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from pointformer.cli.common import printable
 
 if TYPE_CHECKING:
-    from pointformer.models import Model
+    from pointformer.models import Model, Preprocess
 
 _COLUMNS = ("dense", "attention", "merge", "decoder", "points", "masks", "total")
 
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
             size = model.config.points
             c = complexity_of(model, points=size)
         else:
-            size = options.size or (model.config.image_size if classifies else 512)
+            size = options.size or (model.image_config.image_size if classifies else 512)
             c = complexity_of(model, size, size)
         published = PUBLISHED.get((name, model.head_name))
         if (size, model.num_classes) != ((224, 1000) if classifies else (512, 150)):
@@ -124,7 +124,7 @@ def _inputs(model: Model) -> dict[str, object]:
     """How raw inputs are normalized."""
     from pointformer.models import PointPreprocess
 
-    look = model.preprocess
+    look: Preprocess | PointPreprocess = model.preprocess
     if isinstance(look, PointPreprocess):
         return {"unit of positions": look.unit or "of each sample"}
     return {"mean of inputs": list(look.mean), "deviation of inputs": list(look.std)}

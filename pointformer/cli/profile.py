@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device or ("cuda" if gpu else "cpu"))
     dtype = getattr(torch, DTYPES[options.dtype])
     model, only = _model(options)
-    side = model.config.image_size
+    side = model.image_config.image_size
     size = (side, side) if options.size is None else _size(options.size)
     shape = (options.batch, model.config.in_channels, *size)
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pointformer._checks import check_count, check_number
-from pointformer.data.points import PointAnnotation
+from pointformer.data.point_sets import PointAnnotation
 from pointformer.tokens import TokenSet
 
 Sample = tuple[TokenSet, PointAnnotation]

@@ -21,7 +21,7 @@ from pointformer.data.classes import class_folders, read_class_folders
 from pointformer.data.coco import read_coco_instances, read_coco_panoptic
 from pointformer.data.folders import read_folder
 from pointformer.data.labels import found_classes, paired_files, read_ade20k
-from pointformer.data.points import object_splits, read_objects, read_scenes, scene_splits
+from pointformer.data.point_sets import object_splits, read_objects, read_scenes, scene_splits
 from pointformer.data.shards import read_shards, shard_files
 
 _SAME = (("train", "training"), ("val", "validation", "valid", "dev"), ("test", "testing"))

@@ -20,7 +20,7 @@ from pointformer.annotations import VOID, Category
 from pointformer.data.annotations import Dataset, Entry
 from pointformer.data.images import Reading
 from pointformer.data.packed import Packed
-from pointformer.data.points import read_sample
+from pointformer.data.point_sets import read_sample
 from pointformer.tokens import TokenSet
 
 _FORM = 1  # of the file that keeps what was found

@@ -14,7 +14,7 @@ from pointformer.metrics import Metric, SemanticIoU
 from pointformer.models import Output
 from pointformer.nn.parallel import WHOLE, BatchPart
 from pointformer.tasks.classification import Classification
-from pointformer.tasks.task import Task, Truth, on_device
+from pointformer.tasks.task import Size, Task, Truth, on_device
 
 
 class PointClassification(Classification):
@@ -54,13 +54,13 @@ class PointSegmentation(Task):
     def decode(
         self,
         output: Tensor,
-        sizes: Sequence[tuple[int, ...]],
-        output_sizes: Sequence[tuple[int, ...]] | None = None,
+        sizes: Sequence[Size],
+        output_sizes: Sequence[Size] | None = None,
         *,
         min_score: float | None = None,
     ) -> list[np.ndarray]:
         classes = output.argmax(1).int().cpu()
-        return [part.numpy() for part in classes.split([size for (size,) in sizes])]
+        return [part.numpy() for part in classes.split([points for points, _ in sizes])]
 
     def metrics(self) -> list[Metric]:
         return [SemanticIoU(len(self.categories))]

@@ -16,7 +16,7 @@ from pointformer.models import Output
 from pointformer.nn.parallel import WHOLE, BatchPart
 from pointformer.segmentation.tiling import Tile
 
-Size = tuple[int, ...]  # height and width of a picture, or how many points there are
+Size = tuple[int, int]
 
 
 class Truth(Protocol):
@@ -86,7 +86,8 @@ class Task(abc.ABC):
 
         Args:
             output: of the model.
-            sizes: heights and widths of the images that the model saw, or the numbers of points.
+            sizes: heights and widths of the images that the model saw; of point sets the numbers of
+                points, and 1.
             output_sizes: those of the predictions, if others.
             min_score: confidence that what competes for pixels needs; objects that may overlap keep
                 every score.

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from pointformer import TokenSet
 from pointformer.data import Annotation, Dataset, Reading
-from pointformer.data.points import read_sample
+from pointformer.data.point_sets import read_sample
 from pointformer.data.transforms import Transform
 from pointformer.train.ending import left_to_parent
 

@@ -54,7 +54,7 @@ class Data:
         draw: "evenly", or "by_objects": crowded pictures more often, by the root of the number of
             their objects.
         skip_bad: leave out what cannot be read.
-        features: of points, by their names in the files, see `pointformer.data.points`.
+        features: of points, by their names in the files, see `pointformer.data.point_sets`.
     """
 
     path: str | None = None

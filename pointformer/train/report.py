@@ -50,7 +50,7 @@ def draw_token_maps(model: Model, pictures: Sequence[Annotation], run: Path, ste
         image = _middle(annotation.read_image())
         with torch.inference_mode():
             stages = model.backbone(model.preprocess(to_tensor(image).to(device))[None])
-        drawn = focus_picture(image, stages, model.config.patch_stride)
+        drawn = focus_picture(image, stages, model.image_config.patch_stride)
         (run / TOKEN_MAPS).mkdir(parents=True, exist_ok=True)
         with atomic_path(run / TOKEN_MAPS / f"{step:08d}-{number}.jpg") as temporary:
             drawn.save(temporary, quality=85)

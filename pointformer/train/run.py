@@ -19,7 +19,7 @@ from tqdm import tqdm
 import pointformer
 from pointformer._files import atomic_path
 from pointformer.data import Dataset
-from pointformer.data.points import PointDataset
+from pointformer.data.point_sets import PointDataset
 from pointformer.evaluation import evaluate
 from pointformer.models import Model, Output, save_model
 from pointformer.processes import Processes, started_processes

@@ -9,7 +9,7 @@ from PIL import Image
 from pointformer.annotations import Category, Segment
 from pointformer.data import Annotation, Dataset
 from pointformer.data.annotations import Entry
-from pointformer.data.points import PointDataset
+from pointformer.data.point_sets import PointDataset
 from pointformer.tasks import task_of
 from pointformer.train.initial import make_model
 from pointformer.train.recipe import read_recipe

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,16 +167,10 @@ def read_objects(
     named = _named(categories, archive.classes(), [labels])
     kept = _numbered(archive.path, labels, named)
     name = archive.path.stem
-    entries = [
-        Entry(
-            f"{name}/{start}{index:05d}",
-            archive.path,
-            None,
-            partial(_read_object, archive, start, index, int(label)),
-            int(label),
-        )
-        for index, label in enumerate(kept)
-    ]
+    entries = []
+    for index, label in enumerate(kept.tolist()):
+        read: Any = partial(_read_object, archive, start, index, label)
+        entries.append(Entry(f"{name}/{start}{index:05d}", archive.path, None, read, label))
     return PointDataset(path, named, entries, 0)
 
 
@@ -241,7 +236,7 @@ def read_scenes(
             rows = archive["split"] == SPLITS.index(split)
             if not rows.any():
                 continue
-        read = partial(_read_scene, archive, split, tuple(features), named)
+        read: Any = partial(_read_scene, archive, split, tuple(features), named)
         entries.append(Entry(archive.path.stem, archive.path, None, read))
     return PointDataset(path, named, entries, channels)
 

@@ -1,0 +1,186 @@
+"""Models of point sets: what they depend on and what not, and their files."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pointformer import TokenSet
+from pointformer.models import (
+    PointConfig,
+    PointPreprocess,
+    complexity_of,
+    create_model,
+    list_models,
+    load_model,
+    save_model,
+)
+from pointformer.models.points import best_of_runs
+
+TINY = {
+    "dims": (16, 16, 24),
+    "depths": 1,
+    "heads": (2, 2, 3),
+    "neighborhood_size": 16,
+    "embed_neighbors": 6,
+    "rate": 0.25,
+}
+
+
+def tiny(head="point_classification", classes=3, **options):
+    torch.manual_seed(0)
+    return create_model("point_nano", num_classes=classes, head=head, **TINY, **options).eval()
+
+
+def cloud(sizes=(90, 40), channels=0, seed=0, dimensions=3):
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.rand(sum(sizes), dimensions, generator=generator)
+    return TokenSet(positions, torch.rand(sum(sizes), channels, generator=generator), sizes)
+
+
+def run(model, points):
+    with torch.no_grad():
+        return model(model.preprocess(points))
+
+
+@pytest.mark.parametrize("name", list_models("point_*"))
+@pytest.mark.parametrize("head", ["point_classification", "point_segmentation"])
+def test_forward_is_finite(name, head):
+    model = create_model(name, num_classes=7, head=head).eval()
+    out = run(model, cloud((300, 70)))
+    assert out.shape == ((2, 7) if head == "point_classification" else (370, 7))
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("head", ["point_classification", "point_segmentation"])
+@pytest.mark.parametrize("unit", [None, 0.05])
+def test_samples_do_not_see_each_other(head, unit):
+    model = tiny(head, unit=unit)
+    points = cloud((90, 1, 40))
+    together = run(model, points)
+    alone = torch.cat([run(model, sample) for sample in points])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_rows_is_no_matter():
+    points = cloud((80,))
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(1))
+    shuffled = TokenSet(points.positions[order], points.features[order])
+    model = tiny()
+    torch.testing.assert_close(run(model, shuffled), run(model, points), rtol=1e-4, atol=1e-5)
+    model = tiny("point_segmentation")
+    want = run(model, points)[order]
+    torch.testing.assert_close(run(model, shuffled), want, rtol=1e-4, atol=1e-5)
+
+
+def test_objects_of_any_size_and_place_are_alike():
+    model, points = tiny(), cloud((64, 64))
+    moved = TokenSet(points.positions * 40 + 7, points.features, points.sizes)
+    torch.testing.assert_close(run(model, moved), run(model, points), rtol=1e-3, atol=1e-4)
+    spread = model.preprocess(points).positions.view(2, 64, 3)
+    torch.testing.assert_close(spread.mean(1), torch.zeros(2, 3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(spread.square().sum(2).mean(1).sqrt(), torch.full((2,), 8.0))
+
+
+def test_scenes_keep_their_units():
+    points = cloud()
+    assert torch.equal(PointPreprocess(0.25)(points).positions, points.positions / 0.25)
+    same = TokenSet(torch.ones(4, 3))
+    assert torch.equal(PointPreprocess()(same).positions, torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("head", ["point_classification", "point_segmentation"])
+def test_all_parameters_learn(head):
+    model = tiny(head, in_channels=2).train()
+    model(model.preprocess(cloud(channels=2))).square().sum().backward()
+    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not idle
+
+
+def test_two_dimensions():
+    model = tiny("point_segmentation", dimensions=2, coordinates="xy")
+    assert run(model, cloud(dimensions=2)).shape == (130, 3)
+
+
+def test_clustered_points_come_back_in_their_order():
+    model, points = tiny("point_segmentation"), cloud((60,))
+    clustered = model.preprocess(points).cluster(8)
+    with torch.no_grad():
+        assert torch.equal(model(clustered), run(model, points))
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=4), st.floats(0.05, 1.0))
+def test_best_of_runs(sizes, rate):
+    generator = torch.Generator().manual_seed(sum(sizes))
+    scores = torch.rand(sum(sizes), generator=generator)
+    index, counts = best_of_runs(scores, sizes, rate)
+    expected, start = [], 0
+    for size, count in zip(sizes, counts, strict=True):
+        assert count == -int(-size * rate // 1)
+        ends = [start + run * size // max(count, 1) for run in range(count + 1)]
+        for first, end in pairwise(ends):
+            expected.append(first + int(scores[first:end].argmax()))
+        start += size
+    assert index.tolist() == expected
+
+
+@pytest.mark.parametrize("head", ["point_classification", "point_segmentation"])
+def test_a_file_makes_the_same_model(head, tmp_path):
+    model = tiny(head, unit=0.1, in_channels=1)
+    save_model(model, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert loaded.config == model.config
+    assert loaded.preprocess.unit == 0.1
+    points = cloud(channels=1)
+    assert torch.equal(run(loaded, points), run(model, points))
+    other = load_model(tmp_path / "model.safetensors", num_classes=5)
+    assert run(other, points).shape[1] == 5
+
+
+def test_work_is_counted():
+    few, many = (complexity_of(tiny(), points=n) for n in (64, 1024))
+    assert 0 < few.attention < many.attention
+    assert few.parameters == sum(p.numel() for p in tiny().parameters())
+    with pytest.raises(ValueError, match="points: expected a positive integer, got None"):
+        complexity_of(tiny(), 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: create_model("point_nano", head="dense"),
+            "model of points, 'dense' is for images",
+        ),
+        (lambda: create_model("aff_nano", head="point_segmentation"), "is for points"),
+        (lambda: PointConfig(8, 1, 1), "dims: expected the channels"),
+        (lambda: tiny(coordinates=""), "coordinates: expected some where in_channels is 0"),
+        (lambda: tiny(coordinates="yx"), "coordinates: expected one of"),
+        (lambda: tiny()(cloud(channels=1)), "images: expected a TokenSet of 3-D positions and 0"),
+        (lambda: tiny()(cloud((3, 0))), "expected points in every sample, sample 1 has none"),
+        (lambda: tiny()(cloud(dimensions=2)), "images: expected a TokenSet of 3-D"),
+        (lambda: tiny().image_config, "takes points"),
+        (lambda: tiny().reconfigure(alpha=3), "alpha cannot change"),
+    ],
+)
+def test_what_cannot_be_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_images_are_refused():
+    with pytest.raises(TypeError, match="images: this is a model of points; expected a TokenSet"):
+        tiny()(torch.zeros(1, 3, 8, 8))
+
+
+def test_a_lower_rate_keeps_fewer():
+    model, points = tiny(), cloud((200,))
+    counts = []
+    for rate in (0.25, 0.5):
+        model.reconfigure(rate=rate)
+        with torch.no_grad():
+            _, stages = model(model.preprocess(points), with_stages=True)
+        counts.append([stage.tokens.num_tokens for stage in stages])
+    assert counts == [[200, 50, 13], [200, 100, 50]]
