@@ -7,6 +7,7 @@ import torch
 from pointformer import TokenSet
 from pointformer.annotations import VOID
 from pointformer.data import find_source, open_dataset, open_splits
+from pointformer.data.point_sets import PointAnnotation
 from pointformer.data.point_transforms import (
     RandomDrop,
     RandomJitter,
@@ -15,7 +16,6 @@ from pointformer.data.point_transforms import (
     RandomRotation,
     RandomScale,
 )
-from pointformer.data.point_sets import PointAnnotation
 from pointformer.data.statistics import examine
 from pointformer.train.recipe import read_recipe
 
