@@ -545,13 +545,6 @@ FORMATS: dict[str, _Format] = {
         _read_shards,
         lists_classes=False,
     ),
-    "arrays": _Format(
-        "a .npz file of arrays of pictures and labels",
-        ("classification", "semantic", "instance"),
-        lambda path: sorted(_arrays(path)),
-        _read_arrays,
-        lists_classes=False,
-    ),
     "objects": _Format(
         "an archive (.npz) of objects, xyz (n, P, 3) and label (n,)",
         ("point_classification",),
@@ -563,6 +556,13 @@ FORMATS: dict[str, _Format] = {
         ("point_segmentation",),
         scene_splits,
         lambda r: read_scenes(r.path, r.split, r.categories, features=r.features, void=r.void),
+    ),
+    "arrays": _Format(
+        "a .npz file of arrays of pictures and labels",
+        ("classification", "semantic", "instance"),
+        lambda path: sorted(_arrays(path)),
+        _read_arrays,
+        lists_classes=False,
     ),
 }
 """Formats by name."""

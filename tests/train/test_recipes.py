@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.clouds import write_objects, write_scenes
 from helpers.training import dataset_of, trainer_of
 from pointformer.annotations import Category
 from pointformer.data import ADE20K, CITYSCAPES, CITYSCAPES_THINGS, COCO
@@ -16,9 +17,11 @@ from pointformer.data.transforms import (
     RandomResizedCrop,
     Resize,
 )
+from pointformer.models import load_model
 from pointformer.train.initial import make_model
 from pointformer.train.loading import Batches
 from pointformer.train.recipe import RECIPES, read_recipe, write_recipe
+from pointformer.train.run import train
 
 NAMES = sorted(path.name for path in RECIPES.glob("*.yaml"))
 SMALL = [
@@ -30,6 +33,8 @@ SMALL_HEAD = [
     "options.pixel_layers=1", "options.decoder_layers=2", "loss.points=128",
 ]  # fmt: skip
 NUCLEUS = [Category(1, "nucleus")]
+OF_POINTS = [name for name in NAMES if read_recipe(name).task.startswith("point_")]
+OF_PICTURES = [name for name in NAMES if name not in OF_POINTS]
 PUBLISHED = {  # classes, and millions of parameters, of which the published parts are made
     "imagenet_mini.yaml": (1000, {"aff_mini": 6.75, "aff_mini_1_5th": 6.75}),
     "imagenet_tiny.yaml": (1000, {"aff_tiny": 27.0, "aff_tiny_1_5th": 27.0}),
@@ -154,7 +159,7 @@ def one_step(name, folder, *changes, count=4):
     return recipe
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_PICTURES)
 def test_recipes_train(name, tmp_path):
     """A step of a narrow model on small pictures."""
     recipe = read_recipe(name)
@@ -165,8 +170,37 @@ def test_recipes_train(name, tmp_path):
     one_step(name, tmp_path, *changes)
 
 
+@pytest.mark.parametrize("name", OF_POINTS)
+def test_recipes_of_points_train(name, tmp_path):
+    """From a folder of archives to scores and a file, and on from there."""
+    objects = read_recipe(name).task == "point_classification"
+    if objects:
+        write_objects(tmp_path / "objects.npz")
+        own = []
+    else:
+        write_scenes(tmp_path)
+        own = ["data.features=[intensity]", "augmentation.points.region.points=80"]
+    out = tmp_path / "run"
+    small = [*SMALL, *own, "budget.epochs=null", "validation.times=1"]
+    recipe = read_recipe(name, [*small, f"data.path={tmp_path}", "budget.steps=2"])
+    lines = []
+    first = train(recipe, out, say=lines.append)
+    assert set(first) == {
+        *(("top-1 accuracy", "top-5 accuracy") if objects else ("mIoU", "mean accuracy")),
+        *(() if objects else ("pixel accuracy",)),
+    }
+    model = load_model(out / "model.safetensors")
+    assert model.task == recipe.task
+    assert [c.name for c in model.categories] == (
+        ["long", "flat"] if objects else ["ground", "box"]
+    )
+    recipe = read_recipe(name, [*small, f"data.path={tmp_path}", "budget.steps=4"])
+    train(recipe, out, say=lines.append)
+    assert any("goes on from" in line for line in lines)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_PICTURES)
 def test_recipes_train_at_full_width(name, tmp_path):
     recipe = read_recipe(name)
     crop = "crop" if recipe.augmentation.crop else "resized_crop"
