@@ -109,9 +109,7 @@ def query_gradients(
             first = i * width
             counts[i] = list_blocks(cluster_index, group + i, offsets, shape, blocks, first)
             at = i * phi_size(width, shape)
-            relate_all(
-                query_positions, group + i, points, blocks, first, counts[i], shape, phi, at
-            )
+            relate_all(query_positions, group + i, points, blocks, first, counts[i], shape, phi, at)
         # One head after the other: what it reads of keys and values stays in the fastest cache.
         for row in range(shape.heads * tokens):
             head, i = row // tokens, row % tokens
@@ -310,9 +308,10 @@ def attend_backward(
         for chunk in prange(first_chunk, min(first_chunk + tile_chunks, chunks)):
             query_gradients(
                 chunk, rows_of(grad), rows_of(query), pointer(query_positions),
-                pointer(cluster_index), pointer(offsets), bias_of(bias), scale, log2_scale, shape, pointer(packed_key),
-                pointer(key_rows), pointer(packed_value), pointer(points), pointer(normal),
-                pointer(grad_query), pointer(partial), first_chunk * CHUNK, pointer(shared),
+                pointer(cluster_index), pointer(offsets), bias_of(bias), scale, log2_scale, shape,
+                pointer(packed_key), pointer(key_rows), pointer(packed_value), pointer(points),
+                pointer(normal), pointer(grad_query), pointer(partial), first_chunk * CHUNK,
+                pointer(shared),
             )  # fmt: skip
         for cluster in prange(shape.clusters):
             queries = pointer(inverse_queries)

@@ -195,6 +195,16 @@ def test_fused_over_lists_matches_float64(inputs):
     check_against_float64(inputs)
 
 
+def test_no_queries_among_tokens():
+    """Their gradients are zero, not what memory held."""
+    tensors, places, neighborhoods = make_lists(queries=0)
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    for impl in ("reference", "cpu"):
+        output, grads = gradients(tensors, places, neighborhoods, tensors["query"], impl=impl)
+        assert output.shape == (0, 2, 8)
+        assert not any(grad.any() for grad in grads.values())
+
+
 def test_queries_among_no_tokens():
     tensors, places, neighborhoods = make_lists(tokens=0, queries=3)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
