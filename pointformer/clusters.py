@@ -268,7 +268,9 @@ class Neighborhoods:
         known = index >= 0
         index = index.clamp(min=0)
         starts = self.clusters.offsets[index].long()
-        lengths = self.clusters.offsets[index + 1].long() - starts if index.numel() else starts
+        lengths = starts  # of no cluster
+        if self.clusters.num_clusters:
+            lengths = self.clusters.offsets[index + 1].long() - starts
         slot = torch.arange(size, device=index.device)
         mask = (slot < lengths[..., None]) & known[..., None]
         rows = torch.where(mask, starts[..., None] + slot, 0)

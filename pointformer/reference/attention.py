@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pointformer.clusters import Neighborhoods
+from pointformer.reference.gather import rows_or_zeros
 from pointformer.reference.relative_position import relative_position
 
 
@@ -27,12 +28,13 @@ def neighborhood_attention(
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     with torch.autocast(query.device.type, enabled=False):
         rows, mask = neighborhoods.members()  # (Q, M)
+        rows = torch.where(mask, rows, -1)
         scaled = query.to(dtype) * scale
-        logits = torch.einsum("thd,tmhd->thm", scaled, key.to(dtype)[rows])
+        logits = torch.einsum("thd,tmhd->thm", scaled, rows_or_zeros(key.to(dtype), rows))
         if position_weight is not None:
             points, places = positions.to(dtype), query_positions.to(dtype)
             full = position_weight.shape[1] != positions.shape[1]
-            features = relative_position(points[rows] - places[:, None], full)
+            features = relative_position(rows_or_zeros(points, rows) - places[:, None], full)
             logits = logits + torch.einsum("tmf,hf->thm", features, position_weight.to(dtype))
         if position_bias is not None:
             logits = logits + position_bias.to(dtype)[:, None]
@@ -43,8 +45,7 @@ def neighborhood_attention(
             logits = torch.cat([logits, blank[..., None]], -1)
         attention = logits.softmax(-1)
         members = attention[..., : rows.shape[1]].masked_fill(~mask[:, None], 0.0)
-        # Zeros, or the NaN of a token that only fills a gap would spread.
-        values = value.to(dtype)[rows].masked_fill(~mask[..., None, None], 0.0)
+        values = rows_or_zeros(value.to(dtype), rows)
         output = torch.einsum("thm,tmhd->thd", members, values)
         if blank_value is not None:
             output = output + attention[..., -1:] * blank_value.to(dtype)

@@ -19,11 +19,10 @@ def calls():
             {"positions": positions},
         )
     }
-    tensors, places, neighborhoods = attention.make_lists(queries=9)
-    tensors = {key: tensor.float() for key, tensor in tensors.items()}
-    rows = {name: tensors.pop(name) for name in ("query", "key", "value")}
+    given, places, lists = attention.make_lists(queries=9)
+    given = {key: tensor.float() for key, tensor in given.items()}
     found["neighborhood_attention of others"] = (
-        partial(neighborhood_attention, **rows, **tensors, neighborhoods=neighborhoods),
+        partial(neighborhood_attention, **given, neighborhoods=lists),
         dict(zip(("positions", "query_positions"), places, strict=True)),
     )
     case = merge.make_case()
