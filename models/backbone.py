@@ -17,7 +17,7 @@ from pointformer.nn.blocks import GELU, init_linear
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What a stage saw and thought.
+    """Tokens before and after a stage of the backbone, and their scores.
 
     Attributes:
         tokens: the stage's tokens after its blocks, in cluster order; features (T, C).

@@ -29,7 +29,7 @@ from pointformer.models.grid import GridBackbone
 from pointformer.models.heads import (
     CLASSIFIERS,
     HEADS,
-    TASKS,
+    TASK_NAMES,
     check_options,
     options_of,
     output_of,
@@ -272,7 +272,7 @@ class _Description:
         task, options = values.get("task"), values.get("head_options", {})
         trained = values.get("trained")
         check_option("head", head, tuple(HEADS))
-        check_option("task", task, (*TASKS, None))
+        check_option("task", task, (*TASK_NAMES, None))
         check_count("num_classes", classes)
         if diameter is not None:
             check_number("object_diameter", diameter, above=0)
@@ -385,6 +385,6 @@ def check_choices(
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{argument}: expected text or None, got {describe(value)}")
     check_option("head", head, (*HEADS, None))
-    check_option("task", task, (*TASKS, None))
+    check_option("task", task, (*TASK_NAMES, None))
     if num_classes is not None:
         check_count("num_classes", num_classes)

@@ -61,7 +61,8 @@ class Output(Enum):
         return num_classes if self.channels is None else 1
 
 
-TASKS = tuple(dict.fromkeys(task for output in Output for task in output.tasks))
+TASK_NAMES = tuple(dict.fromkeys(task for output in Output for task in output.tasks))
+"""Names of all tasks that models can be made for; `pointformer.tasks` has a class for each."""
 
 
 class Head(nn.Module):

@@ -32,7 +32,7 @@ from pointformer.models.config import (
     config_of,
 )
 from pointformer.models.grid import GridBackbone
-from pointformer.models.heads import HEADS, TASKS, check_options, options_of, output_of
+from pointformer.models.heads import HEADS, TASK_NAMES, check_options, options_of, output_of
 from pointformer.models.points import PointBackbone, PointPreprocess
 from pointformer.models.swin import Swin
 from pointformer.nn import Block
@@ -197,7 +197,7 @@ class Model(nn.Module):
             raise ValueError(f"head: {name:.60} is a model of {own}, {head!r} is for {other}")
         check_count("num_classes", num_classes)
         check_option("impl", impl, IMPLS)
-        check_option("task", task, (*TASKS, None))
+        check_option("task", task, (*TASK_NAMES, None))
         if categories is not None and not (
             isinstance(categories, list | tuple)
             and all(isinstance(category, Category) for category in categories)

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from pointformer.processes import Processes
 
 DEFAULT_MODEL = "aff_nano.nuclei"
-TASKS = (
-    *("semantic", "instance", "panoptic", "classification"),
-    *("point_classification", "point_segmentation"),
-)
 SMALL = 2**22
 """Pixels of the largest picture that one thread is enough for."""
 
@@ -57,6 +53,15 @@ def _rates(text: str) -> float | tuple[float, ...]:
     """A number, or several with commas between."""
     numbers = tuple(map(float, text.split(",")))
     return numbers if len(numbers) > 1 else numbers[0]
+
+
+def add_task_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """`--task`, whose name is checked when the command runs, as that loads the models."""
+    parser.add_argument(
+        "--task",
+        help="semantic, instance, panoptic, classification, point_segmentation or "
+        f"point_classification (default: {default})",
+    )
 
 
 def add_result_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from pointformer._files import make_folder
 from pointformer.cli.common import (
-    TASKS,
     add_model_arguments,
     add_picture_arguments,
     add_result_arguments,
+    add_task_argument,
     joined_processes,
     model_from,
     printable,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pointformer.data.transforms import CenterCrop, Resize
     from pointformer.models import Model
     from pointformer.processes import Processes
+    from pointformer.tasks import Task
 
 _FORMATS = (
     "folder",
@@ -57,11 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder or file of the data set")
     parser.add_argument("--format", choices=_FORMATS, help="default: what DATA looks like")
     parser.add_argument("--split", help="default: val, or all")
-    parser.add_argument(
-        "--task",
-        choices=TASKS,
-        help="default: the model's",
-    )
+    add_task_argument(parser, "the model's")
     parser.add_argument("--annotations", type=Path, help="JSON file of COCO's formats")
     parser.add_argument(
         "--segments", type=Path, help="folder of the PNGs of coco-panoptic (default: beside JSON)"
@@ -164,14 +161,14 @@ def _opened(
     if options.limit is not None and options.limit < 0:
         raise ValueError(f"--limit: expected at least 0, got {options.limit}")
     model = model_from(options)
-    task = task_of(model, options.task).name
+    task = task_of(model, options.task)
     resize, crop = _seen(options, task)
-    source = find_source(options.data, options.format, task, options.annotations)
+    source = find_source(options.data, options.format, task.name, options.annotations)
     if options.format is None and main:
         say(printable(str(source)))
     dataset = open_dataset(
         source,
-        task=task,
+        task=task.name,
         split=options.split,
         annotations=options.annotations,
         segments=options.segments,
@@ -192,13 +189,13 @@ def _opened(
     return model, dataset, {"resize": resize, "crop": crop}, results
 
 
-def _seen(options: argparse.Namespace, task: str) -> tuple[Resize | None, CenterCrop | None]:
+def _seen(options: argparse.Namespace, task: Task) -> tuple[Resize | None, CenterCrop | None]:
     """What the model sees of a picture."""
     from pointformer.data.transforms import CenterCrop, Resize
 
-    classes = task == "classification"
+    classes = task.counts == "pictures"
     if options.center_crop is not None and not classes:
-        raise ValueError(f"--center-crop: is for classification, not for {task}")
+        raise ValueError(f"--center-crop: is for classification, not for {task.name}")
     sides = options.resize or []
     given = (*sides, *(v for v in (options.longest, options.center_crop) if v is not None))
     if len(sides) > 2 or min(given, default=1) < 1 or (options.longest and len(sides) != 1):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pointformer.cli.common import TASKS, is_out_of_memory, say
+from pointformer.cli.common import add_task_argument, is_out_of_memory, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--print-recipe", action="store_true", help="show the recipe that would be trained by"
     )
-    parser.add_argument("--task", choices=TASKS)
+    add_task_argument(parser, "that of the recipe, or semantic")
     parser.add_argument("--model", help="name, see the command models")
     parser.add_argument(
         "--init", help="NAME.TAG, a .safetensors file or a released checkpoint to start from"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
@@ -23,13 +23,9 @@ from pointformer.data.packed import Packed
 from pointformer.data.point_sets import read_sample
 from pointformer.tokens import TokenSet
 
-_FORM = 1  # of the file that keeps what was found
-_COUNTED = {
-    "semantic": "pixels",
-    "classification": "pictures",
-    "point_segmentation": "points",
-    "point_classification": "sets",
-}
+Counts = Literal["objects", "pixels", "pictures", "points", "sets"]
+"""What is counted for each class, see `examine`."""
+_FORM = 2  # of the file that keeps what was found
 _NAMED = 5  # of a list, so many are named
 
 
@@ -66,7 +62,7 @@ class Statistics:
 
     categories: tuple[Category, ...]
     facts: tuple[PictureFacts, ...]
-    counts: str
+    counts: Counts
 
     @property
     def problems(self) -> dict[str, str]:
@@ -193,7 +189,7 @@ class Statistics:
 
 def examine(
     dataset: Dataset,
-    task: str,
+    counts: Counts,
     *,
     cache: str | os.PathLike[str] | None = None,
     threads: int | None = None,
@@ -203,17 +199,17 @@ def examine(
     """Read each picture and annotation of a data set once.
 
     Args:
-        task: what is counted: objects for "instance" and "panoptic", pixels for "semantic",
-            pictures for "classification"; points and point sets for the tasks of points.
+        counts: what is counted for each class, as `Task.counts` says: annotated "objects" and
+            segments, "pixels" of maps of classes, or whole "pictures"; "points" with a class, or
+            whole point "sets".
         cache: a file that keeps what was found: pictures whose files are as they were are not read
             again. `None`: none is kept.
         threads: that read at a time; `None`: one per core.
         progress: whether to show a bar.
         reading: how pictures are read, see `pointformer.data.Reading`.
     """
-    counts = _COUNTED.get(task, "objects")
     labels = [f"{c.id} {c.name}" for c in dataset.categories]
-    whole = json.dumps([_FORM, task, labels, _state(dataset.source), reading], default=str)
+    whole = json.dumps([_FORM, counts, labels, _state(dataset.source), reading], default=str)
     states = [json.dumps([_state(e.image), _state(e.labels), e.label]) for e in dataset.entries]
     known = _kept(cache, whole)
     found: list[PictureFacts | None] = [
@@ -275,7 +271,7 @@ def without_bad(dataset: Dataset, statistics: Statistics) -> Dataset:
     return part
 
 
-def _facts(dataset: Dataset, index: int, counts: str, reading: Reading) -> PictureFacts:
+def _facts(dataset: Dataset, index: int, counts: Counts, reading: Reading) -> PictureFacts:
     entry: Entry = dataset.entries[index]
     try:
         annotation = dataset[index]

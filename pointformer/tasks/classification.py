@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pointformer.annotations import VOID, Category
+from pointformer.data.statistics import Counts
 from pointformer.metrics import Accuracy, Metric
 from pointformer.models import Output
 from pointformer.nn.parallel import WHOLE, BatchPart
@@ -25,6 +27,7 @@ class Classification(Task):
     """
 
     name, output, averages = "classification", Output.SCORES, True
+    counts: ClassVar[Counts] = "pictures"
 
     def __init__(self, categories: Sequence[Category], smoothing: float = 0.0) -> None:
         super().__init__(categories)

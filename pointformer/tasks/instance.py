@@ -28,7 +28,7 @@ from pointformer.tasks.task import MapTask, Size, Truth, on_device
 class Instance(MapTask):
     """Objects of countable classes."""
 
-    name = "instance"
+    name, counts = "instance", "objects"
 
     def truth(self, annotation: Any) -> Any:
         """Without what is no object: segments of uncountable classes, but for crowds."""

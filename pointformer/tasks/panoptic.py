@@ -16,7 +16,7 @@ from pointformer.tasks.task import MapTask, Size
 class Panoptic(MaskTask, MapTask):
     """Of a head that gives queries classes and masks. Predictions are `SegmentMap`s."""
 
-    name = "panoptic"
+    name, counts = "panoptic", "objects"
 
     def decode(
         self,

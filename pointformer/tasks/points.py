@@ -20,7 +20,8 @@ from pointformer.tasks.task import Size, Task, Truth, on_device
 class PointClassification(Classification):
     """The class of a point set. Predictions are (K,) float32 probabilities."""
 
-    name, output, averages = "point_classification", Output.POINT_SCORES, False
+    name, output, counts = "point_classification", Output.POINT_SCORES, "sets"
+    averages = False
 
 
 class PointSegmentation(Task):
@@ -30,7 +31,7 @@ class PointSegmentation(Task):
         smoothing: share of the target that is spread over all classes.
     """
 
-    name, output = "point_segmentation", Output.POINT_CLASSES
+    name, output, counts = "point_segmentation", Output.POINT_CLASSES, "points"
 
     def __init__(self, categories: Sequence[Category], smoothing: float = 0.0) -> None:
         super().__init__(categories)

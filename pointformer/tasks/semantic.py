@@ -24,7 +24,7 @@ class Semantic(MapTask):
     """The class of each pixel. Predictions are scores (K, h, w) in windows, classes (H, W) int32 of
     the picture."""
 
-    name, averages = "semantic", True
+    name, counts, averages = "semantic", "pixels", True
 
     def average(self, copies: Sequence[tuple[Tensor, bool]]) -> Tensor:
         return torch.stack(

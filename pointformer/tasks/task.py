@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pointformer.annotations import Category, Objects, Segment, SegmentMap
+from pointformer.data.statistics import Counts
 from pointformer.metrics import Metric
 from pointformer.models import Output
 from pointformer.nn.parallel import WHOLE, BatchPart
@@ -44,12 +45,14 @@ class Task(abc.ABC):
     Attributes:
         name: what models and commands call it; several kinds of output may have the same.
         output: the kind that it reads.
+        counts: what of the annotations is counted for each class, see `examine`.
         averages: whether predictions of scaled and mirrored copies can be averaged.
         categories: the classes of what is found.
     """
 
     name: ClassVar[str]
     output: ClassVar[Output]
+    counts: ClassVar[Counts]
     averages: ClassVar[bool] = False
 
     def __init__(self, categories: Sequence[Category]) -> None:

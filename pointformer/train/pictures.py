@@ -13,6 +13,7 @@ from pointformer.data import Dataset, open_splits
 from pointformer.data.statistics import Statistics, examine, without_bad
 from pointformer.models import Model
 from pointformer.processes import Processes
+from pointformer.tasks import Task
 from pointformer.train.recipe import Recipe
 
 
@@ -37,7 +38,7 @@ def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
 
 
 def checked(
-    dataset: Dataset, recipe: Recipe, kept: Path, processes: Processes
+    dataset: Dataset, task: Task, kept: Path, processes: Processes
 ) -> tuple[Dataset, Statistics]:
     """The pictures that can be read, see `without_bad`, and what is in them.
 
@@ -46,7 +47,7 @@ def checked(
     """
     statistics: Statistics | None = None
     for first in (True, False):  # the others take what the first has found
-        read = partial(examine, dataset, recipe.task, cache=kept, progress=first)
+        read = partial(examine, dataset, task.counts, cache=kept, progress=first)
         found = processes.alike(read if processes.main == first else lambda: None)
         statistics = found or statistics
     assert statistics is not None

@@ -34,8 +34,11 @@ from pointformer.data.transforms import (
     RandomTurn,
     Resize,
 )
+from pointformer.models.heads import TASK_NAMES
+from pointformer.tasks import TASKS
 from pointformer.train.optimization import Budget, Optimizer, Schedule
 
+TaskName = Literal[TASK_NAMES]  # type: ignore[valid-type]
 RECIPES = Path(__file__).parent / "recipes"
 """Of the package: files that `read_recipe` finds by their names."""
 
@@ -169,7 +172,7 @@ class Recipe:
     """Everything that decides the result of a run.
 
     Attributes:
-        task: what is learned.
+        task: what is learned, by its name in `pointformer.tasks`.
         model: name, as of `create_model`; `None`: that of `init`, or else aff_tiny, and for points
             point_nano.
         init: NAME.TAG or a file whose weights to start from: of `save_model`, such as that of
@@ -195,14 +198,7 @@ class Recipe:
         log_every: steps per line of the log.
     """
 
-    task: Literal[
-        "semantic",
-        "instance",
-        "panoptic",
-        "classification",
-        "point_classification",
-        "point_segmentation",
-    ] = "semantic"
+    task: TaskName = "semantic"
     model: str | None = None
     init: str | None = None
     init_stages: int | None = None
@@ -235,9 +231,10 @@ class Recipe:
             raise ValueError(
                 f"accumulate: expected a divisor of the batch, {self.batch}, got {self.accumulate}"
             )
-        if self.augmentation.mix is not None and self.task != "classification":
+        counts = [task.counts for task in TASKS if task.name == self.task]
+        if self.augmentation.mix is not None and "pictures" not in counts:
             raise ValueError(
-                f"augmentation.mix: only for the task 'classification', not {self.task!r}"
+                f"augmentation.mix: only for classes of whole pictures, not for {self.task!r}"
             )
         if not 0 <= self.average < 1:
             raise ValueError(f"average: expected a decay in [0, 1), got {self.average}")
@@ -318,6 +315,8 @@ def read_recipe(
         ValueError: naming the file or the field, if a field is unknown or its value does not fit.
         ImportError: packages of the extra [train] are missing.
     """
+    if values.get("task") is not None:
+        _checked(TaskName, values["task"], "task")
     file = f"{values.get('task') or Recipe.task}.yaml" if file is None else file
     try:
         content = _loaded(find_recipe(file).read_text("utf-8"))

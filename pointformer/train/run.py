@@ -24,6 +24,7 @@ from pointformer.evaluation import evaluate
 from pointformer.models import Model, Output, save_model
 from pointformer.processes import Processes, started_processes
 from pointformer.tasks import Task, task_of
+from pointformer.tasks.instance import Instance
 from pointformer.train.checkpoints import (
     list_checkpoints,
     newest_checkpoint,
@@ -329,13 +330,13 @@ def train(
         # What cannot be is said before all is read.
         model, task = processes.alike(lambda: _made(recipe, training, processes))
         processes.alike(lambda: stack.enter_context(owned(out)) if processes.main else None)
-        training, statistics = checked(training, recipe, out / "data" / "train.json", processes)
+        training, statistics = checked(training, task, out / "data" / "train.json", processes)
         processes.alike(statistics.check)
         if validation is not None:
-            validation, _ = checked(validation, recipe, out / "data" / "val.json", processes)
+            validation, _ = checked(validation, task, out / "data" / "val.json", processes)
         if not (out / RECIPE).exists():
             describe(training, validation, statistics, recipe, model, speak)
-        if task.name == "instance":
+        if isinstance(task, Instance):
             model.object_diameter = object_diameter(statistics)
         trainer = Trainer(recipe, model, task, len(training), processes)
         batches = Batches(

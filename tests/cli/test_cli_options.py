@@ -25,6 +25,8 @@ from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.profiling import Limits
 from pointformer.train.recipe import Recipe, write_recipe
 
+COUNTS = {task.name: task.counts for task in pointformer.tasks.TASKS}
+
 
 class Reached(Exception):
     """Ends a run where what the test is about has been seen."""
@@ -84,7 +86,9 @@ def seen(tmp_path, monkeypatch):
     spy(
         pointformer.tasks,
         "task_of",
-        lambda _, name, categories=None: SimpleNamespace(name=name or "instance", output=None),
+        lambda _, name, categories=None: SimpleNamespace(
+            name=name or "instance", output=None, counts=COUNTS.get(name, "objects")
+        ),
     )
 
     class Data(list):

@@ -34,7 +34,7 @@ def test_objects(tmp_path):
     tokens = test[1].tokens
     stored = np.load(tmp_path / "things.npz")["test_xyz"][1]
     np.testing.assert_array_equal(tokens.world_positions().numpy(), stored.astype(np.float64))
-    assert examine(train, "point_classification").per_class == [3, 3]
+    assert examine(train, "sets").per_class == [3, 3]
 
 
 def test_objects_of_one_split_by_found_classes(tmp_path):
@@ -59,7 +59,7 @@ def test_scenes(tmp_path):
     assert (world[:, 0] > 799_999).all()
     assert annotation.tokens.positions.abs().max() < 30  # digits are kept
     train = open_dataset(tmp_path, task="point_segmentation", split="train")
-    facts = examine(train, "point_segmentation")
+    facts = examine(train, "points")
     assert sum(facts.per_class) + sum(f.void for f in facts.facts) == 480
     assert facts.facts[0].void == 5
     assert "3 point sets of 160 points" in facts.lines()[0]

@@ -318,7 +318,7 @@ def test_a_broken_picture_is_named_before_training(tmp_path):
         tmp_path / "x.tar", whole(**{"c.jpg": JPG[:200], "c.cls": 0, "d.jpg": b"no", "d.cls": 1})
     )
     dataset = opened(path, skip_bad=True)
-    found = examine(dataset, "classification")
+    found = examine(dataset, "pictures")
     assert list(found.problems) == ["x/c", "x/d"]
     assert all(f"x.tar/{n}.jpg: expected a picture, but" in found.problems[f"x/{n}"] for n in "cd")
     assert len(without_bad(dataset, found)) == 2

@@ -32,7 +32,7 @@ def classes(root, labels, void=255):
 
 
 def test_objects_are_counted_and_measured(tmp_path):
-    found = examine(cells(tmp_path), "instance")
+    found = examine(cells(tmp_path), "objects")
     assert found.per_class == [6]
     assert found.diameters.tolist() == [5, 2] * 3
     first, _, third = found.lines()
@@ -42,7 +42,7 @@ def test_objects_are_counted_and_measured(tmp_path):
 
 
 def test_small_objects_and_large_crops_are_advised_on(tmp_path):
-    found = examine(cells(tmp_path), "instance")
+    found = examine(cells(tmp_path), "objects")
     small, large = found.advice(4, (32, 32))
     assert small.startswith("3 of 6 objects (50%) are smaller than a token of 4 x 4 px")
     assert "enlarge the pictures 2 times" in small
@@ -52,7 +52,7 @@ def test_small_objects_and_large_crops_are_advised_on(tmp_path):
 
 
 def test_classes_of_pixels(tmp_path):
-    found = examine(classes(tmp_path, [0, 0, 2]), "semantic")
+    found = examine(classes(tmp_path, [0, 0, 2]), "pixels")
     assert found.per_class == [112, 0, 56]
     assert found.lines()[1:] == ["3 classes, by pixels: a 66.7%, c 33.3%, b 0%", "12.5% void"]
     assert found.advice() == ["1 class (b) without pixels: nothing is learned of these"]
@@ -63,7 +63,7 @@ def test_classes_of_pictures(tmp_path):
     for name, count in (("cat", 3), ("dog", 1)):
         for n in range(count):
             save(tmp_path / name / f"{n}.png", np.zeros((8, 8), np.uint8))
-    found = examine(open_dataset(tmp_path, task="classification"), "classification")
+    found = examine(open_dataset(tmp_path, task="classification"), "pictures")
     assert found.per_class == [3, 1]
     assert found.lines()[1] == "2 classes, by pictures: cat 75%, dog 25%"
 
@@ -77,17 +77,17 @@ def test_classes_of_pictures(tmp_path):
 )
 def test_what_cannot_be_learned_from(tmp_path, labels, message):
     with pytest.raises(ValueError, match=f"^data: expected .*{message}"):
-        examine(classes(tmp_path, labels), "semantic").check()
+        examine(classes(tmp_path, labels), "pixels").check()
 
 
 def test_one_class_of_pixels_and_no_objects(tmp_path):
     classes(tmp_path / "a", [0])
     one = open_dataset(tmp_path / "a", categories=["only"])
     with pytest.raises(ValueError, match=r"expected at least two classes .* got one \(only\)"):
-        examine(one, "semantic").check()
+        examine(one, "pixels").check()
     save(tmp_path / "b/images/0.png", np.zeros((8, 8), np.uint8))
     save(tmp_path / "b/instances/0.png", np.zeros((8, 8), np.uint8))
-    empty = examine(open_dataset(tmp_path / "b", task="instance"), "instance")
+    empty = examine(open_dataset(tmp_path / "b", task="instance"), "objects")
     with pytest.raises(ValueError, match="expected an object, the picture has none"):
         empty.check()
     assert empty.advice()[0].startswith("1 picture: the model will learn it by heart")
@@ -106,7 +106,7 @@ def broken(root):
 def test_broken_pictures_are_named_before_training(tmp_path):
     bad = broken(tmp_path)
     dataset = open_dataset(tmp_path, task="instance")
-    found = examine(dataset, "instance")
+    found = examine(dataset, "objects")
     assert sorted(found.problems) == bad
     with pytest.raises(ValueError, match=r"^3 of 6 pictures cannot be used: ") as error:
         without_bad(dataset, found)
@@ -114,7 +114,7 @@ def test_broken_pictures_are_named_before_training(tmp_path):
     for name in ("images/1.png", "images/3.png", "instances/4.png", "skip_bad leaves them out"):
         assert name in str(error.value)
     dataset = open_dataset(tmp_path, task="instance", skip_bad=True)
-    kept = without_bad(dataset, examine(dataset, "instance"))
+    kept = without_bad(dataset, examine(dataset, "objects"))
     assert [entry.name for entry in kept.entries] == ["0", "2", "5"]
     assert sorted(kept.skipped) == bad
     assert len(dataset) == 6
@@ -137,7 +137,7 @@ def test_who_is_told_to_end_does_not_wait_for_all_pictures(tmp_path, monkeypatch
     monkeypatch.setattr(statistics, "_facts", look)
     monkeypatch.setattr("tqdm.tqdm", ended)
     with pytest.raises(KeyboardInterrupt):
-        examine(dataset, "instance", threads=1, progress=True)
+        examine(dataset, "objects", threads=1, progress=True)
     assert 1 <= len(seen) < 15
 
 
@@ -152,9 +152,9 @@ def test_what_was_found_is_kept_until_a_file_changes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(statistics, "_facts", spied)
 
-    def examined(task="instance", **reading):
+    def examined(counts="objects", **reading):
         read.clear()
-        found = examine(dataset, task, cache=cache, **reading)
+        found = examine(dataset, counts, cache=cache, **reading)
         return found, sorted(read)
 
     everything = [str(n) for n in range(6)]

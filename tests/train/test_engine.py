@@ -244,7 +244,7 @@ def test_a_run_in_a_folder(folder, tmp_path):
     assert model.trained["steps"] == 4
     assert model.trained["recipe"]["budget"]["epochs"] == 2
     assert model.task == "instance"
-    facts = examine(read_folder(folder, "train", "instance"), "instance")
+    facts = examine(read_folder(folder, "train", "instance"), "objects")
     assert model.object_diameter == object_diameter(facts)
     assert segment(model, folder / "val/images/0.png").labels.shape == (64, 64)
     dataset = dataset_of(tmp_path / "checkpoints", "instance", 2)
@@ -514,7 +514,7 @@ def test_mixed_pictures_have_the_mixed_loss(tmp_path):
     trainer.step(batch)
     trainer.check()
     assert trainer.recent[0]["loss"] == pytest.approx(sum(expected).item() / 2, rel=1e-5)
-    with pytest.raises(ValueError, match=r"augmentation\.mix: only for the task 'classification'"):
+    with pytest.raises(ValueError, match=r"augmentation\.mix: only for classes of whole pictures"):
         recipe_of("x", "augmentation.mix={}")
 
 
