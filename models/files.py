@@ -115,7 +115,7 @@ def save_model(
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """What is in the wrappers: a `Model`, a backbone, or whatever has none of their names."""
+    """The module inside of wrappers: a `Model`, a backbone, or whatever has none of their names."""
     while not isinstance(module, Model | Backbone | GridBackbone):
         inside = [module._modules[name] for name in WRAPPERS if name in module._modules]
         if not inside or inside[0] is None:
@@ -234,7 +234,7 @@ def untrained_model(path: str | os.PathLike, **changes: Any) -> Model:
 
 @dataclass(frozen=True)
 class _Description:
-    """What a file says of its model; see `Model`."""
+    """The description of a model in its file; see `Model`."""
 
     name: str
     config: ModelConfig

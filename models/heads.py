@@ -30,7 +30,7 @@ Images = Tensor | Sequence[Tensor]
 
 
 class Output(Enum):
-    """What a head says of a batch, which decides what can be made of it.
+    """Kinds of head output, each with the tasks that it can serve.
 
     Attributes:
         tasks: names of the tasks that can be read off it.
@@ -66,10 +66,10 @@ TASK_NAMES = tuple(dict.fromkeys(task for output in Output for task in output.ta
 
 
 class Head(nn.Module):
-    """What a backbone's stages are mapped by.
+    """Base of heads, which map a backbone's stages to an output.
 
     Attributes:
-        outputs: what it can say; what comes first and fits holds where no task is asked for.
+        outputs: the kinds that it can give; without a task, the first that fits the classes.
         of_points: whether it is for backbones of point sets, not of images.
     """
 

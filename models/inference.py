@@ -11,7 +11,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in eval mode; after it, every part is in the mode in which it was."""
+    """Put a model in eval mode within this context; then restore the mode of every part."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:

@@ -1,4 +1,4 @@
-"""What trains mask heads: Hungarian matching and losses on sampled points (Mask2Former).
+"""The loss of mask heads: Hungarian matching and losses on sampled points (Mask2Former).
 
 Masks are compared on points, not on pixels: the matcher takes one uniform set per image, the losses
 take the most uncertain of a larger uniform set and some more. All in float32.

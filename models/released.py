@@ -142,7 +142,7 @@ _JOINED = re.compile(r"((?:backbone\.)?layers\.(\d+)\.blocks\.\d+\.attn)\.qkv\.(
 
 
 def _factor(own: str) -> float | list[float]:
-    """What turns an entry of theirs into ours, where conventions differ."""
+    """Factor from a released entry to ours, where conventions differ."""
     if own.endswith("attn.power"):  # theirs is the exponent of the squared distance
         return 2
     if own == "head.pixel_decoder.conv.weight_net.0.weight":

@@ -1,4 +1,4 @@
-"""What is annotated or found in pictures, as plain data: classes, masks, objects, maps of segments.
+"""Annotations and predictions of pictures as plain data: classes, masks, objects, maps of segments.
 
 Classes are numbered 0 to K - 1 in the order of a data set's category table; the numbers that files
 use are the table's ids. Maps of classes have VOID where nothing is annotated.
@@ -65,7 +65,7 @@ class Mask:
 
     @property
     def area(self) -> int:
-        """In pixels."""
+        """Number of pixels."""
         return int(np.count_nonzero(self.pixels))
 
     def dense(self, size: tuple[int, int]) -> np.ndarray:
@@ -192,14 +192,14 @@ class Objects:
         return masks
 
     def chosen(self, index: Any) -> Objects:
-        """Those that an array of N bool, or of places, chooses."""
+        """The objects that `index` chooses: (N,) bool, or integers from 0 to N - 1."""
         index = np.asarray(index)
         places = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64)
         masks = [self.masks[n] for n in places]
         return Objects(masks, self.classes[places], self.scores[places], self.size)
 
     def confident(self, min_score: float = 0.5) -> Objects:
-        """Those with at least this score."""
+        """The objects with a score of at least `min_score`."""
         return self.chosen(self.scores >= min_score)
 
     def segment_map(self) -> SegmentMap:

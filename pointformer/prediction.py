@@ -75,7 +75,7 @@ def predict(
     min_score: float | None = None,
     resize: Resize | None = None,
 ) -> tuple[Any, tuple[int, ...]]:
-    """What a model finds in a picture, in eval mode.
+    """Run a model, in eval mode, on the windows of a picture and join its predictions.
 
     Args:
         task: of the model.

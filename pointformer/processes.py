@@ -46,16 +46,16 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+        """Whether this process writes and prints for all: that of rank 0."""
         return self.rank == 0
 
     @property
     def part(self) -> BatchPart:
-        """Of each batch in training."""
+        """The part of each training batch that this process has."""
         return BatchPart(self.rank, self.world)
 
     def own(self, items: Sequence[T]) -> Sequence[T]:
-        """Those that this process works on, a run of them; the others do the rest."""
+        """The contiguous part of some items that this process works on."""
         ends = [len(items) * number // self.world for number in (self.rank, self.rank + 1)]
         return items[slice(*ends)]
 
@@ -112,7 +112,7 @@ class Processes:
                 dist.broadcast(buffer, 0)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Over processes; known to all of them."""
+        """The mean of a tensor over processes; known to all of them, and written into `values`."""
         if self.world > 1:
             dist.all_reduce(values)
             values /= self.world

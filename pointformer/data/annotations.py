@@ -93,7 +93,7 @@ class Annotation:
         return [next(found) if s.mask is None else s.mask for s in self.segments]
 
     def objects(self) -> Objects:
-        """What a mask model learns: segments that are no crowds, or a mask per annotated class."""
+        """Targets of mask models: segments that are no crowds, or a mask per annotated class."""
         if self.semantic is not None:
             classes = np.unique(self.semantic[self.semantic != VOID])
             masks = masks_of(self.semantic, classes.tolist())

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
-    """What a value of a JSON file must be; `read` gives None where it is something else."""
+    """A kind of values of a JSON file; `read` gives None where it is something else."""
 
     description: str
     read: Callable[[Any], Any]
@@ -44,7 +44,6 @@ IDENTIFIER = Kind(
     "a whole number or a text", lambda value: value if isinstance(value, str) else _whole(value)
 )
 """A text stays one; compare identifiers as texts, since files mix 3 and "3"."""
-LIST = Kind("a list", lambda value: value if isinstance(value, list) else None)
 
 _NEEDED = object()
 
@@ -74,7 +73,7 @@ def shown(identifier: int | str) -> str:
 
 
 def repeated(keys: Iterable[str]) -> set[str]:
-    """Those that are there more than once."""
+    """Keys that are there more than once."""
     seen: set[str] = set()
     return {key for key in keys if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
 

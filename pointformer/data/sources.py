@@ -35,7 +35,7 @@ _VOID = 255
 
 
 class Source(NamedTuple):
-    """What a folder was found to hold.
+    """Format and splits of a data set, as found.
 
     Attributes:
         path: of the data set.

@@ -1,4 +1,4 @@
-"""What is in a data set, and what is wrong with it, before anybody waits for a training."""
+"""Statistics and problems of a data set, found before a training starts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class PictureFacts:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is in the pictures of a data set that can be read.
+    """Counts over the readable pictures of a data set.
 
     Attributes:
         categories: its classes.
@@ -66,7 +66,7 @@ class Statistics:
 
     @property
     def problems(self) -> dict[str, str]:
-        """What is wrong, by the name of the picture."""
+        """Errors of unreadable pictures by name."""
         return {f.name: f.problem for f in self.facts if f.problem is not None}
 
     @property
@@ -114,7 +114,7 @@ class Statistics:
             )
 
     def lines(self) -> list[str]:
-        """What there is, in words."""
+        """Lines of text that describe the data set."""
         good = self.good
         sizes = Counter(facts.size for facts in good)
         if self.counts in ("points", "sets"):

@@ -21,7 +21,7 @@ class PictureError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """What is stored.
+    """Size, type, channels and planes of a stored picture.
 
     Attributes:
         size: rows and columns as stored, before `orientation`.

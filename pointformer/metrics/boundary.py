@@ -11,11 +11,11 @@ from pointformer.annotations import Mask
 
 
 def boundary_distance(size: tuple[int, int], dilation_ratio: float = 0.02) -> int:
-    """How far from its contour a mask is compared, in pixels: a share of the picture's diagonal.
+    """Width in pixels of the band along its contour in which a mask is compared.
 
     Args:
         size: height and width of the picture.
-        dilation_ratio: the share; the distance is rounded, and at least one pixel.
+        dilation_ratio: share of the picture's diagonal; the width is rounded, at least one pixel.
     """
     return max(1, round(dilation_ratio * math.hypot(*size)))
 

@@ -1,4 +1,4 @@
-"""How often the class of a picture is among the best guesses."""
+"""Top-1 and top-5 accuracy of classifiers."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ class Accuracy:
         return AccuracyScores(first / pictures, five / pictures, pictures)
 
     def compute(self) -> dict[str, float]:
-        """The same by name."""
+        """The accuracies of `scores` by name."""
         scores = self.scores()
         return {"top-1 accuracy": scores.top1, "top-5 accuracy": scores.top5}

@@ -1,4 +1,4 @@
-"""What all metrics are."""
+"""The protocol of all metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found of what is annotated, by class and size."""
+"""Recall by class and size."""
 
 from __future__ import annotations
 
@@ -131,6 +131,6 @@ class RecallBySize:
 
 
 def size_names(sides: Sequence[float]) -> list[str]:
-    """Of the groups of sizes, in words: "below 8 px", "8 to 16 px" and so on."""
+    """Names of the groups of sizes: "below 8 px", "8 to 16 px" and so on."""
     between = [f"{low:g} to {high:g} px" for low, high in itertools.pairwise(sides)]
     return [f"below {sides[0]:g} px", *between, f"from {sides[-1]:g} px"] if sides else ["all"]

@@ -1,4 +1,4 @@
-"""Pictures of what a model did: outlined objects, tokens kept, importance."""
+"""Drawings of predictions and tokens: outlined objects, tokens kept, importance."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def outline(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def overlay(result: Segmentation) -> Image.Image:
-    """What `segment` found: outlines, and colors with a legend where the classes have names."""
+    """Draw the result of `segment`: outlines, colors and a legend where classes have names."""
     picture = result.image
     if result.categories is None:
         return Image.fromarray(outline(picture, result.labels))
@@ -80,7 +80,7 @@ def heat(values: np.ndarray) -> np.ndarray:
 
 
 def focus_picture(image: np.ndarray, stages: list[StageOutput], stride: int) -> Image.Image:
-    """What an AFF looked at, as in Figure 1 of the paper.
+    """Draw the tokens that an AFF kept and their scores, as in Figure 1 of the paper.
 
     Top row: the image, then the tokens that each merge kept, as red dots. Bottom row: a legend, and
     under each merge the importance scores (0 to 1) that decided it, nearest token per cell.

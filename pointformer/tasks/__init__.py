@@ -40,7 +40,7 @@ def task_of(
     categories: Sequence[Category] | None = None,
     **options: Any,
 ) -> Task:
-    """What a model is made for.
+    """The task that a model is made for.
 
     Args:
         model: its `output` and the name of its task choose.

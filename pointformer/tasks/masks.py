@@ -1,4 +1,4 @@
-"""What all tasks of mask heads learn: objects matched to queries."""
+"""The loss that all tasks of mask heads share: objects matched to queries (Mask2Former)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task is."""
+"""The base classes of tasks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Size = tuple[int, int]
 
 
 class Truth(Protocol):
-    """What a task learns from, such as `pointformer.data.Annotation`, which has the details."""
+    """An annotation that tasks learn from, such as `pointformer.data.Annotation`, which has the details."""
 
     @property
     def label(self) -> int: ...
@@ -37,7 +37,7 @@ class Truth(Protocol):
 
 
 class Task(abc.ABC):
-    """What a model's head learns, how its output is read, and how what is found is scored.
+    """The loss of a model's head, the reading of its output, and the metrics of what is found.
 
     A subclass is for one kind of output, and listed in `pointformer.tasks`. What it finds in a
     picture, or in a window of one, is its prediction; the subclass says what that is.
@@ -110,7 +110,7 @@ class Task(abc.ABC):
         raise NotImplementedError(f"the task {self.name!r} has no windows")
 
     def truth(self, annotation: Any) -> Any:
-        """What of an annotation the task is about."""
+        """The part of an annotation that the task learns and scores."""
         return annotation
 
     @abc.abstractmethod
@@ -123,7 +123,7 @@ class MapTask(Task):
 
     @abc.abstractmethod
     def shown(self, prediction: Any, min_score: float | None = None) -> SegmentMap:
-        """What a picture of the prediction shows; pixels of an uncountable class are one region.
+        """The map of segments that shows the prediction; pixels of an uncountable class are one region.
 
         Args:
             min_score: that objects which may overlap need to be shown; `None`: 0.5.

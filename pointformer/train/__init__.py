@@ -1,1 +1,1 @@
-"""Training scripts; run them with `python -m`."""
+"""Training: recipes, runs in a folder, and reports of runs."""

@@ -1,7 +1,7 @@
 """Checkpoints of a run: whole or not there, known to be whole, the newest few kept.
 
-They are called step-STEP-DIGEST.pt; the digest is the start of the SHA-256 of what is in the file,
-so that one which was cut off or changed is known from its name.
+A checkpoint is called step-STEP-DIGEST.pt. DIGEST is the start of the SHA-256 of its content, so
+that reading detects a file that was cut off or changed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
     """Write a checkpoint, then remove all but the newest `keep`.
 
     Args:
-        state: of what `torch.load(weights_only=True)` can read.
+        state: of values that `torch.load(weights_only=True)` can read.
 
     Raises:
         OSError: it cannot be written, such as on a full disk; the ones before it are still there.
@@ -76,7 +76,7 @@ def _step_of(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The newest first, good or not."""
+    """Paths of the checkpoints in a folder, readable or not, newest first."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _step_of(path) >= 0]
@@ -84,7 +84,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What is in a checkpoint, on the CPU.
+    """Read the content of a checkpoint, tensors on the CPU.
 
     Raises:
         ValueError: it is no checkpoint, unreadable, or not what was written.
@@ -112,8 +112,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def newest_checkpoint(
     paths: Iterable[Path],
 ) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
-    """The first that can be read, with its content, or `None`; and what is wrong with the others
-    before it."""
+    """Find the first readable checkpoint.
+
+    Returns:
+        Its path and content, or `None`; and the errors of the unreadable ones before it.
+    """
     problems: list[str] = []
     for path in paths:
         try:
@@ -125,10 +128,10 @@ def newest_checkpoint(
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Make a folder, which within this no other process owns.
+    """Make a folder and own it, against all other processes, within this context.
 
-    The system ends it with the process, however that ends: what a killed run leaves in the folder,
-    `run.lock`, is in nobody's way.
+    The lock ends with the process, however that ends. The file `run.lock` that a killed run leaves
+    in the folder does not block the next one.
 
     Raises:
         ValueError: another process owns it, or it is no folder.

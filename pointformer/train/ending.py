@@ -1,4 +1,4 @@
-"""Ending when told to, without losing what was done."""
+"""Signals that end a run, without losing what was done."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from types import FrameType
 
 
 def left_to_parent(worker: int) -> None:
-    """Make a worker process, of this number, end when its parent says so: a signal to all processes
-    of a terminal or of a job is not for it to follow."""
+    """Make a worker process ignore signals to the whole terminal or job; its parent ends it.
+
+    Args:
+        worker: its number, which DataLoader gives.
+    """
 
     def first(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -35,7 +38,7 @@ class Ending:
 
     @contextlib.contextmanager
     def awaited(self) -> Iterator[None]:
-        """Within it signals are kept."""
+        """Keep signals in `told` within this context."""
         old = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -48,7 +51,7 @@ class Ending:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within it the first one ends the process, also one that came before."""
+        """Let the first signal, also one kept before, end the process within this context."""
         if self.told:
             self.end()
         self._at_once = True

@@ -61,7 +61,7 @@ def make_model(
 
 
 def _trained_model(recipe: Recipe, **options: Any) -> Model:
-    """The model that `init` stands for: of a tag, in a file of ours, or a released checkpoint."""
+    """The trained model that `init` names: NAME.TAG, a file of `save_model` or a released one."""
     init = recipe.init
     assert init is not None
     if not os.path.isfile(init) or is_safetensors(init):

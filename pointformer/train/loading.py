@@ -26,7 +26,7 @@ _WORKERS_AHEAD, _AHEAD = 4, 2  # batches that each worker, or the thread, has re
 
 
 class Batch(NamedTuple):
-    """What one process learns from in a step.
+    """The part of a step's batch that one process has.
 
     Attributes:
         images: (B, 3, H, W) uint8, or B of (3, H, W) where sizes differ, or B point sets.
@@ -131,7 +131,7 @@ class Batches:
                 yield loaded
 
     def indices(self, epoch: int) -> np.ndarray:
-        """Which samples a pass over the data set draws, in order; int64."""
+        """Numbers of the samples that a pass over the data set draws, in order; int64."""
         rng = _generator(self.seed, _ORDER, epoch)
         count = len(self.dataset)
         if self._shares is None:
@@ -174,7 +174,7 @@ _Sample = tuple[np.ndarray | TokenSet, Annotation, str, float]
 
 
 class _Samples:
-    """What a worker does: read and change the sample of a place in the stream."""
+    """Samples by their place in the stream, read and augmented; what workers index."""
 
     def __init__(
         self, dataset: Dataset, transform: Transform | None, seed: int, reading: Reading
@@ -217,9 +217,9 @@ def _collated(samples: list[_Sample | _Failure]) -> Batch | _Failure:
 def _ahead(
     batches: Iterator[Batch | _Failure], gpu: int | None
 ) -> Generator[Batch | _Failure, None, None]:
-    """The same, got by a thread before they are asked for.
+    """Batches of an iterator, fetched ahead by a thread.
 
-    Whoever is done with them does not wait for the one that is being loaded.
+    Closing does not wait for the batch that is being loaded.
 
     Args:
         gpu: that pinned memory is for.

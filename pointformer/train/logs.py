@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: tables as CSV, TensorBoard, and a progress bar."""
+"""Logs of a run in progress: tables as CSV, and the same for TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What moves the weights: groups of parameters, schedules of the learning rate, averages."""
+"""Optimizer and parameter groups, learning rate schedule, budget, and averages of weights."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Schedule:
             )
 
     def factor(self, used: float) -> float:
-        """At this used share, from 0 to 1, of the budget."""
+        """Learning rate over the highest at a used share, from 0 to 1, of the budget."""
         if used < self.warmup:
             return self.start + (1 - self.start) * used / self.warmup
         if self.kind == "steps":
@@ -183,9 +183,9 @@ class Average:
 
 
 def clip_gradients(model: nn.Module, most: float | None) -> Tensor:
-    """Scale all gradients so that together they are no longer than `most`; their length before.
+    """Scale all gradients so that their joint norm is at most `most`; return the norm before.
 
-    Of sharded gradients it is sharded.
+    The norm of sharded gradients is a sharded tensor.
     """
     return nn.utils.clip_grad_norm_(
         model.parameters(), math.inf if most is None else most, error_if_nonfinite=False

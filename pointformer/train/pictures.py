@@ -81,12 +81,14 @@ def describe(
 
 
 def crowdedness(statistics: Statistics) -> np.ndarray:
-    """How often pictures are drawn: more where there is more to see, but not in proportion."""
+    """(N,) relative frequencies of drawing pictures: the root of one plus the number of objects."""
     return np.sqrt([1.0 + len(facts.areas) for facts in statistics.good])
 
 
 def object_diameter(statistics: Statistics) -> float | None:
-    """Of a typical object, in pixels, as of a disk of its area: the median over pictures of the
-    pictures' medians; `None` without objects."""
+    """Diameter of a typical object in pixels, of the disk of its area; `None` without objects.
+
+    The area is the median over pictures of each picture's median.
+    """
     areas = [np.median(facts.areas) for facts in statistics.good if facts.areas]
     return round(2 * math.sqrt(float(np.median(areas)) / math.pi), 1) if areas else None

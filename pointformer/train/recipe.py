@@ -1,4 +1,4 @@
-"""What a training run is: typed, in YAML, each field changeable as `field=value`."""
+"""Recipes of training runs: typed, in YAML, each field changeable as `field=value`."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ class Recipe:
             raise ValueError(f"seed: expected a number from 0 to 2^32 - 1, got {self.seed}")
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Which fields that decide the result are others in a recipe's `asdict`, in words."""
+        """Fields that decide the result and differ in `other`, a recipe's `asdict`, in words."""
         fixed = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("free")}
         own = _flat({name: asdict(self)[name] for name in fixed})
         others = _flat({name: other.get(name) for name in fixed})
@@ -274,10 +274,10 @@ class _Text(str):
 
 
 def _loaded(text: str) -> Any:
-    """What YAML says, in which 1e-3 is a number, as since version 1.2.
+    """The value of a YAML text, in which 1e-3 is a number, as since version 1.2.
 
     Raises:
-        ValueError: it is none; the message says where.
+        ValueError: the text is no YAML; the message says where.
     """
     try:
         import yaml
@@ -420,7 +420,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _words(kind: Any) -> str:
-    """What a type takes."""
+    """Description of the values that a type takes, for errors."""
     plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
              NoneType: "null"}  # fmt: skip
     if kind in plain:
@@ -448,7 +448,7 @@ def describe_fields() -> str:
 
 
 def _parser() -> Any:
-    """What checks types."""
+    """A parser of jsonargparse, which checks types."""
     try:
         import jsonargparse
     except ImportError:
@@ -475,7 +475,7 @@ def find_recipe(file: str | Path) -> Path:
 
 
 def write_recipe(recipe: Recipe) -> str:
-    """As YAML, which `read_recipe` reads."""
+    """YAML of a recipe, which `read_recipe` reads."""
     import yaml
 
     def plain(value: Any) -> Any:

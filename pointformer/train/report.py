@@ -1,4 +1,4 @@
-"""What came of a run as one page, and the token maps on it."""
+"""The report of a run: one page of HTML, and the token maps on it."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _facts(model: Model, run: Path) -> dict[str, Any]:
 
 
 def _waited(run: Path) -> str | None:
-    """Which share of the time, in the middle of the lines of the log."""
+    """Share of the time that was waited for data: the median over the lines of the log."""
     shares = read_table(run / "log.csv").get("waiting")
     return None if shares is None else f"{100 * float(np.nanmedian(shares)):.1f}% of the time"
 

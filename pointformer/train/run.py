@@ -285,7 +285,7 @@ class Run:
         return result.scores
 
     def _trained(self) -> dict[str, Any]:
-        """What the file of the weights says of their training."""
+        """Description of the training for the file of the weights."""
         return {
             "recipe": asdict(self.recipe),
             "data": Path(self.recipe.data.path or "").resolve().name,

@@ -63,7 +63,7 @@ def test_separate_and_touching_disks_come_back(factor):
 
 
 @given(st.integers(0, 2**32), st.integers(1, 30), st.integers(1, 30), st.integers(1, 12))
-def test_result_is_a_labelling_of_the_foreground(seed, height, width, min_size):
+def test_result_is_a_labeling_of_the_foreground(seed, height, width, min_size):
     rng = np.random.default_rng(seed)
     coarse = rng.normal(0, 3, (3, (height + 3) // 4, (width + 3) // 4))
     logits = coarse.repeat(4, 1).repeat(4, 2)[:, :height, :width]
