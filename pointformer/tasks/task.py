@@ -21,7 +21,7 @@ Size = tuple[int, int]
 
 
 class Truth(Protocol):
-    """An annotation that tasks learn from, such as `pointformer.data.Annotation`, which has the details."""
+    """An annotation that tasks learn from; see `pointformer.data.Annotation`."""
 
     @property
     def label(self) -> int: ...
@@ -123,7 +123,7 @@ class MapTask(Task):
 
     @abc.abstractmethod
     def shown(self, prediction: Any, min_score: float | None = None) -> SegmentMap:
-        """The map of segments that shows the prediction; pixels of an uncountable class are one region.
+        """The prediction as a map of segments; an uncountable class is one region.
 
         Args:
             min_score: that objects which may overlap need to be shown; `None`: 0.5.
