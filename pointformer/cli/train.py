@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pointformer.cli.common import add_task_argument, is_out_of_memory, say
+from pointformer.cli.common import add_task_argument, is_out_of_memory, printable, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
         say(write_recipe(made).rstrip())
         return 0
     try:
-        train(made, options.out, device=options.device, say=say)
+        train(made, options.out, device=options.device, say=lambda line: say(printable(line)))
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise ValueError(

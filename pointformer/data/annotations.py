@@ -248,7 +248,7 @@ class Dataset(Sequence[Annotation]):
         if len(self) < 2:
             raise ValueError(
                 f"{self.entries[0].image or self.entries[0].name}: is the only picture; expected "
-                "at least two, to learn from and to be scored on"
+                "at least two, to learn from and to be scored on (data.val_share=0 keeps none)"
             )
         by_class: dict[int, list[int]] = defaultdict(list)
         ranks = [

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pointformer._checks import brief
 from pointformer.annotations import VOID, Category
 from pointformer.data.annotations import (
     Annotation,
@@ -79,6 +80,19 @@ def paired_files(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
     ]
 
 
+def found_labels(maps: Iterable[PictureFile]) -> set[int]:
+    """The labels in some maps; what is wrong with a map is said when it is read."""
+
+    def labels(path: PictureFile) -> set[int]:
+        try:
+            return set(np.unique(read_labels(path)).tolist())
+        except ValueError:
+            return set()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return set[int]().union(*pool.map(labels, maps))
+
+
 def found_classes(
     maps: Iterable[PictureFile], source: object, void: Sequence[int]
 ) -> tuple[Category, ...]:
@@ -87,20 +101,13 @@ def found_classes(
     Raises:
         ValueError: naming the source, if there are none, or so many that they must be objects.
     """
-
-    def labels(path: PictureFile) -> set[int]:
-        try:
-            return set(np.unique(read_labels(path)).tolist())
-        except ValueError:
-            return set()  # what is wrong with it is said when it is read
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = set[int]().union(*pool.map(labels, maps))
+    found = found_labels(maps)
     kept = sorted(found - set(void))
     if not kept:
         raise ValueError(
             f"{source}: expected labels, found "
             + (f"only void ({', '.join(map(str, sorted(found)))})" if found else "none")
+            + "; data.void says which labels are void" * bool(found)
         )
     if len(kept) == 1 and len(found) == 2 and found & set(void):
         raise ValueError(
@@ -136,10 +143,11 @@ def classes_of_labels(values: np.ndarray, table: np.ndarray, path: PictureFile) 
     unknown = (values >= len(table)) | (classes == _UNKNOWN)
     if unknown.any():
         row, column = np.argwhere(unknown)[0].tolist()
-        known = np.flatnonzero(table != _UNKNOWN)
+        known = np.flatnonzero(table != _UNKNOWN).tolist()
+        gaps = len(known) <= known[-1] - known[0]
         raise ValueError(
             f"{path}: label {values[row, column]} at row {row}, column {column} is outside the "
-            f"{len(known)} known labels {known[0]} to {known[-1]}"
+            f"{len(known)} known labels {brief(known) if gaps else f'{known[0]} to {known[-1]}'}"
         )
     return classes
 

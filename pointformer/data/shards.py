@@ -478,8 +478,10 @@ def read_shards(
     samples = _samples(shards, root, task)
     if samples and all(sample.problem == f"has no {_NEEDED[task]}" for sample in samples):
         kinds = ", ".join(f".{kind}" for kind in sorted({k for s in samples for k in s.parts})[:10])
+        damaged = "".join(f"; {problem}" for problem in list(problems.values())[:1])
         raise ValueError(
             f"{source}: none of the {len(samples)} samples has a {_NEEDED[task]}; there are {kinds}"
+            f"{damaged}"
         )
     if task == "classification":
         table = category_table(categories)

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from pointformer._checks import brief
 from pointformer._files import path_inside
 from pointformer.annotations import Category
 from pointformer.data.annotations import Dataset, named_categories, read_categories
@@ -19,8 +20,9 @@ from pointformer.data.arrays import Columns, find_columns, read_arrays
 from pointformer.data.cityscapes import read_cityscapes
 from pointformer.data.classes import class_folders, read_class_folders
 from pointformer.data.coco import read_coco_instances, read_coco_panoptic
+from pointformer.data.discovery import pictures_in
 from pointformer.data.folders import read_folder
-from pointformer.data.labels import found_classes, paired_files, read_ade20k
+from pointformer.data.labels import found_classes, found_labels, paired_files, read_ade20k
 from pointformer.data.point_sets import object_splits, read_objects, read_scenes, scene_splits
 from pointformer.data.shards import read_shards, shard_files
 
@@ -100,13 +102,29 @@ def find_source(
             return Source(path, name, tuple(splits))
     if format is None:
         raise ValueError(
-            f"{path}: looks like no data set of a known format: expected SPLIT/images beside "
-            "SPLIT/labels or SPLIT/instances, a folder of pictures for each class, COCO's JSON in "
-            "annotations/, leftImg8bit/ beside gtFine/, ADE20K's images/ beside annotations/, tar "
-            "files of samples, or a .npz file of arrays or points"
+            f"{path}: looks like no data set of a known format{_lacking(path)}: expected "
+            "SPLIT/images beside SPLIT/labels or SPLIT/instances, a folder of pictures for each "
+            "class, COCO's JSON in annotations/, leftImg8bit/ beside gtFine/, ADE20K's images/ "
+            "beside annotations/, tar files of samples, or a .npz file of arrays or points"
         )
     hint = "; pass its JSON (--annotations)" if format.startswith("coco") else ""
     raise ValueError(f"{path}: expected {FORMATS[format].layout}, found none{hint}")
+
+
+def _lacking(path: Path) -> str:
+    """What a folder has that nearly makes it a data set, in words."""
+    if path.suffix.lower() == ".npz":
+        return ""
+    folders = _folders(path)
+    for folder in (path, *folders):
+        if (folder / "images").is_dir():
+            return f" ({folder / 'images'} has neither labels/ nor instances/ beside it)"
+    classes = class_folders(path)
+    if classes:
+        return f" ({classes[0]} is the only folder of pictures: one class cannot be told apart)"
+    if path.is_dir() and pictures_in(path):
+        return " (pictures, but nothing that says what is in them)"
+    return ""
 
 
 def open_dataset(
@@ -213,10 +231,27 @@ def open_splits(
             skip_bad=skip_bad,
             features=features,
         )
+        named = any(c.name != str(c.id) for c in training.categories)
+        if task == "semantic" and not (named or skip_bad):
+            _check_labels(training, validation, (_VOID,) if void is None else void)
         return training, validation
     if val_share == 0:
         return training, None
     return training.divided(val_share, seed)
+
+
+def _check_labels(training: Dataset, validation: Dataset, void: Sequence[int]) -> None:
+    """Raise `ValueError` where classes that were found in the maps of one split miss those of
+    another."""
+    maps = [entry.labels for entry in validation.entries if entry.labels is not None]
+    known = {category.id for category in training.categories}
+    new = sorted(found_labels(maps) - known - set(void))
+    if new:
+        raise ValueError(
+            f"{validation.source}: holds {brief(new)}, no class of {training.source}: list all "
+            "classes (data.categories, or a name in each line of classes.txt), or say that these "
+            "are void (data.void)"
+        )
 
 
 class _Request(NamedTuple):

@@ -88,17 +88,29 @@ class Statistics:
 
     def check(self) -> None:
         """Raise a `ValueError` in one line where nothing can be learned."""
+        self.check_content("data")
         many = len(self.good)
         what = "the picture has" if many == 1 else f"the {many} pictures have"
-        if not self.good:
-            raise ValueError("data: expected pictures, there is none that can be read")
         if self.counts != "objects" and len(self.categories) < 2:
             names = ", ".join(category.name for category in self.categories)
             raise ValueError(
                 f"data: expected at least two classes to be told apart, got one ({names})"
             )
         used = [number for number, count in enumerate(self.per_class) if count]
-        if not used:
+        if len(used) == 1 and self.counts != "objects":
+            raise ValueError(
+                f"data: expected at least two classes to be told apart, {what} only "
+                f"{self.categories[used[0]].name!r}"
+            )
+
+    def check_content(self, about: str) -> None:
+        """Raise a `ValueError`, in one line that begins with `about`, where there is nothing of any
+        class."""
+        many = len(self.good)
+        what = "the picture has" if many == 1 else f"the {many} pictures have"
+        if not many:
+            raise ValueError(f"{about}: expected pictures, there is none that can be read")
+        if not any(self.per_class):
             missing = {
                 "objects": f"an object, {what} none",
                 "pixels": f"a pixel with a class, {what} none but void",
@@ -106,12 +118,7 @@ class Statistics:
                 "points": f"a point with a class, {what} none",
                 "sets": f"a point set with a class, {what} none",
             }
-            raise ValueError(f"data: expected {missing[self.counts]}")
-        if len(used) == 1 and self.counts != "objects":
-            raise ValueError(
-                f"data: expected at least two classes to be told apart, {what} only "
-                f"{self.categories[used[0]].name!r}"
-            )
+            raise ValueError(f"{about}: expected {missing[self.counts]}")
 
     def lines(self) -> list[str]:
         """Lines of text that describe the data set."""
@@ -262,7 +269,7 @@ def without_bad(dataset: Dataset, statistics: Statistics) -> Dataset:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise ValueError(
             f"{len(problems)} of {len(dataset)} pictures cannot be used: {first}{more} "
-            "(skip_bad leaves them out)"
+            "(--skip-bad leaves them out)"
         )
     part = dataset.subset(
         n for n, entry in enumerate(dataset.entries) if entry.name not in problems

@@ -51,6 +51,10 @@ class Optimizer:
                 raise ValueError(
                     f"optimizer.{name}: expected a number of at least 0, got {getattr(self, name)}"
                 )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas: expected two in [0, 1), got {list(self.betas)}")
+        if not self.eps >= 0:
+            raise ValueError(f"optimizer.eps: expected a number of at least 0, got {self.eps}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optimizer.clip: expected a positive number or null, got {self.clip}")
 

@@ -64,10 +64,11 @@ def describe(
 ) -> None:
     """Say what the model is to learn from, and where a setting will not do well."""
     say(f"{training.source}: {'; '.join(statistics.lines())}")
-    scored = "no pictures to be scored on" if validation is None else (
-        f"{validation.source}: {len(validation)} pictures to be scored on"
-    )  # fmt: skip
-    say(scored)
+    if validation is None:
+        say("no pictures to be scored on")
+    else:
+        many = f"{len(validation)} picture{'s' * (len(validation) != 1)}"
+        say(f"{validation.source}: {many} to be scored on")
     for dataset in (training, validation):
         for problem in {} if dataset is None else dataset.skipped.values():
             say(f"left out: {problem}")

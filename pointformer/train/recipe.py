@@ -141,6 +141,10 @@ class Checkpoints:
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ValueError(f"checkpoints.keep: expected at least 1, got {self.keep}")
+        if not self.minutes > 0:
+            raise ValueError(f"checkpoints.minutes: expected more than 0, got {self.minutes}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"checkpoints.steps: expected at least 1, got {self.steps}")
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,15 @@ class Validation:
     crop: CenterCrop | None = None
     tile: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, least in (("times", 0), ("pictures", 1), ("token_maps", 0), ("tile", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"validation.{name}: expected at least {least}, got {value}")
 
+
+_MOST = 2**20  # pictures per step
+_FILES = {"data.path", "init"}  # fields with names of files, which may look like anything
 _FREE = {"free": True}  # of fields that may change between two parts of a run
 
 
@@ -227,6 +239,8 @@ class Recipe:
         for name in ("batch", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.batch > _MOST:
+            raise ValueError(f"batch: expected at most {_MOST} pictures, got {self.batch}")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"accumulate: expected a divisor of the batch, {self.batch}, got {self.accumulate}"
@@ -359,7 +373,8 @@ def _made(kind: Any, value: Any, path: str = "") -> Any:
         ValueError: in one line with the field's path, what is expected and what was given.
     """
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    if isinstance(value, _Text) and (str not in kinds or value == "null"):
+    listed = path not in _FILES and str(value).startswith(("[", "{"))
+    if isinstance(value, _Text) and (str not in kinds or value == "null" or listed):
         try:
             value = _loaded(value)
         except ValueError as error:
@@ -398,6 +413,8 @@ def _checked(kind: Any, value: Any, path: str) -> Any:
     parser.add_argument("--value", type=kind)
     try:
         if value is None and NoneType not in get_args(kind):  # which it would take as not given
+            raise ValueError
+        if value == "":  # as what is not given
             raise ValueError
         return parser.parse_object({"value": _plain_text(value)}).value
     except (argparse.ArgumentError, TypeError, ValueError):

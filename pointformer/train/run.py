@@ -281,7 +281,8 @@ class Run:
         if self.main and not trainer.model.of_points:
             draw_token_maps(averaged, shown, self.out, trainer.steps)
         first = ", ".join(f"{name} {value:.3f}" for name, value in list(result.scores.items())[:3])
-        self.say(f"step {trainer.steps}, {result.pictures} pictures: {first}")
+        many = f"{result.pictures} picture{'s' * (result.pictures != 1)}"
+        self.say(f"step {trainer.steps}, {many}: {first}")
         return result.scores
 
     def _trained(self) -> dict[str, Any]:
@@ -333,7 +334,9 @@ def train(
         training, statistics = checked(training, task, out / "data" / "train.json", processes)
         processes.alike(statistics.check)
         if validation is not None:
-            validation, _ = checked(validation, task, out / "data" / "val.json", processes)
+            validation, scored = checked(validation, task, out / "data" / "val.json", processes)
+            about = f"{validation.source} (to be scored on; see data.val and data.val_share)"
+            processes.alike(lambda: scored.check_content(about))
         if not (out / RECIPE).exists():
             describe(training, validation, statistics, recipe, model, speak)
         if isinstance(task, Instance):

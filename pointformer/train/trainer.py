@@ -78,6 +78,7 @@ class Trainer:
         self.ending, self.ends = Ending(), False
         self.recent: list[dict[str, float]] = []
         self._unchecked: tuple[int, list[str], dict[str, Tensor]] | None = None
+        self._names: list[str] = []  # pictures of the last step
 
     @property
     def averaged(self) -> Model:
@@ -120,12 +121,14 @@ class Trainer:
             total = self._gradients(batch)
         except ValueError as error:
             self.check()  # weights of a step before that went wrong are no fault of these pictures
+            self._check_weights()
             where = f"step {self.steps}, with {', '.join(batch.names)}"
             raise ValueError(f"{error} (at {where})") from error
         gradient = clip_gradients(self.model, recipe.optimizer.clip).detach()
         total["gradient"] = self.processes.whole(gradient)
         self.check()
         self._unchecked = self.steps, batch.names, total
+        self._names = batch.names
         self.optimizer.step()
         self.steps += 1
         if self.average is not None:
@@ -213,16 +216,38 @@ class Trainer:
             if not self.processes.main:
                 raise SystemExit(1)  # the main process says it for all
             raise FloatingPointError(
-                f"the {bad[0]} is {values[bad[0]]} at step {step}, with {', '.join(pictures)}"
+                f"the {bad[0]} is {values[bad[0]]} at step {step}, with {', '.join(pictures)}; "
+                "a lower optimizer.learning_rate may help"
             )
         self.seconds, told = found[-2:]
         self.ends = told > 0
         self.recent.append(values)
 
+    def _check_weights(self) -> None:
+        """Look at what the last step has made, of which no loss is known yet.
+
+        Raises:
+            FloatingPointError: a weight, or its square, is not finite.
+        """
+        parts = [getattr(p, "to_local", lambda p=p: p)().detach() for p in self.model.parameters()]
+        finite = torch.stack([part.float().square().sum().isfinite() for part in parts]).all()
+        if self.processes.mean(finite.double()).item() < 1:
+            if not self.processes.main:
+                raise SystemExit(1)  # the main process says it for all
+            raise FloatingPointError(
+                f"weights are too large or not finite after step {self.steps - 1}, with "
+                f"{', '.join(self._names)}; a lower optimizer.learning_rate may help"
+            )
+
     def state(self) -> dict[str, Any]:
         """All that a run continues from; the same however many processes there are, and all of them
-        ask for it together."""
+        ask for it together.
+
+        Raises:
+            FloatingPointError: the last loss, its gradient or the weights are not finite.
+        """
         self.check()
+        self._check_weights()
         return {
             "format": _FORMAT,
             "recipe": asdict(self.recipe),

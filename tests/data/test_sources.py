@@ -189,6 +189,31 @@ def test_maps_that_are_all_void(tmp_path):
         open_dataset(tmp_path)
 
 
+def test_labels_that_only_the_validation_maps_have(tmp_path):
+    maps = {"train": [0, 1], "val": [0, 2]}
+    for split, labels in maps.items():
+        picture(tmp_path / split / "images/a.png")
+        values = np.resize(np.array(labels, np.uint8), scenes.SIZE)
+        save(tmp_path / split / "labels/a.png", values)
+    with pytest.raises(ValueError, match=r"holds \[2\], no class of .*train.*data\.categories"):
+        open_splits(tmp_path)
+    _, validation = open_splits(tmp_path, categories=["sky", "land", "sea"])
+    assert validation[0].semantic.max() == 2
+    _, validation = open_splits(tmp_path, void=(2, 255))
+    assert validation[0].semantic.min() == -1
+    _, validation = open_splits(tmp_path, skip_bad=True)
+    assert len(validation) == 1  # which is left out when it is read
+
+
+def test_nearly_data_sets_are_told_what_they_lack(tmp_path):
+    picture(tmp_path / "cats/a.png")
+    with pytest.raises(ValueError, match="format \\(cats is the only folder of pictures"):
+        find_source(tmp_path)
+    picture(tmp_path / "plain/images/a.png")
+    with pytest.raises(ValueError, match="images has neither labels/ nor instances/ beside it"):
+        find_source(tmp_path / "plain")
+
+
 def test_class_folders_count_classes_that_a_split_lacks(tmp_path):
     classes(tmp_path, {"a": 1, "b": 1, "c": 2}, ["train"])
     classes(tmp_path, {"a": 1, "c": 1}, ["val"])

@@ -111,7 +111,7 @@ def test_broken_pictures_are_named_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"^3 of 6 pictures cannot be used: ") as error:
         without_bad(dataset, found)
     assert "\n" not in str(error.value)
-    for name in ("images/1.png", "images/3.png", "instances/4.png", "skip_bad leaves them out"):
+    for name in ("images/1.png", "images/3.png", "instances/4.png", "--skip-bad leaves them out"):
         assert name in str(error.value)
     dataset = open_dataset(tmp_path, task="instance", skip_bad=True)
     kept = without_bad(dataset, examine(dataset, "objects"))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from helpers.training import dataset_of, recipe_of, trainer_of, write_folder
 from pointformer import segment
@@ -334,6 +335,26 @@ def test_a_loss_that_is_no_number_names_its_pictures(folder, tmp_path, monkeypat
     assert same(weights(tmp_path), weights(tmp_path.with_name("whole")))
 
 
+def test_weights_that_a_step_has_spoilt_are_not_saved(folder, tmp_path):
+    recipe = recipe_of(
+        folder, "budget.steps=3", "checkpoints.steps=1", "validation.times=0",
+        "optimizer.learning_rate=1e30", "schedule.warmup=0",
+    )  # fmt: skip
+    with pytest.raises(FloatingPointError, match=r"after step 0, with .*learning_rate") as error:
+        train(recipe, tmp_path, say=silent)
+    (saved,) = list_checkpoints(tmp_path / "checkpoints")
+    assert saved.name.startswith("step-00000000-")
+    assert str(error.value).endswith(f"; {saved.name} is from before")
+
+
+def test_nothing_to_be_scored_on_is_said_before_training(tmp_path):
+    write_folder(tmp_path / "data", train=2, val=1)
+    Image.fromarray(np.zeros((64, 64), np.uint16)).save(tmp_path / "data/val/instances/0.png")
+    recipe = recipe_of(tmp_path / "data", "budget.steps=1")
+    with pytest.raises(ValueError, match=r"to be scored on; .*: expected an object, the picture"):
+        train(recipe, tmp_path / "run", say=silent)
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "model.safetensors", "log.csv", "scores.csv"])
 def test_a_new_run_replaces_nothing(folder, tmp_path, name):
     (tmp_path / name).write_text("mine")
@@ -531,7 +552,7 @@ def test_the_diameter_of_objects():
 def test_what_a_model_cannot_work_with_is_named(folder, tmp_path):
     """Here it is numbers that ran away."""
     recipe = recipe_of(
-        folder, "budget.steps=6", "optimizer.learning_rate=1e30", "schedule.warmup=0",
+        folder, "budget.steps=6", "optimizer.learning_rate=1e10", "schedule.warmup=0",
         "optimizer.clip=null", "validation.times=0",
     )  # fmt: skip
     expected = r"got NaN in .*\(at step 1, with \d, \d\); step-00000000-\w+\.pt is from before"

@@ -102,6 +102,15 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, content, message):
      ("augmentation.crop.scales=[2,1]", r"crop\.scales: expected two positive numbers that rise"),
      ("augmentation.flip.horizontal=2", r"^augmentation\.flip\.horizontal: expected a number in"),
      ("augmentation.mix.mixup=x", r"augmentation\.mix\.mixup: expected a number, got 'x'"),
+     ("model=[1]", r"^model: expected text or null, got \[1\]"),
+     ("model=[1", "^model: expected YAML, but in line 1 "),
+     ("data.format=", "^data.format: expected text or null, got ''"),
+     (f"batch={10**20}", f"batch: expected at most .* pictures, got {10**20}"),
+     ("optimizer.betas=[0.9, 1]", r"optimizer\.betas: expected two in \[0, 1\), got \[0\.9, 1"),
+     ("checkpoints.steps=0", r"checkpoints\.steps: expected at least 1, got 0"),
+     ("checkpoints.minutes=-1", r"checkpoints\.minutes: expected more than 0, got -1"),
+     ("validation.tile=0", r"validation\.tile: expected at least 1, got 0"),
+     ("validation.times=-1", r"validation\.times: expected at least 0, got -1"),
      ("data.categories=" + "x" * 999, r"categories: expected a list of texts or null, got 'xx")],
 )  # fmt: skip
 def test_what_cannot_be_is_named(change, message):
@@ -109,6 +118,10 @@ def test_what_cannot_be_is_named(change, message):
         read_recipe("semantic.yaml", [change])
     assert len(str(error.value)) < 200
     assert "\n" not in str(error.value)
+
+
+def test_names_of_files_may_look_like_lists():
+    assert read_recipe("semantic.yaml", ["data.path=[old] data"]).data.path == "[old] data"
 
 
 def test_values_are_taken_as_their_fields_have_them():
