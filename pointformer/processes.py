@@ -177,14 +177,14 @@ def started_processes(
         ConnectionError: another one ended.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    where = torch.device(device)
-    if world > 1 and where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     try:
+        where = torch.device(device)
+        if world > 1 and where.type == "cuda" and where.index is None:
+            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device: {where} cannot be used: {reason}") from None
+        raise ValueError(f"device: {device} cannot be used: {reason}") from None
     if world == 1:
         yield Processes(where, complain=complain)
         return

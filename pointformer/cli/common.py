@@ -169,11 +169,20 @@ def model_from(
         if getattr(options, name) is not None
     }
     model = create_model(options.model, pretrained, **changes, **overrides).eval()  # type: ignore[arg-type]
+    return placed(model, options.device)
+
+
+def placed(model: Model, device: str) -> Model:
+    """The model on a device.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     try:
-        return model.to(options.device)
+        return model.to(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: {options.device} cannot be used: {reason}") from None
+        raise ValueError(f"--device: {device} cannot be used: {reason}") from None
 
 
 def find_pictures(arguments: Sequence[str]) -> tuple[list[Path], list[str], int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pointformer.cli.common import add_result_arguments, say
+from pointformer.cli.common import add_result_arguments, placed, say
 from pointformer.cli.results import Results
 
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     results.check(out)
     changes = [] if options.data is None else [f"data.path={options.data}"]
     recipe = read_recipe(options.run / RECIPE, changes)
-    model = load_model(options.run / WEIGHTS).to(options.device)
+    model = placed(load_model(options.run / WEIGHTS), options.device)
     dataset = open_data(recipe)[1] if options.pictures else None
     categories = None if dataset is None else dataset.categories
     task = task_of(model, recipe.task, categories)

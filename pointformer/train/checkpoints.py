@@ -55,7 +55,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
     with temporary_path(folder / "step.pt") as temporary:
         with temporary.open("wb") as file:
             hashing = _Hashing(file)
-            torch.save(dict(state), cast(BinaryIO, hashing))
+            _save(dict(state), cast(BinaryIO, hashing))
         sync(temporary)
         path = folder / f"step-{step:08d}-{hashing.hash.hexdigest()[:16]}.pt"
         publish(temporary, path)
@@ -68,6 +68,20 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep: int
         elif older not in kept:
             older.unlink(missing_ok=True)
     return path
+
+
+def _save(state: dict[str, Any], file: BinaryIO) -> None:
+    """`torch.save`, but for its last word: what ends it, such as a full disk or a signal, it
+    replaces by an error of its own about the unfinished file."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while isinstance(cause, RuntimeError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def _step_of(path: Path) -> int:
@@ -139,8 +153,9 @@ def owned(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder, this is a file")
+    if os.path.lexists(folder) and not folder.is_dir():
+        kind = "is a file" if folder.exists() else "link leads nowhere"
+        raise ValueError(f"{folder}: expected a folder, this {kind}; use another --out")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     path.open("a").close()  # an error that says why it cannot be written

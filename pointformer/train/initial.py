@@ -10,6 +10,7 @@ import torch
 
 from pointformer.data import Category
 from pointformer.models import Model, create_model, load_released
+from pointformer.models.config import CONFIGS
 from pointformer.models.heads import head_for
 from pointformer.models.state import WHOLE_HEAD, copy_weights, is_safetensors
 from pointformer.train.recipe import Recipe
@@ -39,6 +40,13 @@ def make_model(
             )
     options |= recipe.options
     torch.manual_seed(recipe.seed)
+    if recipe.model is not None and recipe.model not in CONFIGS:
+        name, _, tag = recipe.model.rpartition(".")
+        if (name in CONFIGS and tag) or os.path.isfile(recipe.model):
+            raise ValueError(
+                f"model: expected a name, not weights; to start from {recipe.model}, pass it as "
+                "init (--init)"
+            )
     default = "aff_tiny" if channels is None else "point_nano"
     if recipe.init is None:
         return create_model(recipe.model or default, pretrained=False, **options)

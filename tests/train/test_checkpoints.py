@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pointformer.train.checkpoints import (
+    _Hashing,
     list_checkpoints,
     newest_checkpoint,
     owned,
@@ -30,6 +31,25 @@ def test_the_newest_are_kept_one_for_each_step(tmp_path):
     assert list_checkpoints(tmp_path) == [path]  # what was just written stays
     assert torch.equal(read_checkpoint(path)["value"], torch.zeros(1))
     assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("end", [SystemExit(143), KeyboardInterrupt(), OSError(28, "full")])
+def test_who_is_told_to_end_while_writing_ends_so(tmp_path, monkeypatch, end):
+    """And not with torch's complaint that its file is unfinished."""
+    before = save_checkpoint(tmp_path, 1, {"value": torch.zeros(3)}, keep=1)
+
+    plain, calls = _Hashing.write, []
+
+    def write(self, data):
+        calls.append(data)
+        if len(calls) == 3:
+            raise end
+        return plain(self, data)
+
+    monkeypatch.setattr(_Hashing, "write", write)
+    with pytest.raises(type(end)):
+        save_checkpoint(tmp_path, 2, {"value": torch.zeros(3)}, keep=1)
+    assert list(tmp_path.iterdir()) == [before]
 
 
 @pytest.mark.parametrize(

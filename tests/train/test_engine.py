@@ -371,6 +371,12 @@ def test_what_is_no_folder_of_a_run(folder, tmp_path):
         train(recipe, tmp_path, say=silent)
 
 
+def test_a_link_that_leads_nowhere_is_no_folder(folder, tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="run: expected a folder, this link leads nowhere"):
+        train(recipe_of(folder, "budget.steps=1"), tmp_path / "run", say=silent)
+
+
 def test_parts_of_a_batch_and_recomputed_blocks_give_the_same_step(tmp_path):
     """As far as numbers go, where the loss is a mean over pictures."""
     dataset = dataset_of(tmp_path, "classification", 4, 32)
