@@ -102,8 +102,8 @@ def k_means(positions: torch.Tensor, count: int) -> Clusters:
         warnings.simplefilter("ignore")  # of clusters that got empty
         _, labels = kmeans2(positions.double().numpy(), count, iter=8, minit="points", rng=0)
     order = np.argsort(labels, kind="stable")
-    lengths = np.bincount(labels)
-    lengths = torch.from_numpy(lengths[lengths > 0])
+    members = np.bincount(labels)
+    lengths = torch.from_numpy(members[members > 0])
     offsets = torch.cat([lengths[:0], lengths.new_zeros(1), lengths.cumsum(0)])
     assignment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     centers = torch.zeros(len(lengths), positions.shape[1], dtype=torch.float64)

@@ -36,7 +36,7 @@ class FakeModel:
     """Tells a record of calls what is done with it."""
 
     name, head_name, task, categories, num_classes, backbone = "fake", "dense", None, None, 3, None
-    config = SimpleNamespace(image_size=64, in_channels=3, patch_stride=4)
+    config = image_config = SimpleNamespace(image_size=64, in_channels=3, patch_stride=4)
 
     def __init__(self, seen):
         self.seen = seen
@@ -82,6 +82,7 @@ def seen(tmp_path, monkeypatch):
     spy(pointformer.models, "create_model", lambda *a, **k: FakeModel(seen))
     spy(torch, "set_num_threads")
     spy(pointformer.segmentation.segment, "segment", stop)
+    spy(pointformer.segmentation.segment, "check_options")
     spy(pointformer.evaluation, "evaluate", draw)
     spy(
         pointformer.tasks,
