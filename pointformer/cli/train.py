@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     if options.fields:
         say(describe_fields())
         return 0
-    if options.out is None and not options.print_recipe:
+    if options.out in (None, Path()) and not options.print_recipe:
         raise ValueError("--out: expected the folder of the run")
     recipe, data, changes = _sorted(options.sources)
     if options.resume:

@@ -49,12 +49,15 @@ class Table:
 
 
 def read_table(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a CSV file of a run by name, float64; no columns if there is no such file."""
+    """The columns of a CSV file of a run by name, float64; no columns if there is no such file.
+
+    What is no number is NaN there, as in a file that is damaged.
+    """
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         rows = list(csv.DictReader(file))
-    names = rows[0] if rows else ()
+    names = [name for name in rows[0] if name is not None] if rows else []
     return {name: np.array([_number(row[name]) for row in rows]) for name in names}
 
 

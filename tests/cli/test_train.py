@@ -92,6 +92,7 @@ def test_shards_are_learned_and_arrays_scored(capsys, tmp_path):
      (["DATA", "--resume"], "--resume: OUT holds no run: there is no recipe.yaml"),
      (["DATA", "budget.steps=1", "--device", "foo"], "device: foo cannot be used: "),
      (["DATA", "budget.steps=1", "--model", "aff_nano.nuclei"], "pass it as init (--init)"),
+     (["DATA", "budget.steps=1", "--out", ""], "--out: expected the folder of the run"),
      (["nuclei.yaml", "--resume"], "--resume: goes on by the recipe of the run")],
 )  # fmt: skip
 def test_one_line_for_what_is_wrong(capsys, folder, tmp_path, arguments, message):

@@ -17,7 +17,7 @@ from pointformer.train.checkpoints import (
     save_checkpoint,
 )
 from pointformer.train.ending import Ending, left_to_parent
-from pointformer.train.logs import Table
+from pointformer.train.logs import Table, read_table
 
 
 def test_the_newest_are_kept_one_for_each_step(tmp_path):
@@ -170,3 +170,11 @@ def test_signals_wait_for_the_right_moment():
         signal.raise_signal(signal.SIGTERM)
     assert end.value.code == 143
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_damaged_table_is_read_as_far_as_it_goes(tmp_path):
+    (tmp_path / "log.csv").write_bytes(b"step,loss\n1,0.5,7\n2,\xff\x00")
+    columns = read_table(tmp_path / "log.csv")
+    assert columns["step"].tolist() == [1, 2]
+    assert columns["loss"][0] == 0.5
+    assert columns["loss"][1] != columns["loss"][1]  # NaN
