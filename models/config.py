@@ -260,9 +260,6 @@ ModelConfig = AFFConfig | SwinConfig | PointConfig
 
 def config_from(values: Mapping[str, object]) -> ModelConfig:
     """The configuration whose fields these are, as `dataclasses.asdict` gives them."""
-    earlier = {"reserve_share": None}  # what files from before the field was written ran with
-    if "reserve" in values:
-        values = {**earlier, **values}
     for kind in (AFFConfig, SwinConfig, PointConfig):
         known = {field.name for field in fields(kind)}
         needed = {field.name for field in fields(kind) if field.default is MISSING}

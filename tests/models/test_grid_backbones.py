@@ -233,7 +233,8 @@ def test_window_attention_is_its_definition(size, shifted):
     nn.init.normal_(layer.bias)
     maps = torch.randn(2, *size, dim, dtype=torch.float64)
     tokens = raster(maps)
-    ours = layer(tokens.features, tokens, Windows(*size, window, shifted, maps.device), None)
+    windows = Windows(*size, window, shifted, maps.device)
+    ours = layer(tokens.features, tokens, windows, project=False, impl=None)
     starts = [window // 2 if shifted and side > window else 0 for side in size]
     query, key, value = layer.qkv(maps).view(2, *size, 3, heads, -1).unbind(3)
     expected = torch.empty(2, *size, heads, dim // heads, dtype=torch.float64)
@@ -258,7 +259,7 @@ def test_padding_and_masks_let_finite_gradients_through():
     maps = torch.randn(1, 5, 6, 6, requires_grad=True)
     tokens = raster(maps)
     windows = Windows(5, 6, 4, True, maps.device)
-    layer(tokens.features, tokens, windows, None).square().sum().backward()
+    layer(tokens.features, tokens, windows, project=False, impl=None).square().sum().backward()
     assert maps.grad.isfinite().all()
     assert maps.grad.flatten(0, 2).any(1).all()
 

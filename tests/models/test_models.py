@@ -526,7 +526,7 @@ def test_attention_is_its_definition():
         shares = torch.cat([logits, blank.transpose(1, 2)], 1).softmax(1)
         expected = torch.einsum("tnh,tnhd->thd", shares[:, :-1], value[near])
         expected = expected + shares[:, -1, :, None] * attention.blank_value.view(4, 8)
-        out = attention(x, tokens, neighborhoods, None)
+        out = attention(x, tokens, neighborhoods, project=False)
     torch.testing.assert_close(out, expected.flatten(1), atol=1e-5, rtol=1e-4)
 
 
@@ -653,8 +653,8 @@ def test_published_configurations():
                 dims, depths, heads, ratio, drop_path=drop, layer_scale=scale, rate=rate,
                 cluster_size=8, neighborhood_size=(48, 48, 48, 49), alpha=4.0, image_size=224,
                 patch_stride=4, in_channels=3, curve="snake", anchors=True, remainder="last",
-                scope="token", prior="adaptive", reserve=True, expanded_position=True,
-                blank_token=True, merge="adaptive",
+                scope="token", prior="adaptive", reserve=True, reserve_share=None,
+                expanded_position=True, blank_token=True, merge="adaptive",
             )  # fmt: skip
     for name in ("mini", "tiny", "small"):
         dims, depths, heads, ratio, drop, scale = rows[f"aff_{name}"]

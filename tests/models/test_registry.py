@@ -106,7 +106,7 @@ def test_models_are_listed_by_patterns():
     assert {"aff_nano", "swin_mini"} <= set(names)
     assert list_models(pretrained=True) == ["aff_nano.nuclei"]
     for pattern, pretrained, expected in (
-        ("*nano*", False, ["aff_nano"]),
+        ("*nano*", False, ["aff_nano", "point_nano"]),
         (["swin_t*", "aff_nano"], False, ["aff_nano", "swin_tiny"]),
         ("aff_*", True, ["aff_nano.nuclei"]),
         ("aff_nano", True, ["aff_nano.nuclei"]),
