@@ -17,7 +17,7 @@ from pointformer.models import (
     create_model,
     list_models,
 )
-from pointformer.models.config import CONFIGS, config_from
+from pointformer.models.config import CONFIGS
 from pointformer.nn.blocks import HIDDEN, add_branch, by_rows, drop_path
 
 # Few blocks and channels: the wiring of AFF without its cost.
@@ -152,10 +152,6 @@ def test_released_models_reserve_as_they_were_trained():
     for name, config in CONFIGS.items():
         if isinstance(config, AFFConfig):
             assert config.reserve_share == (0.5 if name == "aff_nano" else None)
-    stored = dataclasses.asdict(TINY)
-    assert config_from(stored).reserve_share == 0.5
-    del stored["reserve_share"]  # a file from before there was one
-    assert config_from(stored).reserve_share is None
 
 
 def test_merging_keeps_the_centers_positions():
