@@ -27,7 +27,7 @@ _COMMON = {
 settings.register_profile("default", max_examples=100, **_COMMON)
 settings.register_profile("thorough", max_examples=5000, **_COMMON)
 # Kernels in Triton's interpreter are slow: the quick run samples them, --long takes all examples.
-settings.register_profile("interpreted", max_examples=30, **_COMMON)
+settings.register_profile("interpreted", max_examples=12, **_COMMON)
 settings.load_profile("default")
 
 

@@ -63,6 +63,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forked processes here")
 def test_workers_run_in_every_order(tmp_path):
     path = tmp_path / "script.py"

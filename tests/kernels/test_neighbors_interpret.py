@@ -96,7 +96,8 @@ def test_clusters_are_those_of_the_cpu(
     )
 
 
-@pytest.mark.parametrize("dimensions", [2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("dimensions", [2, 3])
 def test_a_tree_of_several_levels(dimensions):
     generator = torch.Generator().manual_seed(0)
     positions = torch.rand(1500, dimensions, generator=generator)

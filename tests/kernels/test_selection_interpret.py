@@ -82,7 +82,7 @@ def test_a_launch_has_the_block_of_what_was_compiled():
         assert torch.equal(index, expected)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2, 3])
 def test_released_selection(stage):
     stored = np.load(PARITY / "mini_160x192.npz")
     index, _ = select_centers(

@@ -43,6 +43,7 @@ def test_training_step_compiles_without_graph_breaks():
         assert (mine.grad - theirs.grad).abs().max() <= bound, name
 
 
+@pytest.mark.long
 def test_another_image_size_compiles_anew():
     """The curve's grid depends on the canvas: a new size is a new graph, again without breaks."""
     model = make(config=TWO_STAGES).eval()
