@@ -386,7 +386,7 @@ def backward(
         *(row.view(-1).numpy() for row in rows),
         partial.reshape(-1),
         tile_chunks,
-        torch.empty(min(tile_chunks, chunks) * per_chunk).numpy(),
+        torch.empty(min(tile_chunks, chunks) * per_chunk, dtype=torch.float32).numpy(),
         np.empty(shape.clusters, np.int64),
     )
     sums = torch.from_numpy(partial.sum(0, dtype=np.float64).astype(np.float32))

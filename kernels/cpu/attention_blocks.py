@@ -393,10 +393,10 @@ def shape_of(query, positions, cluster_index, cluster_offsets, cluster_size, pos
 
 def empty_packed(shape):
     """Memory for a packed (T, H, d) tensor, from a cache line on, as torch gives it."""
-    return torch.empty(
-        shape.clusters * shape.cluster_blocks * shape.heads * shape.channels * 8
-    ).numpy()
+    numbers = shape.clusters * shape.cluster_blocks * shape.heads * shape.channels * 8
+    return torch.empty(numbers, dtype=torch.float32).numpy()
 
 
 def empty_points(shape):
-    return torch.empty(shape.clusters * shape.cluster_blocks * (shape.dimensions + 1) * 8).numpy()
+    numbers = shape.clusters * shape.cluster_blocks * (shape.dimensions + 1) * 8
+    return torch.empty(numbers, dtype=torch.float32).numpy()

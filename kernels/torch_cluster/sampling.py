@@ -11,7 +11,8 @@ def farthest_points(positions, sizes, counts, start):
     if not filled:
         return torch.empty(0, dtype=torch.int64, device=device)
     # It rounds ratio * size up.
-    ratio = torch.tensor([(count - 0.5) / size for size, count in filled], device=device)
+    ratios = [(count - 0.5) / size for size, count in filled]
+    ratio = torch.tensor(ratios, dtype=torch.float32, device=device)
     kept = torch.tensor(counts, device=device) > 0
     lengths = torch.tensor(sizes, device=device)
     sample = torch.repeat_interleave(torch.arange(len(sizes), device=device), lengths)

@@ -19,7 +19,7 @@ def farthest_points(
     first = 0
     for size, count, row in zip(sizes, counts, start, strict=True):
         sample = positions[first : first + size]
-        distance = torch.full((size,), torch.inf, device=positions.device)
+        distance = positions.new_full((size,), torch.inf)
         pick = torch.tensor(row, device=positions.device)
         for _ in range(count):
             picks.append(first + pick)
