@@ -17,8 +17,8 @@ _BLOCKS = (256, 4096)  # points at a time: in samples of up to eight times as ma
 def farthest_fwd_kernel(
     positions, distance, tables, out, samples, D: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """distance (T,) is infinite; tables (3, samples + 1): where samples start, where their picks
-    do, the first picks."""
+    """distance (T,) is memory to work in; tables (3, samples + 1): where samples start, where their
+    picks do, the first picks."""
     sample = tl.program_id(0)
     begin = tl.load(tables + sample)
     end = tl.load(tables + sample + 1)
@@ -31,6 +31,7 @@ def farthest_fwd_kernel(
         x = tl.load(base)
         y = tl.load(base + 1)
         z = tl.load(base + 2) if D == 3 else 0.0
+        known = tl.where(pick > first_pick, end, begin)  # rows before it have a distance
         farthest = tl.full((BLOCK,), -2.0, tl.float32)
         where = tl.full((BLOCK,), _NOWHERE, tl.int32)
         for first in range(begin, end, BLOCK):
@@ -44,7 +45,8 @@ def farthest_fwd_kernel(
             if D == 3:
                 difference = tl.load(at + 2, mask=here, other=0.0) - z
                 square += difference * difference
-            nearest = tl.minimum(tl.load(distance + point, mask=here, other=-2.0), square)
+            nearest = tl.load(distance + point, mask=point < known, other=float("inf"))
+            nearest = tl.minimum(nearest, square)
             nearest = tl.where(point == row, -1.0, nearest)  # none is picked twice
             tl.store(distance + point, nearest, mask=here)
             farther = here & (nearest > farthest)
@@ -60,6 +62,7 @@ def _variant(dimensions, block):
         farthest_fwd_kernel,
         (torch.float32, torch.float32, torch.int32, torch.int64, "i32"),
         {"D": dimensions, "BLOCK": block},
+        writes=("distance", "out"),
         num_warps=max(4, block // 256),
         fp_fusion=False,
     )
@@ -76,7 +79,7 @@ def farthest_points(positions, sizes, counts, start):
     """See `pointformer.kernels.sampling`."""
     positions, device = positions.detach().contiguous(), positions.device
     out = torch.empty(sum(counts), dtype=torch.int64, device=device)
-    distance = torch.full((len(positions),), torch.inf, dtype=torch.float32, device=device)
+    distance = torch.empty(len(positions), dtype=torch.float32, device=device)
     columns = [starts_of(sizes), starts_of(counts), [*start, 0]]
     tables = from_host(columns, torch.int32, device)
     block = _BLOCKS[max((0, *sizes)) > 8 * _BLOCKS[0]]

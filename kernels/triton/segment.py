@@ -112,7 +112,7 @@ def _width(channels):
 
 @cache
 def _fold_variant(mode, dtype, width):
-    beside = dtype if mode == "products" else _FLOAT
+    beside = _FLOAT if mode in ("squares", "exps") else dtype
     finds = mode in ("max", "min")
     return Variant(
         segment_fold_fwd_kernel,
@@ -131,7 +131,7 @@ def _spread_variant(mode, dtype, width):
     beside = dtype if mode == "products" else _FLOAT
     return Variant(
         segment_spread_fwd_kernel,
-        (_FLOAT, _INT, dtype, beside, dtype, "i32", "i32"),
+        (_FLOAT, _INT, _FLOAT if mode == "copy" else dtype, beside, dtype, "i32", "i32"),
         {"MODE": mode, "ROWS": _ROWS, "WIDTH": width},
         writes=("out",),
         tiles={"ROWS": (64,)},
@@ -166,9 +166,10 @@ def fold(values, offsets, other, mode):
     variant = _fold_variant(mode, values.dtype, _width(channels))
     if other is not None:
         other = other.to(values.dtype if mode == "products" else torch.float32).contiguous()
+    values = values.contiguous()
     variant.launch(
         (count * parts, triton.cdiv(channels, variant.constants["WIDTH"])),
-        *(values.contiguous(), out if other is None else other, offsets.contiguous(), out),
+        *(values, values if other is None else other, offsets.contiguous(), out),
         *(places if finds else offsets.contiguous(), parts, channels),
     )
     if parts > 1:
@@ -193,7 +194,7 @@ def spread(table, offsets, values, other, rows, dtype, mode):
     table = table.float().contiguous()
     variant.launch(
         lambda constants: (triton.cdiv(rows, constants["ROWS"]), triton.cdiv(channels, width)),
-        *(table, segment, out if values is None else values.to(dtype).contiguous()),
+        *(table, segment, table if values is None else values.to(dtype).contiguous()),
         *(table if other is None else other, out, rows, channels),
     )
     return out
