@@ -50,6 +50,8 @@ _FORMATS = (
     "coco",
     "coco-panoptic",
     "shards",
+    "objects",
+    "scenes",
     "arrays",
 )
 
