@@ -32,7 +32,7 @@ def trained(world, folder, out, *changes, task="instance"):
 
 def table(path):
     lines = [line.split(",") for line in path.read_text().splitlines()]
-    skipped = ("seconds", "images_per_second", "waiting")
+    skipped = ("seconds", "images_per_second", "loaded_per_second", "waiting")
     kept = [i for i, name in enumerate(lines[0]) if name not in skipped]
     return [[float(line[i]) for i in kept] for line in lines[1:]]
 
