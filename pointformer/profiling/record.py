@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
 
@@ -124,6 +124,8 @@ def _signature(value: object) -> object:
         return type(value), weights
     if is_dataclass(value):
         return tuple(_signature(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, Mapping):
+        return tuple((name, _signature(item)) for name, item in value.items())
     if isinstance(value, list | tuple):
         return tuple(_signature(item) for item in value)
     return value

@@ -4,8 +4,9 @@ Counted from the arguments of the call. Each input that it depends on is read on
 written once, in the dtypes of the call; what an implementation stores in between is not work but
 choice. An operation is an addition, a multiplication or a division: a multiply-add is two.
 
-T tokens of C channels (all heads together) in D dimensions, K clusters, R clusters per token, E
-entries of such lists that are not -1, P pairs of a token (or a center) and a neighbor.
+T tokens of C channels (all heads together) in D dimensions, Q queries (where no others are given,
+the tokens), K clusters, R clusters per query, E entries of such lists that are not -1, P pairs of a
+query (or a center) and a neighbor.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def _lists(neighborhoods: Neighborhoods) -> int:
 def clustering(a: Arguments, output: TokenSet) -> Work:
     """`TokenSet.cluster`: find the order, and bring the tokens into it.
 
-    Bytes: positions and features in, once; out in the new order; order (8 T), offsets (4 (K+1)) and
-    centers (4 K D).
+    Bytes: positions, features and fields in, once; out in the new order; order (8 T), offsets
+    (4 (K+1)) and centers (4 K D).
     Operations: per token the squared distances to two anchors and their ratio, 2 (3 D - 1) + 1,
     where its sample is larger than `global_size`; and D additions for the center.
     """
@@ -73,7 +74,7 @@ def clustering(a: Arguments, output: TokenSet) -> Work:
     sorted_tokens = sum(size for size in tokens.sizes if size > a["global_size"])
     dimensions = tokens.dimensions
     return Work(
-        2 * num_bytes(tokens.positions, tokens.features)
+        2 * num_bytes(tokens.positions, tokens.features, *tokens.fields.values())
         + num_bytes(clusters.order, clusters.offsets, clusters.centers),
         sorted_tokens * (6 * dimensions - 1) + tokens.num_tokens * dimensions,
     )
@@ -129,9 +130,9 @@ def _learned(a: Arguments) -> int:
 def neighborhood_attention(a: Arguments, output: Tensor) -> Work:
     """The forward pass of `neighborhood_attention`.
 
-    Bytes: query, key and value in, output out (4 T C elements); positions, lists, cluster offsets
-    and the learned weights in.
-    Operations: 4 (P + T) C for scores and weighted values, the T for a blank token if there is one,
+    Bytes: query, key and value in, output out (2 Q C + 2 T C elements); positions, those of other
+    queries, lists, cluster offsets and the learned weights in.
+    Operations: 4 (P + Q) C for scores and weighted values, the Q for a blank token if there is one,
     and 2 P H F for a position bias of F features.
     """
     neighborhoods, weight = a["neighborhoods"], a["position_weight"]
@@ -151,11 +152,12 @@ def neighborhood_attention(a: Arguments, output: Tensor) -> Work:
 def neighborhood_attention_backward(a: Arguments, output: Tensor) -> Work:
     """The backward pass of `neighborhood_attention`.
 
-    Bytes: query, key, value, output and its gradient in, three gradients out (8 T C elements);
-    one float32 per token and head, the logarithm of the softmax's sum; positions, lists, offsets,
-    inverse lists (4 E + 4 (K+1)); learned weights in, their gradients out.
+    Bytes: query, key, value, output and its gradient in, three gradients out (4 Q C + 4 T C
+    elements); one float32 per query and head, the logarithm of the softmax's sum; positions, those
+    of other queries, lists, offsets, inverse lists (4 E + 4 (K+1)); learned weights in, their
+    gradients out.
     Operations: five products where the forward pass has two (scores again, and the gradients of
-    value, probabilities, query and key): 10 (P + T) C; the bias again and its gradient: 4 P H F.
+    value, probabilities, query and key): 10 (P + Q) C; the bias again and its gradient: 4 P H F.
     """
     neighborhoods, weight = a["neighborhoods"], a["position_weight"]
     forward = neighborhood_attention(a, output)

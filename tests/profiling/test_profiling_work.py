@@ -36,11 +36,11 @@ ENTRIES = 12
 HEADS, CHANNELS = 2, 8
 
 
-def attention(dtype=torch.float32, **learned):
+def attention(dtype=torch.float32, **more):
     query, key, value = torch.randn(3, 7, HEADS, CHANNELS, dtype=dtype).unbind()
-    names = ("position_weight", "position_bias", "blank_key", "blank_value")
+    names = ("query_positions", "position_weight", "position_bias", "blank_key", "blank_value")
     given = {"query": query, "key": key, "value": value, "positions": POSITIONS}
-    given |= {"neighborhoods": NEIGHBORHOODS} | dict.fromkeys(names) | learned
+    given |= {"neighborhoods": NEIGHBORHOODS} | dict.fromkeys(names) | more
     return given, neighborhood_attention(**given)
 
 
@@ -68,6 +68,25 @@ def test_attention():
     assert work.neighborhood_attention_backward(a, out) == Work(
         4 * 8 * rows + 8 * 7 + lists + 4 * 7 * HEADS + inverse + 2 * own,
         10 * (PAIRS + 7) * 16 + 4 * PAIRS * 10,
+    )
+
+
+def test_attention_of_other_queries():
+    """Two queries elsewhere, one to the clusters 0 and 1, one to the last: seven pairs."""
+    elsewhere = {
+        "query": torch.randn(2, HEADS, CHANNELS),
+        "query_positions": POSITIONS[:2] + 0.25,
+        "neighborhoods": Neighborhoods(LISTS[[0, 6]], CLUSTERS),
+    }
+    blank = {name: torch.randn(HEADS, CHANNELS) for name in ("blank_key", "blank_value")}
+    rows, points, lists, own = 2 * 2 + 2 * 7, 8 * (2 + 7), 4 * 4 + 4 * 4, 4 * 32
+    a, out = attention(**elsewhere, **blank)
+    assert work.neighborhood_attention(a, out) == Work(
+        4 * 16 * rows + points + lists + own, 4 * (7 + 2) * 16
+    )
+    inverse = 4 * (3 + 4)
+    assert work.neighborhood_attention_backward(a, out) == Work(
+        2 * 4 * 16 * rows + points + lists + 4 * 2 * HEADS + inverse + 2 * own, 10 * (7 + 2) * 16
     )
 
 
@@ -121,6 +140,11 @@ def test_clustering_search_and_selection():
     a = {"self": tokens, "global_size": 2}
     assert work.clustering(a, clustered) == Work(
         2 * 9 * (8 + 12) + order + offsets + centers, 7 * 11 + 9 * 2
+    )
+    labeled = tokens.with_fields(label=torch.arange(9), color=torch.rand(9, 3))
+    a = {"self": labeled, "global_size": 2}
+    assert work.clustering(a, labeled.cluster(3, global_size=2)) == Work(
+        2 * 9 * (8 + 12 + 8 + 12) + order + offsets + centers, 7 * 11 + 9 * 2
     )
     found = nearest_clusters(clustered.positions, clustered.clusters, 2)
     entries = 7 * 2 + 2  # the small sample has one cluster
