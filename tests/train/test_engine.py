@@ -430,7 +430,7 @@ MASKS = ["options.queries=12", "options.dim=64", "options.hidden=64", "options.d
     ("task", "head", "steps", "share", "score", "changes"),
     [("classification", None, 30, 0.05, ("top-1 accuracy", 1.0), []),
      ("semantic", None, 60, 0.05, ("mIoU", 0.9), []),
-     ("instance", None, 80, 0.1, ("AP at IoU 0.5", 0.9), []),
+     ("instance", None, 120, 0.1, ("AP at IoU 0.5", 0.9), []),
      pytest.param("instance", "mask2former", 120, 0.2, ("AP at IoU 0.5", 0.9), MASKS,
                   marks=pytest.mark.long),
      pytest.param("panoptic", "mask2former", 120, 0.2, ("PQ", 0.8), MASKS, marks=pytest.mark.long),
