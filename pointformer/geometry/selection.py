@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pointformer._checks import (
     FLOATS,
+    MOST_ROWS,
     alike,
     brief,
     can_read,
@@ -38,6 +39,7 @@ _KEY_BITS = 30  # what the score and the reserved flag leave of a 64-bit key for
 _LONGEST_SIDE = 1 << 31  # of a lattice on GPUs: coordinates are integers of 32 bits
 _LARGEST_STRIDE = 2.0**60  # twice of it fits int64, and squared float32
 _PRIORS = ("adaptive", "grid", None)
+_ROW_BITS = MOST_ROWS.bit_length()
 
 
 def select_centers(
@@ -148,7 +150,7 @@ def select_centers(
             raise ValueError("origin: give extent too, or neither")
         low, high = bounding_boxes(positions, sizes)
         corner = ((low.double() / (2 * stride)).floor() * (2 * stride)).float()
-        origin, extent = corner, high.double() - corner + int(lattice)
+        origin, extent = corner, (high - corner).double() + int(lattice)  # rounded as positions
     sides = check_per_sample("extent", extent, len(sizes), dimensions)
     if origin is not None:
         corners = check_per_sample("origin", origin, len(sizes), dimensions)
@@ -297,7 +299,9 @@ def _evenly(
     sample = reference.sample_of_rows(sizes, positions.device)
     place = place - offsets_of(sizes, positions.device)[sample]
     even = torch.zeros_like(place)
-    for _ in range((max(sizes, default=0)).bit_length()):
+    # More bits than the longest sample needs change no order; compiled code is for any sizes.
+    bits = _ROW_BITS if torch.compiler.is_compiling() else max((0, *sizes)).bit_length()
+    for _ in range(bits):
         even, place = 2 * even + place % 2, place // 2
     return even
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,10 +21,13 @@ class Table:
         path: of the file; one that is there is continued.
         step: rows of later steps, which an interrupted run wrote, are dropped, and so is a row that
             was cut off.
+        keys: columns that tell rows apart, `step` the first of them. A row that an interrupted run
+            wrote gives way to a new one of the same keys.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, keys: Sequence[str] = ("step",)) -> None:
         self.path = path
+        self.keys = keys
         self.columns: list[str] = []
         kept: list[list[str]] = []
         if path.is_file():
@@ -32,15 +35,28 @@ class Table:
                 rows = list(csv.reader(file))
             self.columns = rows[0] if rows else []
             kept = [row for row in rows[1:] if self._is_kept(row, step)]
-        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-            csv.writer(file).writerows([self.columns, *kept] if self.columns else [])
+        self._write(kept)
+        made = [row for row in kept if int(row[0]) == step]  # the only ones that can be made again
+        self.before = [dict(zip(self.columns, row, strict=True)) for row in made]
+
+    def _write(self, rows: Sequence[Sequence[str]]) -> None:
+        with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([self.columns, *rows] if self.columns else [])
 
     def _is_kept(self, row: list[str], step: int) -> bool:
         return len(row) == len(self.columns) and row[0].isdigit() and int(row[0]) <= step
 
+    def _keys_of(self, row: Mapping[str, Any]) -> list[str]:
+        return [str(row.get(name)) for name in self.keys]
+
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Write a row; the first one names the columns."""
         row = {"step": step, **values}
+        if self._keys_of(row) in map(self._keys_of, self.before):
+            with self.path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            kept = [old for old in rows if self._keys_of(old) != self._keys_of(row)]
+            self._write([list(old.values()) for old in kept])
         with self.path.open("a", newline="", encoding="utf-8") as file:
             if not self.columns:
                 self.columns = list(row)
@@ -84,7 +100,7 @@ class Logs:
         if not enabled:
             return
         self.training = Table(out / "log.csv", step)
-        self.scores = Table(out / "scores.csv", step)
+        self.scores = Table(out / "scores.csv", step, ("step", "final"))
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

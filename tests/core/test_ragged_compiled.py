@@ -33,16 +33,16 @@ def search(tokens):
 
 
 def cluster(tokens):
-    tokens = tokens.cluster(8)
+    tokens = tokens.cluster(8, adaptive=False)  # what compiled code can do
     return attend(tokens, tokens.neighborhoods(6)), tokens.fields["label"]
 
 
 def merge_and_back(tokens):
-    fine = tokens.cluster(8)
+    fine = tokens.cluster(8, adaptive=False)
     scores = fine.features[:, 0]
     index, sizes = select_centers(
         scores, fine.positions, sizes=fine.sizes, extent=fine.extent, rate=0.25, stride=0.25,
-        lattice=False, along_curve=True,
+        lattice=False, along_curve=True, reserve=False,
     )  # fmt: skip
     around = fine.neighborhoods(6)
     merged = scored_merge(fine.features, scores, fine.positions, index, around, **NET)

@@ -135,6 +135,22 @@ def test_a_table_goes_on_after_its_last_good_step(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_row_that_is_made_again_takes_the_place_of_the_first(tmp_path):
+    """As of scores at the step of the newest checkpoint, of a run that was killed after them."""
+    path = tmp_path / "scores.csv"
+    keys = ("step", "final")
+    table = Table(path, 0, keys)
+    for step, final in ((2, 0), (4, 0), (4, 1)):
+        table.add(step, {"final": final, "AP": 0.25})
+    for _ in range(2):
+        table = Table(path, 4, keys)
+        table.add(4, {"final": 0, "AP": 0.5})
+        table.add(6, {"final": 0, "AP": 0.75})
+    assert path.read_text().splitlines() == [
+        "step,final,AP", "2,0,0.25", "4,1,0.25", "4,0,0.5", "6,0,0.75",
+    ]  # fmt: skip
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals to a forked process")
 def test_workers_end_when_their_parent_says_so():
     """Ctrl-C and a SIGTERM that goes to all do not end them, one of their parent does."""
