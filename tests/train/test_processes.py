@@ -150,7 +150,8 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(folder, tmp_path):
     assert second == ""
     (error,) = [line for line in first.splitlines() if line.startswith("pointformer: error")]
     named = re.fullmatch(
-        r"pointformer: error: the loss is nan at step 2, with ([\d, ]+); "
+        r"pointformer: error: the loss is nan at step 2, with ([\d, ]+); a lower "
+            r"optimizer\.learning_rate may help; "
         r"(step-0000000[12]-\w+\.pt) is from before", error
     )  # fmt: skip
     assert ast.literal_eval(names) == named[1].split(", ")
