@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,13 @@ def test_optional_packages_are_imported_where_they_are_used():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert not optional & {name.split(".")[0] for name in names}, (path, names)
+
+
+def test_every_package_is_installed():
+    """The list in pyproject.toml names the packages that there are, kernels and models among them."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [path.parent.relative_to(ROOT) for top in ("pointformer", "kernels", "models")
+               for path in (ROOT / top).rglob("__init__.py")]  # fmt: skip
+    names = [".".join(folder.parts) for folder in folders]
+    expected = [n if n.startswith("pointformer") else f"pointformer.{n}" for n in names]
+    assert sorted(listed) == sorted(expected)
