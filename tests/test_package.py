@@ -75,7 +75,7 @@ def test_optional_packages_are_imported_where_they_are_used():
 
 
 def test_every_package_is_installed():
-    """The list in pyproject.toml names the packages that there are, kernels and models among them."""
+    """pyproject.toml lists the packages that there are, kernels and models among them."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = [path.parent.relative_to(ROOT) for top in ("pointformer", "kernels", "models")
                for path in (ROOT / top).rglob("__init__.py")]  # fmt: skip
