@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,11 +171,15 @@ def _sealed(path: Path) -> dict[str, Any]:
 def _is_sealed_picture(path: Path) -> bool:
     from PIL import Image
 
-    with contextlib.suppress(Exception), warnings.catch_warnings():  # whatever else it is
-        warnings.simplefilter("ignore")
-        with Image.open(path, formats=("PNG",)) as picture:
-            seal = picture.info.get(_SEAL)
-            return seal is not None and seal == _digest(picture.tobytes())
+    from pointformer.data.pillow import without_warnings
+
+    with (
+        contextlib.suppress(Exception),  # whatever else it is
+        without_warnings(),
+        Image.open(path, formats=("PNG",)) as picture,
+    ):
+        seal = picture.info.get(_SEAL)
+        return seal is not None and seal == _digest(picture.tobytes())
     return False
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,45 @@ from pointformer.data.stored import RGB, Layout, PictureError, check_pixels
 _ORIENTATION = 0x0112  # the EXIF tag
 # Formats whose further pictures are layers or copies in other sizes.
 _ONE_PICTURE = {"PSD", "ICO", "ICNS", "CUR", "FPX"}
-_LIMIT = threading.Lock()
+_LOCK = threading.Lock()  # of what is one for the whole program: its warnings, Pillow's limit
+_SILENT = contextlib.ExitStack()
+_silencers = 0
 
 
 def _renew_lock() -> None:
-    global _LIMIT
-    _LIMIT = threading.Lock()
+    global _LOCK, _silencers
+    _LOCK, _silencers = threading.Lock(), 0
+    _SILENT.close()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it
 
 
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Show no warnings meanwhile, in several threads at a time too: `warnings.catch_warnings` there
+    leaves the filters of one thread behind for all. The first one in switches them off here, and
+    the last one out on again.
+    """
+    global _silencers
+    with _LOCK:
+        if _silencers == 0:
+            _SILENT.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        _silencers += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _silencers -= 1
+            if _silencers == 0:
+                _SILENT.close()
+
+
 def _opened(file: str | io.BytesIO) -> Image.Image:
     """Pillow's limit of pixels is one for the whole program; `max_pixels` is checked instead."""
-    with _LIMIT:
+    with _LOCK:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             return Image.open(file)
@@ -64,8 +89,7 @@ class StoredPillow:
         # In another process the file is opened again.
         self._again = again, max_pixels, numbers, content
         self._decoded: tuple[int, np.ndarray] | None = None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is decoded in spite of a flaw is good enough
+        with without_warnings():  # what is decoded in spite of a flaw is good enough
             if isinstance(source, Image.Image):
                 self.name, self._picture, frames, deep = "image", source, 1, ""
             else:
@@ -108,8 +132,7 @@ class StoredPillow:
 
     def read(self, plane: int, channels: Sequence[int], rows: slice, columns: slice) -> np.ndarray:
         if self._decoded is None or self._decoded[0] != plane:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with without_warnings():
                 self._decoded = plane, self._decode(plane)
         values = self._decoded[1][rows, columns]
         return values if len(channels) == values.shape[2] else values[..., list(channels)]

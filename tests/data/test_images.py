@@ -21,6 +21,7 @@ from PIL import Image
 from pointformer import cli, segment
 from pointformer.data import read_image, read_instances, read_labels
 from pointformer.data.images import image_size, open_picture
+from pointformer.data.pillow import without_warnings
 from pointformer.data.tiff import StoredTiff
 from pointformer.models import create_model
 
@@ -867,3 +868,19 @@ def test_nothing_is_printed_about_files(tmp_path, capfd):
     path.write_bytes(path.read_bytes()[:60])
     refusal(path)
     assert capfd.readouterr() == ("", "")
+
+
+def test_threads_that_read_pictures_leave_warnings_as_they_were():
+    """One that begins while another reads, and ends after it, must not put back its silence."""
+    first, second = without_warnings(), without_warnings()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        warnings.warn("of a picture", stacklevel=1)
+        second.__exit__(None, None, None)
+        assert warnings.filters == before
+        warnings.warn("seen", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["seen"]
