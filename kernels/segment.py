@@ -161,10 +161,14 @@ def _differentiate_reduce(ctx, grad, _):
         mode = "exps"
         kept = kept.masked_fill(kept.isneginf(), 0.0)  # as torch: no NaN where all are -inf
     shift = kept if mode != "copy" else None
-    d_values = _spread(
-        table.contiguous(), offsets, values, shift, ctx.rows, grad.dtype, mode, ctx.impl
-    )
-    return d_values, *(None,) * 4
+    rows, impl = ctx.rows, ctx.impl
+    dtype = grad.dtype if ctx.reduce != "std" else torch.float32
+    d_values = _spread(table.contiguous(), offsets, values, shift, rows, dtype, mode, impl)
+    if ctx.reduce == "std":
+        # Exactly zero in sum; what is left is the mean's rounding, large where rows are almost equal.
+        left = _fold(d_values, offsets, None, "sum", impl)[0] / _lengths(offsets).clamp(min=1)
+        d_values = d_values - _spread(left, offsets, None, None, rows, dtype, "copy", impl)
+    return d_values.to(grad.dtype), *(None,) * 4
 
 
 def _save_softmax(ctx, inputs, output):
