@@ -165,7 +165,7 @@ def _differentiate_reduce(ctx, grad, _):
     dtype = grad.dtype if ctx.reduce != "std" else torch.float32
     d_values = _spread(table.contiguous(), offsets, values, shift, rows, dtype, mode, impl)
     if ctx.reduce == "std":
-        # Exactly zero in sum; what is left is the mean's rounding, large where rows are almost equal.
+        # Zero in exact sum; what is left is the mean's rounding, much where rows are almost equal.
         left = _fold(d_values, offsets, None, "sum", impl)[0] / _lengths(offsets).clamp(min=1)
         d_values = d_values - _spread(left, offsets, None, None, rows, dtype, "copy", impl)
     return d_values.to(grad.dtype), *(None,) * 4

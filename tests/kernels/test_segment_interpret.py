@@ -41,7 +41,8 @@ def test_as_accurate_as_eager(name, lengths, channels, long, seed):
         assert_as_accurate_as_eager(
             partial(with_gradients, OPS[name], values, offsets=offsets),
             "triton",
-            lambda key, exact: 2e-6 * exact[key].abs().max(),
+            # A softmax's gradient is a difference of cotangents, whose last digits are 1e-7.
+            lambda key, exact: 2e-6 * exact[key].abs().max() + 1e-7 * (key == "grad"),
             dirty_memory,
         )
 
