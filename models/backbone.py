@@ -1,4 +1,4 @@
-"""What the backbones share: patches in, 2 x 2 merging, and what a stage gives."""
+"""Parts of all backbones: patches in, 2 x 2 merging, and a stage's output."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ _MOST_STAGES = 16  # each halves the picture's sides
 
 
 class _Config:
-    """What the configurations share: checks, and copies with changes."""
+    """Checks of configurations, and copies with changes."""
 
     dims: tuple[int, ...]
     heads: tuple[int, ...]
@@ -246,7 +246,7 @@ class PointConfig(_Config):
 
 @dataclass(frozen=True)
 class GridConfig(_Config):
-    """What heads need to know of a backbone that is not ours, see `GridBackbone`."""
+    """Description of a backbone that is not ours, for heads; see `GridBackbone`."""
 
     dims: tuple[int, ...]
     image_size: int = 224

@@ -133,7 +133,7 @@ def _can_save(value: object) -> bool:
 
 
 def _json(argument: str, value: object) -> str:
-    """As JSON, in which numbers and arrays of NumPy and torch are Python's."""
+    """JSON of a value, in which numbers and arrays of NumPy and torch are Python's."""
 
     def plain(part: object) -> object:
         if hasattr(part, "tolist"):

@@ -57,7 +57,7 @@ class Output(Enum):
         return self.tasks[0] if len(self.tasks) == 1 else None
 
     def kinds(self, num_classes: int) -> int:
-        """How many kinds of things are found by a head of `num_classes`."""
+        """Number of kinds of things that a head of `num_classes` finds."""
         return num_classes if self.channels is None else 1
 
 
@@ -424,7 +424,7 @@ def tasks_of(head: str, num_classes: int) -> list[str]:
 
 
 def output_of(head: str, num_classes: int, task: str | None) -> Output:
-    """What a head of so many classes says, made for a task or, if `None`, for whatever comes first.
+    """Output of a head of so many classes, made for a task or, if `None`, for whatever comes first.
 
     Raises:
         ValueError: it cannot be made for the task; the message lists the possible ones.

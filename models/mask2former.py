@@ -23,7 +23,7 @@ from pointformer.nn.blocks import FeedForward
 
 @dataclass(frozen=True)
 class MaskPredictions:
-    """What a segmentation head says of a batch: Q queries, each with a class and a mask.
+    """Output of a segmentation head for a batch: Q queries, each with a class and a mask.
 
     Attributes:
         class_logits: (B, Q, K + 1), the last one for "no object"; float32 (or float64) whatever
@@ -79,7 +79,7 @@ class DecoderLayer(nn.Module):
 
 
 class Queries(NamedTuple):
-    """What queries start from.
+    """Starting points of the queries.
 
     Attributes:
         content: (B, Q, C).
@@ -252,7 +252,7 @@ class MaskDecoder(nn.Module):
         return replace(last, auxiliary=tuple(earlier), middles=middles)
 
     def _queries(self, tokens: TokenSet, impl: str | None) -> tuple[Queries, TokenSet | None]:
-        """What the queries start from, and the logits that chose them, if any did."""
+        """Starting points of the queries, and the logits that chose them, if any did."""
         if self.token_queries is None:
             content = self.query.expand(tokens.batch_size, -1, -1)
             return Queries(content, self.query_position), None
@@ -297,7 +297,7 @@ class MaskDecoder(nn.Module):
 
     @staticmethod
     def allowed(mask_logits: Tensor, rows: Tensor, present: Tensor | None) -> Tensor:
-        """Where each query may look, (B, Q, N) bool: inside its mask, everywhere if that is empty.
+        """Tokens that each query may see, (B, Q, N) bool: those in its mask, all if that is empty.
 
         A token of a level sits on a token of the finest one: the mask there is the mask here.
         """

@@ -150,7 +150,7 @@ def _check_options(options: Mapping[str, object], known: Mapping[str, list[str]]
 
 
 class Model(nn.Module):
-    """What `create_model` returns.
+    """A backbone with a head, as `create_model` makes it.
 
     Another backbone is given in the place of the configuration: `Model("resnet50",
     GridBackbone(module, dims), "mask2former", 150)`.

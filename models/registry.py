@@ -103,7 +103,7 @@ def create_model(
 
 
 def _file_of(name: object, pretrained: bool) -> Path | None:
-    """Where the weights are that a name, or a file, stands for; `None`: random ones."""
+    """File of the weights that a name, or a file, stands for; `None`: random ones."""
     if not isinstance(name, str | os.PathLike):
         raise ValueError(f"name: expected a model's name or a file, got {describe(name)}")
     text = os.fspath(name)

@@ -68,7 +68,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
 
 
 def unpickle(path: str | os.PathLike) -> Mapping:
-    """What `torch.save` wrote, of kinds that cannot run code.
+    """Content of a file by `torch.save`, of kinds that cannot run code.
 
     Raises:
         CheckpointError: the file is unreadable, holds other kinds or no dict.
@@ -95,7 +95,7 @@ def unpickle(path: str | os.PathLike) -> Mapping:
 
 
 def _random_state_globals() -> list[Callable | tuple[Callable, str]]:
-    """What pickled NumPy random states refer to, under the names of NumPy 1 and 2."""
+    """Functions that pickled NumPy random states refer to, by the names of NumPy 1 and 2."""
     allowed: list[Callable | tuple[Callable, str]] = [
         (np.ndarray, "numpy.ndarray"),
         (np.dtype, "numpy.dtype"),
@@ -294,6 +294,6 @@ def _warn(message: str) -> None:
 
 
 def _some(names: Collection[str]) -> str:
-    """How many, and the first of them."""
+    """Number of the keys, and the first of them."""
     names = list(names)
     return f"{len(names)} ({', '.join([*names[:3], '...'][: len(names)])})" if names else "none"

@@ -23,7 +23,7 @@ from pointformer.nn.blocks import BlockAttention, run_blocks
 
 
 class Windows:
-    """How maps of one size are cut into windows: padded to whole windows and, if shifted, rolled.
+    """Windows of maps of one size: padded to whole windows and, if shifted, rolled.
 
     An axis that one window covers does not shift.
 

@@ -13,7 +13,7 @@ TEMPORARY_PREFIX = ".pointformer-"
 
 
 def cache_folder() -> Path:
-    """Where what was found is kept between runs: $POINTFORMER_CACHE, or ~/.cache/pointformer."""
+    """Folder of what is kept between runs: $POINTFORMER_CACHE, or ~/.cache/pointformer."""
     return Path(os.environ.get("POINTFORMER_CACHE") or Path.home() / ".cache" / "pointformer")
 
 

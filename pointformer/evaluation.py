@@ -165,7 +165,7 @@ def evaluate(
 def _made_with(
     model: Model, task: Task, dataset: Dataset, metrics: Sequence[Metric], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What scores depend on, in JSON: SHA-256 of what is large."""
+    """All that scores depend on, in JSON: SHA-256 of what is large."""
     kind = (model.name, model.config, model.head_name, model.head_options, model.num_classes)
     weights = hashlib.sha256(repr((*kind, model.preprocess)).encode())
     for name, value in sorted(model.state_dict().items()):

@@ -128,7 +128,7 @@ def predict(
 
 
 def predict_points(model: Model, task: Task, points: TokenSet) -> Any:
-    """What a model finds in a point set of one sample, in eval mode."""
+    """Output of a model, in eval mode, for a point set of one sample."""
     device = next(model.parameters()).device
     with evaluating(model):
         output = model(model.preprocess(points.to(device)))

@@ -60,7 +60,7 @@ class Processes:
         return items[slice(*ends)]
 
     def wrapped(self, model: nn.Module, strategy: Strategy) -> nn.Module:
-        """What to call in the place of the model, so that gradients are means over processes.
+        """Wrapper to call in the place of the model, so that gradients are means over processes.
 
         With "fsdp" the model's parameters are then sharded: each process has a part of each.
         """

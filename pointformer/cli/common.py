@@ -89,7 +89,7 @@ def joined_processes(options: argparse.Namespace) -> Iterator[Processes]:
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
-    """How pictures are read: see `reading_from`."""
+    """Options of how pictures are read: see `reading_from`."""
     group = parser.add_argument_group("what of a picture is read")
     group.add_argument(
         "--channel",
@@ -251,7 +251,7 @@ def check_file(path: Path) -> None:
 
 
 def result_names(pictures: Sequence[Path]) -> list[str]:
-    """What the results of each picture are called in the output folder, all different.
+    """Name of each picture's results in the output folder, all different.
 
     "c" for a/c.png. Beside an a/c.jpg both keep their suffix: "c.png". If pictures in several
     folders have one name, all keep their folders, from the deepest one on that has them all:

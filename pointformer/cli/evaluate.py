@@ -156,7 +156,7 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
 def _opened(
     options: argparse.Namespace, main: bool
 ) -> tuple[Model, Dataset, dict[str, Any], Results]:
-    """What all processes need, after all that can be known to be wrong before."""
+    """Model and data for all processes, after all that can be known to be wrong before."""
     from pointformer.data import find_source, open_dataset
     from pointformer.tasks import task_of
 
@@ -192,7 +192,7 @@ def _opened(
 
 
 def _seen(options: argparse.Namespace, task: Task) -> tuple[Resize | None, CenterCrop | None]:
-    """What the model sees of a picture."""
+    """Part of a picture that the model sees."""
     from pointformer.data.transforms import CenterCrop, Resize
 
     classes = task.counts == "pictures"

@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _described(model: Model) -> dict[str, object]:
-    """What its file says of a model, without the configuration."""
+    """Description of a model by its file, without the configuration."""
     categories = [
         category.name if category.is_thing else f"{category.name} (uncountable)"
         for category in model.categories or ()
@@ -121,7 +121,7 @@ def _described(model: Model) -> dict[str, object]:
 
 
 def _inputs(model: Model) -> dict[str, object]:
-    """How raw inputs are normalized."""
+    """Normalization of raw inputs."""
     from pointformer.models import PointPreprocess
 
     look: Preprocess | PointPreprocess = model.preprocess

@@ -181,7 +181,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _limits(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Limits | None:
-    """As given, or measured; a prediction is for an H100."""
+    """Machine as given, or measured; a prediction is for an H100."""
     from pointformer.profiling import Limits, measure_limits
     from pointformer.profiling.report import h100_limits
 

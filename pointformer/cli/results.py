@@ -1,4 +1,4 @@
-"""What a command may write: never over what it reads, nor over a file that is not its own.
+"""Files that a command may write: never over what it reads, nor over one that is not its own.
 
 A result can be told from other files, and from itself after somebody changed it: a JSON file has a
 key "seal", and a picture a text of that name, with the SHA-256 of the rest of its content; and

@@ -226,7 +226,7 @@ def _is_over(looked: Future[Future[str]]) -> bool:
 def _looking(
     paths: Sequence[Path], options: argparse.Namespace
 ) -> Generator[tuple[Executor, int], None, None]:
-    """Where the network looks at pictures, and at how many at a time.
+    """Device and threads of the network, and how many pictures at a time.
 
     With two or three threads, small pictures are looked at side by side, by a thread each: in
     threads that share one picture, one waits while the other does what cannot be shared. Large
@@ -272,7 +272,7 @@ def _read(path: Path, options: argparse.Namespace) -> Picture:
 
 
 def _files_of(name: str, out: Path, results: Results) -> dict[str, Path]:
-    """Where the results of a picture go; an error if one cannot be written there."""
+    """Paths of a picture's results; an error if one cannot be written there."""
     # Names are the file system's own here: in "./C:x.png" the colon makes no drive.
     files = {kind: path_inside(out, f"./{name}_{kind}") for kind in _KINDS}
     for kind in _KINDS:

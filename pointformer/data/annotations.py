@@ -146,7 +146,7 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where an annotation comes from.
+    """Source of an annotation.
 
     Attributes:
         name: of the picture.

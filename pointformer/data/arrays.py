@@ -116,7 +116,7 @@ class Arrays:
 
 
 def _content_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin in a ZIP file."""
+    """Offset of a member's bytes in a ZIP file."""
     with path.open("rb") as file:
         file.seek(info.header_offset + 26)  # lengths of name and extra field
         name, extra = np.frombuffer(file.read(4), "<u2").tolist()
@@ -143,7 +143,7 @@ class ArrayItem(Packed):
 
 @dataclass(frozen=True)
 class Part:
-    """What pictures are made of.
+    """Arrays that pictures are made of.
 
     Attributes:
         name: of the array.
@@ -168,7 +168,7 @@ class Part:
         return values[index]
 
     def count(self, arrays: Arrays) -> int:
-        """How many pictures there are.
+        """Number of pictures.
 
         Raises:
             ValueError: naming the file and the array: it holds no pictures.

@@ -228,7 +228,7 @@ class _Pictures:
 
 
 def _path_in(folder: str | os.PathLike[str], file_name: str) -> Path:
-    """Where a file is that the JSON names; Windows's exports separate folders by backslashes."""
+    """Path of a file that the JSON names; Windows's exports separate folders by backslashes."""
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in file_name):
         raise ValueError(f"expected a file name, got {reprlib.repr(file_name)}")
     return path_inside(folder, file_name.replace("\\", "/"), follow_links=True)
@@ -398,7 +398,7 @@ class CocoResults:
                 raise ValueError(f"{path}: {what}: {error}") from None
 
     def objects(self, annotation: Annotation) -> Objects:
-        """What was predicted for the picture of an annotation; may be nothing."""
+        """Predictions for the picture of an annotation; may be none."""
         rows, size = self.rows.get(str(annotation.id), []), annotation.size
         return Objects(
             (decode_mask(row.segmentation, size, f"{self.path}: {row.what}") for row in rows),

@@ -1,4 +1,4 @@
-"""What is a picture in a folder, and what it is called: one rule for all that lists folders.
+"""Pictures in folders, and their names: one rule for all that lists folders.
 
 A picture is a file with a suffix of `PICTURE_SUFFIXES`, upper or lower case. Nobody's pictures are:
 hidden files (macOS's ._x.png is one) and Office's ~$x.png, folders, links that lead nowhere, and
@@ -66,7 +66,7 @@ def pictures_in(
 
 
 def picture_name(file_name: str | os.PathLike[str]) -> str:
-    """What a picture is called: its path in its data set without the suffix, as "site1/a".
+    """Name of a picture: its path in its data set without the suffix, as "site1/a".
 
     Only the suffixes of pictures are taken off: "scan.1" and "scan.2" are two names.
     """

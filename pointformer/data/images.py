@@ -35,7 +35,7 @@ _INTENSITIES = ("percentiles", "full")
 
 
 class Reading(TypedDict, total=False):
-    """How a picture is read: the keywords of `open_picture` and of all that open pictures.
+    """Choices in reading a picture: the keywords of `open_picture` and of all that open pictures.
 
     Attributes:
         channel: number from 0, or name where the file has names, of the channel to be shown in
@@ -462,7 +462,7 @@ _ROWS_TURNED, _COLUMNS_TURNED = (3, 4, 7, 8), (2, 3, 6, 7)
 
 
 def _stored_window(layout: Layout, rows: slice, columns: slice) -> tuple[slice, slice]:
-    """Where a window of the picture as shown is stored."""
+    """Window as stored, of one of the picture as shown."""
     height, width = layout.shown_size
     if layout.orientation in _ROWS_TURNED:
         rows = slice(height - rows.stop, height - rows.start)

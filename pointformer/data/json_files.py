@@ -96,7 +96,7 @@ def read_json(path: str | os.PathLike[str], kind: type = dict) -> Any:
 
 
 def parse_json(content: bytes, source: object, kind: type = dict) -> Any:
-    """What `read_json` makes of the content of a file, which errors call `source`."""
+    """Value of a file's content, which errors call `source`; see `read_json`."""
     try:
         parsed = json.loads(content, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:

@@ -14,7 +14,7 @@ from pointformer.data.stored import PictureError
 
 
 class FileState(NamedTuple):
-    """What changes when a file does: its size in bytes, and when it was written."""
+    """Size of a file in bytes, and when it was written: one changes when the file does."""
 
     size: int
     modified: int
@@ -63,7 +63,7 @@ class Packed(ABC):
 
 
 PictureFile = Path | Packed
-"""Where a picture or a map is."""
+"""A picture's or a map's file."""
 
 
 def is_there(file: PictureFile) -> bool:

@@ -157,7 +157,7 @@ class StoredPillow:
 
 
 def _frames(picture: Image.Image) -> int:
-    """How many pictures of equal rank are in a file."""
+    """Number of pictures of equal rank in a file."""
     if picture.format in _ONE_PICTURE:
         return 1
     if picture.format == "MPO":  # besides the photograph often a thumbnail or a map of depths
@@ -198,12 +198,12 @@ def _with_all_bits(name: str, picture: Image.Image, content: bytes | None) -> np
 
 
 def _scale(picture: Image.Image) -> int:
-    """What Pillow multiplied the numbers of a gray picture of 2 or 4 bits by."""
+    """Factor by which Pillow multiplied the numbers of a gray picture of 2 or 4 bits."""
     arguments = _arguments(picture)
     return {"L;2": 85, "L;4": 17}.get(arguments, 1) if isinstance(arguments, str) else 1
 
 
 def _arguments(picture: Image.Image) -> Any:
-    """What the decoder of a file is told, among it the mode as stored."""
+    """Arguments of a file's decoder, among them the mode as stored."""
     tiles = getattr(picture, "tile", None)
     return tiles[0][3] if tiles else ""

@@ -110,7 +110,7 @@ class Member(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What is in a tar file; `problem` is what is wrong with it as a whole, in words."""
+    """Members of a tar file; `problem` is what is wrong with it as a whole, in words."""
 
     path: Path
     state: FileState
@@ -150,7 +150,7 @@ def shard_files(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def _braces_expanded(pattern: str) -> list[str]:
-    """What a shell makes of braces: "{a,b}" is "a" and "b", "{08..10}" is "08", "09" and "10"."""
+    """Braces as a shell expands them: "{a,b}" is "a" and "b", "{08..10}" is "08", "09" and "10"."""
     match = re.search(r"\{([^{}]*)\}", pattern)  # the innermost first
     if match is None:
         return [pattern]
@@ -172,7 +172,7 @@ def _braces_expanded(pattern: str) -> list[str]:
 
 
 def list_shards(files: Sequence[Path]) -> list[Shard]:
-    """What is in each of some tar files.
+    """Members of each of some tar files.
 
     What was found is kept in the cache folder, so that a shard is read once as long as it stays as
     it is.
@@ -243,7 +243,7 @@ def _list_members(file: BinaryIO, size: int) -> tuple[list[Member], str | None]:
 
 
 def _problem_at_end(file: BinaryIO, end: int, size: int) -> str | None:
-    """What is wrong with a tar file whose last member is followed by something at `end`."""
+    """Fault of a tar file whose last member is followed by something at `end`."""
     file.seek(end)
     if end >= size:
         return "is cut off: a tar file ends with a block of zeros"
@@ -294,7 +294,7 @@ def _labeled(member: Member, file: BinaryIO) -> Member:
 
 
 def _label(content: bytes, kind: str) -> int | str | None:
-    """What a file says of a class: a number or a name; `None`: nothing."""
+    """Class by a file's content: a number or a name; `None`: nothing."""
     try:
         value = content.decode("utf-8-sig").strip()
         if kind.endswith("json"):
@@ -320,7 +320,7 @@ def _label(content: bytes, kind: str) -> int | str | None:
 
 @dataclass(slots=True)
 class _Sample:
-    """What is in a shard under one key.
+    """Members of a shard under one key.
 
     Attributes:
         name: in the data set.
@@ -344,7 +344,7 @@ _NEEDED = {
     "semantic": "map of classes, such as NAME.seg.png",
     "instance": "map of objects, such as NAME.instances.png",
 }
-"""What samples must have for a task."""
+"""Members that samples must have for a task."""
 
 
 def _samples(shards: Sequence[Shard], root: Path, task: str) -> list[_Sample]:

@@ -55,7 +55,7 @@ class Source(NamedTuple):
         return FORMATS[self.format].lists_classes
 
     def split(self, name: str) -> str | None:
-        """What the data set calls a split: "val" may be its "validation"."""
+        """The data set's own name of a split: "val" may be its "validation"."""
         same = next((names for names in _SAME if name in names), (name,))
         return next((split for split in (name, *same) if split in self.splits), None)
 
@@ -70,7 +70,7 @@ def find_source(
     task: str | None = None,
     annotations: str | os.PathLike[str] | None = None,
 ) -> Source:
-    """What format a data set has, and which splits.
+    """Format and splits of a data set.
 
     Args:
         path: its folder; a .npz file; a tar file or a pattern of some, see `read_shards`.
@@ -112,7 +112,7 @@ def find_source(
 
 
 def _lacking(path: Path) -> str:
-    """What a folder has that nearly makes it a data set, in words."""
+    """Parts of a folder that nearly make it a data set, in words."""
     if path.suffix.lower() == ".npz":
         return ""
     folders = _folders(path)
@@ -267,7 +267,7 @@ class _Request(NamedTuple):
 
 
 class _Format(NamedTuple):
-    """How a format is told from others, and read.
+    """A format: how it is told from others, and read.
 
     Attributes:
         layout: what a folder of it holds, in words.
@@ -505,7 +505,7 @@ def _read_shards(request: _Request) -> Dataset:
 
 
 def _arrays(path: Path) -> dict[str, Columns]:
-    """What is in the .npz file of a data set, or in its files, by split."""
+    """Content of the .npz file of a data set, or of its files, by split."""
     if path.suffix.lower() == ".npz" and path.is_file():
         return find_columns(path, _SPLITS)
     files = (

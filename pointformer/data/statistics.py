@@ -24,14 +24,14 @@ from pointformer.data.point_sets import read_sample
 from pointformer.tokens import TokenSet
 
 Counts = Literal["objects", "pixels", "pictures", "points", "sets"]
-"""What is counted for each class, see `examine`."""
+"""Counts of each class, see `examine`."""
 _FORM = 2  # of the file that keeps what was found
 _NAMED = 5  # of a list, so many are named
 
 
 @dataclass(frozen=True)
 class PictureFacts:
-    """What one picture adds.
+    """Counts of one picture.
 
     Attributes:
         name: of the picture.
@@ -156,7 +156,7 @@ class Statistics:
     def advice(
         self, token: int = 4, crop: tuple[int, int] | None = None, scale: float = 1.0
     ) -> list[str]:
-        """Where a setting will not do well, and what would.
+        """Advice where a setting will not do well.
 
         Args:
             token: side of the model's first tokens, in pixels of what the model sees.
@@ -301,7 +301,7 @@ def _facts(dataset: Dataset, index: int, counts: Counts, reading: Reading) -> Pi
 
 
 def _state(path: object) -> list[object] | None:
-    """What changes when a file does."""
+    """Size and time of a file: one changes when the file does."""
     if isinstance(path, Packed):
         return [str(path), *path.state]
     if not isinstance(path, str | os.PathLike):

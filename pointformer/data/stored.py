@@ -1,4 +1,4 @@
-"""What files and arrays hold, before anything of it is chosen: one description for all of them."""
+"""Samples as files and arrays store them, before any are chosen: one description for all."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def check_pixels(name: str, height: int, width: int, limit: int) -> None:
 
 @contextlib.contextmanager
 def decoding(name: object) -> Iterator[None]:
-    """What a decoder raises, which is anything for some files, as one line that names the file."""
+    """Errors of decoders, which may be any, as one line that names the file."""
     try:
         yield
     except PictureError:

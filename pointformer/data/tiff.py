@@ -219,7 +219,7 @@ class StoredTiff:
         return (*first, *(str(n) for n in range(len(first), count)))
 
     def _conversion(self, photometric: int, count: int, dtype: np.dtype, bits: int):
-        """What turns stored samples (h, w, n) into RGB, or `None` where they are what is shown."""
+        """Function from stored samples (h, w, n) to RGB, or `None` where they are what is shown."""
         if self._numbers:
             return None
         if photometric == _PALETTE and count == 1 and dtype.kind == "u":

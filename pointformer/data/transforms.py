@@ -31,7 +31,7 @@ _GRAY = 128
 
 
 class Transform(Protocol):
-    """What changes a picture and its annotation, or returns them as they are."""
+    """A random change of a picture and its annotation; may return them as they are."""
 
     def __call__(
         self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
@@ -607,7 +607,7 @@ def _mirrored(
 
 
 def _resampled(annotation: Annotation, rows: np.ndarray, columns: np.ndarray) -> Annotation:
-    """What is annotated at these rows and columns; nothing at those that are -1."""
+    """Annotation at these rows and columns; nothing at those that are -1."""
     size = len(rows), len(columns)
 
     def picked(values: np.ndarray, empty: int) -> np.ndarray:

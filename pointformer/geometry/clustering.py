@@ -479,7 +479,7 @@ def _anchor_walk(
     code_of: Callable[..., Tensor],
     device: torch.device,
 ) -> tuple[Tensor, ...]:
-    """What turns positions into keys: see the arguments of `reference.cluster_keys`."""
+    """Arguments of `reference.cluster_keys`, which turns positions into keys."""
     cells_of, sides_of, longest = grids
     samples = len(longest)
     volumes = list(map(math.prod, _rows(cells_of, samples)))

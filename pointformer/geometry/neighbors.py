@@ -419,7 +419,7 @@ def _of_first(
     point_sizes: tuple[int, ...],
     limits: tuple[int, ...],
 ) -> tuple[Tensor | None, Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """What to search for what, where the samples are so many copies of the first one."""
+    """Points and queries, where the samples are so many copies of the first one."""
     if copies > 1:
         query_sizes, point_sizes, limits = query_sizes[:1], point_sizes[:1], limits[:1]
         query = None if query is None else query[: query_sizes[0]]

@@ -255,7 +255,7 @@ def _reserved(
     lattice: bool,
     coarse: Sequence[float],
 ) -> list[int]:
-    """How many tokens of each sample play the part of multiples of `coarse`."""
+    """Number of tokens of each sample that play the part of multiples of `coarse`."""
     chosen = _nodes_of(positions, sizes, sides, coarse, lattice)
     total = torch.nn.functional.pad(chosen.cumsum(0), (1, 0))
     return total[offsets_of(sizes, positions.device)].diff().tolist()
@@ -268,7 +268,7 @@ def _reserved_strides(
     stride: float,
     share: float | None,
 ) -> tuple[list[float], list[int]]:
-    """How far apart the reserved nodes of each sample lie, and how many of them `nodes` counts."""
+    """Distance between reserved nodes of each sample, and how many of them `nodes` counts."""
     coarse = [2.0 * stride] * len(sides)
     while True:
         count = nodes(coarse)

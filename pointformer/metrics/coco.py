@@ -150,7 +150,7 @@ class CocoAP:
 
     @staticmethod
     def _numbers(side: str) -> dict[str, type]:
-        """What is known of each object besides its masks."""
+        """Properties of each object besides its masks."""
         known = {"image_id": np.int64, "category_id": np.int64, "iscrowd": np.int64}
         more = {"area": np.float64, "score": np.float64}
         return {**known, **(more if side == "predicted" else {"area": np.float64})}

@@ -35,10 +35,10 @@ class Metric(Protocol):
 
 
 def array_of(value: Any) -> np.ndarray:
-    """What JSON can hold, as (N,) uint8; numbers keep all their bits."""
+    """A value that JSON can hold, as (N,) uint8; numbers keep all their bits."""
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 def value_of(array: np.ndarray) -> Any:
-    """What `array_of` was given, tuples as lists."""
+    """The value that `array_of` was given, tuples as lists."""
     return json.loads(array.tobytes())

@@ -13,7 +13,7 @@ from pointformer.annotations import VOID, Category, Objects, SegmentMap
 from pointformer.data import Annotation
 
 SIDES = (8, 16, 32, 96)
-"""Where one group of sizes ends and the next begins: the root of the area, in pixels."""
+"""Limits between groups of sizes: the root of the area, in pixels."""
 
 
 @dataclass(frozen=True)

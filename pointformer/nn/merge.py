@@ -56,7 +56,7 @@ class WeightNet(nn.Sequential):
 
 
 class PointConv(nn.Module):
-    """What a 3x3 convolution is on a grid, over the `k` nearest tokens (section 4.1).
+    """Convolution over the `k` nearest tokens: what 3x3 is on a grid (section 4.1).
 
     Layers start as torch's do. See `point_conv`, which LayerNorm and a Linear layer follow.
 

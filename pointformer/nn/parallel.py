@@ -1,4 +1,4 @@
-"""What a model and its loss need to know where several processes share a batch."""
+"""Losses and random numbers of the whole batch where several processes share it."""
 
 from __future__ import annotations
 

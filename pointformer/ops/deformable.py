@@ -119,7 +119,7 @@ def deformable_attention(
 
 
 def _learned(tensor: Tensor, value: Tensor) -> Tensor:
-    """As kernels read it: in the dtype of the value, or float32."""
+    """A tensor as kernels read it: in the dtype of the value, or float32."""
     return tensor if tensor.dtype == value.dtype else tensor.float()
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a model goes, beside the least time that its work can take.
+"""Time of a model by op, beside the least time that its work can take.
 
 `record` lists the calls of a model's ops and layers with their work, `measure_limits` says what the
 device reaches, `time_call` times one call, and `profile` puts all of it in one report.

@@ -26,7 +26,7 @@ from pointformer.profiling.ops import BACKWARD, FORWARD, Call
 
 @dataclass(frozen=True)
 class Card:
-    """What decides how fast a GPU issues instructions.
+    """Limits of how fast a GPU issues instructions.
 
     Attributes:
         processors: streaming multiprocessors, of four schedulers that issue one instruction for a
@@ -62,7 +62,7 @@ class Launch:
     rounds: Mapping[str, float]
 
     def instructions(self) -> float:
-        """What all warps issue together, from the machine code.
+        """Instructions that all warps issue together, from the machine code.
 
         Raises:
             ValueError: the kernel does not say how many rounds a loop makes.

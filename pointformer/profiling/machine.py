@@ -1,4 +1,4 @@
-"""What the machine can do, and what it is."""
+"""The machine: its name, and the speeds that it reaches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pointformer.profiling.work import Work
 
 @dataclass(frozen=True)
 class Limits:
-    """What a device reached in a plain copy and a plain matrix product.
+    """Speeds of a device in a plain copy and a plain matrix product.
 
     Attributes:
         bandwidth: bytes per second, read and written, of copying a large buffer.

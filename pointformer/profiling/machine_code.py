@@ -211,7 +211,7 @@ def _instructions(text: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def _flow(code: Sequence[Instruction], labels: Mapping[str, int]) -> Iterator[list[int]]:
-    """What may follow each instruction. Calls return; threads of a warp that wait for each other in
+    """Instructions that may follow each one. Calls return; threads of a warp that wait for each other in
     different places (BRA.DIV) are left out, they have code of their own for it."""
     for index, item in enumerate(code):
         name, *rest = item.text.split(maxsplit=1)

@@ -19,7 +19,7 @@ from pointformer.profiling.work import Arguments, cluster_lengths, interpolation
 
 @dataclass(frozen=True)
 class Traffic:
-    """What the programs of a kernel read and write together.
+    """Bytes that the programs of a kernel read and write together.
 
     Attributes:
         bytes: of all programs.

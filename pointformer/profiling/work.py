@@ -177,12 +177,12 @@ def neighborhood_attention_backward(a: Arguments, output: Tensor) -> Work:
 
 
 def _used(index: Tensor) -> int:
-    """How many different rows a list names."""
+    """Number of different rows in a list."""
     return int((torch.unique(index) >= 0).sum())
 
 
 def _scored_merge(a: Arguments) -> Work:
-    """What both passes of `scored_merge` read, and the operations of the forward pass."""
+    """Bytes that both passes of `scored_merge` read, and the operations of the forward pass."""
     centered = a["neighborhoods"].select(a["center_index"])
     listed = torch.unique(centered.cluster_index)
     lengths = centered.clusters.offsets.diff()
@@ -233,7 +233,7 @@ def scored_merge_backward(a: Arguments, output: Tensor) -> Work:
 
 
 def _point_conv(a: Arguments) -> Work:
-    """What both passes of `point_conv` read, and the operations of the forward pass."""
+    """Bytes that both passes of `point_conv` read, and the operations of the forward pass."""
     index, centers = a["neighbor_index"], a["center_positions"]
     row = num_bytes(a["features"][:1], a["positions"][:1])
     centers = a["positions"] if centers is None else centers

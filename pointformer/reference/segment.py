@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def segment_order(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Where each segment starts when rows are put in their order, and that order, both int64."""
+    """Starts of segments when rows are put in their order, and that order, both int64."""
     index, order = torch.sort(index, stable=True)
     return torch.searchsorted(index, torch.arange(count + 1, device=index.device)), order
 

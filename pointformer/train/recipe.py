@@ -74,7 +74,7 @@ class Data:
 
 @dataclass(frozen=True)
 class PointAugmentation:
-    """How point sets change each time, in this order; `None`: not so. See the classes.
+    """Random changes of point sets, in this order; `None`: not so. See the classes.
 
     Attributes:
         region, drop: parts of the points.
@@ -91,7 +91,7 @@ class PointAugmentation:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How pictures change each time, in this order; `None`: not so. See the classes.
+    """Random changes of pictures, in this order; `None`: not so. See the classes.
 
     Attributes:
         resized_crop, crop: windows of one size.
@@ -126,7 +126,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """How often the run is saved: whatever comes first.
+    """Times at which the run is saved: whatever comes first.
 
     Attributes:
         minutes: of training in between.
@@ -149,7 +149,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Validation:
-    """How the model is scored on the way; at the end it is on all pictures of the split.
+    """Scores of the model on the way; at the end they are of all pictures of the split.
 
     Attributes:
         times: how often on the way, at equal shares of the budget.
@@ -367,7 +367,7 @@ def read_recipe(
 
 
 def _made(kind: Any, value: Any, path: str = "") -> Any:
-    """What a field of this type holds, out of YAML.
+    """Value of a field of this type, out of YAML.
 
     Raises:
         ValueError: in one line with the field's path, what is expected and what was given.

@@ -167,7 +167,7 @@ def _examined(
     say: Callable[[str], None],
     **seen: Any,
 ) -> dict[str, Any]:
-    """What looking at pictures tells: counts by class and size, and the worst pictures.
+    """Findings on pictures: counts by class and size, and the worst pictures.
 
     Args:
         seen: how the model sees them, see `evaluate`.
@@ -211,7 +211,7 @@ def _examined(
 
 
 def _compared(task: Task, image: np.ndarray, truth: Annotation, prediction: Any) -> Image.Image:
-    """What is annotated beside what was found; of a whole picture, in words."""
+    """Annotations beside findings; of a whole picture, in words."""
     if isinstance(task, MapTask):
         annotated = SegmentMap.of(*_regions(truth))
         sides = [

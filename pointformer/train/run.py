@@ -49,7 +49,7 @@ from pointformer.train.report import draw_token_maps
 from pointformer.train.trainer import Trainer
 
 RECIPE, WEIGHTS, CHECKPOINTS = "recipe.yaml", "model.safetensors", "checkpoints"
-"""What a run writes into its folder, besides its logs."""
+"""Files that a run writes into its folder, besides its logs."""
 
 
 class Run:

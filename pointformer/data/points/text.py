@@ -66,7 +66,7 @@ def _is_number(word: str) -> bool:
 
 
 def _whole(column: np.ndarray) -> np.ndarray:
-    """As integers, where all are."""
+    """Integers, where all are."""
     whole = np.abs(column) < 2.0**53
     whole &= column == np.floor(column)
     return column.astype(np.int64) if whole.all() else column
