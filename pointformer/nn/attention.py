@@ -24,10 +24,13 @@ class NeighborhoodAttention(BlockAttention):
         dimensions: 2 or 3, axes of the positions.
         expanded_position: bias from differences, distance and direction, not differences alone.
         blank_token: a learned key and value in every neighborhood: a token may attend to nothing.
+        relative_value: values from relative positions as well, whose weights start from 0; only
+            `impl="reference"` computes them.
     """
 
     blank_key: Tensor | None
     blank_value: Tensor | None
+    position_value: Tensor | None
 
     def __init__(
         self,
@@ -37,16 +40,20 @@ class NeighborhoodAttention(BlockAttention):
         dimensions: int = 2,
         expanded_position: bool = True,
         blank_token: bool = True,
+        relative_value: bool = False,
     ) -> None:
         super().__init__()
         check_count("dim", dim)
         check_count("heads", heads)
-        check_flags(blank_token=blank_token)
+        check_flags(blank_token=blank_token, relative_value=relative_value)
         if dim % heads:
             raise ValueError(f"dim: expected a multiple of {heads}, the heads, got {dim}")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.position = nn.Linear(position_features(dimensions, expanded_position), heads)
+        features = position_features(dimensions, expanded_position)
+        self.position = nn.Linear(features, heads)
+        values = nn.Parameter(torch.zeros(heads, dim // heads, features))
+        self.register_parameter("position_value", values if relative_value else None)
         self.proj = nn.Linear(dim, dim)
         for name in ("blank_key", "blank_value"):
             blank = nn.Parameter(torch.randn(dim)) if blank_token else None
@@ -82,6 +89,7 @@ class NeighborhoodAttention(BlockAttention):
             neighborhoods,
             position_weight=self.position.weight,
             position_bias=self.position.bias,
+            position_value=self.position_value,
             blank_key=blank_key,
             blank_value=blank_value,
             impl=impl,

@@ -29,6 +29,7 @@ def neighborhood_attention(
     query_positions: Tensor | None = None,
     position_weight: Tensor | None = None,
     position_bias: Tensor | None = None,
+    position_value: Tensor | None = None,
     blank_key: Tensor | None = None,
     blank_value: Tensor | None = None,
     scale: float | None = None,
@@ -41,6 +42,9 @@ def neighborhood_attention(
     blank token, if there is one: its logit is ``scale * query_i . blank_key``, without bias. It
     lets a query attend to nothing near it. A query whose neighborhood is empty gets zeros, or
     `blank_value`.
+
+    With `position_value` a neighbor's value also says where it lies: value_j + position_value @
+    phi(positions_j - query_positions_i), as in a PointTransformer.
 
     Args:
         query: (Q, H, d) float32, bfloat16, float16 or float64: of the T tokens themselves, in
@@ -59,6 +63,8 @@ def neighborhood_attention(
             the differences. In the units of `positions`; `None` means no such term. Below 1.1e-19,
             where squares vanish (on GPUs below 1e-15), distance and direction are inexact.
         position_bias: (H,) or `None`.
+        position_value: (H, d, F), F as above; only the reference takes it. `None` means no such
+            term.
         blank_key, blank_value: (H, d), both or neither.
         scale: factor of the products of query and key, d ** -0.5 if `None`.
         impl: "reference" (any of the dtypes, differentiable twice), "cpu" or "triton" (float32
@@ -87,15 +93,19 @@ def neighborhood_attention(
         check_tensor(name, tensor, (tokens, heads, channels), (query.dtype,), device)
     check_neighborhoods(neighborhoods, queries, tokens, device)
     check_order("positions", positions, neighborhoods.clusters)
-    if position_weight is not None:
-        features = (dimensions, 5 if dimensions == 2 else 7)
-        check_tensor("position_weight", position_weight, (heads, "F"), FLOATS, device)
-        if position_weight.shape[1] not in features:
-            raise ValueError(
-                f"position_weight: expected shape ({heads}, {features[0]}) or "
-                f"({heads}, {features[1]}) for {dimensions}-D positions, "
-                f"got {describe(position_weight)}"
-            )
+    for name, factors, shape in (
+        ("position_weight", position_weight, (heads,)),
+        ("position_value", position_value, (heads, channels)),
+    ):
+        if factors is not None:
+            check_tensor(name, factors, (*shape, "F"), FLOATS, device)
+            features = (dimensions, 2 * dimensions + 1)
+            if factors.shape[-1] not in features:
+                either = " or ".join(str((*shape, count)) for count in features)
+                raise ValueError(
+                    f"{name}: expected shape {either} for {dimensions}-D positions, "
+                    f"got {describe(factors)}"
+                )
     if position_bias is not None:
         check_tensor("position_bias", position_bias, (heads,), FLOATS, device)
     if (blank_key is None) != (blank_value is None):
@@ -110,9 +120,10 @@ def neighborhood_attention(
         check_number("scale", scale)
 
     lacks = {
-        "cpu": lambda: _fused_lacks(query, positions, query_positions),
+        "cpu": lambda: _fused_lacks(query, positions, query_positions, position_value),
         "triton": lambda: (
-            _fused_lacks(query, positions, query_positions) or neighborhoods.triton_lacks()
+            _fused_lacks(query, positions, query_positions, position_value)
+            or neighborhoods.triton_lacks()
         ),
     }
     chosen = choose("neighborhood_attention", impl, lacks, device)
@@ -145,16 +156,21 @@ def neighborhood_attention(
         query_positions=query_positions,
         position_weight=position_weight,
         position_bias=position_bias,
+        position_value=position_value,
         blank_key=blank_key,
         blank_value=blank_value,
         scale=scale,
     )
 
 
-def _fused_lacks(query: Tensor, positions: Tensor, query_positions: Tensor) -> str | None:
+def _fused_lacks(
+    query: Tensor, positions: Tensor, query_positions: Tensor, position_value: Tensor | None
+) -> str | None:
     """Why neither the CPU nor the Triton kernels can run, in words, or `None`."""
     if query.dtype == torch.float64:
         return "query is float64 and the kernels compute in float32"
+    if position_value is not None:
+        return "position_value is given and the kernels have no such term"
     channels = query.shape[2]
     if channels % 8 or not 8 <= channels <= 128:
         return f"query has {channels} channels per head, not a multiple of 8 in 8..128"

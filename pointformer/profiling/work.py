@@ -123,7 +123,7 @@ def plan(a: Arguments, output: Neighborhoods) -> Work:
 
 def _learned(a: Arguments) -> int:
     """Bytes of the weights and blank tokens, which are small."""
-    names = ("position_weight", "position_bias", "blank_key", "blank_value")
+    names = ("position_weight", "position_bias", "position_value", "blank_key", "blank_value")
     return num_bytes(*(a[name] for name in names))
 
 
@@ -133,19 +133,23 @@ def neighborhood_attention(a: Arguments, output: Tensor) -> Work:
     Bytes: query, key and value in, output out (2 Q C + 2 T C elements); positions, those of other
     queries, lists, cluster offsets and the learned weights in.
     Operations: 4 (P + Q) C for scores and weighted values, the Q for a blank token if there is one,
-    and 2 P H F for a position bias of F features.
+    2 P H F for a position bias of F features, and 2 P H F + 2 Q C F for relative values.
     """
-    neighborhoods, weight = a["neighborhoods"], a["position_weight"]
+    neighborhoods, weight, values = a["neighborhoods"], a["position_weight"], a["position_value"]
     blanks = 0 if a["blank_key"] is None else len(output)
     pairs = int(cluster_lengths(neighborhoods).sum())
     channels = output.shape[1] * output.shape[2]
     bias_weights = 0 if weight is None else weight.numel()
+    value_operations = 0
+    if values is not None:
+        moments = pairs * output.shape[1] * values.shape[2]
+        value_operations = 2 * (moments + output.numel() * values.shape[2])
     return Work(
         num_bytes(*(a[name] for name in ("query", "key", "value", "positions", "query_positions")))
         + num_bytes(output)
         + _lists(neighborhoods)
         + _learned(a),
-        2 * attention_multiply_adds(pairs, blanks, channels, bias_weights),
+        2 * attention_multiply_adds(pairs, blanks, channels, bias_weights) + value_operations,
     )
 
 

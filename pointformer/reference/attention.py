@@ -20,6 +20,7 @@ def neighborhood_attention(
     query_positions: Tensor,
     position_weight: Tensor | None,
     position_bias: Tensor | None,
+    position_value: Tensor | None,
     blank_key: Tensor | None,
     blank_value: Tensor | None,
     scale: float,
@@ -31,10 +32,9 @@ def neighborhood_attention(
         rows = torch.where(mask, rows, -1)
         scaled = query.to(dtype) * scale
         logits = torch.einsum("thd,tmhd->thm", scaled, rows_or_zeros(key.to(dtype), rows))
+        delta = rows_or_zeros(positions.to(dtype), rows) - query_positions.to(dtype)[:, None]
         if position_weight is not None:
-            points, places = positions.to(dtype), query_positions.to(dtype)
-            full = position_weight.shape[1] != positions.shape[1]
-            features = relative_position(rows_or_zeros(points, rows) - places[:, None], full)
+            features = relative_position(delta, position_weight.shape[-1] != delta.shape[-1])
             logits = logits + torch.einsum("tmf,hf->thm", features, position_weight.to(dtype))
         if position_bias is not None:
             logits = logits + position_bias.to(dtype)[:, None]
@@ -47,6 +47,10 @@ def neighborhood_attention(
         members = attention[..., : rows.shape[1]].masked_fill(~mask[:, None], 0.0)
         values = rows_or_zeros(value.to(dtype), rows)
         output = torch.einsum("thm,tmhd->thd", members, values)
+        if position_value is not None:
+            features = relative_position(delta, position_value.shape[-1] != delta.shape[-1])
+            moments = torch.einsum("thm,tmf->thf", members, features)
+            output = output + torch.einsum("thf,hdf->thd", moments, position_value.to(dtype))
         if blank_value is not None:
             output = output + attention[..., -1:] * blank_value.to(dtype)
         return output.to(query.dtype)

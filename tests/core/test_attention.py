@@ -28,6 +28,7 @@ from helpers.attention import (
 from pointformer.clusters import Neighborhoods
 from pointformer.kernels.cpu import attention_backward
 from pointformer.ops import neighborhood_attention
+from pointformer.reference.attention import neighborhood_attention as reference_attention
 from pointformer.reference.relative_position import relative_position
 
 PARITY = np.load(Path(__file__).parents[1] / "parity" / "ops.npz")
@@ -49,6 +50,10 @@ def brute_force(tensors, positions, neighborhoods, scale):
         if "position_bias" in tensors:
             logits = logits + tensors["position_bias"][:, None]
         values = tensors["value"][rows]
+        if "position_value" in tensors:
+            weight = tensors["position_value"]
+            phi = relative_position(delta, full=weight.shape[2] != delta.shape[1])
+            values = values + (weight @ phi.T).permute(2, 0, 1)
         if "blank_key" in tensors:
             blank = scale * (tensors["query"][i] * tensors["blank_key"]).sum(-1, keepdim=True)
             logits = torch.cat([logits, blank], -1)
@@ -70,6 +75,65 @@ def test_reference_over_lists_is_the_definition(queries):
     inputs = make_lists(queries=queries)
     output = attend(*inputs, scale=0.3)
     torch.testing.assert_close(output, brute_force(*inputs, scale=0.3), rtol=0, atol=1e-13)
+
+
+def with_position_value(inputs, features, seed=1):
+    tensors, positions, neighborhoods = inputs
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*tensors["value"].shape[1:], features)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return {**tensors, "position_value": weight}, positions, neighborhoods
+
+
+@pytest.mark.parametrize("features", [3, 7])
+@pytest.mark.parametrize("options", [{}, {"queries": 9}, {"blank": False, "features": 0}])
+def test_relative_values_are_the_definition(options, features):
+    inputs = with_position_value(make_lists(**options), features)
+    output = attend(*inputs, scale=0.3)
+    torch.testing.assert_close(output, brute_force(*inputs, scale=0.3), rtol=0, atol=1e-13)
+
+
+def test_relative_values_of_clusters_are_the_definition():
+    inputs = with_position_value(make_inputs(), 5)
+    output = attend(*inputs, scale=0.3)
+    torch.testing.assert_close(output, brute_force(*inputs, scale=0.3), rtol=0, atol=1e-13)
+
+
+def test_relative_values_of_equal_values_are_a_linear_function_of_the_mean_difference():
+    """Uniform attention among differences: the term alone, by other means than the op's."""
+    tensors, positions, neighborhoods = with_position_value(make_lists(blank=False, features=0), 3)
+    zeros = {name: torch.zeros_like(tensors[name]) for name in ("query", "key", "value")}
+    output = attend({**tensors, **zeros}, positions, neighborhoods)
+    rows, mask = neighborhoods.members()
+    for i in range(len(rows)):
+        near = positions[rows[i][mask[i]]].double()
+        shift = (near.mean(0) if len(near) else positions[i].double()) - positions[i].double()
+        torch.testing.assert_close(output[i], tensors["position_value"] @ shift)
+
+
+def test_gradients_of_relative_values():
+    """Those of positions too, twice; checked in float64, which `positions` cannot be in public."""
+    lists = make_lists(tokens=5, queries=3, k=3, heads=1, channels=2)
+    tensors, places, neighborhoods = with_position_value(lists, 7)
+    arguments = {**tensors, "positions": places[0], "query_positions": places[1]}
+    leaves = [tensor.double().requires_grad_() for tensor in arguments.values()]
+
+    def function(*values):
+        named = dict(zip(arguments, values, strict=True))
+        return reference_attention(**named, neighborhoods=neighborhoods, scale=0.5)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("impl", [None, "cpu", "triton"])
+def test_relative_values_need_the_reference(impl, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = make_inputs(dtype=torch.float32)
+    tensors, *rest = with_position_value(inputs, 5)
+    tensors["position_value"] = tensors["position_value"].float()
+    with pytest.raises(ValueError, match=r"position_value is given .*; use impl='reference'"):
+        attend(tensors, *rest, impl=impl)
 
 
 def test_reference_gradcheck_of_cross_attention():
@@ -491,6 +555,8 @@ BAD = {
         neighborhoods=a["neighborhoods"].select(torch.arange(3))
     ),
     "position_weight: expected shape": lambda a: a.update(position_weight=torch.ones(2, 3)),
+    "position_value: expected shape": lambda a: a.update(position_value=torch.ones(2, 8, 3)),
+    "position_value: .* got .*2, 7, 5": lambda a: a.update(position_value=torch.ones(2, 7, 5)),
     "position_bias: expected shape": lambda a: a.update(position_bias=torch.ones(3)),
     "blank_value: expected a tensor": lambda a: a.update(blank_value=None),
     "blank_key: expected shape": lambda a: a.update(blank_key=torch.ones(2, 9)),

@@ -73,6 +73,33 @@ def test_is_equation_4(dimensions, full, impl):
     )
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_merging_over_lists(impl):
+    """Any lists, also shorter and empty ones: Equation 4, and as of the clusters with the same
+    members."""
+    case = make_case(channels=17)
+    generator = torch.Generator().manual_seed(4)
+    index = torch.rand(47, 47, generator=generator).argsort(1)[:, :7]
+    index[torch.rand(index.shape, generator=generator) < 0.2] = -1
+    index[case["center_index"][0]] = -1
+    lists = {**case, "neighborhoods": Neighborhoods.from_lists(index, case["positions"])}
+    out = scored_merge(**lists, impl=impl)
+    assert not out[0].any()
+    torch.testing.assert_close(out.double(), by_definition(lists), rtol=1e-5, atol=1e-5)
+    rows, mask = case["neighborhoods"].members()
+    same = Neighborhoods.from_lists(rows.masked_fill(~mask, -1), case["positions"])
+    torch.testing.assert_close(
+        scored_merge(**{**case, "neighborhoods": same}, impl=impl), scored_merge(**case, impl=impl)
+    )
+
+
+def test_merging_over_lists_is_as_accurate_as_eager():
+    case = make_case(channels=17)
+    index = torch.rand(47, 47, generator=torch.Generator().manual_seed(4)).argsort(1)[:, :7]
+    case["neighborhoods"] = Neighborhoods.from_lists(index, case["positions"])
+    assert_as_accurate(scored_merge, case, ("features", "scores", *NET))
+
+
 def parity(name):
     return lambda array: torch.from_numpy(PARITY[f"{name}_{array}"])
 

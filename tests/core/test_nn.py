@@ -49,6 +49,38 @@ def test_attention_is_the_op(dimensions, blank):
     torch.testing.assert_close(layer(tokens.features, tokens, neighborhoods), layer.proj(want))
 
 
+@pytest.mark.parametrize("expanded", [False, True])
+def test_relative_values_are_the_op(expanded):
+    torch.manual_seed(0)
+    tokens = tokens_of()
+    around = tokens.neighborhoods(2)
+    options = {"dimensions": 3, "expanded_position": expanded, "blank_token": False}
+    layer = NeighborhoodAttention(16, 2, **options, relative_value=True)
+    assert layer.position_value.shape == (2, 8, 7 if expanded else 3)
+    without = NeighborhoodAttention(16, 2, **options)
+    without.load_state_dict(layer.state_dict(), strict=False)
+    # It starts as the layer without them, and learns them.
+    start = layer(tokens.features, tokens, around, impl="reference")
+    torch.testing.assert_close(start, without(tokens.features, tokens, around, impl="reference"))
+    start.square().sum().backward()
+    assert layer.position_value.grad.any()
+    torch.nn.init.normal_(layer.position_value)
+    query, key, value = layer.qkv(tokens.features).view(-1, 3, 2, 8).unbind(1)
+    want = neighborhood_attention(
+        query,
+        key,
+        value,
+        tokens.positions,
+        around,
+        position_weight=layer.position.weight,
+        position_bias=layer.position.bias,
+        position_value=layer.position_value,
+        impl="reference",
+    )
+    out = layer(tokens.features, tokens, around, project=False, impl="reference")
+    torch.testing.assert_close(out, want.flatten(1))
+
+
 def test_attention_over_lists_of_neighbors():
     """Any lists: the same numbers in the order of the input, and by the reference."""
     torch.manual_seed(0)

@@ -1,12 +1,13 @@
 """Gradients for positions: references give them, the fast paths say that they do not."""
 
+import inspect
 from functools import partial
 
 import pytest
 import torch
 
 from helpers import attention, deformable, interpolate, merge
-from pointformer import deformable_attention, neighborhood_attention, point_conv, scored_merge
+from pointformer import deformable_attention, neighborhood_attention, ops, point_conv, scored_merge
 from pointformer import interpolate as interpolation
 
 
@@ -44,6 +45,15 @@ def calls():
         rest = {key: value for key, value in case.items() if key not in names}
         found[name] = (partial(op, **rest), {key: case[key] for key in names})
     return found
+
+
+def test_no_op_is_left_out():
+    takes = {
+        name
+        for name in ops.__all__
+        if "positions" in inspect.signature(getattr(ops, name)).parameters
+    }
+    assert takes == {name.split()[0] for name in calls()}
 
 
 @pytest.mark.parametrize("op", calls())
