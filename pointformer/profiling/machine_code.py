@@ -211,8 +211,8 @@ def _instructions(text: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def _flow(code: Sequence[Instruction], labels: Mapping[str, int]) -> Iterator[list[int]]:
-    """Instructions that may follow each one. Calls return; threads of a warp that wait for each other
-    in different places (BRA.DIV) are left out, they have code of their own for it."""
+    """Instructions that may follow each one. Calls return; threads of a warp that wait for each
+    other in different places (BRA.DIV) are left out, they have code of their own for it."""
     for index, item in enumerate(code):
         name, *rest = item.text.split(maxsplit=1)
         jump = name.split(".")[0] == "BRA" and name != "BRA.DIV"
