@@ -407,6 +407,7 @@ CALLS = {
             "neighborhoods": AROUND,
             "query_positions": TOKENS.positions,
             "position_weight": torch.ones(2, 5),
+            "position_value": torch.ones(2, 4, 5),
             "position_bias": torch.ones(2),
             "blank_key": torch.ones(2, 4),
             "blank_value": torch.ones(2, 4),
@@ -530,7 +531,14 @@ CALLS = {
     "nn.init_linear": (pointformer.nn.init_linear, {"module": nn.Linear(2, 2)}),
     "nn.NeighborhoodAttention": (
         pointformer.nn.NeighborhoodAttention,
-        {"dim": 8, "heads": 2, "dimensions": 3, "expanded_position": True, "blank_token": True},
+        {
+            "dim": 8,
+            "heads": 2,
+            "dimensions": 3,
+            "expanded_position": True,
+            "blank_token": True,
+            "relative_value": True,
+        },
     ),
     "nn.PointConv": (
         pointformer.nn.PointConv,
