@@ -617,8 +617,13 @@ CALLS = {
 
 # Made by functions, with fields for reading: no one passes arguments to these.
 RESULTS = {"Clusters", "Neighborhoods", "Segmentation", "Voxels", "models.Complexity"}
-# Files: what is wrong with them is tested in test_model_files.
-FILES = {"models.load_released", "models.load_state", "models.save_model"}
+# Files: what is wrong with them is tested in test_model_files and test_tiles.
+FILES = {
+    "integrations.map_tiles",
+    "models.load_released",
+    "models.load_state",
+    "models.save_model",
+}
 GPU = {"models.capture"}  # see test_graphs
 # Nested tensors have no variants of their own; torch_geometric takes seconds: test_integrations.
 FOREIGN_ARGUMENTS = {"integrations.from_nested", "integrations.from_pyg", "integrations.to_pyg"}

@@ -38,7 +38,7 @@ from pointformer.data.images import (
     read_labels,
 )
 from pointformer.data.labels import read_ade20k, write_labels, write_map
-from pointformer.data.points import read_points, write_classes, write_points
+from pointformer.data.points import iterate_points, read_points, write_classes, write_points
 from pointformer.data.sources import FORMATS, find_source, open_dataset, open_splits
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "SegmentMap",
     "find_source",
     "image_size",
+    "iterate_points",
     "named_categories",
     "open_dataset",
     "open_picture",

@@ -6,20 +6,21 @@ A format is a module with `read`, from a path to columns by name, and `write`, t
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pointformer._checks import brief, check_flags, describe
+from pointformer._checks import brief, check_count, check_flags, describe
 from pointformer._files import atomic_path
 from pointformer.data.points import las, npz, ply, text
 from pointformer.data.points.columns import columns_of, field_of, positions_of, together
 from pointformer.data.points.las import write_classes
 from pointformer.tokens import TokenSet
 
-__all__ = ["read_points", "write_classes", "write_points"]
+__all__ = ["iterate_points", "read_points", "write_classes", "write_points"]
 
 _WRITERS = {
     ".las": las.write,
@@ -65,33 +66,77 @@ def read_points(
         ImportError: a package of the extra `points` is missing.
     """
     path = _checked_path(path)
-    if fields is not None and (
-        isinstance(fields, str) or not all(isinstance(name, str) for name in fields)
-    ):
-        raise TypeError(f"fields: expected names, got {describe(fields)}")
-    with path.open("rb") as file:
-        start = file.read(4)
-    reader = text.read
-    if start == b"LASF":
-        reader = las.read
-    elif start[:3] == b"ply":
-        reader = ply.read
-    elif start == b"PK\x03\x04":
-        reader = npz.read
+    _check_names(fields)
     try:
-        columns = together(reader(path))
-        positions = torch.from_numpy(positions_of(columns))
-        features = columns.pop("features", None)
-        named = {name: field_of(name, values) for name, values in columns.items()}
-        if fields is not None:
-            for name in fields:
-                if name not in named:
-                    raise ValueError(f"has no field {brief(name)}, only {', '.join(named)}")
-            named = {name: named[name] for name in fields}
-        rows = None if features is None else field_of("features", features)
-        return TokenSet.from_world(positions, rows, origin=origin, fields=named)
+        return _set_of(_reader_of(path)(path), fields, origin)
     except ValueError as error:
         raise ValueError(f"{path}: {_in_a_line(error)}") from None
+
+
+def iterate_points(
+    path: str | os.PathLike[str],
+    size: int = 1_000_000,
+    *,
+    fields: Sequence[str] | None = None,
+    origin: Tensor | None = None,
+) -> Iterator[TokenSet]:
+    """The parts of `size` points (the last one may be shorter) of a file, in its order, so that LAS
+    and LAZ files larger than memory can be read; other formats are read whole first.
+
+    Each part is as `read_points` gives it, with an origin of its own unless one is given. An empty
+    file has one empty part. Errors are those of `read_points`, in part after parts that are whole.
+    """
+    path = _checked_path(path)
+    _check_names(fields)
+    check_count("size", size)
+    reader = _reader_of(path)
+    try:
+        if reader is las.read:
+            for columns in las.iterate(path, size):
+                yield _set_of(columns, fields, origin)
+            return
+        whole = _set_of(reader(path), fields, origin)
+        for rows in torch.arange(whole.num_tokens).split(size):
+            yield whole.select(rows, (len(rows),))
+    except ValueError as error:
+        raise ValueError(f"{path}: {_in_a_line(error)}") from None
+
+
+def _check_names(fields: object) -> None:
+    if fields is not None and (
+        isinstance(fields, str)
+        or not isinstance(fields, Sequence)
+        or not all(isinstance(name, str) for name in fields)
+    ):
+        raise TypeError(f"fields: expected names, got {describe(fields)}")
+
+
+def _reader_of(path: Path) -> Callable[[Path], dict[str, np.ndarray]]:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"LASF":
+        return las.read
+    if start[:3] == b"ply":
+        return ply.read
+    if start == b"PK\x03\x04":
+        return npz.read
+    return text.read
+
+
+def _set_of(
+    columns: dict[str, np.ndarray], fields: Sequence[str] | None, origin: Tensor | None
+) -> TokenSet:
+    columns = together(columns)
+    positions = torch.from_numpy(positions_of(columns))
+    features = columns.pop("features", None)
+    named = {name: field_of(name, values) for name, values in columns.items()}
+    if fields is not None:
+        for name in fields:
+            if name not in named:
+                raise ValueError(f"has no field {brief(name)}, only {', '.join(named)}")
+        named = {name: named[name] for name in fields}
+    rows = None if features is None else field_of("features", features)
+    return TokenSet.from_world(positions, rows, origin=origin, fields=named)
 
 
 def write_points(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,30 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
+    (columns,) = iterate(path, None)
+    return columns
+
+
+def iterate(path: Path, size: int | None) -> Iterator[dict[str, np.ndarray]]:
+    """The columns of `size` points after the other, of all at once if `None`."""
     laspy = _laspy()
+    found = 0
     try:
         with laspy.open(path) as reader:
             expected = reader.header.point_count
-            cloud = reader.read()
+            for points in reader.chunk_iterator(size) if size and expected else [reader.read()]:
+                found += len(points)
+                columns = {axis: np.asarray(getattr(points, axis)) for axis in AXES}
+                for name in reader.header.point_format.dimension_names:
+                    if name not in ("X", "Y", "Z"):
+                        columns[name] = np.asarray(points[name])
+                yield columns
     except OSError:
         raise
     except Exception as error:  # of laspy, lazrs (a class of its own) and NumPy
         raise _unreadable(path, error) from None
-    if len(cloud.points) != expected:
-        raise ValueError(f"is cut off: {len(cloud.points)} of {expected} points are there")
-    columns = {axis: np.asarray(getattr(cloud, axis)) for axis in AXES}
-    for name in cloud.point_format.dimension_names:
-        if name not in ("X", "Y", "Z"):
-            columns[name] = np.asarray(cloud[name])
-    return columns
+    if found != expected:
+        raise ValueError(f"is cut off: {found} of {expected} points are there")
 
 
 def write(path: Path, columns: dict[str, np.ndarray]) -> None:
