@@ -35,6 +35,7 @@ DEFAULTS = {
     "neighborhood_attention": {
         "query_positions": None,
         "position_weight": None,
+        "position_value": None,
         "position_bias": None,
         "blank_key": None,
         "blank_value": None,

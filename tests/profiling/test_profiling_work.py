@@ -38,7 +38,8 @@ HEADS, CHANNELS = 2, 8
 
 def attention(dtype=torch.float32, **more):
     query, key, value = torch.randn(3, 7, HEADS, CHANNELS, dtype=dtype).unbind()
-    names = ("query_positions", "position_weight", "position_bias", "blank_key", "blank_value")
+    names = ("query_positions", "position_weight", "position_bias", "position_value", "blank_key")
+    names += ("blank_value",)
     given = {"query": query, "key": key, "value": value, "positions": POSITIONS}
     given |= {"neighborhoods": NEIGHBORHOODS} | dict.fromkeys(names) | more
     return given, neighborhood_attention(**given)
@@ -68,6 +69,16 @@ def test_attention():
     assert work.neighborhood_attention_backward(a, out) == Work(
         4 * 8 * rows + 8 * 7 + lists + 4 * 7 * HEADS + inverse + 2 * own,
         10 * (PAIRS + 7) * 16 + 4 * PAIRS * 10,
+    )
+
+
+def test_relative_values():
+    """The sums of five numbers per pair and head, and their products with as many rows."""
+    plain = work.neighborhood_attention(*attention())
+    a, out = attention(position_value=torch.randn(HEADS, CHANNELS, 5), impl="reference")
+    assert work.neighborhood_attention(a, out) == Work(
+        plain.bytes + 4 * HEADS * CHANNELS * 5,
+        plain.operations + 2 * PAIRS * HEADS * 5 + 2 * 7 * HEADS * CHANNELS * 5,
     )
 
 
