@@ -118,13 +118,15 @@ def model(options: argparse.Namespace) -> dict[str, Any]:
     if options.voxels:
         use_voxels()
     trained = create_model(options.file).eval()
+    learned: Any = trained.trained
     task = task_of(trained)
     start = time.process_time()
     found = scores(options.data, lambda a: predict_points(trained, task, a.tokens))
     return {
         "method": f"{trained.name}{', voxels' if options.voxels else ''}",
         "parameters": sum(p.numel() for p in trained.parameters()),
-        "trained": trained.trained,
+        **{name: learned[name] for name in ("steps", "minutes")},
+        "seed": learned["recipe"]["seed"],
         "predict_cpu_seconds": round(time.process_time() - start, 1),
         "scores": found,
     }

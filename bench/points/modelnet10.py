@@ -104,7 +104,8 @@ class Batches:
 
     def next(self) -> tuple[TokenSet, Tensor]:
         changes = self.recipe.augmentation.points
-        tokens, labels = [], []
+        tokens: list[TokenSet] = []
+        labels: list[int] = []
         while len(tokens) < self.recipe.batch:
             if not self.left:
                 self.left = self.rng.permutation(len(self.data)).tolist()
@@ -112,7 +113,8 @@ class Batches:
             assert isinstance(annotation, PointAnnotation)
             one = annotation.tokens
             for change in (changes.drop, changes.mirror, changes.scale, changes.jitter):
-                one, annotation = change(one, annotation, self.rng)
+                assert change is not None
+                one, _ = change(one, annotation, self.rng)
             tokens.append(one)
             labels.append(annotation.label)
         return TokenSet.cat(tokens), torch.tensor(labels)
@@ -148,10 +150,12 @@ def accuracy(model: nn.Module, data: PointDataset, rows: Sequence[int]) -> float
     model.eval()
     hits = 0
     for start in range(0, len(rows), 64):
-        some = [data[row] for row in rows[start : start + 64]]
-        points = TokenSet.cat([a.tokens for a in some])  # type: ignore[union-attr]
+        some = [
+            a for row in rows[start : start + 64] if isinstance(a := data[row], PointAnnotation)
+        ]
+        points = TokenSet.cat([a.tokens for a in some])
         found = model(model.preprocess(points)).argmax(1)  # type: ignore[operator]
-        hits += sum(int(f) == a.label for f, a in zip(found, some, strict=True))  # type: ignore[union-attr]
+        hits += sum(int(f) == a.label for f, a in zip(found, some, strict=True))
     model.train()
     return hits / len(rows)
 
