@@ -286,10 +286,16 @@ class Run:
         return result.scores
 
     def _trained(self) -> dict[str, Any]:
-        """Description of the training for the file of the weights."""
+        """Description of the training for the file of the weights, which others will read: names of
+        files and folders, but not where they are on this machine."""
+        recipe = asdict(self.recipe)
+        name = Path(self.recipe.data.path or "").resolve().name
+        recipe["data"]["path"] = name
+        if self.recipe.init is not None:
+            recipe["init"] = Path(self.recipe.init).name
         return {
-            "recipe": asdict(self.recipe),
-            "data": Path(self.recipe.data.path or "").resolve().name,
+            "recipe": recipe,
+            "data": name,
             "steps": self.trainer.steps,
             "minutes": round(self.trainer.seconds / 60, 1),
             "scores": {k: v if math.isfinite(v) else None for k, v in (self.scores or {}).items()},

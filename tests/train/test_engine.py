@@ -244,6 +244,8 @@ def test_a_run_in_a_folder(folder, tmp_path):
     model = create_model(tmp_path / "model.safetensors")
     assert model.trained["steps"] == 4
     assert model.trained["recipe"]["budget"]["epochs"] == 2
+    assert model.trained["recipe"]["data"]["path"] == folder.name
+    assert str(folder) not in str(model.trained)
     assert model.task == "instance"
     facts = examine(read_folder(folder, "train", "instance"), "objects")
     assert model.object_diameter == object_diameter(facts)
