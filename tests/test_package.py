@@ -64,10 +64,12 @@ def test_public_names_exist_and_are_documented():
 
 
 def test_optional_packages_are_imported_where_they_are_used():
-    """One that is missing must not keep a whole file of tests, or all of them, from being found."""
+    """One that is missing must not keep a whole file of tests, or all of them, from being found.
+    Scripts that are for such a package may need it."""
     optional = {"pycocotools", "cityscapesscripts", "faster_coco_eval", "matplotlib", "imagecodecs"}
     optional |= {"torch_cluster", "torch_scatter", "pytest_benchmark", "expecttest", "timm"}
-    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]:
+    scripts = {*(ROOT / "bench" / "points").glob("*.py")}
+    for path in {*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")} - scripts:
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
