@@ -23,6 +23,7 @@ from pointformer.train.ending import left_to_parent
 
 _ORDER, _SAMPLE = 0, 1  # what random numbers are for
 _WORKERS_AHEAD, _AHEAD = 4, 2  # batches that each worker, or the thread, has ready
+_PATIENCE = 10.0  # seconds, at the end
 
 
 class Batch(NamedTuple):
@@ -219,7 +220,8 @@ def _ahead(
 ) -> Generator[Batch | _Failure, None, None]:
     """Batches of an iterator, fetched ahead by a thread.
 
-    Closing does not wait for the batch that is being loaded.
+    Closing waits for the batch that is being loaded, but not for long: a thread within torch when
+    Python ends would abort the process.
 
     Args:
         gpu: that pinned memory is for.
@@ -236,7 +238,8 @@ def _ahead(
         except Exception as error:
             ready.put(error)
 
-    threading.Thread(target=load, daemon=True).start()
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
     try:
         while True:
             batch = ready.get()
@@ -247,6 +250,7 @@ def _ahead(
     finally:
         done.set()
         room.release()
+        thread.join(_PATIENCE)
 
 
 def _generator(seed: int, purpose: int, number: int) -> np.random.Generator:
