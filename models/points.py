@@ -101,7 +101,8 @@ def best_of_runs(
     Returns:
         Rows, (T',) int64 ascending, and how many there are per sample.
     """
-    counts = tuple(math.ceil(size * rate) for size in sizes)
+    # 70 * 0.1 is a little more than 7 in binary numbers, and not meant so.
+    counts = tuple(math.ceil(size * rate - 1e-6) for size in sizes)
     longest = max((math.ceil(n / m) for n, m in zip(sizes, counts, strict=True) if m), default=1)
     device = scores.device
     sample = batch_from_sizes(counts, device)

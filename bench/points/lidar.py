@@ -3,18 +3,16 @@
     python bench/points/lidar.py model FILE DATA [--voxels] [--write]
     python bench/points/lidar.py boosted DATA [--points N] [--iterations N] [--write]
 
-IoU over the points of the validation and of the test tiles, dense and sparse ones apart, and all
-together. Each tile is seen whole. `model` takes what training wrote, `--voxels` one of `voxel.py`.
-`boosted` needs scikit-learn.
+IoU of the classes that are annotated, over the points of the validation and of the test tiles,
+dense and sparse ones apart, and all together. Each tile is seen whole. `model` takes what training
+wrote, `--voxels` one of `voxel.py`. `boosted` needs scikit-learn.
 
-`--write` adds the lines to results/points.jsonl.
+`--write` adds the line to results/points.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lines import add_options, prepare, report
 from torch import Tensor
 from voxel import use_voxels
 
@@ -32,7 +31,6 @@ from pointformer.models import create_model
 from pointformer.prediction import predict_points
 from pointformer.tasks import task_of
 
-RESULTS = Path(__file__).parents[1] / "results" / "points.jsonl"
 FEATURES = ("intensity", "return_number", "number_of_returns")
 NEAREST = (8, 16, 32, 64)  # points that the features of a neighborhood are of
 GROUND = (2.0, 8.0, 24.0)  # meters: sides of the cells whose lowest points are looked for
@@ -102,10 +100,12 @@ def scores(data: Path, predict: Callable[[PointAnnotation], np.ndarray]) -> dict
                 metric.update(predicted, annotation)  # type: ignore[arg-type]
         for group, metric in groups.items():
             values = metric.scores()
+            # Of annotated classes alone, so that all methods are averaged over the same ones.
+            iou = np.where(np.isnan(values.accuracy), np.nan, values.iou)
             found[f"{split}, {group}"] = {
-                "mIoU": _percent(values.mean_iou),
+                "mIoU": _percent(np.nanmean(iou)),
                 "accuracy": _percent(values.pixel_accuracy),
-                "IoU": {n: _percent(v) for n, v in zip(names, values.iou, strict=True)},
+                "IoU": {n: _percent(v) for n, v in zip(names, iou, strict=True)},
             }
     return found
 
@@ -178,22 +178,10 @@ def main() -> None:
     of_trees.set_defaults(run=boosted)
     for command in (of_model, of_trees):
         command.add_argument("data", type=Path, help="folder of the tiles")
-        command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--threads", type=int, default=1)
-        command.add_argument("--write", action="store_true", help=f"to {RESULTS.name}")
+        add_options(command)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    line = {
-        "bench": "lidar",
-        **options.run(options),
-        "machine": f"{platform.machine()} CPU, {options.threads} thread(s)",
-        "torch": torch.__version__,
-    }
-    print(json.dumps(line, indent=1))
-    if options.write:
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    prepare(options)
+    report("lidar", [options.run(options)], options)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import math
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +26,7 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lines import add_options, prepare, report
 from torch import Tensor, nn
 from torch_cluster import fps, knn, knn_graph  # PyG's own need pyg-lib
 from torch_geometric.nn import MLP, PointTransformerConv, global_mean_pool
@@ -39,7 +38,6 @@ from pointformer.models import create_model
 from pointformer.models.points import PointPreprocess
 from pointformer.train.recipe import read_recipe
 
-RESULTS = Path(__file__).parents[1] / "results" / "points.jsonl"
 DIMS, DEPTHS, NEAREST = (32, 64, 128, 256), (1, 1, 2, 1), 16
 
 
@@ -200,7 +198,7 @@ def train(options: argparse.Namespace) -> list[dict[str, object]]:
                     "accuracy": round(accuracy(mean, test, range(len(test))), 4),
                 }
             )
-            print(json.dumps(lines[-1]), flush=True)
+            print(f"step {steps}: {lines[-1]['accuracy']}", flush=True)
     return lines
 
 
@@ -236,28 +234,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=45.0)
     parser.add_argument("--times", type=int, default=10, help="of scoring")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", action="store_true", help=f"to {RESULTS.name}")
+    add_options(parser)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    machine = f"{platform.machine()} CPU, {options.threads} thread(s)"
+    prepare(options)
     found = (train if options.command == "train" else speed)(options)
-    lines = [
-        {
-            "bench": f"modelnet10 {options.command}",
-            **line,
-            "machine": machine,
-            "torch": torch.__version__,
-        }
-        for line in found
-    ]
-    if options.command == "speed":
-        print(json.dumps(lines, indent=1))
-    if options.write:
-        with RESULTS.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+    report(f"modelnet10 {options.command}", found, options)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 
 from helpers.scenes import save
 from pointformer.data import Annotation, read_folder
+from pointformer.train import loading
 from pointformer.train.loading import Batches
 
 
@@ -104,8 +105,34 @@ def test_a_thread_loads_a_little_ahead(dataset):
     time.sleep(0.05)
     assert len(seen) == 6  # two are ready, and no more
     steps.close()
-    seen[0].join(10)
     assert not seen[0].is_alive()
+
+
+def test_closing_waits_for_the_batch_that_is_being_loaded(dataset, monkeypatch):
+    """A thread inside torch when Python ends would abort the process; one that hangs is left."""
+    begun, hang, threads = threading.Event(), threading.Event(), []
+
+    def slow(image, annotation, rng):
+        threads.append(threading.current_thread())
+        if len(threads) == 2:
+            begun.set()
+            hang.wait(0.2)
+        return image, annotation
+
+    steps = Batches(dataset, slow, batch=1, seed=0).steps()
+    next(steps)
+    assert begun.wait(10)
+    steps.close()
+    assert not threads[0].is_alive()
+    monkeypatch.setattr(loading, "_PATIENCE", 0.01)
+    monkeypatch.setattr(hang, "wait", lambda _: threading.Event().wait(1))
+    threads.clear()
+    begun.clear()
+    steps = Batches(dataset, slow, batch=1, seed=0).steps()
+    next(steps)
+    assert begun.wait(10)
+    steps.close()
+    assert threads[0].is_alive()
 
 
 def test_processes_together_see_what_one_sees(dataset):
