@@ -91,7 +91,7 @@ def balanced_cluster(
     an odd number) across the longest side of their tokens' bounding box (the first of equal ones),
     where tokens are sorted along that axis, ties by the order so far; then each half is, down to
     single clusters. The second half is walked the other way along the other axes, so that it starts
-    near the end of the first.
+    near the end of the first. A sample of one cluster is not cut and keeps the order of its rows.
 
     Args:
         positions: (T, D) float32, D = 2 or 3, axes (x, y[, z]), samples one after the other.
