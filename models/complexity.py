@@ -14,7 +14,7 @@ from pointformer import TokenSet
 from pointformer._checks import brief, check_count, describe
 from pointformer.models.config import PointConfig
 from pointformer.models.hcformer import SoftAssignment
-from pointformer.models.heads import DenseHead, HCFormerHead
+from pointformer.models.heads import DenseHead, HCFormerHead, StarHead
 from pointformer.models.inference import evaluating
 from pointformer.models.layers import MultiheadAttention
 from pointformer.models.mask2former import MaskDecoder, MaskPredictions
@@ -251,7 +251,7 @@ def _pixel_decoder(module: PixelDecoder, args: tuple, output: tuple) -> dict[str
     return {"points": 4 * output[0].num_tokens * module.dim}
 
 
-def _dense_head(module: DenseHead, args: tuple, output) -> dict[str, int]:
+def _map_head(module: DenseHead | StarHead, args: tuple, output) -> dict[str, int]:
     """The interpolation of all later stages' tokens, of which 3 are near, to the first's."""
     stages = args[0]
     channels = module.channels
@@ -287,7 +287,8 @@ _COUNTS: dict[type[nn.Module], Callable[..., dict[str, int]]] = {
     DeformableAttention: _deformable,
     PointConv: _point_conv,
     PixelDecoder: _pixel_decoder,
-    DenseHead: _dense_head,
+    DenseHead: _map_head,
+    StarHead: _map_head,
     SoftAssignment: _assignment,
     HCFormerHead: _decoding,
     MaskDecoder: _masks,

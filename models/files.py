@@ -366,6 +366,7 @@ def _head_of(state: Mapping[str, Tensor]) -> tuple[str | None, int | None]:
     for entry, head in (
         ("head.linear.bias", "classification"),
         ("head.classify.1.bias", "dense"),
+        ("head.classify.bias", "stars"),
         ("head.pixel_decoder.level_embed", "mask2former"),
         ("head.assignments.0.temperature", "hcformer"),
         ("head.norms.0.weight", "features"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
@@ -27,6 +28,8 @@ from pointformer.models.points import PointDecoder
 from pointformer.nn import init_linear
 
 Images = Tensor | Sequence[Tensor]
+STAR_CELL = 2  # pixels
+_STAR_RADIUS = 8.0  # pixels, of objects at the start of training
 
 
 class Output(Enum):
@@ -44,6 +47,12 @@ class Output(Enum):
     BORDERS = "background, inside and border (B, 3, H, W)", ("instance",), 3
     POINT_SCORES = "a score for each class (B, K) of a point set", ("point_classification",), None
     POINT_CLASSES = "a score for each class and point (T, K)", ("point_segmentation",), None
+    STARS = (
+        "for each cell of 2 x 2 pixels a score of each class and log lengths of rays (B, K + R, "
+        "H / 2, W / 2)",
+        ("instance",),
+        None,
+    )
     MASKS = "queries, each with a class and a mask", ("semantic", "instance", "panoptic"), None
 
     def __init__(self, description: str, tasks: tuple[str, ...], channels: int | None) -> None:
@@ -123,7 +132,53 @@ class FeatureHead(Head):
         ]
 
 
-class DenseHead(Head):
+class _MapHead(Head):
+    """Base of heads whose output is a map: `_summed` has all stages on the first stage's grid."""
+
+    def __init__(self, config: AFFConfig, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.projections = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels)) for dim in config.dims
+        )
+        self.mix = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.GELU())
+
+    def forward(
+        self, stages: list[StageOutput], images: Images, impl: str | None
+    ) -> Tensor | list[Tensor]:
+        maps = self._summed(stages, impl)
+        if isinstance(images, Tensor) and isinstance(maps, Tensor):
+            return self._pixels(maps, images)
+        return [
+            self._pixels(m[None], image[None])[0] for m, image in zip(maps, images, strict=True)
+        ]
+
+    def _pixels(self, maps: Tensor, images: Tensor) -> Tensor:
+        """The output for images (B, C, H, W) from maps (B, channels, h, w)."""
+        raise NotImplementedError
+
+    def _summed(self, stages: list[StageOutput], impl: str | None) -> Tensor | list[Tensor]:
+        """Each stage's tokens projected, interpolated to the first stage's grid and summed."""
+        grid = stages[0].tokens
+        total = self.projections[0](grid.features)
+        for projection, stage in zip(list(self.projections)[1:], stages[1:], strict=True):
+            tokens = stage.tokens
+            total = total + interpolate(
+                projection(tokens.features),
+                tokens.positions,
+                grid.positions,
+                sizes=tokens.sizes,
+                query_sizes=grid.sizes,
+                same_positions=tokens.same_positions and grid.same_positions,
+                k=3,
+                power=2.0,
+                check_values=False,
+                impl=impl,
+            )
+        return grid.with_features(total).to_grid(check_values=False)
+
+
+class DenseHead(_MapHead):
     """Per-pixel class scores from all stages.
 
     Each stage's tokens are projected, interpolated to the first stage's grid and summed; a 3x3
@@ -143,13 +198,8 @@ class DenseHead(Head):
         channels: int = 64,
         pixel_channels: int = 16,
     ) -> None:
-        super().__init__()
+        super().__init__(config, channels)
         stride = config.patch_stride
-        self.channels = channels
-        self.projections = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels)) for dim in config.dims
-        )
-        self.mix = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.GELU())
         self.to_pixels = nn.Sequential(
             nn.Conv2d(channels, pixel_channels * stride**2, 1), nn.PixelShuffle(stride)
         )
@@ -158,36 +208,81 @@ class DenseHead(Head):
             nn.GELU(), nn.Conv2d(pixel_channels, num_classes, 3, padding=1)
         )
 
-    def forward(
-        self, stages: list[StageOutput], images: Images, impl: str | None
-    ) -> Tensor | list[Tensor]:
-        grid = stages[0].tokens
-        total = self.projections[0](grid.features)
-        for projection, stage in zip(list(self.projections)[1:], stages[1:], strict=True):
-            tokens = stage.tokens
-            total = total + interpolate(
-                projection(tokens.features),
-                tokens.positions,
-                grid.positions,
-                sizes=tokens.sizes,
-                query_sizes=grid.sizes,
-                same_positions=tokens.same_positions and grid.same_positions,
-                k=3,
-                power=2.0,
-                check_values=False,
-                impl=impl,
-            )
-        maps = grid.with_features(total).to_grid(check_values=False)
-        if isinstance(images, Tensor) and isinstance(maps, Tensor):
-            return self._pixels(maps, images)
-        return [
-            self._pixels(m[None], image[None])[0] for m, image in zip(maps, images, strict=True)
-        ]
-
     def _pixels(self, maps: Tensor, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         coarse = self.to_pixels(self.mix(maps))[..., :height, :width]
         return self.classify(coarse + self.detail(images))
+
+
+class StarHead(_MapHead):
+    """Star-convex objects (StarDist, Schmidt et al. 2018) from all stages: for each cell of 2 x 2
+    pixels a score of each class and the lengths of rays from its center to the object's outline.
+
+    The stages meet as in `DenseHead`; a sub-pixel layer brings the sum to the cells, where it meets
+    convolutions of the image, and two more convolutions mix both. At every fourth pixel objects of
+    five pixels across would be lost, at every one the rays would take most of the time.
+
+    Returns (B, classes + rays, H / 2, W / 2), sides rounded up, or a list of such maps for a list
+    of images: logits of the classes, then natural logarithms of the lengths in pixels of the image.
+    Ray k of R has the angle 2 pi (k + 1/2) / R from the x axis to the y axis, which points down, so
+    that mirror images and quarter turns (of R divisible by 4) only change the order.
+
+    Args:
+        channels: of the first stage's grid.
+        cell_channels: of the cells.
+        rays: in all directions.
+    """
+
+    outputs = (Output.STARS,)
+
+    def __init__(
+        self,
+        config: AFFConfig,
+        num_classes: int,
+        *,
+        channels: int = 64,
+        cell_channels: int = 32,
+        rays: int = 32,
+    ) -> None:
+        super().__init__(config, channels)
+        if rays < 3:
+            raise ValueError(f"rays: expected at least 3, got {rays}")
+        stride, dim = config.patch_stride, cell_channels
+        factor = max(stride // STAR_CELL, 1)
+        down = max(STAR_CELL // stride, 1)
+        self.to_cells = nn.Sequential(
+            nn.Conv2d(channels, dim * factor**2, down, down), nn.PixelShuffle(factor)
+        )
+        self.detail = nn.Sequential(
+            nn.Conv2d(config.in_channels, dim, 2 * STAR_CELL, STAR_CELL, padding=1),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, 3, padding=1),
+        )
+        self.refine = nn.Sequential(
+            nn.GELU(),
+            nn.Conv2d(dim, dim, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, 3, padding=1),
+        )
+        self.act = nn.GELU()
+        self.classify = nn.Conv2d(dim, num_classes, 1)
+        self.lengths = nn.Conv2d(dim, rays, 1)
+        nn.init.constant_(self.classify.bias, -2.0)  # most cells are background
+        nn.init.constant_(self.lengths.bias, math.log(_STAR_RADIUS))
+
+    def _pixels(self, maps: Tensor, images: Tensor) -> Tensor:
+        height, width = (-(-side // STAR_CELL) for side in images.shape[-2:])
+        mixed = _whole_cells(self.mix(maps), self.to_cells[0].stride[0])
+        coarse = self.to_cells(mixed)[..., :height, :width]
+        cells = coarse + self.detail(_whole_cells(images, STAR_CELL))
+        cells = self.act(cells + self.refine(cells))
+        return torch.cat([self.classify(cells), self.lengths(cells)], 1)
+
+
+def _whole_cells(maps: Tensor, cell: int) -> Tensor:
+    """Maps (B, C, H, W) whose last row and column are repeated until cells divide their sides."""
+    down, right = (-side % cell for side in maps.shape[-2:])
+    return nn.functional.pad(maps, (0, right, 0, down), mode="replicate")
 
 
 class Mask2FormerHead(Head):
@@ -480,12 +575,13 @@ def _as_weights(head: nn.Module, stage: StageOutput) -> StageOutput:
     return replace(stage, tokens=tokens, inputs=inputs)
 
 
-HEADS: dict[str, type[Head]] = {  # the simplest first
+HEADS: dict[str, type[Head]] = {  # without a choice, the first that can learn a task is taken
     "classification": ClassificationHead,
     "dense": DenseHead,
     "features": FeatureHead,
     "mask2former": Mask2FormerHead,
     "hcformer": HCFormerHead,
+    "stars": StarHead,
     "point_classification": PointClassificationHead,
     "point_segmentation": PointSegmentationHead,
 }
@@ -499,4 +595,5 @@ CLASSIFIERS: dict[str, tuple[str, ...]] = {
     "mask2former": ("decoder.classify",),
     "point_classification": ("linear",),
     "point_segmentation": ("linear",),
+    "stars": ("classify",),
 }

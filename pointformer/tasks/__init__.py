@@ -14,7 +14,7 @@ from pointformer._checks import describe
 from pointformer.annotations import Category
 from pointformer.models import Model
 from pointformer.tasks.classification import Classification
-from pointformer.tasks.instance import InstanceBorders, InstanceMasks
+from pointformer.tasks.instance import InstanceBorders, InstanceMasks, InstanceStars
 from pointformer.tasks.panoptic import Panoptic
 from pointformer.tasks.points import PointClassification, PointSegmentation
 from pointformer.tasks.semantic import SemanticClasses, SemanticMasks
@@ -28,6 +28,7 @@ TASKS: tuple[type[Task], ...] = (
     SemanticMasks,
     InstanceBorders,
     InstanceMasks,
+    InstanceStars,
     Panoptic,
     PointClassification,
     PointSegmentation,

@@ -22,6 +22,7 @@ from pointformer.nn.parallel import WHOLE, BatchPart
 from pointformer.segmentation.tiling import Tile, stitch_maps, stitch_objects
 from pointformer.tasks.borders import dense_loss, instance_target, instances_from_logits
 from pointformer.tasks.masks import MaskTask
+from pointformer.tasks.stars import any_in_cells, star_loss, star_targets, stars_to_objects
 from pointformer.tasks.task import MapTask, Size, Truth, on_device
 
 
@@ -108,6 +109,60 @@ class InstanceBorders(Instance):
 
     def shown(self, prediction: SegmentMap, min_score: float | None = None) -> SegmentMap:
         return prediction
+
+
+class InstanceStars(Instance):
+    """Of a head that gives cells scores and the lengths of rays. Predictions are `Objects` with all
+    scores from 0.1 on.
+
+    Crowds do not count in the loss.
+    """
+
+    output = Output.STARS
+
+    def loss(
+        self,
+        output: Tensor | Sequence[Tensor],
+        annotations: Sequence[Truth],
+        part: BatchPart = WHOLE,
+    ) -> dict[str, Tensor]:
+        kinds = len(self.categories)
+        targets, classes, known = [], [], []
+        for maps, annotation in zip(output, annotations, strict=True):
+            truth = self.truth(annotation)
+            ids, crowds = truth.instances()
+            target = star_targets(ids, len(maps) - kinds)
+            targets.append(target)
+            table = [0, *(0 if s.crowd else s.category for s in truth.segments)]
+            classes.append(np.array(table)[target.ids])
+            known.append(~any_in_cells(crowds))
+        return star_loss(list(output), targets, classes, known, kinds, part)
+
+    def decode(
+        self,
+        output: Tensor | Sequence[Tensor],
+        sizes: Sequence[Size],
+        output_sizes: Sequence[Size] | None = None,
+        *,
+        min_score: float | None = None,
+    ) -> list[Objects]:
+        found = []
+        wanted = sizes if output_sizes is None else output_sizes
+        for maps, seen, size in zip(output, sizes, wanted, strict=True):
+            values = maps.float()
+            scores = values[: len(self.categories)].sigmoid().cpu().numpy()
+            lengths = values[len(self.categories) :].exp().cpu().numpy()
+            stuff = [n for n in range(len(scores)) if n not in self.things]
+            scores[stuff] = 0
+            scale = size[0] / seen[0], size[1] / seen[1]
+            found.append(stars_to_objects(scores, lengths, size, scale))
+        return found
+
+    def join(self, shape: Size, windows: Sequence[Tile], parts: Iterable[Objects]) -> Objects:
+        return stitch_objects(shape, list(zip(windows, parts, strict=True)))
+
+    def shown(self, prediction: Objects, min_score: float | None = None) -> SegmentMap:
+        return prediction.confident(0.5 if min_score is None else min_score).segment_map()
 
 
 class InstanceMasks(MaskTask, Instance):

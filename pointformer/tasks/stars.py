@@ -1,0 +1,274 @@
+"""Star-convex objects (StarDist, Schmidt et al. 2018): targets from a map of ids, their loss, and
+from scores and rays back to objects.
+
+A picture is seen in cells of 2 x 2 pixels. Ray k of R leaves the center of a cell at the angle
+2 pi (k + 1/2) / R from the x axis to the y axis, which points down, and ends where the cell's
+object does. Around a center c with rays r_k the object is the polygon of the corners
+c + r_k (cos, sin), which is all of it if every point of it can be seen from c.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from skimage.draw import polygon
+from torch import Tensor
+
+from pointformer.annotations import Mask, Objects
+from pointformer.models.heads import STAR_CELL
+from pointformer.nn.parallel import WHOLE, BatchPart
+
+_STEP = 0.5  # pixels between samples of a ray near an outline
+_LENGTHS = 2.0**-6, 2.0**14  # pixels, that rays can have
+_LEARNED = 0.2  # score from which on a cell's rays are learned: others lie in no object's middle
+_FULL = 64  # cells of an object that counts no more than others
+
+
+class StarTargets(NamedTuple):
+    """Of the h x w cells of a picture.
+
+    Attributes:
+        ids: (h, w) int32, the object of each cell: of those in its pixels the one deepest there; 0
+            where there is none.
+        scores: (h, w) float32 from 0 to 1: how deep a cell lies within its object, over how deep
+            the deepest one does. Every object that has a cell has one of score 1.
+        weights: (h, w) float32, 1 but in objects of fewer than 64 cells: the root of 64 over their
+            number, so that small ones are worth learning.
+        cells: (n,) int64 positions in the flattened map of the cells whose rays are learned.
+        rays: (n, R) float32 pixels.
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray
+    weights: np.ndarray
+    cells: np.ndarray
+    rays: np.ndarray
+
+
+def star_targets(instances: np.ndarray, rays: int) -> StarTargets:
+    """What a head learns in order to find the objects of a map of ids.
+
+    Args:
+        instances: (H, W) integers, 0 is background, every other value an object.
+        rays: how many, R.
+    """
+    depth = _depths(instances)
+    ids_in, depths_in = _by_cell(instances.astype(np.int32)), _by_cell(depth)
+    deepest = depths_in.argmax(2)[..., None]
+    own, inside = (np.take_along_axis(v, deepest, 2)[..., 0] for v in (ids_in, depths_in))
+    numbers, which, counts = np.unique(own, return_inverse=True, return_counts=True)
+    which = which.reshape(own.shape)
+    most = np.zeros(len(numbers), np.float32)
+    np.maximum.at(most, which, inside)
+    scores = inside / np.maximum(most, 1)[which]
+    weights = np.sqrt(np.maximum(_FULL / counts, 1))[which]
+    weights[own == 0] = 1
+    cells = np.flatnonzero(scores >= _LEARNED)
+    return StarTargets(
+        own,
+        scores.astype(np.float32),
+        weights.astype(np.float32),
+        cells,
+        ray_lengths(instances, cells, own.ravel()[cells], rays, depth),
+    )
+
+
+def _by_cell(values: np.ndarray) -> np.ndarray:
+    """(h, w, 4): the pixels of each cell, 0 beyond the picture."""
+    down, right = (-side % STAR_CELL for side in values.shape)
+    whole = np.pad(values, ((0, down), (0, right)))
+    height, width = (side // STAR_CELL for side in whole.shape)
+    cells = whole.reshape(height, STAR_CELL, width, STAR_CELL).swapaxes(1, 2)
+    return cells.reshape(height, width, -1)
+
+
+def any_in_cells(pixels: np.ndarray) -> np.ndarray:
+    """(h, w) bool: cells with any of these pixels (H, W) bool."""
+    return _by_cell(pixels).any(2)
+
+
+def _depths(ids: np.ndarray) -> np.ndarray:
+    """(H, W) float32: 1 in an object's pixels that touch others or the picture's border with a
+    side; further inside 1 more than the distance to the nearest of these; 0 in the background."""
+    around = np.pad(ids, 1)
+    outline = np.zeros(around.shape, bool)
+    for here, there in (
+        ((slice(1, None), slice(None)), (slice(-1), slice(None))),
+        ((slice(None), slice(1, None)), (slice(None), slice(-1))),
+    ):
+        differs = around[here] != around[there]
+        outline[here] |= differs
+        outline[there] |= differs
+    depths = ndimage.distance_transform_edt((around != 0) & ~outline)[1:-1, 1:-1] + 1
+    return np.where(ids != 0, depths, 0).astype(np.float32)
+
+
+def ray_directions(rays: int) -> tuple[np.ndarray, np.ndarray]:
+    """(R,) float64 cosines and sines of the rays' angles."""
+    angles = 2 * math.pi * (np.arange(rays) + 0.5) / rays
+    return np.cos(angles), np.sin(angles)
+
+
+def ray_lengths(
+    ids: np.ndarray, cells: np.ndarray, objects: np.ndarray, rays: int, depth: np.ndarray
+) -> np.ndarray:
+    """How far rays go within the objects.
+
+    They are sampled every half pixel, but where the outline is known to be farther: the middle
+    between the last sample within and the first one beyond is at most a quarter off.
+
+    Args:
+        ids: (H, W) integers.
+        cells: (n,) positions in the flattened map of cells, where the rays begin.
+        objects: (n,) their objects' ids.
+        rays: how many.
+        depth: of `_depths`.
+
+    Returns:
+        (n, rays) float32 pixels; at least 1/4.
+    """
+    width = ids.shape[1]
+    across = -(-width // STAR_CELL)
+    padded = np.pad(ids, 1).ravel()  # of 0, which no object has
+    # Both ends of a step may be 0.71 off the pixels that they are in, whose depths are known.
+    safe = np.maximum(np.pad(depth, 1).ravel() - 2.5, _STEP)
+    cosines, sines = (part.astype(np.float32) for part in ray_directions(rays))
+    middle = STAR_CELL / 2 + 0.5  # pixels are points at whole numbers, one is padding
+    top = (cells // across * STAR_CELL + middle).astype(np.float32)
+    left = (cells % across * STAR_CELL + middle).astype(np.float32)
+    lengths = np.zeros(len(cells) * rays, np.float32)
+    going = np.arange(len(lengths))
+    y, x = np.repeat(top, rays), np.repeat(left, rays)
+    down, right = np.tile(sines, len(cells)), np.tile(cosines, len(cells))
+    owner = np.repeat(objects, rays)
+    step = np.full(len(lengths), _STEP / 2, np.float32)  # first in the nearest pixel
+    while len(going):
+        y, x = y + step * down, x + step * right
+        place = np.rint(y).astype(np.int64) * (width + 2) + np.rint(x).astype(np.int64)
+        within = padded[place] == owner
+        lengths[going] += np.where(within, step, 0)
+        going, y, x, down, right, owner, place = (
+            values[within] for values in (going, y, x, down, right, owner, place)
+        )
+        step = safe[place]
+    return (lengths + _STEP / 2).reshape(len(cells), rays)
+
+
+def star_loss(
+    output: list[Tensor],
+    targets: list[StarTargets],
+    classes: list[np.ndarray],
+    known: list[np.ndarray],
+    num_classes: int,
+    part: BatchPart = WHOLE,
+) -> dict[str, Tensor]:
+    """Cross-entropy of the scores, and how little the stars overlap.
+
+    The second is the logarithm of sum_k max(r_k, r'_k) / sum_k min(r_k, r'_k) of the rays r and the
+    wanted ones r' (the polar IoU loss of PolarMask, Xie et al. 2020), a mean over cells with scores
+    as weights: other than a difference in pixels it is the same for small objects and large ones.
+
+    Args:
+        output: of B images, each (K + R, h, w).
+        targets: of these.
+        classes: for each of them the class of each cell (h, w), of any value outside of objects.
+        known: (h, w) bool, the cells that count.
+        num_classes: K.
+        part: of a batch that several processes share.
+
+    Returns:
+        "score" and "shape", whose sum is the loss.
+    """
+    entropy = shape = weight = output[0].new_zeros((), dtype=torch.float32)
+    count = 0
+    for maps, target, category, counts in zip(output, targets, classes, known, strict=True):
+        device, maps = maps.device, maps.float()
+        logits, logarithms = maps[:num_classes].flatten(1), maps[num_classes:].flatten(1)
+        rows = torch.from_numpy(np.where(target.ids != 0, category, 0).ravel()).long()
+        wanted = torch.zeros(num_classes, rows.numel())
+        wanted[rows, torch.arange(rows.numel())] = torch.from_numpy(target.scores.ravel())
+        cells_weight = torch.from_numpy((target.weights * counts).ravel()).to(device)
+        bits = F.binary_cross_entropy_with_logits(logits, wanted.to(device), reduction="none")
+        entropy = entropy + (bits * cells_weight).sum()
+        count += int(np.count_nonzero(counts))
+        chosen = target.cells[counts.ravel()[target.cells]]
+        rays = target.rays[counts.ravel()[target.cells]]
+        places = torch.from_numpy(chosen).to(device)
+        lengths = logarithms[:, places].T.clamp(*map(math.log, _LENGTHS)).exp()
+        truth = torch.from_numpy(rays).to(device)
+        ratio = torch.maximum(lengths, truth).sum(1) / torch.minimum(lengths, truth).sum(1)
+        share = torch.from_numpy(target.scores.ravel()[chosen]).to(device) * cells_weight[places]
+        shape = shape + (ratio.log() * share).sum()
+        weight = weight + share.sum()
+    sums = part.total(torch.stack([entropy, entropy.new_tensor(count), shape, weight]))
+    entropy, cells, shape, weight = sums
+    # Where no cell is known, or in no object, the sum is 0, and no mean a number.
+    tiny = torch.finfo(weight.dtype).tiny
+    return {"score": entropy / cells.clamp(min=1), "shape": shape / weight.clamp(min=tiny)}
+
+
+def stars_to_objects(
+    scores: np.ndarray,
+    rays: np.ndarray,
+    size: tuple[int, int],
+    scale: tuple[float, float] = (1.0, 1.0),
+    *,
+    min_score: float = 0.1,
+    overlap: float = 0.4,
+) -> Objects:
+    """Objects of the best cells, by non-maximum suppression.
+
+    From the highest score down, of equals from the first on, a cell whose center no object covers
+    yet gives one, unless objects cover more than a share `overlap` of its polygon.
+
+    Args:
+        scores: (K, h, w) floats from 0 to 1.
+        rays: (R, h, w) their lengths, in pixels of what the model saw.
+        size: (H, W) of the picture in which the objects are wanted.
+        scale: height and width of a pixel of what the model saw, in pixels of the picture.
+        min_score: of an object.
+        overlap: see above.
+
+    Returns:
+        Objects, best first, of at least one pixel each, which may overlap.
+    """
+    best = scores.max(0, initial=0)
+    rows, columns = np.nonzero(best >= min_score)
+    values = best[rows, columns]
+    order = np.argsort(-values, kind="stable")
+    rows, columns, values = rows[order], columns[order], values[order]
+    classes = scores[:, rows, columns].argmax(0) if len(scores) else rows
+    # Pixels are points at whole numbers.
+    y = (rows + 0.5) * STAR_CELL * scale[0] - 0.5
+    x = (columns + 0.5) * STAR_CELL * scale[1] - 0.5
+    cosines, sines = ray_directions(len(rays))
+    lengths = rays[:, rows, columns].T.clip(*_LENGTHS)
+    corners_y = y[:, None] + lengths * sines * scale[0]
+    corners_x = x[:, None] + lengths * cosines * scale[1]
+    center_y, center_x = (
+        np.rint(middle).astype(np.int64).clip(0, side - 1)
+        for middle, side in zip((y, x), size, strict=True)
+    )
+    covered = np.zeros(size, bool)
+    masks, kept = [], []
+    for n in range(len(values)):
+        at = center_y[n], center_x[n]
+        if covered[at]:
+            continue
+        inside = polygon(corners_y[n], corners_x[n], size)
+        if not len(inside[0]):
+            inside = np.array([at[0]]), np.array([at[1]])
+        if np.count_nonzero(covered[inside]) > overlap * len(inside[0]):
+            continue
+        covered[inside] = True
+        top, left = inside[0].min(), inside[1].min()
+        pixels = np.zeros((inside[0].max() - top + 1, inside[1].max() - left + 1), bool)
+        pixels[inside[0] - top, inside[1] - left] = True
+        masks.append(Mask(int(top), int(left), pixels))
+        kept.append(n)
+    return Objects(masks, classes[kept], values[kept].astype(np.float32), size)
