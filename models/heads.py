@@ -225,12 +225,12 @@ class StarHead(_MapHead):
     Returns (B, classes + rays, H / 2, W / 2), sides rounded up, or a list of such maps for a list
     of images: logits of the classes, then natural logarithms of the lengths in pixels of the image.
     Ray k of R has the angle 2 pi (k + 1/2) / R from the x axis to the y axis, which points down, so
-    that mirror images and quarter turns (of R divisible by 4) only change the order.
+    that mirror images and quarter turns only change the order, and none runs between two pixels.
 
     Args:
         channels: of the first stage's grid.
         cell_channels: of the cells.
-        rays: in all directions.
+        rays: in all directions, a multiple of 4.
     """
 
     outputs = (Output.STARS,)
@@ -245,13 +245,14 @@ class StarHead(_MapHead):
         rays: int = 32,
     ) -> None:
         super().__init__(config, channels)
-        if rays < 3:
-            raise ValueError(f"rays: expected at least 3, got {rays}")
+        if rays % 4:
+            raise ValueError(f"rays: expected a multiple of 4, got {rays}")
         stride, dim = config.patch_stride, cell_channels
         factor = max(stride // STAR_CELL, 1)
-        down = max(STAR_CELL // stride, 1)
+        self.tokens_across = max(STAR_CELL // stride, 1)  # a cell
         self.to_cells = nn.Sequential(
-            nn.Conv2d(channels, dim * factor**2, down, down), nn.PixelShuffle(factor)
+            nn.Conv2d(channels, dim * factor**2, self.tokens_across, self.tokens_across),
+            nn.PixelShuffle(factor),
         )
         self.detail = nn.Sequential(
             nn.Conv2d(config.in_channels, dim, 2 * STAR_CELL, STAR_CELL, padding=1),
@@ -267,12 +268,13 @@ class StarHead(_MapHead):
         self.act = nn.GELU()
         self.classify = nn.Conv2d(dim, num_classes, 1)
         self.lengths = nn.Conv2d(dim, rays, 1)
-        nn.init.constant_(self.classify.bias, -2.0)  # most cells are background
-        nn.init.constant_(self.lengths.bias, math.log(_STAR_RADIUS))
+        for layer, value in ((self.classify, -2.0), (self.lengths, math.log(_STAR_RADIUS))):
+            assert layer.bias is not None
+            nn.init.constant_(layer.bias, value)  # most cells are background
 
     def _pixels(self, maps: Tensor, images: Tensor) -> Tensor:
         height, width = (-(-side // STAR_CELL) for side in images.shape[-2:])
-        mixed = _whole_cells(self.mix(maps), self.to_cells[0].stride[0])
+        mixed = _whole_cells(self.mix(maps), self.tokens_across)
         coarse = self.to_cells(mixed)[..., :height, :width]
         cells = coarse + self.detail(_whole_cells(images, STAR_CELL))
         cells = self.act(cells + self.refine(cells))

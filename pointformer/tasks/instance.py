@@ -113,7 +113,7 @@ class InstanceBorders(Instance):
 
 class InstanceStars(Instance):
     """Of a head that gives cells scores and the lengths of rays. Predictions are `Objects` with all
-    scores from 0.1 on.
+    scores from 0.2 on.
 
     Crowds do not count in the loss.
     """

@@ -25,7 +25,7 @@ from pointformer.nn.parallel import WHOLE, BatchPart
 
 _STEP = 0.5  # pixels between samples of a ray near an outline
 _LENGTHS = 2.0**-6, 2.0**14  # pixels, that rays can have
-_LEARNED = 0.2  # score from which on a cell's rays are learned: others lie in no object's middle
+LEARNED = 0.2  # score from which on a cell's rays are learned: others lie in no object's middle
 _FULL = 64  # cells of an object that counts no more than others
 
 
@@ -68,7 +68,7 @@ def star_targets(instances: np.ndarray, rays: int) -> StarTargets:
     scores = inside / np.maximum(most, 1)[which]
     weights = np.sqrt(np.maximum(_FULL / counts, 1))[which]
     weights[own == 0] = 1
-    cells = np.flatnonzero(scores >= _LEARNED)
+    cells = np.flatnonzero(scores >= LEARNED)
     return StarTargets(
         own,
         scores.astype(np.float32),
@@ -89,7 +89,7 @@ def _by_cell(values: np.ndarray) -> np.ndarray:
 
 def any_in_cells(pixels: np.ndarray) -> np.ndarray:
     """(h, w) bool: cells with any of these pixels (H, W) bool."""
-    return _by_cell(pixels).any(2)
+    return np.logical_or.reduce(_by_cell(pixels), 2)
 
 
 def _depths(ids: np.ndarray) -> np.ndarray:
@@ -218,7 +218,7 @@ def stars_to_objects(
     size: tuple[int, int],
     scale: tuple[float, float] = (1.0, 1.0),
     *,
-    min_score: float = 0.1,
+    min_score: float = LEARNED,
     overlap: float = 0.4,
 ) -> Objects:
     """Objects of the best cells, by non-maximum suppression.

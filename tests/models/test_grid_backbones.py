@@ -30,6 +30,7 @@ DIMS = (8, 12, 16, 20)
 HEADS = {
     "classification": {},
     "dense": {"channels": 8},
+    "stars": {"channels": 8, "cell_channels": 4, "rays": 4},
     "features": {},
     "mask2former": {
         "queries": 5, "dim": 32, "hidden": 48, "pixel_hidden": 48, "pixel_layers": 2,
@@ -401,6 +402,7 @@ OPS = {
     "classification": set(),
     "features": set(),
     "dense": {"interpolate"},
+    "stars": {"interpolate"},
     "mask2former": {"knn", "deformable_attention", "interpolate", "point_conv"},
     "hcformer": {"knn", "weighted_gather"},
 }

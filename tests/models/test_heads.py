@@ -448,3 +448,18 @@ def test_dense_head_is_its_parts():
         expected = head.classify(coarse + head.detail(image))
         out = head(stages, image, None)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("patch_stride", [1, 2, 4])
+def test_stars_of_any_stride_are_of_cells_of_two_pixels(patch_stride):
+    """Also of sides that cells do not divide; every ray is 8 pixels long at first, about."""
+    torch.manual_seed(0)
+    model = create_model("aff_nano", head="stars", num_classes=2, patch_stride=patch_stride,
+                         rays=8, channels=8, cell_channels=8).eval()  # fmt: skip
+    for height, width in ((16, 24), (17, 9), (1, 1)):
+        with torch.no_grad():
+            output = model(torch.randn(2, 3, height, width))
+        assert output.shape == (2, 2 + 8, -(-height // 2), -(-width // 2))
+        assert output[:, 2:].exp().median() == pytest.approx(8, rel=0.6)
+    with pytest.raises(ValueError, match="rays: expected a multiple of 4, got 6"):
+        create_model("aff_nano", head="stars", num_classes=1, rays=6)

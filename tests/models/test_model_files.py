@@ -132,7 +132,8 @@ def test_a_file_says_all_of_its_model(tmp_path, head, task):
     model.trained, model.object_diameter = {"steps": 3}, 4.5
     save_model(torch.optim.swa_utils.AveragedModel(model), tmp_path / "m.safetensors")
     loaded = create_model(tmp_path / "m.safetensors")
-    known = {"dense": "instance"} | {h: h for h in HEADS if tasks_of(h, 3) == [h]}
+    known = {h: h for h in HEADS if tasks_of(h, 3) == [h]}
+    known |= {"dense": "instance", "stars": "instance"}
     assert loaded.task == model.task == (task or known.get(head))
     assert loaded.categories == tuple(table)
     assert repr(loaded.preprocess) == repr(model.preprocess)
@@ -249,7 +250,9 @@ def test_containers_of_training_code(tmp_path, listed):
         load_model(path, "small")
 
 
-@pytest.mark.parametrize("head", ["classification", "dense", "features", "mask2former", "hcformer"])
+@pytest.mark.parametrize(
+    "head", ["classification", "dense", "features", "mask2former", "hcformer", "stars"]
+)
 def test_the_head_is_read_off_the_weights(tmp_path, listed, head):
     options = {"dim": 16, "hidden": 16} if "former" in head else {}
     torch.save(small(head, 7, **options).state_dict(), tmp_path / "m.pt")
@@ -335,11 +338,11 @@ def test_a_head_of_another_kind_keeps_nothing_of_the_same_name(fine_tuned):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("head", ["classification", "dense", "mask2former", "hcformer"])
+@pytest.mark.parametrize("head", ["classification", "dense", "mask2former", "hcformer", "stars"])
 def test_other_classes_have_fresh_scores(fine_tuned, head, categories, changes, fresh):
     """Also where they are as many: rows of a classifier mean what they were trained for."""
     options = {"dim": 16, "hidden": 16} if "former" in head else {}
-    task = "semantic" if head != "classification" else "classification"
+    task = {"classification": head, "stars": "instance"}.get(head, "semantic")
 
     def table(names):
         return [Category(n, name, False, (n, 0, 9)) for n, name in enumerate(names)]
@@ -357,7 +360,7 @@ def test_other_classes_have_fresh_scores(fine_tuned, head, categories, changes, 
     assert changed.num_classes == len(expected or "abc")
     assert (changed.trained, bool(said)) == (None if fresh else {"steps": 3}, fresh)
     classifier = {
-        "classification": "linear.", "dense": "classify.1.",
+        "classification": "linear.", "dense": "classify.1.", "stars": "classify.",
     }.get(head, "decoder.classify.")  # fmt: skip
     for name, value in changed.head.state_dict().items():
         same = torch.equal(value, model.head.state_dict()[name]) if value.numel() else True

@@ -75,7 +75,7 @@ def test_multiply_adds_at_224(name, billions):
     assert 0 < complexity.merge < complexity.attention < complexity.dense
 
 
-@pytest.mark.parametrize("head", ["classification", "dense", "features"])
+@pytest.mark.parametrize("head", ["classification", "dense", "features", "stars"])
 def test_every_parameter_gets_a_gradient(head):
     model = tiny(head, layer_scale=0.1).train()
     output = model(images((64, 72), (50, 41)))
@@ -87,7 +87,7 @@ def test_every_parameter_gets_a_gradient(head):
     assert silent == []
 
 
-@pytest.mark.parametrize("head", ["classification", "dense", "features"])
+@pytest.mark.parametrize("head", ["classification", "dense", "features", "stars"])
 def test_batch_equals_images_one_by_one(head):
     model = tiny(head)
     batch = images((64, 64), (64, 64), (30, 121), (16, 256), (7, 5))

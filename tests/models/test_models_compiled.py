@@ -87,7 +87,7 @@ def on_fake_gpu(model, images, *, training=False):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU is there: tests marked gpu capture real graphs")
-@pytest.mark.parametrize("head", [*HEADS, "dense"])
+@pytest.mark.parametrize("head", [*HEADS, "dense", "stars"])
 @pytest.mark.parametrize(
     ("name", "sizes", "training"),
     [

@@ -101,7 +101,7 @@ def test_training_steps_replay_as_a_graph():
         assert step(batch).item() == pytest.approx(plain(batch).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("head", ["classification", "dense", "mask2former", "hcformer"])
+@pytest.mark.parametrize("head", ["classification", "dense", "mask2former", "hcformer", "stars"])
 @pytest.mark.parametrize("sizes", [[(64, 48)] * 2, [(64, 48), (40, 96)]])
 def test_inference_replays_as_a_graph(head, sizes):
     """Batches of images of one size and of several, from the CPU or the GPU."""

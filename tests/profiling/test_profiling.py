@@ -218,7 +218,7 @@ def test_profile_times_every_pass_beside_its_floor():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head", ["dense", "mask2former", "hcformer"])
+@pytest.mark.parametrize("head", ["dense", "stars", "mask2former", "hcformer"])
 def test_foreign_backbones_and_mask_heads(head, dtype):
     """Layers of a module that tells no stages, called by keyword too; the whole backward pass."""
 
@@ -233,7 +233,7 @@ def test_foreign_backbones_and_mask_heads(head, dtype):
             return [x, self.second(x)]
 
     torch.manual_seed(0)
-    options = {} if head == "dense" else {"dim": 16, "hidden": 16, "queries": 3}
+    options = {} if head in ("dense", "stars") else {"dim": 16, "hidden": 16, "queries": 3}
     model = Model("maps", GridBackbone(Maps(), (8, 12)), head, 3, **options).to(dtype).train()
     images = torch.randn(1, 3, 32, 48).to(dtype)
     rows = profile(model, images, backward=True, repeats=1)
@@ -242,7 +242,7 @@ def test_foreign_backbones_and_mask_heads(head, dtype):
     assert convolutions.work.operations == 2 * (96 * 8 * 48 + 24 * 12 * 32) + 96 * 8 + 24 * 12
     assert {row.stage for row in rows} == {"backbone", "head", ""}
     outputs = list(_tensors(model(images)))
-    assert len(outputs) == {"dense": 1, "mask2former": 20, "hcformer": 19}[head]
+    assert len(outputs) == {"dense": 1, "stars": 1, "mask2former": 20, "hcformer": 19}[head]
     silent = torch.autograd.grad(
         outputs, model.parameters(), [torch.ones_like(x) for x in outputs], allow_unused=True
     )

@@ -31,6 +31,7 @@ MADE = [
     ("hcformer", "semantic", 3),
     ("hcformer", "instance", 3),
     ("hcformer", "panoptic", 3),
+    ("stars", "instance", 3),
 ]
 
 
@@ -182,6 +183,7 @@ class Seen:
     ("head", "task", "tile"),
     [("dense", "semantic", None), ("dense", "semantic", 40), ("dense", "instance", None),
      ("hcformer", "instance", None), ("hcformer", "panoptic", 40),
+     ("stars", "instance", None), ("stars", "instance", 40),
      ("classification", "classification", None)],
 )  # fmt: skip
 def test_pictures_that_are_seen_in_another_size_are_scored_in_their_own(dataset, head, task, tile):
