@@ -15,8 +15,9 @@ from pointformer import TokenSet
 from pointformer._checks import check_count
 from pointformer.data import Picture
 from pointformer.data.transforms import Resize, resized
-from pointformer.models import Model
+from pointformer.models import Model, Output
 from pointformer.models.inference import evaluating
+from pointformer.segmentation.regions import Regions
 from pointformer.segmentation.tiling import Tile, windows_of
 from pointformer.tasks import Task
 
@@ -127,12 +128,49 @@ def predict(
     return found, tuple(sum(stage) for stage in zip(*tokens, strict=True))
 
 
-def predict_points(model: Model, task: Task, points: TokenSet) -> Any:
-    """Output of a model, in eval mode, for a point set of one sample."""
-    device = next(model.parameters()).device
+def predict_points(model: Model, task: Task, points: TokenSet, region: int | None = None) -> Any:
+    """Run a model, in eval mode, on a point set of one sample, whole or in regions.
+
+    Args:
+        task: of the model.
+        region: points that the model sees at once, if there are more; see `Regions`. `None`: as
+            in its training (`RandomRegion`); all, if it was not trained on regions.
+
+    Returns:
+        The task's prediction for all points.
+
+    Raises:
+        ValueError: `region` is given for a task that has one prediction for the whole.
+    """
+    region = region_of(model) if region is None else region
+    if region is None:
+        with evaluating(model):
+            return _of_points(model, task, points)
+    if task.output is not Output.POINT_CLASSES:
+        raise ValueError(f"region: the task {task.name!r} is about whole point sets; leave it out")
+    found = None
     with evaluating(model):
-        output = model(model.preprocess(points.to(device)))
-        (found,) = task.decode(output, [(points.num_tokens, 1)])
+        for seen, rows, places in Regions(points, region):
+            part = _of_points(model, task, seen)[places]
+            found = np.empty(points.num_tokens, part.dtype) if found is None else found
+            found[rows] = part
+    return found
+
+
+def region_of(model: Model) -> int | None:
+    """Points of the regions that a model was trained on, `None` if on whole point sets.
+
+    They are in the recipe that `pointformer train` leaves in `Model.trained`.
+    """
+    found: Any = model.trained
+    for key in ("recipe", "augmentation", "points", "region", "points"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def _of_points(model: Model, task: Task, points: TokenSet) -> Any:
+    output = model(model.preprocess(points.to(next(model.parameters()).device)))
+    (found,) = task.decode(output, [(points.num_tokens, 1)])
     return found
 
 
