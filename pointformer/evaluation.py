@@ -17,6 +17,7 @@ from pointformer import TokenSet
 from pointformer.data.annotations import Annotation, Dataset
 from pointformer.data.images import Reading, open_picture
 from pointformer.data.point_sets import read_sample
+from pointformer.data.statistics import samples_in_words
 from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.metrics import Metric
 from pointformer.models import Model
@@ -157,7 +158,8 @@ def evaluate(
         first.merge(part)
     dataset.skipped.update(first.skipped)
     if first.pictures == 0:
-        raise ValueError(f"no picture to score ({len(dataset.skipped)} skipped)")
+        many = samples_in_words(0, task.counts)
+        raise ValueError(f"{many} to score ({len(dataset.skipped)} skipped)")
     scores = {name: value for metric in first.metrics for name, value in metric.compute().items()}
     return Evaluation(scores, first.pictures, tuple(first.metrics))
 

@@ -25,6 +25,14 @@ from pointformer.tokens import TokenSet
 
 Counts = Literal["objects", "pixels", "pictures", "points", "sets"]
 """Counts of each class, see `examine`."""
+
+
+def samples_in_words(count: int, counts: Counts) -> str:
+    """How many samples a data set has, of what they are: "3 pictures", "1 point set"."""
+    noun = "point set" if counts in ("points", "sets") else "picture"
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 _FORM = 2  # of the file that keeps what was found
 _NAMED = 5  # of a list, so many are named
 
@@ -89,8 +97,7 @@ class Statistics:
     def check(self) -> None:
         """Raise a `ValueError` in one line where nothing can be learned."""
         self.check_content("data")
-        many = len(self.good)
-        what = "the picture has" if many == 1 else f"the {many} pictures have"
+        what = self._have()
         if self.counts != "objects" and len(self.categories) < 2:
             names = ", ".join(category.name for category in self.categories)
             raise ValueError(
@@ -106,10 +113,10 @@ class Statistics:
     def check_content(self, about: str) -> None:
         """Raise a `ValueError`, in one line that begins with `about`, where there is nothing of any
         class."""
-        many = len(self.good)
-        what = "the picture has" if many == 1 else f"the {many} pictures have"
-        if not many:
-            raise ValueError(f"{about}: expected pictures, there is none that can be read")
+        what = self._have()
+        if not self.good:
+            several = samples_in_words(0, self.counts).removeprefix("0 ")
+            raise ValueError(f"{about}: expected {several}, there is none that can be read")
         if not any(self.per_class):
             missing = {
                 "objects": f"an object, {what} none",
@@ -120,19 +127,24 @@ class Statistics:
             }
             raise ValueError(f"{about}: expected {missing[self.counts]}")
 
+    def _have(self) -> str:
+        many = len(self.good)
+        samples = samples_in_words(many, self.counts)
+        return f"the {samples.removeprefix('1 ')} {'has' if many == 1 else 'have'}"
+
     def lines(self) -> list[str]:
         """Lines of text that describe the data set."""
         good = self.good
+        samples = samples_in_words(len(good), self.counts)
         sizes = Counter(facts.size for facts in good)
         if self.counts in ("points", "sets"):
             numbers = [size for (size,) in sizes.elements()]
             low, high = min(numbers), max(numbers)
-            lines = [f"{len(good)} point sets of {low:,}{f' to {high:,}' * (high > low)} points"]
+            lines = [f"{samples} of {low:,}{f' to {high:,}' * (high > low)} points"]
         else:
             common = ", ".join(f"{w} x {h} ({n})" for (h, w), n in sizes.most_common(3))
             more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
-            many = f"{len(good)} picture{'s' * (len(good) != 1)}"
-            lines = [f"{many}, width x height {common}{more}"]
+            lines = [f"{samples}, width x height {common}{more}"]
         counts, total = self.per_class, max(1, sum(self.per_class))
         order = sorted(range(len(counts)), key=lambda k: -counts[k])
         shares = [f"{self.categories[k].name} {100 * counts[k] / total:.3g}%" for k in order[:8]]
@@ -165,7 +177,8 @@ class Statistics:
         """
         lines, good = [], self.good
         if len(good) == 1:
-            lines.append("1 picture: the model will learn it by heart and nothing else")
+            one = samples_in_words(1, self.counts)
+            lines.append(f"{one}: the model will learn it by heart and nothing else")
         absent = [c.name for c, n in zip(self.categories, self.per_class, strict=True) if not n]
         if absent:
             lines.append(
@@ -268,7 +281,8 @@ def without_bad(dataset: Dataset, statistics: Statistics) -> Dataset:
         first = "; ".join(list(problems.values())[:_NAMED])
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise ValueError(
-            f"{len(problems)} of {len(dataset)} pictures cannot be used: {first}{more} "
+            f"{len(problems)} of {samples_in_words(len(dataset), statistics.counts)} cannot be "
+            f"used: {first}{more} "
             "(--skip-bad leaves them out)"
         )
     part = dataset.subset(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pointformer.data import Dataset, open_splits
-from pointformer.data.statistics import Statistics, examine, without_bad
+from pointformer.data.statistics import Statistics, examine, samples_in_words, without_bad
 from pointformer.models import Model
 from pointformer.processes import Processes
 from pointformer.tasks import Task
@@ -65,9 +65,9 @@ def describe(
     """Say what the model is to learn from, and where a setting will not do well."""
     say(f"{training.source}: {'; '.join(statistics.lines())}")
     if validation is None:
-        say("no pictures to be scored on")
+        say("nothing to be scored on")
     else:
-        many = f"{len(validation)} picture{'s' * (len(validation) != 1)}"
+        many = samples_in_words(len(validation), statistics.counts)
         say(f"{validation.source}: {many} to be scored on")
     for dataset in (training, validation):
         for problem in {} if dataset is None else dataset.skipped.values():

@@ -20,6 +20,7 @@ import pointformer
 from pointformer._files import atomic_path
 from pointformer.data import Dataset
 from pointformer.data.point_sets import PointDataset
+from pointformer.data.statistics import samples_in_words
 from pointformer.evaluation import evaluate
 from pointformer.models import Model, Output, save_model
 from pointformer.processes import Processes, started_processes
@@ -281,7 +282,7 @@ class Run:
         if self.main and not trainer.model.of_points:
             draw_token_maps(averaged, shown, self.out, trainer.steps)
         first = ", ".join(f"{name} {value:.3f}" for name, value in list(result.scores.items())[:3])
-        many = f"{result.pictures} picture{'s' * (result.pictures != 1)}"
+        many = samples_in_words(result.pictures, trainer.task.counts)
         self.say(f"step {trainer.steps}, {many}: {first}")
         return result.scores
 

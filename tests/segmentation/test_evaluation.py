@@ -328,7 +328,7 @@ def test_unreadable_pictures_are_skipped_and_not_counted(folder, tmp_path, capsy
     assert list(content["skipped"]) == ["a"]
     capsys.readouterr()
     assert cli.main([*arguments, "--limit", "0"]) == 1
-    assert "no picture to score" in capsys.readouterr().err
+    assert "0 pictures to score" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
