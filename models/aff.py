@@ -18,6 +18,33 @@ from pointformer.models.config import AFFConfig
 from pointformer.nn import Block, NeighborhoodAttention, ScoredMerge
 from pointformer.nn.blocks import run_blocks
 
+_RANKING = "ranking"  # the field of tokens that are not ranked by learned scores
+
+
+def gradients(images: Tensor | Sequence[Tensor], stride: int) -> Tensor:
+    """(T,) in [0, 1) of the cells of `stride` pixels, in raster order: the steepest change of
+    brightness in the cell, over itself and the mean of the picture's cells."""
+    found = []
+    for image in images:
+        gray = nn.functional.pad(image.mean(0)[None], (1, 1, 1, 1), mode="replicate")[0]
+        across, down = gray[1:-1, 2:] - gray[1:-1, :-2], gray[2:, 1:-1] - gray[:-2, 1:-1]
+        steep = torch.hypot(across, down)[None]
+        cells = nn.functional.max_pool2d(steep, stride, ceil_mode=True).flatten().float()
+        found.append(cells / (cells + cells.mean()).clamp(min=torch.finfo(torch.float32).tiny))
+    return torch.cat(found)
+
+
+def evenness(positions: Tensor) -> Tensor:
+    """(T,) in (0, 1] of integer positions (T, 2): the n highest are an even lattice, whatever n is
+    (the order of Bayer's dither matrix of 2048 x 2048, 1973)."""
+    x, y = positions.long().unbind(1)
+    order = torch.zeros_like(x)
+    bits = 11
+    for bit in range(bits):
+        across, down = x >> bit & 1, y >> bit & 1
+        order = 4 * order + 2 * (across ^ down) + down
+    return 1 - order.float() / 4**bits
+
 
 class AdaptiveMerge(ScoredMerge):
     """Keeps the tokens that score best and merges the neighborhoods around them (section 3.3)."""
@@ -33,20 +60,23 @@ class AdaptiveMerge(ScoredMerge):
         tokens: TokenSet,
         neighborhoods: Neighborhoods,
         scores: Tensor,
+        ranking: Tensor,
         config: AFFConfig,
         impl: str | None,
     ) -> TokenSet:
-        first = self.stride == 2
+        """Merge by `scores` around the first of `ranking`, both (T,)."""
+        prior = config.prior if config.ranking != "lattice" else None
+        if self.stride == 2 and prior == "adaptive":
+            prior = "grid"  # on the full grid of the first stage both are the same
         index, sizes = select_centers(
-            scores.detach(),
+            ranking.detach(),
             tokens.positions,
             sizes=tokens.sizes,
             extent=tokens.extent,
             rate=config.rates[self.index],
             alpha=config.alpha,
             stride=self.stride,
-            # On the full grid of the first stage both priors are the same.
-            prior="grid" if first and config.prior == "adaptive" else config.prior,
+            prior=prior,
             reserve=config.reserve,
             reserve_share=config.reserve_share,
             along_curve=True,
@@ -80,9 +110,10 @@ class Stage(nn.Module):
         )
         self.merge: AdaptiveMerge | PatchMerge | None = None
         if stage + 1 < len(config.dims):
-            self.merge = (AdaptiveMerge if config.merge == "adaptive" else PatchMerge)(
-                config, stage
-            )
+            if config.merge == "adaptive":
+                self.merge = AdaptiveMerge(config, stage)
+            else:
+                self.merge = PatchMerge(dim, config.dims[stage + 1], 2**stage)
 
     def forward(
         self, tokens: TokenSet, config: AFFConfig, impl: str | None
@@ -109,8 +140,9 @@ class Stage(nn.Module):
         tokens = run_blocks(self.blocks, tokens, [(neighborhoods,)] * len(self.blocks), impl)
         if isinstance(self.merge, AdaptiveMerge):
             scores = self.merge.scores(tokens.features)
-            merged = self.merge(tokens, neighborhoods, scores, config, impl)
-            return StageOutput(tokens, inputs, scores), merged
+            ranking = tokens.fields.get(_RANKING, scores)
+            merged = self.merge(tokens, neighborhoods, scores, ranking, config, impl)
+            return StageOutput(tokens, inputs, ranking), merged
         merged = None if self.merge is None else self.merge(tokens)
         return StageOutput(tokens, inputs, None), merged
 
@@ -146,6 +178,10 @@ class AFF(Backbone):
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> list[StageOutput]:
         tokens = self.patch_embed(images)
+        if self.config.ranking == "gradient":
+            tokens = tokens.with_fields(**{_RANKING: gradients(images, self.config.patch_stride)})
+        elif self.config.ranking == "lattice":
+            tokens = tokens.with_fields(**{_RANKING: evenness(tokens.positions)})
         outputs = []
         for stage in self.stages:
             output, tokens = stage(tokens, self.config, self.impl)

@@ -22,7 +22,8 @@ class StageOutput:
     Attributes:
         tokens: the stage's tokens after its blocks, in cluster order; features (T, C).
         inputs: the same tokens as they came into the stage, embedded or merged; features (T, C).
-        scores: (T,) importance of each token, in (0, 1); `None` in a stage that scores none.
+        scores: (T,) importance of each token, in [0, 1], by which it is kept; `None` in a stage
+            that scores none.
         neighborhoods: of the tokens, where a decoder attends to them again.
     """
 
@@ -64,14 +65,19 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerge(nn.Module):
-    """Swin's patch merging: 2x2 tokens of the grid into one (Table 5's alternative)."""
+    """Swin's patch merging: squares of the grid's tokens into one each (Table 5's alternative).
 
-    def __init__(self, config: AFFConfig | SwinConfig, stage: int) -> None:
+    Args:
+        dim, out_dim: channels of the tokens before and after.
+        stride: distance between the tokens before, in cells of the first stage's grid.
+        side: of the squares, in tokens.
+    """
+
+    def __init__(self, dim: int, out_dim: int, stride: int, side: int = 2) -> None:
         super().__init__()
-        dim = config.dims[stage]
-        self.stride = 2**stage
-        self.norm = nn.LayerNorm(4 * dim)
-        self.linear = nn.Linear(4 * dim, config.dims[stage + 1], bias=False)
+        self.stride, self.side = stride, side
+        self.norm = nn.LayerNorm(side**2 * dim)
+        self.linear = nn.Linear(side**2 * dim, out_dim, bias=False)
 
     def forward(self, tokens: TokenSet) -> TokenSet:
         assert tokens.extent is not None
@@ -86,18 +92,17 @@ class PatchMerge(nn.Module):
         merged = [self._merge(m) for m in maps] if isinstance(maps, list) else self._merge(maps)
         coarse = TokenSet.from_grid(merged)
         return TokenSet(
-            coarse.positions * (2 * stride),
+            coarse.positions * (self.side * stride),
             self.linear(self.norm(coarse.features)),
             coarse.sizes,
             tokens.extent,
             same_positions=coarse.same_positions,
         )
 
-    @staticmethod
-    def _merge(maps: Tensor) -> Tensor:
-        height, width = maps.shape[-2:]
-        maps = nn.functional.pad(maps, (0, width % 2, 0, height % 2))
-        return rearrange(maps, "... c (h y) (w x) -> ... (x y c) h w", y=2, x=2)
+    def _merge(self, maps: Tensor) -> Tensor:
+        side, (height, width) = self.side, maps.shape[-2:]
+        maps = nn.functional.pad(maps, (0, -width % side, 0, -height % side))
+        return rearrange(maps, "... c (h y) (w x) -> ... (x y c) h w", y=side, x=side)
 
 
 class Backbone(nn.Module):

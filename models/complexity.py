@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +118,7 @@ def complexity_of(
     width: int | None = None,
     *,
     points: int | None = None,
+    parts: Iterable[nn.Module] | None = None,
 ) -> Complexity:
     """Run one made-up image of height x width pixels, or so many points, and count what each layer
     did.
@@ -125,6 +126,10 @@ def complexity_of(
     A layer counts by the shapes that it sees, so rate, neighborhood size and options count as
     they are set. Linear layers and convolutions give zeros meanwhile, which is faster. Of a foreign
     backbone only these two are known.
+
+    Args:
+        parts: modules of the model: only what they do counts, and only their parameters. `None`:
+            all of it.
     """
     if not isinstance(model, Model):
         raise TypeError(f"model: expected a Model, got {describe(model)}")
@@ -137,7 +142,8 @@ def complexity_of(
         check_count("width", width)
     totals: Counter[str] = Counter()
     handles = []
-    for module in model.modules():
+    counted = nn.ModuleList([model] if parts is None else parts)
+    for module in counted.modules():
         for kind, counts in _COUNTS.items():
             if isinstance(module, kind):
                 handles.append(module.register_forward_hook(_adding(totals, counts)))
@@ -159,16 +165,16 @@ def complexity_of(
         for handle in handles:
             handle.remove()
     published = totals["dense"]
-    if isinstance(output, MaskPredictions):
+    if isinstance(output, MaskPredictions) and parts is None:
         _, queries, classes = output.class_logits.shape
         assert isinstance(made, Tensor)
         totals["semantic"] = queries * (classes - 1) * made.shape[-2:].numel()
         published += sum(totals[part] for part in ("windows", "decoder", "masks", "semantic"))
     totals["attention"] += totals.pop("windows", 0)
-    parts = ("dense", "attention", "merge", "decoder", "points", "masks", "semantic")
+    names = ("dense", "attention", "merge", "decoder", "points", "masks", "semantic")
     return Complexity(
-        parameters=sum(p.numel() for p in model.parameters()),
-        **{part: totals[part] for part in parts},
+        parameters=sum(p.numel() for p in counted.parameters()),
+        **{name: totals[name] for name in names},
         published=published,
     )
 
@@ -252,10 +258,10 @@ def _pixel_decoder(module: PixelDecoder, args: tuple, output: tuple) -> dict[str
 
 
 def _map_head(module: DenseHead | StarHead, args: tuple, output) -> dict[str, int]:
-    """The interpolation of all later stages' tokens, of which 3 are near, to the first's."""
+    """The interpolation of later stages' tokens, of which 3 are near, to the first's."""
     stages = args[0]
-    channels = module.channels
-    return {"points": 3 * (len(stages) - 1) * stages[0].tokens.num_tokens * channels}
+    coarse = len(stages) - max(module.first_stage, 1)
+    return {"points": 3 * coarse * stages[0].tokens.num_tokens * module.channels}
 
 
 def _assignment(module: SoftAssignment, args: tuple, output: tuple) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar, Self
@@ -98,6 +99,10 @@ class AFFConfig(_Config):
         expanded_position: position bias from (dx, dy, dist, sin, cos), not from (dx, dy) alone.
         blank_token: a learned key and value in every neighborhood (section 4.3).
         merge: "adaptive" (section 3.3), or "patch" for Swin's 2x2 merging on the grid.
+        ranking: what adaptive merges keep the first of. "scores": the learned ones (the paper).
+            Without learning, for comparison: "gradient", the picture's in a token's cell, or
+            "lattice", a regular grid at any rate and whatever `alpha` and `prior`. The learned
+            scores weight what is merged in all three.
     """
 
     dims: tuple[int, ...]
@@ -123,6 +128,7 @@ class AFFConfig(_Config):
     expanded_position: bool = True
     blank_token: bool = True
     merge: str = "adaptive"
+    ranking: str = "scores"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,6 +152,7 @@ class AFFConfig(_Config):
             ("scope", ("token", "tile")),
             ("prior", ("adaptive", "grid", None)),
             ("merge", ("adaptive", "patch")),
+            ("ranking", ("scores", "gradient", "lattice")),
         ):
             check_option(name, getattr(self, name), known)
         if min(self.neighborhood_size) < self.cluster_size:
@@ -167,6 +174,8 @@ class SwinConfig(_Config):
 
     Attributes:
         window_size: tokens along the side of a window.
+        patch_merge: tokens along the side of the squares that become one token: one number, or one
+            for each merge.
     """
 
     dims: tuple[int, ...]
@@ -179,12 +188,33 @@ class SwinConfig(_Config):
     layer_scale: float = 0.0
     drop_path: float = 0.0
     in_channels: int = 3
+    patch_merge: int | tuple[int, ...] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_heads()
         _check_stride(self.patch_stride)
         check_number("drop_path", self.drop_path, least=0, most=1)
+        if isinstance(self.patch_merge, list | tuple):
+            object.__setattr__(self, "patch_merge", tuple(self.patch_merge))
+            if len(self.merge_sides) != len(self.dims) - 1:
+                raise ValueError(
+                    f"patch_merge: expected one number, or one for each of {len(self.dims) - 1} "
+                    f"merges, got {brief(self.patch_merge)}"
+                )
+        for side in self.merge_sides:
+            check_count("patch_merge", side)
+
+    @property
+    def merge_sides(self) -> tuple[int, ...]:
+        """Side of the squares of each merge, in tokens."""
+        sides = self.patch_merge
+        return sides if isinstance(sides, tuple) else (sides,) * (len(self.dims) - 1)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Distance between the tokens of each stage, in those of the first."""
+        return tuple(itertools.accumulate(self.merge_sides, operator.mul, initial=1))
 
 
 @dataclass(frozen=True)
@@ -296,7 +326,7 @@ _BASE = AFFConfig(
 
 def _on_a_grid(config: AFFConfig) -> SwinConfig:
     """The paper's Swin of the same size: "same architecture configuration" (Table 2)."""
-    shared = {field.name for field in fields(SwinConfig)} - {"window_size"}
+    shared = {field.name for field in fields(SwinConfig)} - {"window_size", "patch_merge"}
     return SwinConfig(**{name: getattr(config, name) for name in shared})
 
 

@@ -133,13 +133,16 @@ class FeatureHead(Head):
 
 
 class _MapHead(Head):
-    """Base of heads whose output is a map: `_summed` has all stages on the first stage's grid."""
+    """Base of heads whose output is a map: `_summed` has the stages on the first stage's grid, those
+    from `first_stage` on."""
 
-    def __init__(self, config: AFFConfig, channels: int) -> None:
+    def __init__(self, config: AFFConfig, channels: int, first_stage: int = 0) -> None:
         super().__init__()
-        self.channels = channels
+        _check_first_stage(first_stage, len(config.dims) - 1)
+        self.channels, self.first_stage = channels, first_stage
         self.projections = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels)) for dim in config.dims
+            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
+            for dim in config.dims[first_stage:]
         )
         self.mix = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.GELU())
 
@@ -160,11 +163,15 @@ class _MapHead(Head):
     def _summed(self, stages: list[StageOutput], impl: str | None) -> Tensor | list[Tensor]:
         """Each stage's tokens projected, interpolated to the first stage's grid and summed."""
         grid = stages[0].tokens
-        total = self.projections[0](grid.features)
-        for projection, stage in zip(list(self.projections)[1:], stages[1:], strict=True):
+        total = grid.features.new_zeros(())
+        for projection, stage in zip(self.projections, stages[self.first_stage :], strict=True):
             tokens = stage.tokens
+            features = projection(tokens.features)
+            if tokens is grid:
+                total = total + features
+                continue
             total = total + interpolate(
-                projection(tokens.features),
+                features,
                 tokens.positions,
                 grid.positions,
                 sizes=tokens.sizes,
@@ -186,6 +193,12 @@ class DenseHead(_MapHead):
     where it meets a 3x3 convolution of the image, so that outlines are not tied to the grid.
 
     Returns logits (B, classes, H, W), or a list of (classes, H, W) for a list of images.
+
+    Args:
+        channels, pixel_channels: of the grid, and of the pixels.
+        first_stage: the first of the stages that are read, from 0: those before say nothing but
+            where the grid is.
+        detail: whether the image itself is read.
     """
 
     outputs = (Output.BORDERS, Output.CLASSES)
@@ -197,21 +210,25 @@ class DenseHead(_MapHead):
         *,
         channels: int = 64,
         pixel_channels: int = 16,
+        first_stage: int = 0,
+        detail: bool = True,
     ) -> None:
-        super().__init__(config, channels)
+        super().__init__(config, channels, first_stage)
         stride = config.patch_stride
         self.to_pixels = nn.Sequential(
             nn.Conv2d(channels, pixel_channels * stride**2, 1), nn.PixelShuffle(stride)
         )
-        self.detail = nn.Conv2d(config.in_channels, pixel_channels, 3, padding=1)
+        self.detail = (
+            nn.Conv2d(config.in_channels, pixel_channels, 3, padding=1) if detail else None
+        )
         self.classify = nn.Sequential(
             nn.GELU(), nn.Conv2d(pixel_channels, num_classes, 3, padding=1)
         )
 
     def _pixels(self, maps: Tensor, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        coarse = self.to_pixels(self.mix(maps))[..., :height, :width]
-        return self.classify(coarse + self.detail(images))
+        pixels = self.to_pixels(self.mix(maps))[..., :height, :width]
+        return self.classify(pixels if self.detail is None else pixels + self.detail(images))
 
 
 class StarHead(_MapHead):
@@ -301,6 +318,7 @@ class Mask2FormerHead(Head):
         power, learn_power: see `PixelDecoder`.
         pixel_layers, decoder_layers: layers of the two decoders.
         dim, hidden, pixel_hidden: channels of both, hidden ones of their feed-forward layers.
+        first_stage: 0, or 1 where the first stage says nothing but where the grid is.
     """
 
     outputs = (Output.MASKS,)
@@ -310,6 +328,7 @@ class Mask2FormerHead(Head):
         config: AFFConfig,
         num_classes: int,
         *,
+        first_stage: int = 0,
         queries: int = 100,
         token_queries: bool = False,
         position_norm: str = "image",
@@ -323,11 +342,15 @@ class Mask2FormerHead(Head):
     ) -> None:
         super().__init__()
         self.features = FeatureHead(config, num_classes)
+        _check_first_stage(first_stage, 1)
+        if first_stage == 1:
+            self.features.norms[0] = nn.Identity()
         self.pixel_decoder = PixelDecoder(
             config.dims,
             dim,
             pixel_layers,
             hidden=pixel_hidden,
+            lateral=first_stage == 0,
             position_norm=position_norm,
             power=power,
             learn_power=learn_power,
@@ -498,13 +521,18 @@ class PointSegmentationHead(Head):
         return tokens.with_features(self.linear(self.norm(tokens.features))).input_order().features
 
 
+def _check_first_stage(first_stage: int, last: int) -> None:
+    check_count("first_stage", first_stage, least=0, most=last)
+
+
 def check_options(head: str, options: Mapping[str, object]) -> None:
     """Raise if the value of a known option is of another kind than the head's annotation says."""
     parameters = inspect.signature(HEADS[head]).parameters
     for name, value in options.items():
         kind = parameters[name].annotation
         if kind == "int":
-            check_count(name, value, least=0 if name.endswith("_layers") else 1)
+            least = 0 if name.endswith(("_layers", "_stage")) else 1
+            check_count(name, value, least=least)
         elif kind == "float" and name == "dropout":
             check_number(name, value, least=0, most=1)
         elif kind == "float":

@@ -108,6 +108,7 @@ class PixelDecoder(nn.Module):
         dim: channels of the decoder.
         position_norm: see `sine_encoding`; the released models need "batch" to be reproduced.
         power: exponent of the distance in the interpolation, at the start if `learn_power`.
+        lateral: whether the first stage's features are used, not only its positions.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class PixelDecoder(nn.Module):
         position_norm: str = "image",
         power: float = 6.0,
         learn_power: bool = True,
+        lateral: bool = True,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -145,7 +147,9 @@ class PixelDecoder(nn.Module):
             )
             for _ in range(layers)
         )
-        self.lateral = nn.Sequential(nn.Linear(dims[0], dim), nn.LayerNorm(dim))
+        self.lateral = (
+            nn.Sequential(nn.Linear(dims[0], dim), nn.LayerNorm(dim)) if lateral else None
+        )
         self.conv = PointConv(dim, dim)
         self.conv_norm = nn.LayerNorm(dim)
         self.mask_features = nn.Linear(dim, dim)
@@ -183,6 +187,8 @@ class PixelDecoder(nn.Module):
             check_values=False,
             impl=impl,
         )
-        fused = grid.with_features(self.lateral(grid.features) + upsampled)
+        if self.lateral is not None:
+            upsampled = upsampled + self.lateral(grid.features)
+        fused = grid.with_features(upsampled)
         x = torch.relu(self.conv_norm(self.conv(fused, impl).features))
         return grid.with_features(self.mask_features(x)), levels

@@ -116,7 +116,7 @@ class Stage(nn.Module):
 
     def __init__(self, config: SwinConfig, stage: int, drop_path_rates: Sequence[float]) -> None:
         super().__init__()
-        self.stride = 2**stage
+        self.stride = config.strides[stage]
         self.window_size = config.window_size
         dim, heads = config.dims[stage], config.heads[stage]
         self.blocks = nn.ModuleList(
@@ -129,8 +129,10 @@ class Stage(nn.Module):
             )
             for rate in drop_path_rates
         )
-        last = stage + 1 == len(config.dims)
-        self.merge = None if last else PatchMerge(config, stage)
+        self.merge = None
+        if stage + 1 < len(config.dims):
+            out_dim, side = config.dims[stage + 1], config.merge_sides[stage]
+            self.merge = PatchMerge(dim, out_dim, self.stride, side)
 
     def forward(self, tokens: TokenSet, impl: str | None) -> tuple[StageOutput, TokenSet | None]:
         assert tokens.extent is not None
@@ -152,8 +154,8 @@ class Swin(Backbone):
     Shapes:
         images: (B, 3, H, W), or a list of (3, H, W) of any sizes; normalized, float.
         positions: (x, y) indices of the first stage's grid of ceil(W / stride) x ceil(H / stride)
-            cells, in raster order; those of stage i are multiples of 2**i. An odd row or column
-            merges with zeros.
+            cells, in raster order; those of stage i are multiples of `config.strides[i]`. What is
+            left of a side merges with zeros.
     """
 
     config: SwinConfig

@@ -130,6 +130,13 @@ class Annotation:
                 crowds[mask.window] |= mask.pixels
         return self._map_of(numbers, 0), crowds
 
+    def label_map(self) -> tuple[np.ndarray, np.ndarray]:
+        """(H, W) int32, the same number where the same is annotated: of the class in a map of
+        classes, else of the object or segment; (H, W) bool where nothing is known."""
+        if self.semantic is not None:
+            return self.semantic, self.semantic == VOID
+        return self.instances()
+
     def _map_of(self, values: Sequence[int | None], empty: int) -> np.ndarray:
         """(H, W) int32 of the segments' values but `None`, smaller segments on top.
 

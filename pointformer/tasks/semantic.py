@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pointformer.annotations import VOID, SegmentMap
+from pointformer._checks import brief, check_number
+from pointformer.annotations import VOID, Category, SegmentMap
 from pointformer.metrics import Metric, SemanticIoU
 from pointformer.models import Output
 from pointformer.models.mask2former import MaskPredictions
@@ -48,9 +49,30 @@ class Semantic(MapTask):
 
 
 class SemanticClasses(Semantic):
-    """Of a head that scores classes at each pixel; void pixels do not count in its loss."""
+    """Of a head that scores classes at each pixel; void pixels do not count in its loss.
+
+    Args:
+        class_weights: how much a pixel of each class counts in the loss, one number each; `None`:
+            all alike.
+    """
 
     output = Output.CLASSES
+
+    def __init__(
+        self, categories: Sequence[Category], class_weights: Sequence[float] | None = None
+    ) -> None:
+        super().__init__(categories)
+        count = len(self.categories)
+        if class_weights is None:
+            class_weights = (1.0,) * count
+        if not isinstance(class_weights, list | tuple) or len(class_weights) != count:
+            raise ValueError(
+                f"class_weights: expected one number for each of {count} classes, got "
+                f"{brief(class_weights)}"
+            )
+        for weight in class_weights:
+            check_number("class_weights", weight, least=0)
+        self.class_weights = torch.tensor(class_weights, dtype=torch.float32)
 
     def loss(
         self,
@@ -58,16 +80,19 @@ class SemanticClasses(Semantic):
         annotations: Sequence[Truth],
         part: BatchPart = WHOLE,
     ) -> dict[str, Tensor]:
-        entropy, pixels = output[0].new_zeros((), dtype=torch.float32), 0
+        entropy = pixels = output[0].new_zeros((), dtype=torch.float32)
+        weights = self.class_weights.to(output[0].device)
         for logits, annotation in zip(output, annotations, strict=True):
             classes = annotation.classes()
             target = on_device(classes, logits)
             entropy = entropy + F.cross_entropy(
-                logits[None].float(), target[None], ignore_index=VOID, reduction="sum"
+                logits[None].float(), target[None], weights, ignore_index=VOID, reduction="sum"
             )
-            pixels += int(np.count_nonzero(classes != VOID))
-        total, count = part.total(torch.stack([entropy, entropy.new_tensor(pixels)]))
-        return {"cross_entropy": total / count.clamp(min=1)}
+            found = np.bincount(classes[classes != VOID].ravel(), minlength=len(weights))
+            pixels = pixels + weights @ on_device(found, logits).float()
+        total, count = part.total(torch.stack([entropy, pixels]))
+        tiny = torch.finfo(torch.float32).tiny
+        return {"cross_entropy": total / count.clamp(min=tiny)}
 
     def decode(
         self,

@@ -35,6 +35,8 @@ class Truth(Protocol):
 
     def instances(self) -> tuple[np.ndarray, np.ndarray]: ...
 
+    def label_map(self) -> tuple[np.ndarray, np.ndarray]: ...
+
 
 class Task(abc.ABC):
     """The loss of a model's head, the reading of its output, and the metrics of what is found.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -195,6 +196,9 @@ class Recipe:
         head: as of `create_model`; `None`: the simplest that can learn the task.
         options: of the backbone and the head, as `create_model` takes them.
         loss: options of the task's loss, see its class in `pointformer.tasks`.
+        score_weight: of `pointformer.tasks.scores.score_loss` beside the task's loss: the scores by
+            which merges keep tokens learn where the annotation has outlines. 0: they learn from the
+            task's loss only, through what they weight.
         batch: pictures per step, over all processes.
         accumulate: in how many parts a batch is worked through, for less memory.
         precision: of the network's layers where they can do with less; weights stay float32.
@@ -222,6 +226,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     budget: Budget = field(default_factory=Budget, metadata=_FREE)
+    score_weight: float = 0.0
     batch: int = 8
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -250,6 +255,12 @@ class Recipe:
             raise ValueError(
                 f"augmentation.mix: only for classes of whole pictures, not for {self.task!r}"
             )
+        if not 0 <= self.score_weight < math.inf:
+            raise ValueError(
+                f"score_weight: expected a number of at least 0, got {self.score_weight}"
+            )
+        if self.score_weight and {"pixels", "objects"}.isdisjoint(counts):
+            raise ValueError(f"score_weight: no outlines are annotated for {self.task!r}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average: expected a decay in [0, 1), got {self.average}")
         if not 0 <= self.seed < 2**32:

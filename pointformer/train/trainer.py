@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from pointformer import TokenSet
 from pointformer.data import Annotation
 from pointformer.models import Model
+from pointformer.models.backbone import StageOutput
 from pointformer.processes import Processes
 from pointformer.tasks import Task
+from pointformer.tasks.scores import score_loss
 from pointformer.train.ending import Ending
 from pointformer.train.loading import Batch
 from pointformer.train.optimization import Average, clip_gradients
@@ -177,7 +179,7 @@ class Trainer:
             )
         rng = np.random.default_rng([self.recipe.seed, self.steps])  # the same in each part
         images, partners, share = mix(images, rng)
-        output = self._output(images)
+        output, _ = self._output(images)
         others = [annotations[index] for index in partners.tolist()]
         part = self.processes.part
         terms = self.task.loss(output, annotations, part)
@@ -187,12 +189,21 @@ class Trainer:
         }
 
     def _loss(self, images: Any, annotations: Sequence[Annotation]) -> dict[str, Tensor]:
-        return self.task.loss(self._output(images), annotations, self.processes.part)
+        output, stages = self._output(images)
+        part, weight = self.processes.part, self.recipe.score_weight
+        terms = self.task.loss(output, annotations, part)
+        if weight:
+            stride = self.model.image_config.patch_stride
+            terms["scores"] = weight * score_loss(stages, annotations, stride, part)
+        return terms
 
-    def _output(self, images: Any) -> Any:
+    def _output(self, images: Any) -> tuple[Any, list[StageOutput]]:
+        """Of the model, and what its backbone gave where the scores have a loss."""
         half = self.recipe.precision == "bfloat16"
         with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=half):
-            return self.wrapped(images)
+            if not self.recipe.score_weight:
+                return self.wrapped(images), []
+            return self.wrapped(images, with_stages=True)
 
     def check(self) -> None:
         """Look at the loss of the last step, which on a GPU is known by the next one, and agree

@@ -1,5 +1,6 @@
 """Mask heads: gradients, ragged batches, HCFormer against a dense grid, saving and loading."""
 
+import dataclasses
 import math
 
 import pytest
@@ -24,6 +25,7 @@ SMALL = {
         "queries": 5, "dim": 32, "hidden": 48, "decoder_layers": 2, "encoder_layers": 2,
     },
 }  # fmt: skip
+SMALL["mask2former of later stages"] = {**SMALL["mask2former"], "first_stage": 1}
 SMALL |= {f"{head} of tokens": SMALL[head] | {"token_queries": True} for head in list(SMALL)[:2]}
 
 
@@ -427,25 +429,29 @@ def test_pixel_decoder_is_its_parts():
         )
 
 
-def test_dense_head_is_its_parts():
+@pytest.mark.parametrize(("first", "detail"), [(0, True), (0, False), (1, True), (3, False)])
+def test_dense_head_is_its_parts(first, detail):
     """Later stages are interpolated from three tokens by squared distance; pixels see the image."""
     torch.manual_seed(0)
-    model = create_model("aff_nano", head="dense", num_classes=3, channels=8, pixel_channels=4)
+    options = {"channels": 8, "pixel_channels": 4, "first_stage": first, "detail": detail}
+    model = create_model("aff_nano", head="dense", num_classes=3, **options)
     model.eval()
     head, image = model.head, torch.randn(1, 3, 62, 98)
     with torch.no_grad():
         stages = model.backbone(image)
         grid = stages[0].tokens
-        total = head.projections[0](grid.features)
-        for stage, projection in zip(stages[1:], list(head.projections)[1:], strict=True):
-            tokens = stage.tokens
+        projections = dict(zip(range(first, 4), head.projections, strict=True))
+        total = projections[0](grid.features) if first == 0 else 0
+        for number in range(max(first, 1), 4):
+            projection, tokens = projections[number], stages[number].tokens
             total = total + interpolate(
                 projection(tokens.features), tokens.positions, grid.positions, k=3, power=2.0,
                 impl="reference",
             )  # fmt: skip
         maps = grid.with_features(total).to_grid()
-        coarse = head.to_pixels(head.mix(maps))[..., :62, :98]
-        expected = head.classify(coarse + head.detail(image))
+        pixels = head.to_pixels(head.mix(maps))[..., :62, :98]
+        assert (head.detail is not None) == detail
+        expected = head.classify(pixels + head.detail(image) if detail else pixels)
         out = head(stages, image, None)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
 
@@ -463,3 +469,22 @@ def test_stars_of_any_stride_are_of_cells_of_two_pixels(patch_stride):
         assert output[:, 2:].exp().median() == pytest.approx(8, rel=0.6)
     with pytest.raises(ValueError, match="rays: expected a multiple of 4, got 6"):
         create_model("aff_nano", head="stars", num_classes=1, rays=6)
+
+
+@pytest.mark.parametrize("head", ["dense", "mask2former"])
+def test_stages_that_a_head_does_not_read(head):
+    """Their features change nothing, only the positions of the first are used."""
+    torch.manual_seed(0)
+    small = SMALL["mask2former"] if head == "mask2former" else {"detail": False}
+    model = create_model("aff_nano", head=head, num_classes=3, first_stage=1, **small).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        first, *later = model.backbone(image)
+        other = torch.randn_like(first.tokens.features)
+        changed = dataclasses.replace(first, tokens=first.tokens.with_features(other))
+        a, b = (model.head([stage, *later], image, None) for stage in (first, changed))
+    if head == "mask2former":
+        a, b = a.mask_logits, b.mask_logits
+    assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"first_stage: expected at most \d, got 4"):
+        create_model("aff_nano", head=head, num_classes=3, first_stage=4)

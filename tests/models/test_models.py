@@ -192,6 +192,8 @@ def test_alpha_zero_is_a_uniform_grid():
     [
         {"prior": None},
         {"prior": "grid"},
+        {"ranking": "gradient"},
+        {"ranking": "lattice"},
         {"expanded_position": False},
         {"blank_token": False},
         {"reserve": False},
@@ -238,6 +240,64 @@ def test_patch_merging_is_swins_on_a_grid():
         merged = merge(stages[0].tokens)
     assert torch.equal(merged.positions.view(3, 5, 2)[1, 2], torch.tensor([4.0, 2.0]))
     torch.testing.assert_close(merged.features.view_as(expected), expected)
+
+
+@pytest.mark.parametrize("sides", [4, (2, 3)])
+def test_windows_merge_squares_of_any_side(sides):
+    """Positions are those of the squares' corners; what sticks out meets zeros."""
+    config = SwinConfig(dims=(8, 16, 16), depths=(1, 1, 1), heads=(2, 2, 2), patch_merge=sides)
+    torch.manual_seed(0)
+    model = Model("tiny", config, "features", 5).eval()
+    with torch.no_grad():
+        stages = model.backbone(torch.randn(1, 3, 100, 76))  # 25 x 19 cells
+    for stage, stride in zip(stages, config.strides, strict=True):
+        places = torch.cartesian_prod(torch.arange(0, 25, stride), torch.arange(0, 19, stride))
+        assert torch.equal(stage.tokens.positions, places.flip(1).float())
+    merge, side = model.backbone.stages[0].merge, config.merge_sides[0]
+    padded = torch.zeros(28, 20, 8)
+    padded[:25, :19] = stages[0].tokens.features.view(25, 19, 8)
+    square = padded[side : 2 * side, 2 * side : 3 * side].transpose(0, 1).reshape(1, -1)
+    row = math.ceil(19 / side) + 2
+    expected = merge.linear(merge.norm(square))
+    torch.testing.assert_close(stages[1].inputs.features[row : row + 1], expected)
+    for wrong, message in (((2, 2, 2), "one for each of 2 merges"), (0, "positive integer")):
+        with pytest.raises(ValueError, match=f"patch_merge: expected .*{message}"):
+            SwinConfig(dims=(8, 16, 16), depths=(1, 1, 1), heads=(2, 2, 2), patch_merge=wrong)
+
+
+@pytest.mark.parametrize("keep", [4, 8, 16, 32])
+def test_ranked_by_a_lattice_any_share_is_an_even_grid(keep):
+    """Squares, or squares turned by 45 degrees, whatever scores, alpha and prior say."""
+    model = tiny("features", ranking="lattice", rate=(1 / keep, 1.0, 1.0), alpha=9.0)
+    torch.nn.init.normal_(model.backbone.stages[0].merge.score.weight)
+    with torch.no_grad():
+        tokens = model.backbone(images((128, 64), (64, 128)))[1].tokens
+    for sample in tokens:
+        x, y = sample.positions.unbind(1)
+        step = math.isqrt(keep)
+        if step**2 < keep:
+            step = math.isqrt(keep // 2)
+            assert bool(((x + y) % (2 * step) == 0).all())
+        assert bool((sample.positions % step == 0).all())
+        assert sample.num_tokens == 32 * 16 // keep
+
+
+def test_ranked_by_gradient_the_steepest_cells_are_kept():
+    """Of each picture on its own, whatever its contrast; a flat one is no fault."""
+    edge, flat = torch.zeros(3, 64, 64), torch.zeros(3, 48, 64)
+    edge[:, 20:40, 20:40] = 1e-3
+    model = tiny("features", ranking="gradient", rate=0.125, prior=None, reserve=False)
+    with torch.no_grad():
+        first, second = model.backbone([edge, flat])[:2]
+    touched = torch.zeros(64, 64)
+    touched[19:41, 19:41] = 1
+    touched[21:39, 21:39] = 0  # differences are central: two pixels on each side of an edge
+    cells = touched.unflatten(0, (16, 4)).unflatten(2, (16, 4)).amax((1, 3))
+    x, y = second.tokens.sample(0).positions.long().unbind(1)
+    assert len(x) == 32
+    assert cells[y, x].sum() == 32
+    assert first.scores is not None
+    assert (first.scores.isfinite() & (first.scores >= 0) & (first.scores < 1)).all()
 
 
 def test_aff_base_384_uses_larger_clusters():

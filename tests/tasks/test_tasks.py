@@ -106,6 +106,19 @@ def test_void_and_crowds_teach_nothing():
     assert borders.loss(changed, [annotation])["cross_entropy"] != before["cross_entropy"]
 
 
+def test_pixels_of_some_classes_count_more():
+    annotation = annotated()
+    logits = torch.randn(2, 3, 40, 52, generator=torch.Generator().manual_seed(0))
+    model, weights = made("dense", "semantic"), [1, 5.0, 0]
+    terms = task_of(model, class_weights=weights).loss(logits, [annotation, annotation])
+    target = torch.from_numpy(annotation.classes()).long().expand(2, -1, -1)
+    expected = F.cross_entropy(logits, target, torch.tensor(weights), ignore_index=VOID)
+    torch.testing.assert_close(terms["cross_entropy"], expected)
+    for wrong in ([1, 2], 3, [1, 2, -1.0], [1, 2, "x"]):
+        with pytest.raises((ValueError, TypeError), match="class_weights: expected"):
+            task_of(model, class_weights=wrong)
+
+
 def test_objects_are_told_from_stuff():
     annotation = task_of(made("hcformer", "instance")).truth(annotated())
     assert [segment.id for segment in annotation.segments] == [2, 3, 4]

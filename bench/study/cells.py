@@ -1,0 +1,176 @@
+"""Cells of the study: which there are, in which order, and the recipe of each. See README.md."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pointformer.train.recipe import Recipe, read_recipe
+
+RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
+ARMS = ("supervised", "learned", "gradient", "grid", "swin")
+HEADS = ("dense", "mask2former")
+BUDGETS = (4, 8, 16, 32)  # one token in so many is kept
+SEEDS = (0, 1, 2)
+
+# What differs between data sets. Weights of classes: an object's pixel counts five times as much.
+DATA: dict[str, dict[str, Any]] = {
+    "hit_uav": {
+        "task": "semantic",
+        "data": {
+            "format": "folder",
+            "categories": ["background", "person", "car", "bicycle", "other"],
+            "void": [255],
+        },
+        "loss": {"class_weights": [1, 5, 5, 5, 5]},
+        "turn": {},
+        "background": True,
+    },
+    "nuclei_dsb2018": {
+        "task": "instance",
+        "data": {"format": "folder", "draw": "by_objects"},
+        "loss": {"inside_weight": 1, "border_weight": 3},
+        "turn": {},
+        "background": False,
+    },
+    "camvid": {
+        "task": "semantic",
+        "data": {
+            "format": "folder",
+            "categories": [
+                "sky", "building", "pole", "road", "pavement", "tree", "sign_symbol", "fence",
+                "car", "pedestrian", "bicyclist",
+            ],
+            "void": [11],
+        },
+        "loss": {},
+        "turn": None,
+        "background": False,
+    },
+}  # fmt: skip
+STEPS = {"dense": 2500, "mask2former": 2500}
+MASKS = {  # of the head mask2former: as many queries as crops have objects, small decoders
+    "queries": 60,
+    "token_queries": True,
+    "pixel_layers": 1,
+    "decoder_layers": 2,
+    "dim": 96,
+    "hidden": 192,
+    "pixel_hidden": 192,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run.
+
+    Attributes:
+        data: name of the data set's folder.
+        head, arm: see `HEADS`, `ARMS`.
+        budget: tokens of the first stage for each one after the merge.
+    """
+
+    data: str
+    head: str
+    budget: int
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.head}-{self.budget}-{self.arm}-{self.seed}"
+
+    def recipe(self, root: Path, changes: Sequence[str] = ()) -> Recipe:
+        """The run.
+
+        Args:
+            root: folder with the data sets.
+            changes: of fields, as `field=value`.
+        """
+        own = DATA[self.data]
+        options: dict[str, Any] = {
+            "dims": [32, 96],
+            "depths": [1, 4],
+            "heads": [2, 6],
+            "mlp_ratio": 2.0,
+            "first_stage": 1,
+        }
+        if self.arm == "swin":
+            options |= {"patch_merge": math.isqrt(self.budget), "window_size": 7}
+        else:
+            options |= {
+                "neighborhood_size": 48,
+                "rate": 1 / self.budget,
+                "prior": None,
+                "reserve_share": 0.25,
+                "ranking": {"gradient": "gradient", "grid": "lattice"}.get(self.arm, "scores"),
+            }
+        loss = own["loss"]
+        if self.head == "dense":
+            options |= {"channels": 48, "pixel_channels": 8, "detail": False}
+        else:
+            options |= MASKS
+            loss = {"points": 2048, "stride": 4, "weights": {"no_object": 1.0}}
+        return read_recipe(
+            None,
+            changes,
+            task=own["task"],
+            model="swin_mini" if self.arm == "swin" else "aff_nano",
+            head=self.head,
+            options=options,
+            loss=loss,
+            data={**own["data"], "path": str(root / self.data)},
+            augmentation={
+                "crop": {"size": 256, "beyond": "mirror"},
+                "flip": {"horizontal": 0.5, "vertical": 0.5 if own["turn"] is not None else 0.0},
+                "turn": own["turn"],
+            },
+            optimizer={"learning_rate": 1.5e-3, "weight_decay": 0.05, "betas": [0.9, 0.98]},
+            schedule={"kind": "cosine", "warmup": 0.05},
+            budget={"steps": STEPS[self.head]},
+            score_weight=1.0 if self.arm == "supervised" else 0.0,
+            batch=4,
+            average=0.99,
+            seed=self.seed,
+            checkpoints={"minutes": 2.0, "keep": 1},
+            validation={"times": 4, "pictures": 32, "token_maps": 1},
+        )
+
+    def is_done(self, root: Path, changes: Sequence[str], lines: Sequence[dict[str, Any]]) -> bool:
+        """Whether there is a line of the cell, made by the `recipe` of these arguments."""
+        own = [line["recipe"] for line in lines if line["cell"] == asdict(self)]
+        return any(not self.recipe(root, changes).differences(recipe) for recipe in own)
+
+
+def read_lines(results: Path) -> list[dict[str, Any]]:
+    """Of the finished cells, in the order in which they were done."""
+    if not results.exists():
+        return []
+    return [json.loads(line) for line in results.read_text("utf-8").splitlines()]
+
+
+def _possible(cell: Cell) -> bool:
+    """Windows need square patches."""
+    return cell.arm != "swin" or math.isqrt(cell.budget) ** 2 == cell.budget
+
+
+def _rank(cell: Cell) -> tuple[int, ...]:
+    """The most telling first: the arms at the budget of the goal, then the grid's score at 1/4 that
+    it is compared with, the other seeds, the other budgets; likewise the other data sets."""
+    data, head = list(DATA).index(cell.data), HEADS.index(cell.head)
+    goal = {16: 0, 4: 1, 32: 2, 8: 3}[cell.budget]
+    block = 3 * head + data + 2 * (goal > 1) + (0, 1, 3)[cell.seed] + (head + data > 0)
+    return block, data, head, cell.seed, goal, ARMS.index(cell.arm)
+
+
+CELLS = sorted(
+    filter(
+        _possible, itertools.starmap(Cell, itertools.product(DATA, HEADS, BUDGETS, ARMS, SEEDS))
+    ),
+    key=_rank,
+)

@@ -1,0 +1,194 @@
+"""Tables of the study, and a plot for each data set, made of the lines that run.py wrote.
+
+    python bench/study/tables.py [--results FILE] [--out DIR]
+
+writes study.md and study_DATA.png beside the results, or into DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from cells import ARMS, DATA, HEADS, RESULTS, read_lines
+
+Line = dict[str, Any]
+MAIN = {"semantic": "mIoU", "instance": "AP50"}  # beside the small objects; see README.md
+FLAT = 0.97  # of a curve whose last tenth has at least this share of the loss of the one before
+_COLUMNS = (
+    "head", "budget", "arm", "seeds", "small found, %", "main score, %", "found by size, %",
+    "M multiply-adds after the first stage", "in all", "M parameters", "CPU ms", "flat",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="folder (default: that of the results)")
+    options = parser.parse_args(arguments)
+    out = options.out or options.results.parent
+    lines = newest(read_lines(options.results))
+    (out / "study.md").write_text(page(lines), "utf-8")
+    for data in DATA:
+        own = [line for line in lines if line["cell"]["data"] == data]
+        if own:
+            plot(own, out / f"study_{data}.png")
+
+
+def newest(lines: Sequence[Line]) -> list[Line]:
+    """The last line of each cell."""
+    return list({tuple(line["cell"].values()): line for line in lines}.values())
+
+
+def page(lines: Sequence[Line]) -> str:
+    """All tables, in Markdown."""
+    parts = [
+        "# Results of the study\n\nMade by `python bench/study/tables.py`; see ../study/README.md."
+    ]
+    for data in DATA:
+        own = [line for line in lines if line["cell"]["data"] == data]
+        if not own:
+            continue
+        first = own[0]
+        score = MAIN[first["recipe"]["task"]]
+        sides = [*map(str, first["scores"]["sides"])]
+        limits = [
+            f"below {sides[0]}",
+            *map(" to ".join, itertools.pairwise(sides)),
+            f"from {sides[-1]}",
+        ]
+        annotated = [
+            sum(row[i] for row in first["scores"]["annotated"]) for i in range(len(limits))
+        ]
+        groups = ", ".join(f"{n} {name}" for n, name in zip(annotated, limits, strict=True))
+        parts.append(
+            f"## {data}\n\nMain score: {score}, on {first['scores']['pictures']} pictures. Objects "
+            f"by their side in pixels: {groups}. Mean (standard deviation) of the seeds."
+        )
+        parts.append(table(own, score))
+        parts.append(differences(own, score))
+    return "\n\n".join(parts) + "\n"
+
+
+def table(lines: Sequence[Line], score: str) -> str:
+    """A row for each head, budget and arm."""
+    rows = []
+    for (head, budget, arm), group in grouped(lines).items():
+        sizes = [
+            sum(map(sum, ([row[i] for row in line["scores"]["found"]] for line in group)))
+            / max(1, sum(sum(row[i] for row in line["scores"]["annotated"]) for line in group))
+            for i in range(len(group[0]["scores"]["sides"]) + 1)
+        ]
+        flat = [is_flat(line["curve"]["loss"]) for line in group]
+        cells = [
+            head,
+            f"1/{budget}",
+            arm,
+            str(len(group)),
+            spread([100 * line["scores"]["small"] for line in group]),
+            spread([100 * (line["scores"][score] or 0.0) for line in group]),
+            " / ".join(f"{100 * share:.0f}" for share in sizes),
+            f"{mean(line['multiply_adds_after'] for line in group) / 1e6:.0f}",
+            f"{mean(line['multiply_adds'] for line in group) / 1e6:.0f}",
+            f"{mean(line['parameters'] for line in group) / 1e6:.2f}",
+            f"{1e3 * mean(line['cpu_seconds'] for line in group):.0f}",
+            f"{sum(flat)} of {len(flat)}",
+        ]
+        rows.append(cells)
+    return markdown(_COLUMNS, rows)
+
+
+def is_flat(losses: Sequence[float]) -> bool:
+    """Of tenths of the steps."""
+    return len(losses) > 1 and losses[-1] >= FLAT * losses[-2]
+
+
+def differences(lines: Sequence[Line], score: str) -> str:
+    """Of each arm and the grid, seed by seed, in points."""
+    groups, rows = grouped(lines), []
+    for (head, budget, arm), group in groups.items():
+        grid = {line["cell"]["seed"]: line for line in groups.get((head, budget, "grid"), [])}
+        pairs = [(line, grid[seed]) for line in group if (seed := line["cell"]["seed"]) in grid]
+        if arm == "grid" or not pairs:
+            continue
+        cells = [head, f"1/{budget}", arm, str(len(pairs))]
+        for of in (lambda s: s["small"], lambda s: s[score] or 0.0):
+            cells.append(spread(points(pairs, of)))
+        rows.append(cells)
+    names = (
+        "head",
+        "budget",
+        "arm",
+        "seeds",
+        "small found, points over grid",
+        f"{score}, points over grid",
+    )
+    return markdown(names, rows) if rows else "No arm has a grid beside it yet."
+
+
+def points(pairs: Sequence[tuple[Line, Line]], of: Callable[[Line], float]) -> list[float]:
+    return [100 * (of(own["scores"]) - of(grid["scores"])) for own, grid in pairs]
+
+
+def grouped(lines: Sequence[Line]) -> dict[tuple[str, int, str], list[Line]]:
+    """Lines of all seeds by head, budget and arm, in the order of the protocol."""
+    groups: dict[tuple[str, int, str], list[Line]] = defaultdict(list)
+    for line in lines:
+        cell = line["cell"]
+        groups[cell["head"], cell["budget"], cell["arm"]].append(line)
+
+    def place(key: tuple[str, int, str]) -> tuple[int, int, int]:
+        return HEADS.index(key[0]), key[1], ARMS.index(key[2])
+
+    return {key: groups[key] for key in sorted(groups, key=place)}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{mean(values):.1f}" + (f" ({stdev(values):.1f})" if len(values) > 1 else "")
+
+
+def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(lines: Sequence[Line], path: Path) -> None:
+    """Small objects found, and the main score, over multiply-adds after the first stage."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    score = MAIN[lines[0]["recipe"]["task"]]
+    heads = [head for head in HEADS if any(line["cell"]["head"] == head for line in lines)]
+    figure, axes = plt.subplots(
+        len(heads), 2, figsize=(10, 4 * len(heads)), squeeze=False, layout="constrained"
+    )
+    groups = grouped(lines)
+    for row, head in zip(axes, heads, strict=True):
+        for axis, (name, key) in zip(row, (("small found", "small"), (score, score)), strict=True):
+            for arm in ARMS:
+                own = [
+                    group for (of, _, whose), group in groups.items() if (of, whose) == (head, arm)
+                ]
+                x = [mean(line["multiply_adds_after"] for line in group) / 1e6 for group in own]
+                y = [[100 * (line["scores"][key] or 0.0) for line in group] for group in own]
+                error = [stdev(v) if len(v) > 1 else math.nan for v in y]
+                if own:
+                    axis.errorbar(x, [*map(mean, y)], error, marker="o", capsize=3, label=arm)
+            axis.set(xscale="log", title=f"{head}: {name}, %")
+            axis.set_xlabel("million multiply-adds after the first stage")
+            axis.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""bench/study: its cells, its queue through kills, and its tables."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.training import ROOT, write_folder
+from pointformer.data import Category
+from pointformer.train.initial import make_model
+
+FOLDER = ROOT / "bench" / "study"
+# A cell in seconds.
+QUICK = (
+    "options.dims=[16,16]", "options.heads=[2,2]", "options.depths=[1,1]", "budget.steps=6",
+    "augmentation.crop.size=64", "batch=2", "checkpoints.steps=1", "validation.times=1",
+    "log_every=1",
+)  # fmt: skip
+
+
+def loaded(name, monkeypatch):
+    """A module of the study, which finds the others by their names."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for other in ("cells", "tables"):
+        monkeypatch.delitem(sys.modules, other, raising=False)
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_arms_differ_in_their_choice_only(monkeypatch):
+    """Of each data set, head and budget: the same fields but for these, the same weights."""
+    cells = loaded("cells", monkeypatch)
+    assert len({cell.name for cell in cells.CELLS}) == len(cells.CELLS)
+    assert {cell.budget for cell in cells.CELLS if cell.arm == "swin"} == {4, 16}
+    first = cells.CELLS[:5]
+    assert {cell.arm for cell in first} == set(cells.ARMS)
+    assert len({(cell.data, cell.head, cell.budget, cell.seed) for cell in first}) == 1
+    for cell in [c for c in cells.CELLS if (c.budget, c.seed) == (16, 0)]:
+        recipe, alike = cell.recipe(Path("data")), cell.recipe(Path("elsewhere"))
+        grid = cells.Cell(cell.data, cell.head, cell.budget, "grid", cell.seed).recipe(Path("data"))
+        assert not recipe.differences(asdict(alike))
+        if cell.arm != "swin":
+            names = {text.split()[0] for text in recipe.differences(asdict(grid))}
+            assert names <= {"options.ranking", "score_weight"}
+            assert bool(names) == (cell.arm != "grid")
+    for head, task in (("dense", "semantic"), ("mask2former", "instance")):
+        data = next(data for data, own in cells.DATA.items() if own["task"] == task)
+        shapes = {}
+        for arm in cells.ARMS:
+            recipe = cells.Cell(data, head, 16, arm, 0).recipe(Path("data"))
+            model = make_model(recipe, [Category(1, "one")] * (1 if task == "instance" else 5))
+            shapes[arm] = {name: p.shape for name, p in model.named_parameters()}
+        assert all(shapes[arm] == shapes["grid"] for arm in cells.ARMS if arm != "swin")
+
+
+def line(cells, arm="grid", seed=0, budget=16, small=0.5, main=0.4, loss=(1.0, 0.99), size=2):
+    cell = cells.Cell("hit_uav", "dense", budget, arm, seed)
+    found = [[0, 1, 1, 0]] * size
+    return {
+        "cell": asdict(cell),
+        "scores": {"mIoU": main, "small": small, "kinds": ["a", "b"], "sides": [16, 32, 96],
+                   "found": found, "annotated": [[2, 1, 4, 0]] * size, "pictures": 7},
+        "parameters": 400_000, "size": [64, 64], "multiply_adds": 2_000_000_000,
+        "multiply_adds_after": 64_000_000 // budget, "cpu_seconds": 0.25,
+        "curve": {"loss": list(loss)}, "recipe": {"task": "semantic"},
+    }  # fmt: skip
+
+
+def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
+    cells, tables = loaded("cells", monkeypatch), loaded("tables", monkeypatch)
+    lines = [
+        line(cells, small=0.1),  # done again
+        line(cells, "learned", 0, small=0.75, main=0.41),
+        line(cells, "learned", 1, small=0.65, main=0.40, loss=(1.0, 0.9)),
+        line(cells, seed=0, small=0.5),
+        line(cells, seed=1, small=0.6),
+        line(cells, "gradient", 2, small=0.9),
+    ]
+    page = tables.page(tables.newest(lines))
+    rows = [
+        re.split(r" *\| *", row)[1:-1] for row in page.splitlines() if row.startswith("| dense")
+    ]
+    by_arm = {row[2]: row[3:] for row in rows if len(row) == 12}
+    assert by_arm["learned"] == [
+        "2", "70.0 (7.1)", "40.5 (0.7)", "0 / 100 / 25 / 0", "4", "2000", "0.40", "250", "1 of 2"
+    ]  # fmt: skip
+    assert by_arm["grid"][1] == "55.0 (7.1)"
+    assert by_arm["gradient"][:2] == ["1", "90.0"]
+    assert [row for row in rows if len(row) == 6] == [
+        ["dense", "1/16", "learned", "2", "15.0 (14.1)", "0.5 (0.7)"]
+    ]
+    results = tmp_path / "study.jsonl"
+    results.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    tables.main(["--results", str(results)])
+    assert (tmp_path / "study.md").read_text() == page
+    assert (tmp_path / "study_hit_uav.png").stat().st_size > 10_000
+    assert not (tmp_path / "study_camvid.png").exists()
+
+
+def command(root, *more):
+    return [
+        sys.executable, str(FOLDER / "run.py"), str(root), "--out", str(root / "runs"),
+        "--results", str(root / "study.jsonl"), "--only", "hit_uav-dense-16-supervised-0", *more,
+        *QUICK,
+    ]  # fmt: skip
+
+
+@pytest.mark.long
+def test_a_killed_cell_goes_on_and_a_finished_one_is_skipped(tmp_path):
+    write_folder(tmp_path / "hit_uav")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(tmp_path), env=environment)
+    checkpoints = tmp_path / "runs" / "hit_uav-dense-16-supervised-0" / "checkpoints"
+    while process.poll() is None and not any(
+        int(path.name.split("-")[1]) > 0 for path in checkpoints.glob("step-*.pt")
+    ):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "study.jsonl").exists()
+    subprocess.run(command(tmp_path), env=environment, check=True)
+    (done,) = [json.loads(text) for text in (tmp_path / "study.jsonl").read_text().splitlines()]
+    assert done["cell"] == {
+        "data": "hit_uav", "head": "dense", "budget": 16, "arm": "supervised", "seed": 0
+    }  # fmt: skip
+    assert done["curve"]["steps"] == 6
+    assert done["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in json.dumps(done)
+    assert sum(map(sum, done["scores"]["annotated"])) > 0
+    assert 0 < done["multiply_adds_after"] < done["multiply_adds"]
+    again = subprocess.run(command(tmp_path), env=environment, capture_output=True, text=True)
+    assert (again.returncode, again.stdout) == (0, "")
+    assert len((tmp_path / "study.jsonl").read_text().splitlines()) == 1
+    other = subprocess.run(
+        [*command(tmp_path, "--list"), "seed=5"], env=environment, capture_output=True, text=True
+    )
+    assert other.stdout.split() == ["hit_uav-dense-16-supervised-0"]  # of another recipe
+    table = [sys.executable, str(FOLDER / "tables.py"), "--results", str(tmp_path / "study.jsonl")]
+    subprocess.run(table, env=environment, check=True)
+    assert "| dense | 1/16 | supervised | 1 |" in (tmp_path / "study.md").read_text()
