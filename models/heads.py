@@ -133,8 +133,8 @@ class FeatureHead(Head):
 
 
 class _MapHead(Head):
-    """Base of heads whose output is a map: `_summed` has the stages on the first stage's grid, those
-    from `first_stage` on."""
+    """Base of heads whose output is a map: `_summed` has the stages from `first_stage` on, on the
+    first stage's grid."""
 
     def __init__(self, config: AFFConfig, channels: int, first_stage: int = 0) -> None:
         super().__init__()

@@ -15,10 +15,10 @@ from pointformer.train.recipe import Recipe, read_recipe
 RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
 ARMS = ("supervised", "learned", "gradient", "grid", "swin")
 HEADS = ("dense", "mask2former")
-BUDGETS = (4, 8, 16, 32)  # one token in so many is kept
+BUDGETS = (4, 8, 16, 32, 64)  # one token in so many is kept
 SEEDS = (0, 1, 2)
 
-# What differs between data sets. Weights of classes: an object's pixel counts five times as much.
+# What differs between data sets. Weights of classes: an object's pixel counts ten times as much.
 DATA: dict[str, dict[str, Any]] = {
     "hit_uav": {
         "task": "semantic",
@@ -27,7 +27,7 @@ DATA: dict[str, dict[str, Any]] = {
             "categories": ["background", "person", "car", "bicycle", "other"],
             "void": [255],
         },
-        "loss": {"class_weights": [1, 5, 5, 5, 5]},
+        "loss": {"class_weights": [1, 10, 10, 10, 10]},
         "turn": {},
         "background": True,
     },
@@ -160,11 +160,11 @@ def _possible(cell: Cell) -> bool:
 
 
 def _rank(cell: Cell) -> tuple[int, ...]:
-    """The most telling first: the arms at the budget of the goal, then the grid's score at 1/4 that
-    it is compared with, the other seeds, the other budgets; likewise the other data sets."""
+    """The most telling first: the arms at the budget of the goal, at the scarcest, and at 1/4, with
+    which the goal compares; then the other seeds and budgets; likewise the other data sets."""
     data, head = list(DATA).index(cell.data), HEADS.index(cell.head)
-    goal = {16: 0, 4: 1, 32: 2, 8: 3}[cell.budget]
-    block = 3 * head + data + 2 * (goal > 1) + (0, 1, 3)[cell.seed] + (head + data > 0)
+    goal = {16: 0, 64: 1, 4: 2, 32: 3, 8: 4}[cell.budget]
+    block = 3 * head + data + 2 * (goal > 2) + (0, 1, 3)[cell.seed] + (head + data > 0)
     return block, data, head, cell.seed, goal, ARMS.index(cell.arm)
 
 

@@ -172,3 +172,18 @@ def test_models_lists_heads_beside_the_paper(capsys):
     row = capsys.readouterr().out.splitlines()[1].split()
     assert row[:2] == ["swin_mini", "64"]
     assert row[-1] == "-"
+
+
+@pytest.mark.parametrize("config", [AFF, SWIN], ids=["aff", "swin"])
+@pytest.mark.parametrize("head", ["dense", "mask2former"])
+def test_parts_of_a_model_add_up(config, head):
+    """Each counts what it does; numbers of no part are of the whole."""
+    model = Model("small", config, head, 3, **SMALL[head])
+    whole = complexity_of(model, 64, 96)
+    first, *later = model.backbone.stages
+    parts = [[model.backbone.patch_embed, *first.blocks], [first.merge, *later], [model.head]]
+    counts = [complexity_of(model, 64, 96, parts=part) for part in parts]
+    assert min(count.total for count in counts) > 0
+    assert sum(count.total for count in counts) == whole.total
+    assert sum(count.parameters for count in counts) == whole.parameters
+    assert counts[2].semantic == 0

@@ -77,6 +77,8 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [("batch=0", "batch: expected at least 1, got 0"),
+     ("score_weight=-1", "score_weight: expected a number of at least 0, got -1"),
+     ("score_weight=.nan", "score_weight: expected a number of at least 0, got nan"),
      ("average=1", r"average: expected a decay in \[0, 1\), got 1"),
      ("seed=-1", "seed: expected a number from 0 to"),
      ("optimizer.learning_rate=.nan", r"optimizer\.learning_rate: expected a number of at least 0"),
@@ -162,3 +164,9 @@ def test_all_fields_are_described():
     assert "--" not in text
     assert "the highest, of the head" in text
     assert Recipe().budget == Budget()
+
+
+@pytest.mark.parametrize("task", ["classification", "point_segmentation"])
+def test_scores_learn_from_outlines_only(task):
+    with pytest.raises(ValueError, match=f"score_weight: no outlines are annotated for '{task}'"):
+        read_recipe(None, ["score_weight=1"], task=task)
