@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import glob
-import math
 import os
 import sys
 import traceback
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from pointformer.cli.results import is_result
-from pointformer.data.discovery import has_picture_name, is_picture, picture_name
+from pointformer.data.discovery import PICTURE_SUFFIXES, has_picture_name, picture_name
 
 if TYPE_CHECKING:
     from pointformer.data.images import Reading
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from pointformer.processes import Processes
 
 DEFAULT_MODEL = "aff_nano.nuclei"
-SMALL = 2**22
-"""Pixels of the largest picture that one thread is enough for."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +118,15 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_feature_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features",
+        metavar="NAME,...",
+        help="what of each point a model of point clouds sees beside its place, as columns of the "
+        "files, in the order of its training (default: as the model's file says)",
+    )
+
+
 def reading_from(options: argparse.Namespace) -> Reading:
     return {
         "channel": options.channel,
@@ -131,28 +137,10 @@ def reading_from(options: argparse.Namespace) -> Reading:
     }
 
 
-def is_small(pictures: Sequence[str | os.PathLike[str]]) -> bool:
-    """Whether this is one picture of at most 4 million pixels (or one that cannot be read)."""
-    from pointformer.data.images import image_size
+def model_from(options: argparse.Namespace, *, pretrained: bool = True, **changes: object) -> Model:
+    """The model that `--model`, `--rate` and `--alpha` ask for, in eval mode, on its device.
 
-    try:
-        return len(pictures) == 1 and math.prod(image_size(pictures[0])) <= SMALL
-    except (OSError, ValueError):
-        return True
-
-
-def model_from(
-    options: argparse.Namespace,
-    *,
-    small: bool = False,
-    pretrained: bool = True,
-    **changes: object,
-) -> Model:
-    """The model that `--model`, `--rate` and `--alpha` ask for, in eval mode.
-
-    `pretrained` and `changes` are those of `create_model`.
-    Sets the number of threads too. What is small runs on one thread unless `--threads` says more:
-    on a first run, compiling the kernels for several threads takes longer than it saves.
+    `pretrained` and `changes` are those of `create_model`. Sets the number of threads too.
     """
     import torch
 
@@ -160,9 +148,8 @@ def model_from(
 
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"--threads: expected at least 1, got {options.threads}")
-    threads = options.threads or (1 if small else None)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     overrides = {
         name: getattr(options, name)
         for name in ("rate", "alpha")
@@ -185,11 +172,17 @@ def placed(model: Model, device: str) -> Model:
         raise ValueError(f"--device: {device} cannot be used: {reason}") from None
 
 
-def find_pictures(arguments: Sequence[str]) -> tuple[list[Path], list[str], int]:
-    """Pictures named by files, folders (what is in them, not deeper) and glob patterns.
+def find_files(
+    arguments: Sequence[str], noun: str, suffixes: frozenset[str]
+) -> tuple[list[Path], list[str], int]:
+    """Files named by themselves, by folders (what is in them, not deeper) and by glob patterns.
+
+    Args:
+        noun: what they are, for messages.
+        suffixes: of what is meant in folders and by patterns.
 
     Returns:
-        Paths in the order of the arguments, each picture once; what is wrong with arguments that
+        Paths in the order of the arguments, each file once; what is wrong with arguments that
         give none and with what is no file; and how many files were left out because they are
         results of earlier runs.
     """
@@ -198,14 +191,14 @@ def find_pictures(arguments: Sequence[str]) -> tuple[list[Path], list[str], int]
     problems: list[str] = []
     for argument in arguments:
         try:
-            paths = _pictures_of(argument)
+            paths = _files_of(argument, noun, suffixes)
         except (OSError, ValueError) as error:
             problems.append(reason(error, argument))
             continue
         for path in paths:
             key = os.path.realpath(path.parent), path.name
             try:
-                check_file(path)
+                check_file(path, noun)
             except (OSError, ValueError) as error:
                 problems.append(reason(error, path))
                 continue
@@ -214,27 +207,26 @@ def find_pictures(arguments: Sequence[str]) -> tuple[list[Path], list[str], int]
             else:
                 found.setdefault(key, path)
     if own and not found and not problems:
-        problems = [f"{printable(arguments[0])}: no picture found but results of earlier runs"]
+        problems = [f"{printable(arguments[0])}: no {noun} found but results of earlier runs"]
     return list(found.values()), problems, len(own)
 
 
-def _pictures_of(argument: str) -> list[Path]:
+def _files_of(argument: str, noun: str, suffixes: frozenset[str]) -> list[Path]:
     path = Path(argument)
     if argument and path.is_dir():
         # Links that lead nowhere too: they are not passed over in silence.
-        found = sorted(p for p in path.iterdir() if has_picture_name(p) and not p.is_dir())
+        there = sorted(p for p in path.iterdir() if not p.is_dir())
     elif argument and os.path.lexists(path):
-        found = [path]
+        return [path]
     else:
-        found = [p for p in map(Path, sorted(glob.glob(argument, recursive=True))) if is_picture(p)]
+        there = [p for p in map(Path, sorted(glob.glob(argument, recursive=True))) if p.is_file()]
+    found = [path for path in there if has_picture_name(path, suffixes)]
     if not found:
-        raise ValueError(
-            f"{argument or repr('')}: no picture found (a file, a folder or a pattern)"
-        )
+        raise ValueError(f"{argument or repr('')}: no {noun} found (a file, a folder or a pattern)")
     return found
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, noun: str) -> None:
     """Raise an error that names a path which is no file: to read a pipe could take forever.
 
     Raises:
@@ -247,23 +239,24 @@ def check_file(path: Path) -> None:
         kind = "this is a folder"
     elif not path.exists():
         kind = "this link leads nowhere" if path.is_symlink() else "there is no such file"
-    raise ValueError(f"{path}: expected a picture, but {kind}")
+    raise ValueError(f"{path}: expected a {noun}, but {kind}")
 
 
-def result_names(pictures: Sequence[Path]) -> list[str]:
-    """Name of each picture's results in the output folder, all different.
+def result_names(paths: Sequence[Path], suffixes: frozenset[str] = PICTURE_SUFFIXES) -> list[str]:
+    """Name of the results of each file, of those that have these suffixes, in the output folder,
+    all different.
 
-    "c" for a/c.png. Beside an a/c.jpg both keep their suffix: "c.png". If pictures in several
+    "c" for a/c.png. Beside an a/c.jpg both keep their suffix: "c.png". If files in several
     folders have one name, all keep their folders, from the deepest one on that has them all:
     "a/c". Names that differ only in case count as one, since some file systems take them so.
     """
-    folders = [os.path.abspath(path.parent) for path in pictures]
-    names = stems = [picture_name(path.name) for path in pictures]
+    folders = [os.path.abspath(path.parent) for path in paths]
+    names = stems = [picture_name(path.name, suffixes) for path in paths]
     while True:
         counts = Counter(zip(folders, map(_caseless, names), strict=True))
         longer = [
             path.name if counts[folder, _caseless(name)] > 1 else name
-            for path, folder, name in zip(pictures, folders, names, strict=True)
+            for path, folder, name in zip(paths, folders, names, strict=True)
         ]
         if longer == names:
             break

@@ -1,14 +1,25 @@
-"""Find the objects in pictures.
+"""Find the objects in pictures, or the classes of points in point clouds.
 
 Writes, for each picture NAME.EXT: NAME_overlay.png (objects outlined, or classes in colors with a
 legend), NAME_labels.png (16-bit ids; with more than 65,535 objects NAME_labels.tif, 32 bits),
 NAME_objects.csv (id, class, score, area, centroid, box) and NAME_summary.json (count, time, tokens
-per stage). Pictures of one name keep their suffixes (a.png and a.jpg: a.png_labels.png) or, in
-different folders, their folders (x/a_labels.png). Results of earlier runs that nobody
-changed are no pictures, and are replaced. A picture whose results would replace another file is
-left out, as is one that cannot be read: each is named, the rest is done, and the exit code is 1.
+per stage).
 
-Several processes, on one machine or several, share the pictures:
+With a --model for point segmentation, for each point cloud (LAS, LAZ, PLY, NPZ, XYZ):
+NAME_points.EXT (the same file with a class per point, "classification", all else as it was),
+NAME_above.png and NAME_side.png (points in the colors of their classes with a legend),
+NAME_classes.csv (code, class, points, share and mean score of each class, and in total) and
+NAME_summary.json. Codes are those of
+the LAS standard for classes that have its names (ground: 2, building: 6), else the numbers of the
+data set that the model was trained on, or, where the standard means something else by them, numbers
+from 64 on (in LAS point formats 0 to 5, which end at 31: from there down); the table lists them.
+
+Inputs of one name keep their suffixes (a.png and a.jpg: a.png_labels.png) or, in different folders,
+their folders (x/a_labels.png). Results of earlier runs that nobody changed are no inputs, and are
+replaced. An input whose results would replace another file is left out, as is one that cannot be
+read: each is named, the rest is done, and the exit code is 1.
+
+Several processes, on one machine or several, share the inputs:
 
     torchrun --nproc-per-node 4 -m pointformer.cli segment FOLDER --out RESULTS --resume
 """
@@ -17,8 +28,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -30,44 +39,35 @@ from typing import TYPE_CHECKING, Any
 
 from pointformer._files import make_folder, path_inside, sync, temporary_path
 from pointformer.cli.common import (
-    SMALL,
+    add_feature_argument,
     add_model_arguments,
     add_picture_arguments,
     add_result_arguments,
     complain,
-    find_pictures,
-    is_small,
     joined_processes,
     model_from,
     printable,
-    reading_from,
     reason,
     result_names,
     say,
 )
+from pointformer.cli.inputs import Found, Inputs, inputs_of
 from pointformer.cli.results import Results, content_of, is_complete, is_result, write_sealed
 
 if TYPE_CHECKING:
-    from pointformer.data.images import Picture
-    from pointformer.models import Model
     from pointformer.processes import Processes
-    from pointformer.segmentation.segment import Segmentation
 
-_FEW, _MANY = "labels.png", "labels.tif"  # which ids of 16 bits are enough for, or not
-_SUMMARY = "summary.json"
-_AHEAD, _BEHIND = 2, 2  # pictures that are read before, or written after, their turn
-_READ_AHEAD = 2**26  # pixels: larger pictures are opened before their turn, but not read
-_KINDS = (_FEW, _MANY, "objects.csv", "overlay.png", _SUMMARY)
+_AHEAD, _BEHIND = 2, 2  # inputs that are read before, or written after, their turn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or glob pattern")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob pattern")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     add_result_arguments(parser)
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="leave pictures alone whose results by this model are there, whole and unchanged, "
+        help="leave inputs alone whose results by this model are there, whole and unchanged, "
         "whatever its other options were",
     )
     parser.add_argument(
@@ -92,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale", type=float, metavar="FACTOR", help="resize pictures for the network by this"
     )
     add_picture_arguments(parser)
+    add_feature_argument(parser)
     add_model_arguments(parser)
 
 
@@ -101,44 +102,41 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, processes: Processes) -> int:
+    import torch
     from tqdm import tqdm
 
     results = Results(overwrite=options.overwrite)
-    paths, problems, left_out = find_pictures(options.images)
+
+    def prepared() -> Inputs:
+        inputs = inputs_of(model_from(options), options)
+        inputs.prepare()
+        return inputs
+
+    inputs = processes.alike(prepared)
+    paths, problems, left_out = inputs.find(options.inputs)
     for problem in problems if processes.main else ():
         say(f"pointformer: error: {problem}", error=True)
     if not paths:
         return 1
-    processes.gathered(None)  # all have listed the pictures before the first writes beside them
+    processes.gathered(None)  # all have listed the inputs before the first writes beside them
     results.protect([*paths, options.model])
-
-    def prepared() -> Model:
-        from pointformer.segmentation.segment import check_options
-
-        model = model_from(options, small=is_small(paths))
-        check_options(
-            model,
-            tile=options.tile,
-            overlap=options.overlap,
-            min_score=options.min_score,
-            scale=options.scale,
-            diameter=options.diameter,
-        )
-        make_folder(options.out)
-        return model
-
-    model = processes.alike(prepared)
+    processes.alike(partial(make_folder, options.out))
+    if options.threads is None and len(paths) == 1 and inputs.are_small(paths):
+        # Compiling the kernels for several threads, on a first run, takes longer than it saves.
+        torch.set_num_threads(1)
     failures = len(problems) if processes.main else 0
     total = len(paths) + len(problems)
-    todo = processes.own(list(zip(paths, result_names(paths), strict=True)))
+    todo = processes.own(list(zip(paths, result_names(paths, inputs.suffixes), strict=True)))
     if options.resume:
-        todo = [pair for pair in todo if not _is_done(pair[1], options)]
+        todo = [pair for pair in todo if not _is_done(pair[1], inputs)]
     paths, names = [path for path, _ in todo], [name for _, name in todo]
-    # No bar where nobody sees it move: in a log, or for one picture.
+    # No bar where nobody sees it move: in a log, or for one input.
     bar = tqdm(
-        total=len(paths), disable=True if total == 1 or not processes.main else None, unit="image"
+        total=len(paths),
+        disable=True if total == 1 or not processes.main else None,
+        unit=inputs.key,
     )
-    with contextlib.closing(_segment_files(model, paths, names, options, results)) as done:
+    with contextlib.closing(_segment_files(inputs, paths, names, results)) as done:
         for path, outcome in done:
             bar.update()
             try:
@@ -155,59 +153,45 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
     if processes.main and (total > 1 or left_out):
         more = f", {left_out} results of earlier runs left out" if left_out else ""
         say(
-            f"{total - failures} of {total} pictures done{more}; "
+            f"{total - failures} of {total} {inputs.noun}s done{more}; "
             f"results in {printable(str(options.out))}"
         )
     return 1 if failures else 0
 
 
 def _segment_files(
-    model: Model,
-    paths: Sequence[Path],
-    names: Sequence[str],
-    options: argparse.Namespace,
-    results: Results,
+    inputs: Inputs, paths: Sequence[Path], names: Sequence[str], results: Results
 ) -> Generator[tuple[Path, Future[Future[str]]], None, None]:
-    """Each picture, in order, with what was found in it in words, or the error, once it is done.
+    """Each input, in order, with what was found in it in words, or the error, once it is done.
 
-    While the network looks at pictures, see `_looking`, the next ones are read and those before are
+    While the network looks at inputs, see `_looking`, the next ones are read and those before are
     written. Where this is ended early, what is being written becomes complete, and what is not
     begun never is.
     """
-    from pointformer.segmentation.segment import segment
-
-    # One picture has nothing to overlap with, and is ended at once.
+    # One input has nothing to overlap with, and is ended at once.
     executor = partial(ThreadPoolExecutor, 1) if len(paths) > 1 else _InThisThread
     large = threading.Lock()  # one at a time, as its memory is
 
-    def look(name: str, opened: Future[Picture]) -> Future[str]:
-        """Find what is in a picture; its results are written next."""
-        files = _files_of(name, options.out, results)
-        picture = opened.result()
+    def look(path: Path, name: str, reading: Future[Any]) -> Future[str]:
+        """Find what is in an input; its results are written next."""
+        files = _files_of(path, name, inputs, results)
+        opened = reading.result()
         if ended.is_set():
             raise CancelledError
-        with large if math.prod(picture.shape) > SMALL else contextlib.nullcontext():
-            result = segment(
-                model,
-                picture,
-                tile=options.tile,
-                overlap=options.overlap,
-                min_score=options.min_score,
-                scale=options.scale,
-                diameter=options.diameter,
-            )
-        return writing.submit(write, result, name, files, options.model, results)
+        with large if inputs.is_large(opened) else contextlib.nullcontext():
+            result = inputs.segment(opened, path)
+        return writing.submit(write, result, name, files, inputs, results)
 
     ended = threading.Event()
-    with executor() as reading, executor() as writing, _looking(paths, options) as (looking, looks):
-        ahead: deque[Future[Picture]] = deque()
+    with executor() as reading, executor() as writing, _looking(paths, inputs) as (looking, looks):
+        ahead: deque[Future[Any]] = deque()
         behind: deque[tuple[Path, Future[Future[str]]]] = deque()
         todo = iter(paths)
         try:
             for path, name in zip(paths, names, strict=True):
                 for following in islice(todo, _AHEAD - len(ahead)):
-                    ahead.append(reading.submit(_read, following, options))
-                behind.append((path, looking.submit(look, name, ahead.popleft())))
+                    ahead.append(reading.submit(inputs.open, following))
+                behind.append((path, looking.submit(look, path, name, ahead.popleft())))
                 while behind and (_is_over(behind[0][1]) or len(behind) >= looks + _BEHIND):
                     yield behind.popleft()
             yield from behind
@@ -218,27 +202,25 @@ def _segment_files(
 
 
 def _is_over(looked: Future[Future[str]]) -> bool:
-    """Whether a picture's results are written, or what went wrong is known."""
+    """Whether an input's results are written, or what went wrong is known."""
     return looked.done() and (looked.exception() is not None or looked.result().done())
 
 
 @contextlib.contextmanager
-def _looking(
-    paths: Sequence[Path], options: argparse.Namespace
-) -> Generator[tuple[Executor, int], None, None]:
-    """Device and threads of the network, and how many pictures at a time.
+def _looking(paths: Sequence[Path], inputs: Inputs) -> Generator[tuple[Executor, int], None, None]:
+    """Device and threads of the network, and how many inputs at a time.
 
-    With two or three threads, small pictures are looked at side by side, by a thread each: in
-    threads that share one picture, one waits while the other does what cannot be shared. Large
-    ones, and more threads, are for one picture after the other, in this thread, which can be
+    With two or three threads, small inputs are looked at side by side, by a thread each: in
+    threads that share one input, one waits while the other does what cannot be shared. Large
+    ones, and more threads, are for one input after the other, in this thread, which can be
     interrupted.
     """
     import torch
 
     threads = torch.get_num_threads()
     sample = paths[:: len(paths) // 16 + 1]
-    small = options.tile is None and all(is_small([path]) for path in sample)
-    if len(paths) == 1 or not 1 < threads < 4 or not small or options.device != "cpu":
+    few = len(paths) == 1 or not 1 < threads < 4 or inputs.options.device != "cpu"
+    if few or not inputs.are_small(sample):
         yield _InThisThread(), 1
         return
     try:
@@ -262,41 +244,37 @@ class _InThisThread(Executor):
         return future
 
 
-def _read(path: Path, options: argparse.Namespace) -> Picture:
-    """A picture that is open, and in memory unless it is large."""
-    from pointformer.data.images import open_picture
-
-    picture = open_picture(path, **reading_from(options))
-    small = math.prod(picture.shape) <= _READ_AHEAD
-    return picture.loaded() if small and options.tile is None else picture
-
-
-def _files_of(name: str, out: Path, results: Results) -> dict[str, Path]:
-    """Paths of a picture's results; an error if one cannot be written there."""
+def _files_of(path: Path, name: str, inputs: Inputs, results: Results) -> dict[str, Path]:
+    """Paths of an input's results by kind; an error if one cannot be written there."""
     # Names are the file system's own here: in "./C:x.png" the colon makes no drive.
-    files = {kind: path_inside(out, f"./{name}_{kind}") for kind in _KINDS}
-    for kind in _KINDS:
-        if kind != _MANY:
-            results.check(files[kind])
+    files = {
+        kind: path_inside(inputs.options.out, f"./{name}_{kind}") for kind in inputs.kinds(path)
+    }
+    for kind, file in files.items():
+        if kind not in inputs.unchecked():
+            results.check(file)
     return files
 
 
-def _is_done(name: str, options: argparse.Namespace) -> bool:
+def _is_done(name: str, inputs: Inputs) -> bool:
     with contextlib.suppress(OSError, ValueError):
-        summary = path_inside(options.out, f"./{name}_{_SUMMARY}")
-        return is_complete(summary, image=name, model=options.model)
+        summary = path_inside(inputs.options.out, f"./{name}_{inputs.summary}")
+        return is_complete(summary, **_whose(name, inputs))
     return False
 
 
+def _whose(name: str, inputs: Inputs) -> dict[str, str]:
+    return {inputs.key: name, "model": inputs.options.model}
+
+
 def write(
-    result: Segmentation, name: str, files: Mapping[str, Path], model: str, results: Results
+    found: Found, name: str, files: Mapping[str, Path], inputs: Inputs, results: Results
 ) -> str:
-    """Write the four files of one picture; one that cannot be made does not keep back the others.
+    """Write the files of one input; one that cannot be made does not keep back the others.
 
     Args:
-        name: of the picture, for the summary.
-        files: where each of `_KINDS` goes. Of the two kinds of label maps the one that holds the
-            ids is written. Those of an earlier run that get no new content are removed.
+        name: of the input, for the summary.
+        files: where each kind goes. Those of an earlier run that get no new content are removed.
 
     Returns:
         What was found, in words.
@@ -304,20 +282,20 @@ def write(
     Raises:
         ValueError: naming each file that could not be written, and why.
     """
-    labels = _FEW if result.num_objects <= 65535 else _MANY
-    files[labels].parent.mkdir(parents=True, exist_ok=True)
+    files[inputs.summary].parent.mkdir(parents=True, exist_ok=True)
     failures: dict[Path, Exception] = {}
     made: dict[Path, Path] = {}
+
+    def summarize(path: Path) -> None:
+        contents = {file.name: content_of(temporary) for file, temporary in made.items()}
+        write_sealed(path, {**_whose(name, inputs), **found.description, "files": contents})
+
     with contextlib.ExitStack() as stack:
-        for kind in (labels, "objects.csv", "overlay.png", _SUMMARY):
+        for kind, writer in {**found.writers, inputs.summary: summarize}.items():
             file = files[kind]
             try:
                 temporary = stack.enter_context(temporary_path(file))
-                if kind == _SUMMARY:
-                    contents = {other.name: content_of(path) for other, path in made.items()}
-                    _write_summary(temporary, result, name, model, contents)
-                else:
-                    _WRITERS[kind](temporary, result)
+                writer(temporary)
                 sync(temporary)
                 made[file] = temporary
             except Exception as error:
@@ -330,61 +308,4 @@ def write(
         file.unlink(missing_ok=True)
     if failures:
         raise ValueError("; ".join(f"not written: {reason(failures[f], f)}" for f in failures))
-    tokens = " -> ".join(str(n) for n in result.tokens)
-    return f"{result.num_objects} objects in {result.seconds:.2f} s, tokens {tokens}"
-
-
-def _write_labels(path: Path, result: Segmentation) -> None:
-    from PIL import Image
-
-    Image.fromarray(result.labels.astype("uint16")).save(path)
-
-
-def _write_many_labels(path: Path, result: Segmentation) -> None:
-    import tifffile
-
-    # A PNG has no 32 bits. Fiji, napari and scikit-image read this.
-    tifffile.imwrite(path, result.labels.astype("uint32"), compression="zlib")
-
-
-def _write_objects(path: Path, result: Segmentation) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        rows = csv.writer(file)
-        rows.writerow(["id", "class", "score", "area", "x", "y", "left", "top", "right", "bottom"])
-        for item in result.objects():
-            x, y = item.centroid
-            kind, score = result.class_name(item.id), result.scores[item.id - 1]
-            rows.writerow(
-                [item.id, kind, f"{score:.3f}", item.area, f"{x:.2f}", f"{y:.2f}", *item.box]
-            )
-
-
-def _write_overlay(path: Path, result: Segmentation) -> None:
-    from pointformer.segmentation.drawing import overlay
-
-    overlay(result).save(path)
-
-
-def _write_summary(
-    path: Path, result: Segmentation, name: str, model: str, files: Mapping[str, str]
-) -> None:
-    height, width = result.labels.shape
-    description = {
-        "image": name,
-        "width": width,
-        "height": height,
-        "model": model,
-        "count": result.num_objects,
-        "seconds": round(result.seconds, 4),
-        "tokens": list(result.tokens),
-        "files": files,
-    }
-    write_sealed(path, description)
-
-
-_WRITERS = {
-    _FEW: _write_labels,
-    _MANY: _write_many_labels,
-    "objects.csv": _write_objects,
-    "overlay.png": _write_overlay,
-}
+    return found.words

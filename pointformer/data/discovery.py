@@ -18,6 +18,9 @@ PICTURE_SUFFIXES = MAP_SUFFIXES | {
     *(".btf", ".tf8", ".lsm", ".stk", ".svs", ".ndpi", ".scn", ".qptiff"),  # kinds of TIFF
 }
 
+CLOUD_SUFFIXES = frozenset({".las", ".laz", ".ply", ".npz", ".xyz", ".pts", ".asc"})
+"""Of point clouds; columns of text in .txt and .csv are some only where a user says so."""
+
 _LITTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
 """Folders that operating systems and file servers put beside pictures."""
 
@@ -65,13 +68,15 @@ def pictures_in(
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
-def picture_name(file_name: str | os.PathLike[str]) -> str:
+def picture_name(
+    file_name: str | os.PathLike[str], suffixes: frozenset[str] = PICTURE_SUFFIXES
+) -> str:
     """Name of a picture: its path in its data set without the suffix, as "site1/a".
 
     Only the suffixes of pictures are taken off: "scan.1" and "scan.2" are two names.
     """
     path = PurePosixPath(file_name)
-    return str(path.with_suffix("") if path.suffix.lower() in PICTURE_SUFFIXES else path)
+    return str(path.with_suffix("") if path.suffix.lower() in suffixes else path)
 
 
 def pictures_by_name(

@@ -21,6 +21,7 @@ import torch
 from pointformer.annotations import VOID, Category
 from pointformer.data.annotations import Annotation, Dataset, Entry, named_categories
 from pointformer.data.images import Reading
+from pointformer.data.points.columns import feature_of
 from pointformer.tokens import TokenSet
 
 SPLITS = ("train", "val", "test")
@@ -254,10 +255,11 @@ def _read_scene(
     labels = _checked(path, "label", archive["label"], (count,))
     columns = []
     for feature in features:
-        values = _checked(path, feature, archive[feature], (count,)).astype(np.float32)
-        if feature == "intensity":
-            values = np.minimum(values / max(float(np.percentile(values, 99)), 1e-6), 1)
-        columns.append(values)
+        values = _checked(path, feature, archive[feature], (count,))
+        try:
+            columns.append(feature_of(feature, {feature: values}))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     table = np.stack(columns, 1) if columns else None
     if split:
         rows = archive["split"] == SPLITS.index(split)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from pointformer.annotations import Category
     from pointformer.segmentation.segment import Segmentation
 
-_GAP, _CAPTION, _PANEL = 8, 24, 400
+GAP, CAPTION, PANEL = 8, 24, 400
 # Dark to light and evenly spaced in lightness, so that it reads in gray as well.
 _HEAT = np.array(
     [(8, 4, 40), (72, 16, 110), (152, 38, 110), (222, 74, 70), (250, 150, 30), (252, 244, 160)]
 )
+
+
+def caption_font() -> Any:
+    """Of captions and legends."""
+    return ImageFont.load_default(14)
 
 
 def outline(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -48,20 +53,20 @@ def overlay(result: Segmentation) -> Image.Image:
     picture = np.where(result.labels[..., None] > 0, tinted, picture).astype(np.uint8)
     picture = outline(picture, result.labels)
     shown = [result.categories[number] for number in sorted(set(result.classes))]
-    return _with_legend(Image.fromarray(picture), shown)
+    return with_legend(Image.fromarray(picture), shown)
 
 
-def _with_legend(picture: Image.Image, categories: Sequence[Category]) -> Image.Image:
+def with_legend(picture: Image.Image, categories: Sequence[Category]) -> Image.Image:
     """The picture above a row of color keys, in as many lines as its width needs."""
-    font = ImageFont.load_default(14)
-    places, x, y = [], _GAP, _GAP
+    font = caption_font()
+    places, x, y = [], GAP, GAP
     for category in categories:
-        width = 20 + round(font.getlength(category.name)) + 2 * _GAP
-        if x + width > picture.width and x > _GAP:
-            x, y = _GAP, y + 20
+        width = 20 + round(font.getlength(category.name)) + 2 * GAP
+        if x + width > picture.width and x > GAP:
+            x, y = GAP, y + 20
         places.append((x, y))
         x += width
-    height = y + 20 + _GAP if categories else 0
+    height = y + 20 + GAP if categories else 0
     sheet = Image.new("RGB", (picture.width, picture.height + height), "white")
     sheet.paste(picture, (0, 0))
     draw = ImageDraw.Draw(sheet)
@@ -91,12 +96,12 @@ def focus_picture(image: np.ndarray, stages: list[StageOutput], stride: int) -> 
         stride: pixels per cell of the first stage's grid.
     """
     height, width = image.shape[:2]
-    scale = _PANEL / max(height, width)
+    scale = PANEL / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     photo = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
     total = stages[0].tokens.num_tokens
     top = [(photo, f"input, {width} x {height} px")]
-    bottom = [(_legend(size), "importance")]
+    bottom = [(heat_legend(size), "importance")]
     for number, (before, after) in enumerate(itertools.pairwise(stages), 1):
         kept = after.tokens
         share = 100 * kept.num_tokens / total
@@ -135,28 +140,29 @@ def _nearest(stage: StageOutput, first: StageOutput) -> np.ndarray:
     return grid[0, 0].cpu().numpy()
 
 
-def _legend(size: tuple[int, int]) -> Image.Image:
+def heat_legend(size: tuple[int, int]) -> Image.Image:
+    """The colors of `heat` from 0 to 1."""
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
-    width = max(1, size[0] - 2 * _GAP)
+    width = max(1, size[0] - 2 * GAP)
     bar = heat(np.tile(np.linspace(0, 1, width), (20, 1)))
-    picture.paste(Image.fromarray(bar), (_GAP, _GAP))
-    font = ImageFont.load_default(14)
-    draw.text((_GAP, _GAP + 24), "0", "black", font)
-    draw.text((size[0] - _GAP, _GAP + 24), "1", "black", font, anchor="ra")
+    picture.paste(Image.fromarray(bar), (GAP, GAP))
+    font = caption_font()
+    draw.text((GAP, GAP + 24), "0", "black", font)
+    draw.text((size[0] - GAP, GAP + 24), "1", "black", font, anchor="ra")
     return picture
 
 
 def panels(rows: list[list[tuple[Image.Image, str]]], size: tuple[int, int]) -> Image.Image:
     """Pictures of one size, (width, height) in pixels, with captions, in rows."""
     columns = max(len(row) for row in rows)
-    step = (size[0] + _GAP, size[1] + _CAPTION + _GAP)
-    sheet = Image.new("RGB", (columns * step[0] + _GAP, len(rows) * step[1] + _GAP), "white")
+    step = (size[0] + GAP, size[1] + CAPTION + GAP)
+    sheet = Image.new("RGB", (columns * step[0] + GAP, len(rows) * step[1] + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
+    font = caption_font()
     for r, row in enumerate(rows):
         for c, (panel, caption) in enumerate(row):
-            left, upper = _GAP + c * step[0], _GAP + r * step[1]
+            left, upper = GAP + c * step[0], GAP + r * step[1]
             draw.text((left, upper), caption, "black", font)
-            sheet.paste(panel, (left, upper + _CAPTION))
+            sheet.paste(panel, (left, upper + CAPTION))
     return sheet

@@ -36,6 +36,7 @@ class FakeModel:
     """Tells a record of calls what is done with it."""
 
     name, head_name, task, categories, num_classes, backbone = "fake", "dense", None, None, 3, None
+    of_points = False
     config = image_config = SimpleNamespace(image_size=64, in_channels=3, patch_stride=4)
 
     def __init__(self, seen):
@@ -197,10 +198,20 @@ TABLE = {
         (["--overlap", "32"], option("segment", "overlap"), 32),
         (["--resume"], lambda seen: "_is_done" in seen, True),
         (["--min-score", "0"], option("segment", "min_score"), 0.0),
+        (
+            ["--features", "a"],
+            lambda seen: "--features: is for models of point clouds" in seen["errors"],
+            True,
+        ),
     ],
     "focus": [
         *MODEL,
         *reading("read_image"),
+        (
+            ["--features", "a"],
+            lambda seen: "--features: is for models of point clouds" in seen["errors"],
+            True,
+        ),
         (["b.png"], lambda seen: seen["height"], 16),
         (["--out", "no/p.png"], lambda seen: "no: there is no such folder" in seen["errors"], True),
     ],
@@ -362,15 +373,11 @@ def test_the_table_has_every_option(command):
 @pytest.mark.parametrize(
     ("sides", "threads"), [([(2048, 2048)], 1), ([(2048, 2049)], None), ([(9, 9), (9, 9)], None)]
 )
-def test_one_small_picture_takes_one_thread(tmp_path, monkeypatch, sides, threads):
+def test_one_small_picture_takes_one_thread(seen, tmp_path, monkeypatch, sides, threads):
     """Compiling kernels for several would take longer than they save; large pictures take all."""
-    from pointformer.cli.common import is_small, model_from
-
     paths = [tmp_path / f"{n}.png" for n in range(len(sides))]
     for path, size in zip(paths, sides, strict=True):
         Image.new("1", size).save(path)
-    seen = []
-    monkeypatch.setattr(torch, "set_num_threads", seen.append)
-    options = cli._parser().parse_args(["segment", *map(str, paths), "--out", "o"])
-    model_from(options, small=is_small(paths))
-    assert seen == ([threads] if threads else [])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)  # too many for a picture each
+    cli.main(["segment", *map(str, paths), "--out", "o"])
+    assert seen.get("set_num_threads") == (threads and ((threads,), {}))

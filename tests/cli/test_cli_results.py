@@ -18,6 +18,7 @@ from PIL import Image
 from helpers.models import SMALL
 from pointformer import cli
 from pointformer._files import TEMPORARY_PREFIX
+from pointformer.cli import pictures
 from pointformer.cli import results as results_of_runs
 from pointformer.cli import segment as command
 from pointformer.cli.common import printable, reason, result_names
@@ -454,7 +455,7 @@ def test_a_file_that_cannot_be_written_keeps_back_no_other(
     if kind == "summary.json":
         monkeypatch.setattr(command, "write_sealed", fail)
     else:
-        monkeypatch.setitem(command._WRITERS, kind, fail)
+        monkeypatch.setitem(pictures._WRITERS, kind, fail)
     code, _, text = run(capsys, *arguments)
     assert code == 1
     assert text.count("\n") == 1
@@ -471,7 +472,7 @@ def test_class_names_of_any_alphabet_in_the_table(monkeypatch):
     names = (Category(0, "Zelle, ä 漢", True, (1, 2, 3)),)
     result = replace(found(np.ones((2, 2), np.int32)), categories=names)
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    command._write_objects(Path("o.csv"), result)
+    pictures._write_objects(Path("o.csv"), result)
     rows = list(csv.reader(Path("o.csv").read_text(encoding="utf-8").splitlines()))
     assert rows[1][1] == "Zelle, ä 漢"
 

@@ -105,7 +105,7 @@ def test_classes_that_do_not_fit(tmp_path):
     tile(tmp_path / "old.las", point_format=3, version="1.2")
     for classes, error, message in (
         (torch.zeros(499, dtype=torch.int64), ValueError, "expected those of 500 points, got 499"),
-        (torch.full((500,), 40), ValueError, "codes from 0 to 31 in point format 3, got 40 to 40"),
+        (torch.full((500,), 40), ValueError, "codes from 0 to 31 in this file, got 40 to 40"),
         (torch.zeros(500), TypeError, "classes: expected integers"),
     ):
         with pytest.raises(error, match=message):

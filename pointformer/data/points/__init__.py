@@ -1,36 +1,49 @@
 """Point clouds in files: LAS and LAZ, PLY, NPZ, and text in columns (XYZ, PTS, CSV).
 
-A format is a module with `read`, from a path to columns by name, and `write`, the way back.
+A format is a module with `read`, from a path to columns by name, `write`, the way back, and
+`write_classes`, a copy of a file with a class per point.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pointformer._checks import brief, check_count, check_flags, describe
+from pointformer._checks import brief, check_count, check_flags, check_tensor, describe
 from pointformer._files import atomic_path
 from pointformer.data.points import las, npz, ply, text
-from pointformer.data.points.columns import columns_of, field_of, positions_of, together
-from pointformer.data.points.las import write_classes
+from pointformer.data.points.columns import (
+    columns_of,
+    feature_of,
+    field_of,
+    positions_of,
+    together,
+)
 from pointformer.tokens import TokenSet
 
-__all__ = ["iterate_points", "read_points", "write_classes", "write_points"]
+__all__ = [
+    "class_limit",
+    "iterate_points",
+    "points_suffix",
+    "read_points",
+    "write_classes",
+    "write_points",
+]
 
-_WRITERS = {
-    ".las": las.write,
-    ".laz": las.write,
-    ".ply": ply.write,
-    ".npz": npz.write,
-    ".xyz": text.write,
-    ".txt": text.write,
-    ".csv": text.write,
+_FORMATS = {
+    las: (".las", ".laz"),
+    ply: (".ply",),
+    npz: (".npz",),
+    text: (".xyz", ".txt", ".csv", ".pts", ".asc"),
 }
+
+_WRITERS = {suffix: kind.write for kind, suffixes in _FORMATS.items() for suffix in suffixes}
 
 
 def read_points(
@@ -38,6 +51,7 @@ def read_points(
     *,
     fields: Sequence[str] | None = None,
     origin: Tensor | None = None,
+    features: Sequence[str] | None = None,
 ) -> TokenSet:
     """A point cloud as a token set of one sample: world coordinates, see `TokenSet.from_world`, and
     all else that the file says of its points as `fields` of the same names.
@@ -59,16 +73,22 @@ def read_points(
         path: a file.
         fields: names of those to keep; `None` keeps all.
         origin: as for `TokenSet.from_world`; zeros leave the coordinates as they are, rounded.
+        features: names of columns that become the features (T, C) float32, in this order, as
+            models of points are trained with them: `intensity` is divided by its 99th percentile
+            in the file and at most 1, others are as they are. Groups are not joined here: `red`.
+            `None`: the file's own.
 
     Raises:
         OSError: the file is not there or cannot be read.
-        ValueError: it is no such file, or damaged, or a position is NaN; the message names it.
+        ValueError: it is no such file, or damaged, has no such field, or a position or a feature
+            is NaN; the message names it.
         ImportError: a package of the extra `points` is missing.
     """
     path = _checked_path(path)
-    _check_names(fields)
+    _check_names("fields", fields)
+    _check_names("features", features)
     try:
-        return _set_of(_reader_of(path)(path), fields, origin)
+        return _set_of(_format_of(path).read(path), fields, origin, features)
     except ValueError as error:
         raise ValueError(f"{path}: {_in_a_line(error)}") from None
 
@@ -87,55 +107,65 @@ def iterate_points(
     file has one empty part. Errors are those of `read_points`, in part after parts that are whole.
     """
     path = _checked_path(path)
-    _check_names(fields)
+    _check_names("fields", fields)
     check_count("size", size)
-    reader = _reader_of(path)
+    kind = _format_of(path)
     try:
-        if reader is las.read:
+        if kind is las:
             for columns in las.iterate(path, size):
                 yield _set_of(columns, fields, origin)
             return
-        whole = _set_of(reader(path), fields, origin)
+        whole = _set_of(kind.read(path), fields, origin)
         for rows in torch.arange(whole.num_tokens).split(size):
             yield whole.select(rows, (len(rows),))
     except ValueError as error:
         raise ValueError(f"{path}: {_in_a_line(error)}") from None
 
 
-def _check_names(fields: object) -> None:
-    if fields is not None and (
-        isinstance(fields, str)
-        or not isinstance(fields, Sequence)
-        or not all(isinstance(name, str) for name in fields)
+def _check_names(argument: str, names: object) -> None:
+    if names is not None and (
+        isinstance(names, str)
+        or not isinstance(names, Sequence)
+        or not all(isinstance(name, str) for name in names)
     ):
-        raise TypeError(f"fields: expected names, got {describe(fields)}")
+        raise TypeError(f"{argument}: expected names, got {describe(names)}")
 
 
-def _reader_of(path: Path) -> Callable[[Path], dict[str, np.ndarray]]:
+def _format_of(path: Path) -> Any:
+    """The module of a file's format, told by its content."""
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"LASF":
-        return las.read
+        return las
     if start[:3] == b"ply":
-        return ply.read
+        return ply
     if start == b"PK\x03\x04":
-        return npz.read
-    return text.read
+        return npz
+    return text
 
 
 def _set_of(
-    columns: dict[str, np.ndarray], fields: Sequence[str] | None, origin: Tensor | None
+    columns: dict[str, np.ndarray],
+    fields: Sequence[str] | None,
+    origin: Tensor | None,
+    features: Sequence[str] | None = None,
 ) -> TokenSet:
+    rows = None
+    if features is not None:
+        chosen = [feature_of(name, columns) for name in features]
+        count = len(next(iter(columns.values()), ()))
+        rows = torch.from_numpy(np.stack(chosen, 1) if chosen else np.zeros((count, 0), np.float32))
     columns = together(columns)
     positions = torch.from_numpy(positions_of(columns))
-    features = columns.pop("features", None)
-    named = {name: field_of(name, values) for name, values in columns.items()}
+    own = columns.pop("features", None)
     if fields is not None:
         for name in fields:
-            if name not in named:
-                raise ValueError(f"has no field {brief(name)}, only {', '.join(named)}")
-        named = {name: named[name] for name in fields}
-    rows = None if features is None else field_of("features", features)
+            if name not in columns:
+                raise ValueError(f"has no field {brief(name)}, only {', '.join(columns)}")
+        columns = {name: columns[name] for name in fields}
+    named = {name: field_of(name, values) for name, values in columns.items()}
+    if rows is None and own is not None:
+        rows = field_of("features", own)
     return TokenSet.from_world(positions, rows, origin=origin, fields=named)
 
 
@@ -143,11 +173,11 @@ def write_points(
     path: str | os.PathLike[str], tokens: TokenSet, *, overwrite: bool = False
 ) -> None:
     """World coordinates and `fields` of one sample, in the format of the path's suffix: .las, .laz,
-    .ply, .npz, .xyz, .txt or .csv. `read_points` is the way back.
+    .ply, .npz, or columns of text in .xyz, .txt, .csv, .pts or .asc. `read_points` is the way back.
 
     A LAS file gets fields that are dimensions of point formats 6 and 7 as these, others as extra
-    dimensions; NPZ alone holds features. To change the classes of a LAS file that is there, and
-    nothing else, use `write_classes`.
+    dimensions; NPZ alone holds features. To change the classes of a file that is there, and nothing
+    else, use `write_classes`.
 
     Raises:
         FileExistsError: there is such a file, and not `overwrite`.
@@ -176,6 +206,77 @@ def write_points(
             writer(temporary, columns)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {_in_a_line(error)}") from None
+
+
+def write_classes(
+    path: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    classes: Tensor,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """A copy of a file of points with other classes, `classification`, in the format of the source.
+
+    * LAS and LAZ (where `path` ends in .laz): all else stays, header, coordinate system, other
+      records and every other dimension of the points, bit for bit. A cloud-optimized LAZ becomes a
+      plain one, since its index is not written.
+    * PLY: all elements and comments stay, and whether it is text.
+    * NPZ: all arrays stay, those that have no row per point too.
+    * Text: all columns stay, coordinates with nine significant digits of the extent; names of the
+      columns are in a first line, which starts with "#" unless `path` ends in .csv.
+
+    Args:
+        path: of the copy.
+        source: the file.
+        classes: (T,) integers from 0 to 255, or 31 in LAS point formats 0 to 5 (see `class_limit`),
+            the code of each of its points, in its order.
+
+    Raises:
+        FileExistsError: there is such a file, and not `overwrite`; or it is the source.
+        TypeError, ValueError: the source is no such file, or the classes do not fit its points.
+        ImportError: a package of the extra `points` is missing.
+    """
+    check_flags(overwrite=overwrite)
+    codes = check_tensor("classes", classes, ("T",))
+    if codes.is_floating_point() or codes.is_complex():
+        raise TypeError(f"classes: expected integers, got {codes.dtype}")
+    codes = codes.detach().cpu().long()
+    path, source = _checked_path(path), _checked_path(source)
+    if os.path.lexists(path) and (not overwrite or os.path.samefile(path, source)):
+        raise FileExistsError(f"{path}: is there already")
+    try:
+        kind = _format_of(source)
+        most = class_limit(source)
+        if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) <= most:
+            raise ValueError(
+                f"classes: expected codes from 0 to {most} in this file, got {int(codes.min())} to "
+                f"{int(codes.max())}"
+            )
+        with atomic_path(path, replace=overwrite) as temporary:
+            kind.write_classes(temporary, source, codes.numpy().astype(np.uint8))
+    except ValueError as error:
+        raise ValueError(f"{source}: {_in_a_line(error)}") from None
+
+
+def class_limit(path: str | os.PathLike[str]) -> int:
+    """The largest code of a class that a file of points can hold: 255, or 31 in LAS point formats 0
+    to 5.
+
+    Raises:
+        OSError, ValueError: the file cannot be read.
+        ImportError: a package of the extra `points` is missing.
+    """
+    path = _checked_path(path)
+    return las.class_limit(path) if _format_of(path) is las else 255
+
+
+def points_suffix(path: str | os.PathLike[str]) -> str:
+    """The suffix of other files in the format of this one: its own, in lower case, if that is one
+    of its format's, which its content tells; else the format's first."""
+    path = _checked_path(path)
+    suffixes = _FORMATS[_format_of(path)]
+    own = path.suffix.lower()
+    return own if own in suffixes else suffixes[0]
 
 
 def _checked_path(path: object) -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pointformer._checks import brief
 from pointformer.tokens import TokenSet
 
 AXES = ("x", "y", "z")
@@ -41,6 +43,25 @@ def field_of(name: str, values: np.ndarray) -> Tensor:
     if values.dtype.name == "uint64" and values.size and values.max() > np.iinfo(np.int64).max:
         raise ValueError(f"field {name} has integers that int64 does not hold")
     return torch.from_numpy(np.array(values, dtype))
+
+
+def feature_of(name: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(n,) float32 of a column as models of points see it: see `read_points`."""
+    if name not in columns:
+        have = ", ".join(other for other in columns if other not in AXES)
+        raise ValueError(
+            f"has no {brief(name)}, which the model wants of each point, only {have or 'x, y, z'}"
+        )
+    values = np.asarray(columns[name])
+    if values.ndim != 1 or values.dtype.kind not in "fiub":
+        raise ValueError(f"{name}: expected a number for each point, got {brief(values)}")
+    values = values.astype(np.float32)
+    bad = len(values) - np.count_nonzero(np.isfinite(values))
+    if bad:
+        raise ValueError(f"{name}: is NaN or infinite at {bad} of {len(values)} points")
+    if name == "intensity" and len(values):
+        values = np.minimum(values / max(float(np.percentile(values, 99)), 1e-6), 1)
+    return values
 
 
 def columns_of(tokens: TokenSet, whole: bool) -> dict[str, np.ndarray]:

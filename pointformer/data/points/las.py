@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from pointformer._checks import check_flags, check_tensor
-from pointformer._files import atomic_path
 from pointformer.data.points.columns import AXES, resolution_of
 
 _CHUNK = 2_000_000  # points at once
+_INDEX = "copc"  # records of cloud-optimized files with places of points within the file
 _EXTRA = {"bool": np.dtype(np.uint8), "float16": np.dtype(np.float32)}  # dtypes that LAS has not
 
 
@@ -87,35 +84,18 @@ def write(path: Path, columns: dict[str, np.ndarray]) -> None:
     cloud.write(path)
 
 
-def write_classes(
-    path: str | os.PathLike[str],
-    source: str | os.PathLike[str],
-    classes: Tensor,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """A copy of a LAS or LAZ file with other classes; all else stays: header, coordinate system,
-    other records, and every other dimension of the points, bit for bit.
+def class_limit(path: Path) -> int:
+    laspy = _laspy()
+    try:
+        with laspy.open(path) as reader:
+            return 255 if reader.header.point_format.id >= 6 else 31
+    except OSError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from None
 
-    Args:
-        path: of the copy, compressed where it ends in .laz.
-        source: the file.
-        classes: (T,) integers from 0 to 255, or 31 in point formats 0 to 5, the code of each of its
-            points, in its order.
 
-    Raises:
-        FileExistsError: there is such a file, and not `overwrite`; or it is the source.
-        TypeError, ValueError: the source is no such file, or the classes do not fit its points.
-        ImportError: a package of the extra `points` is missing.
-    """
-    check_flags(overwrite=overwrite)
-    codes = check_tensor("classes", classes, ("T",))
-    if codes.is_floating_point() or codes.is_complex():
-        raise TypeError(f"classes: expected integers, got {codes.dtype}")
-    codes = codes.detach().cpu().long()
-    path, source = Path(path), Path(source)
-    if os.path.lexists(path) and (not overwrite or os.path.samefile(path, source)):
-        raise FileExistsError(f"{path}: is there already")
+def write_classes(path: Path, source: Path, codes: np.ndarray) -> None:
     laspy = _laspy()
     try:
         with laspy.open(source) as reader:
@@ -124,30 +104,21 @@ def write_classes(
                 raise ValueError(
                     f"classes: expected those of {header.point_count} points, got {len(codes)}"
                 )
-            most = 255 if header.point_format.id >= 6 else 31
-            if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) <= most:
-                raise ValueError(
-                    f"classes: expected codes from 0 to {most} in point format "
-                    f"{header.point_format.id}, got {int(codes.min())} to {int(codes.max())}"
-                )
-            with (
-                atomic_path(path, replace=overwrite) as temporary,
-                laspy.open(
-                    temporary, "w", header=header, do_compress=path.suffix.lower() == ".laz"
-                ) as writer,
-            ):
+            for record in [record for record in header.vlrs if record.user_id == _INDEX]:
+                header.vlrs.remove(record)
+            compressed = path.suffix.lower() == ".laz"
+            with laspy.open(path, "w", header=header, do_compress=compressed) as writer:
                 start = 0
                 for points in reader.chunk_iterator(_CHUNK):
-                    points.classification = codes[start : start + len(points)].numpy()
+                    points.classification = codes[start : start + len(points)]
                     writer.write_points(points)
                     start += len(points)
                 if start != len(codes):
                     raise ValueError(f"is cut off: {start} of {len(codes)} points are there")
                 if header.version.minor >= 4 and reader.evlrs:
-                    writer.write_evlrs(reader.evlrs)
-    except (OSError, TypeError):
+                    kept = [record for record in reader.evlrs if record.user_id != _INDEX]
+                    writer.write_evlrs(type(reader.evlrs)(kept))
+    except (OSError, TypeError, ValueError):
         raise
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
     except Exception as error:
-        raise ValueError(f"{source}: {_unreadable(source, error)}") from None
+        raise _unreadable(source, error) from None

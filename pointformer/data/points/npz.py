@@ -11,15 +11,11 @@ import numpy as np
 from pointformer._checks import brief
 from pointformer.data.points.columns import AXES
 
-_POSITIONS = ("positions", "xyz", "points", "coord", "pos")
+_POSITIONS = ("positions", "xyz", "points", "coord", "pos", "xyz_cm")
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"cannot be read as NPZ: {error}") from None
+    arrays = _arrays(path)
     for name in _POSITIONS:
         if name in arrays:
             positions = arrays.pop(name)
@@ -27,6 +23,15 @@ def read(path: Path) -> dict[str, np.ndarray]:
                 raise ValueError(f"{name}: expected shape (n, 2) or (n, 3), got {brief(positions)}")
             if positions.dtype.kind not in "fiu":
                 raise ValueError(f"{name}: expected numbers, got {brief(positions)}")
+            if name == "xyz_cm":
+                positions = positions / 100
+            origin = arrays.pop("origin", None)
+            if origin is not None:
+                if origin.shape != positions.shape[1:] or origin.dtype.kind not in "fiu":
+                    raise ValueError(
+                        f"origin: expected {positions.shape[1]} numbers, got {brief(origin)}"
+                    )
+                positions = positions + origin.astype(np.float64)
             arrays |= dict(zip(AXES, positions.T, strict=False))
             break
     if "x" not in arrays:
@@ -39,6 +44,21 @@ def read(path: Path) -> dict[str, np.ndarray]:
     }
 
 
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"cannot be read as NPZ: {error}") from None
+
+
 def write(path: Path, columns: dict[str, np.ndarray]) -> None:
     with path.open("wb") as file:  # a name would get another suffix
         np.savez_compressed(file, **columns)  # type: ignore[arg-type]
+
+
+def write_classes(path: Path, source: Path, codes: np.ndarray) -> None:
+    count = len(read(source)["x"])
+    if len(codes) != count:
+        raise ValueError(f"classes: expected those of {count} points, got {len(codes)}")
+    write(path, {**_arrays(source), "classification": codes})

@@ -22,14 +22,18 @@ def _plyfile() -> Any:
     return plyfile
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
+def _content(path: Path) -> Any:
     plyfile = _plyfile()
     try:
-        content = plyfile.PlyData.read(path)
+        return plyfile.PlyData.read(path)
     except OSError:
         raise
     except Exception as error:  # of plyfile and NumPy; text in its header may be no ASCII
         raise ValueError(f"cannot be read as PLY, it may be cut off: {error}") from None
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    content = _content(path)
     if "vertex" not in content:
         elements = ", ".join(element.name for element in content.elements)
         raise ValueError(f"has no element vertex, only {elements or 'nothing'}")
@@ -50,3 +54,27 @@ def write(path: Path, columns: dict[str, np.ndarray]) -> None:
         fitting[name] = narrower
     element = plyfile.PlyElement.describe(as_table(fitting), "vertex")
     plyfile.PlyData([element], byte_order="<").write(str(path))
+
+
+def write_classes(path: Path, source: Path, codes: np.ndarray) -> None:
+    content = _content(source)
+    vertex = content["vertex"]
+    if len(codes) != vertex.count:
+        raise ValueError(f"classes: expected those of {vertex.count} points, got {len(codes)}")
+    old = vertex.data
+    kinds = [(name, old.dtype[name]) for name in old.dtype.names if name != "classification"]
+    rows = np.empty(len(old), [*kinds, ("classification", np.uint8)])
+    for name, _ in kinds:
+        rows[name] = old[name]
+    rows["classification"] = codes
+    plyfile = _plyfile()
+    lists = [p for p in vertex.properties if isinstance(p, plyfile.PlyListProperty)]
+    element = plyfile.PlyElement.describe(
+        rows,
+        "vertex",
+        len_types={p.name: p.len_dtype for p in lists},
+        val_types={p.name: p.val_dtype for p in lists},
+        comments=vertex.comments,
+    )
+    content.elements = [element if e.name == "vertex" else e for e in content.elements]
+    content.write(str(path))

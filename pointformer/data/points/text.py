@@ -87,3 +87,11 @@ def write(path: Path, columns: dict[str, np.ndarray]) -> None:
     np.savetxt(
         path, table, fmt=formats, delimiter=delimiter, header=header, comments="" if comma else "# "
     )
+
+
+def write_classes(path: Path, source: Path, codes: np.ndarray) -> None:
+    columns = read(source)
+    count = len(columns["x"])
+    if len(codes) != count:
+        raise ValueError(f"classes: expected those of {count} points, got {len(codes)}")
+    write(path, {**columns, "classification": codes})

@@ -1,0 +1,156 @@
+"""From a point cloud to a class of each point."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pointformer import TokenSet
+from pointformer._checks import describe
+from pointformer.annotations import Category
+from pointformer.data.points import read_points
+from pointformer.models import Model
+from pointformer.prediction import predict_points
+from pointformer.tasks import task_of
+from pointformer.tasks.points import PointSegmentation
+from pointformer.tasks.task import Size
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentedCloud:
+    """Result of `segment_points`.
+
+    Attributes:
+        tokens: what was segmented, one sample of T points.
+        classes: (T,) int32 class of each point, a place among `categories`.
+        scores: (T,) float32 probability of that class.
+        categories: names and colors of the classes.
+        seconds: time for the network and for reading its output.
+    """
+
+    tokens: TokenSet
+    classes: np.ndarray
+    scores: np.ndarray
+    categories: tuple[Category, ...]
+    seconds: float
+
+    def counts(self) -> np.ndarray:
+        """(K,) int64 points of each class."""
+        return np.bincount(self.classes, minlength=len(self.categories))
+
+    def mean_scores(self) -> np.ndarray:
+        """(K,) float64 mean score of the points of each class, NaN where there are none."""
+        sums = np.bincount(self.classes, self.scores, minlength=len(self.categories))
+        counts = self.counts()
+        return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def segment_points(model: Model, tokens: TokenSet) -> SegmentedCloud:
+    """Find the class of each point.
+
+    Args:
+        model: for point segmentation.
+        tokens: one sample, with the features that the model was trained with, such as
+            `read_cloud` gives.
+
+    Raises:
+        ValueError, TypeError: the model is made for another task, or the points do not fit it.
+    """
+    task = check_model(model)
+    if not isinstance(tokens, TokenSet):
+        raise TypeError(f"tokens: expected a TokenSet, got {describe(tokens)}")
+    if len(tokens) != 1 or not tokens.num_tokens:
+        raise ValueError(f"tokens: expected one sample with points, got {tokens}")
+    start = time.perf_counter()
+    found = predict_points(model, _Scored(task.categories), tokens)
+    seconds = time.perf_counter() - start
+    return SegmentedCloud(tokens, found["class"], found["score"], task.categories, seconds)
+
+
+def check_model(model: Model) -> PointSegmentation:
+    """The task of a model for point segmentation.
+
+    Raises:
+        ValueError: it is for another one.
+    """
+    task = task_of(model)
+    if not isinstance(task, PointSegmentation):
+        raise ValueError(
+            f"model: {model.name} is made for {task.name!r} and finds no classes of points; use "
+            "one for 'point_segmentation'"
+        )
+    return task
+
+
+def read_cloud(
+    path: str | os.PathLike[str], model: Model, features: Sequence[str] | None = None
+) -> TokenSet:
+    """A file of points as a model of points was trained to see it, see `read_points`.
+
+    Args:
+        features: names of columns; `None`: those that the model's file says it was trained with.
+
+    Raises:
+        OSError, ValueError, ImportError: it is no such file, has no points, or not the dimensions
+            or the features that the model wants; the message names it.
+    """
+    config: Any = model.config
+    names = features_of(model) if features is None else tuple(features)
+    if names is not None and len(names) != config.in_channels:
+        raise ValueError(
+            f"features: {model.name} takes {config.in_channels} for each point, got "
+            f"{', '.join(names) or 'none'}"
+        )
+    tokens = read_points(path, fields=(), features=names)
+    if tokens.dimensions != config.dimensions:
+        raise ValueError(
+            f"{path}: has {tokens.dimensions}-D points, {model.name} takes {config.dimensions}-D"
+        )
+    if not tokens.num_tokens:
+        raise ValueError(f"{path}: has no points")
+    if tokens.channels != config.in_channels:
+        raise ValueError(
+            f"{path}: {model.name} takes {config.in_channels} features for each point and does not "
+            "say which; name them (--features), in the order of its training"
+        )
+    return tokens
+
+
+def features_of(model: Model) -> tuple[str, ...] | None:
+    """Names of the features that a model of points was trained with, or `None` if it does not say.
+
+    They are in the recipe that `pointformer train` leaves in `Model.trained`.
+    """
+    if model.config.in_channels == 0:
+        return ()
+    found: Any = model.trained
+    for key in ("recipe", "data", "features"):
+        found = found.get(key) if isinstance(found, dict) else None
+    named = isinstance(found, list | tuple) and all(isinstance(name, str) for name in found)
+    return tuple(found) if named and len(found) == model.config.in_channels else None
+
+
+class _Scored(PointSegmentation):
+    """Predictions are (n,) of a class and its probability."""
+
+    def decode(
+        self,
+        output: Tensor,
+        sizes: Sequence[Size],
+        output_sizes: Sequence[Size] | None = None,
+        *,
+        min_score: float | None = None,
+    ) -> list[np.ndarray]:
+        # As exp(best - log of the sum): no (T, K) of probabilities.
+        best, classes = output.float().max(1)
+        scores = torch.exp(best - output.float().logsumexp(1)).cpu().numpy()
+        found = np.empty(len(output), [("class", np.int32), ("score", np.float32)])
+        found["class"], found["score"] = classes.cpu().numpy(), scores
+        return np.split(found, np.cumsum([points for points, _ in sizes])[:-1])
