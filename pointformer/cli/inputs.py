@@ -46,6 +46,7 @@ class Inputs(abc.ABC):
         noun: what one is, for messages.
         key: what summaries and progress bars call one.
         suffixes: of those in folders.
+        endings: what the names of results leave out.
         only: options of the commands that are for this kind alone, with their defaults.
         summary: the kind of result that lists the others.
     """
@@ -53,6 +54,7 @@ class Inputs(abc.ABC):
     noun: ClassVar[str]
     key: ClassVar[str]
     suffixes: ClassVar[frozenset[str]]
+    endings: ClassVar[frozenset[str]]
     only: ClassVar[Mapping[str, object]]
     summary = _SUMMARY
 
@@ -141,14 +143,15 @@ class Inputs(abc.ABC):
 
 
 class Pictures(Inputs):
-    noun, key, suffixes = "picture", "image", PICTURE_SUFFIXES
+    noun, key = "picture", "image"
+    suffixes = endings = PICTURE_SUFFIXES
     only: ClassVar[Mapping[str, object]] = {
         **dict.fromkeys(("tile", "overlap", "min_score", "diameter", "scale")),
         **dict.fromkeys(("channel", "plane", "project")),
         "intensities": "percentiles",
         "max_pixels": 2**30,
     }
-    _small = 2**22  # pixels
+    small = 2**22  # pixels
     _read_ahead = 2**26  # pixels: larger pictures are opened before their turn, but not read
 
     def _segmenting(self) -> dict[str, Any]:
@@ -165,7 +168,7 @@ class Pictures(Inputs):
 
         def is_small(path: Path) -> bool:
             try:
-                return math.prod(image_size(path)) <= self._small
+                return math.prod(image_size(path)) <= self.small
             except (OSError, ValueError):
                 return True
 
@@ -189,7 +192,7 @@ class Pictures(Inputs):
         return picture.loaded() if small and self.options.tile is None else picture
 
     def is_large(self, opened: Any) -> bool:
-        return bool(math.prod(opened.shape) > self._small)
+        return bool(math.prod(opened.shape) > self.small)
 
     def segment(self, opened: Any, path: Path) -> Found:
         from pointformer.cli.pictures import found
@@ -213,9 +216,10 @@ class Pictures(Inputs):
 
 
 class Clouds(Inputs):
-    noun, key, suffixes = "point cloud", "cloud", CLOUD_SUFFIXES
+    noun, key = "point cloud", "cloud"
+    suffixes, endings = CLOUD_SUFFIXES, CLOUD_SUFFIXES | {".txt", ".csv"}
     only: ClassVar[Mapping[str, object]] = {"features": None}
-    _small = 2**20  # bytes of the file
+    small = 2**20  # bytes of the file
     _large = 2**17  # points
 
     @property
@@ -233,7 +237,7 @@ class Clouds(Inputs):
     def are_small(self, paths: Sequence[Path]) -> bool:
         def is_small(path: Path) -> bool:
             try:
-                return path.stat().st_size <= self._small
+                return path.stat().st_size <= self.small
             except OSError:
                 return True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,12 @@ def found(result: Segmentation) -> Found:
     labels = _FEW if result.num_objects <= 65535 else MANY
     height, width = result.labels.shape
     tokens = " -> ".join(str(n) for n in result.tokens)
+
+    def writer(kind: str) -> Callable[[Path], None]:
+        return lambda path: _WRITERS[kind](path, result)
+
     return Found(
-        {k: partial(_WRITERS[k], result=result) for k in (labels, "objects.csv", "overlay.png")},
+        {kind: writer(kind) for kind in (labels, "objects.csv", "overlay.png")},
         {
             "width": width,
             "height": height,

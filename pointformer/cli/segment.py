@@ -126,7 +126,7 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
         torch.set_num_threads(1)
     failures = len(problems) if processes.main else 0
     total = len(paths) + len(problems)
-    todo = processes.own(list(zip(paths, result_names(paths, inputs.suffixes), strict=True)))
+    todo = processes.own(list(zip(paths, result_names(paths, inputs.endings), strict=True)))
     if options.resume:
         todo = [pair for pair in todo if not _is_done(pair[1], inputs)]
     paths, names = [path for path, _ in todo], [name for _, name in todo]

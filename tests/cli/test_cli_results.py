@@ -22,6 +22,7 @@ from pointformer.cli import pictures
 from pointformer.cli import results as results_of_runs
 from pointformer.cli import segment as command
 from pointformer.cli.common import printable, reason, result_names
+from pointformer.cli.inputs import Pictures
 from pointformer.cli.results import Results, is_result, save_sealed, write_sealed
 from pointformer.data.images import open_picture
 from pointformer.models import Model, save_model
@@ -609,7 +610,7 @@ def test_an_ended_run_leaves_nothing_half_done(capsys, model, monkeypatch, reque
 
     picture("a.png")
     monkeypatch.setattr(SEGMENT, lambda *a, **k: found(np.ones((4, 6), np.int32)))
-    monkeypatch.setitem(command._WRITERS, "overlay.png", end)
+    monkeypatch.setitem(pictures._WRITERS, "overlay.png", end)
     arguments = ["segment", "a.png", "--out", "o", "--model", model]
     if signal == "SIGINT":
         assert run(capsys, *arguments)[0] == 130
@@ -667,7 +668,7 @@ def test_what_is_wrong_for_all_pictures_is_said_once(capsys, model, options, wor
 
 def test_pictures_side_by_side_are_those_of_one_thread(capsys, model, monkeypatch):
     """The same bits, whatever is ready first, and where large ones wait for each other."""
-    monkeypatch.setattr(command, "SMALL", 35**2)
+    monkeypatch.setattr(Pictures, "small", 35**2)
     rng = np.random.default_rng(0)
     Path("in").mkdir()
     for number in range(7):
