@@ -264,14 +264,12 @@ class Clouds(Inputs):
         return found(segment_points(self.model, opened), path)
 
     def focus(self, path: Path) -> tuple[Image.Image, list[int]]:
-        import torch
-
         from pointformer.segmentation.cloud_drawing import focus_cloud
+        from pointformer.segmentation.clouds import focus_points
 
-        with torch.inference_mode():
-            tokens = self.model.preprocess(self.open(path).to(self.options.device))
-            stages: Any = self.model.backbone(tokens)
-        return focus_cloud(tokens, stages), [stage.tokens.num_tokens for stage in stages]
+        tokens = self.open(path)
+        stages = focus_points(self.model, tokens)
+        return focus_cloud(tokens, stages), [len(stage.rows) for stage in stages]
 
 
 _KINDS: tuple[type[Inputs], ...] = (Pictures, Clouds)

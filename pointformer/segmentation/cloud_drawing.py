@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pointformer.models.backbone import StageOutput
 from pointformer.segmentation.drawing import (
     CAPTION,
     GAP,
@@ -23,7 +22,7 @@ from pointformer.segmentation.drawing import (
 
 if TYPE_CHECKING:
     from pointformer import TokenSet
-    from pointformer.segmentation.clouds import SegmentedCloud
+    from pointformer.segmentation.clouds import KeptPoints, SegmentedCloud
 
 _SIDE = 1200  # pixels of the longer side
 _LEAST = 240  # pixels of the shorter one at the least
@@ -162,33 +161,29 @@ def _captioned(picture: Image.Image, text: str) -> Image.Image:
     return sheet
 
 
-def focus_cloud(tokens: TokenSet, stages: Sequence[StageOutput]) -> Image.Image:
-    """Draw the tokens that a model of points kept and their scores, from above, like
-    `focus_picture`.
+def focus_cloud(tokens: TokenSet, stages: Sequence[KeptPoints]) -> Image.Image:
+    """Draw the points that a model kept and their scores, from above, like `focus_picture`.
 
     Args:
-        tokens: what the backbone saw: one sample, in the units of the model.
-        stages: the backbone's output for it.
+        tokens: the cloud.
+        stages: see `focus_points`.
     """
-    from pointformer import interpolate
+    from scipy.spatial import cKDTree
 
     positions = tokens.positions.cpu().numpy()
     view = above(positions, PANEL, PANEL // 4)
-    heights = positions[:, -1]
-    gray = _shaded(np.full((len(positions), 3), 235, np.uint8), heights)
+    gray = _shaded(np.full((len(positions), 3), 235, np.uint8), positions[:, -1])
     cloud = view.draw(gray)
     top = [(cloud, f"input, {len(positions):,} points")]
     bottom = [(heat_legend(view.size), "importance")]
     for number, (before, after) in enumerate(itertools.pairwise(stages), 1):
-        kept = after.tokens
-        share = 100 * kept.num_tokens / len(positions)
-        dots = _dots(cloud, view, kept.positions.cpu().numpy())
-        top.append((dots, f"kept by merge {number}: {kept.num_tokens:,} tokens ({share:.1f}%)"))
+        count = len(after.rows)
+        share = 100 * count / len(positions)
+        dots = _dots(cloud, view, positions[after.rows])
+        top.append((dots, f"kept by merge {number}: {count:,} tokens ({share:.1f}%)"))
         if before.scores is not None:
-            near = interpolate(
-                before.scores[:, None].float(), before.tokens.positions, tokens.positions, k=1
-            )
-            colors = heat(near[:, 0].cpu().numpy())
+            _, near = cKDTree(positions[before.rows]).query(positions)
+            colors = heat(before.scores[near])
             bottom.append((view.draw(colors, _GRAY), f"scores of stage {number}"))
     return panels([top, bottom], view.size)
 

@@ -1,4 +1,4 @@
-"""From a point cloud to a class of each point."""
+"""From a point cloud to a class of each point, and to the points that a model kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from pointformer._checks import describe
 from pointformer.annotations import Category
 from pointformer.data.points import read_points
 from pointformer.models import Model
-from pointformer.prediction import predict_points
+from pointformer.models.inference import evaluating
+from pointformer.prediction import predict_points, region_of
+from pointformer.segmentation.regions import Regions
 from pointformer.tasks import task_of
 from pointformer.tasks.points import PointSegmentation
 from pointformer.tasks.task import Size
@@ -72,6 +74,59 @@ def segment_points(model: Model, tokens: TokenSet) -> SegmentedCloud:
     found = predict_points(model, _Scored(task.categories), tokens)
     seconds = time.perf_counter() - start
     return SegmentedCloud(tokens, found["class"], found["score"], task.categories, seconds)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptPoints:
+    """The tokens of a stage, which are points of the cloud.
+
+    Attributes:
+        rows: (M,) int64 of the cloud.
+        scores: (M,) float32 importance of each, by which the merge after this stage chose; `None`
+            of the last stage.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray | None
+
+
+def focus_points(model: Model, tokens: TokenSet) -> list[KeptPoints]:
+    """The points that are tokens in each stage of a model, all of them in the first.
+
+    In regions, as `segment_points` predicts: each shows the tokens among the points that it
+    decides.
+
+    Args:
+        tokens: one sample, see `read_cloud`.
+    """
+    from scipy.spatial import cKDTree
+
+    parts: list[list[tuple[np.ndarray, np.ndarray | None]]] = []
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for seen, rows, places in Regions(tokens, region_of(model) or tokens.num_tokens):
+            inputs: Any = model.preprocess(seen.to(device))  # type: ignore[arg-type]
+            stages: Any = model.backbone(inputs)
+            row_of = np.full(seen.num_tokens, -1)
+            row_of[places] = rows
+            tree = cKDTree(inputs.positions.cpu().numpy())
+            part: list[tuple[np.ndarray, np.ndarray | None]] = []
+            for stage in stages:
+                _, place = tree.query(stage.tokens.positions.cpu().numpy())
+                found = row_of[place]
+                scores = None if stage.scores is None else stage.scores.float().cpu().numpy()
+                part.append((found[found >= 0], scores if scores is None else scores[found >= 0]))
+            parts.append(part)
+    kept = []
+    for stage in zip(*parts, strict=True):
+        scores = [part for _, part in stage if part is not None]
+        kept.append(
+            KeptPoints(
+                np.concatenate([rows for rows, _ in stage]),
+                np.concatenate(scores) if scores else None,
+            )
+        )
+    return kept
 
 
 def check_model(model: Model) -> PointSegmentation:

@@ -152,7 +152,7 @@ def test_resume_and_folders(capsys, points_model, quick, monkeypatch):
     monkeypatch.setattr(PREDICT, lambda *a: pytest.fail("computed"))
     assert run(capsys, *arguments, "--resume")[0] == 0
     Path("in/b_points.xyz").write_text("mine")
-    code, _, error = run(capsys, *arguments)
+    code, _, error = run(capsys, *arguments, "--resume")
     assert code == 1
     assert "b_points.xyz: is an input" in error
     assert Path("in/b_points.xyz").read_text() == "mine"
@@ -236,6 +236,7 @@ def test_features_may_be_named(capsys, quick):
     assert run(capsys, *arguments, "--features", "intensity,return_number")[0] == 0
 
 
+@pytest.mark.long
 def test_processes_share_clouds(points_model, tmp_path):
     for name in ("a.laz", "b.ply", "c.npz"):
         write_cloud(tmp_path / "in" / name)
