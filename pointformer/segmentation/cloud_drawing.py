@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _SIDE = 1200  # pixels of the longer side
 _LEAST = 240  # pixels of the shorter one at the least
 _STRAY = 5e-4  # share of the points at each end that may lie outside of a picture
-_WHITE, _GRAY = (255, 255, 255), (150, 150, 150)
+_WHITE, _GRAY, _RED = (255, 255, 255), (150, 150, 150), (255, 60, 50)
 
 
 class View:
@@ -143,7 +143,7 @@ def cloud_pictures(result: SegmentedCloud) -> dict[str, Image.Image]:
         if view.stretch > 1:
             words.append(f"heights {view.stretch:.1f} times as long")
         if view.outside:
-            words.append(f"{view.outside} far away are not shown")
+            words.append(f"without {view.outside} far away")
         pictures[name] = with_legend(_captioned(picture, ", ".join(words)), shown)
     return pictures
 
@@ -196,5 +196,8 @@ def _dots(cloud: Image.Image, view: View, positions: np.ndarray) -> Image.Image:
     radius = int(np.clip(pitch * 0.25, 0, 2))
     columns, rows = view.pixels(positions[:, 0], positions[:, 1])
     for x, y in zip(columns.tolist(), rows.tolist(), strict=True):
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 60, 50))
+        if radius:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_RED)
+        else:
+            draw.point((x, y), fill=_RED)
     return picture

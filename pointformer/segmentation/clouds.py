@@ -105,7 +105,7 @@ def focus_points(model: Model, tokens: TokenSet) -> list[KeptPoints]:
     device = next(model.parameters()).device
     with evaluating(model):
         for seen, rows, places in Regions(tokens, region_of(model) or tokens.num_tokens):
-            inputs: Any = model.preprocess(seen.to(device))  # type: ignore[arg-type]
+            inputs: Any = model.preprocess(seen.to(device))
             stages: Any = model.backbone(inputs)
             row_of = np.full(seen.num_tokens, -1)
             row_of[places] = rows

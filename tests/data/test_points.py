@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from pointformer import TokenSet
+from pointformer.annotations import Category
 from pointformer.data.points import read_points, write_classes, write_points
+from pointformer.data.points.asprs import class_codes
 
 CORNER = np.array([651_000.0, 6_861_000.0, 30.0])  # of a tile in a map projection, in meters
 
@@ -328,3 +330,49 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, module, suffix):
     monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(ImportError, match=rf"{module}: pip install 'pointformer\[points\]'"):
         read_points(tmp_path / f"a.{suffix}")
+
+
+def test_a_cloud_optimized_file_becomes_a_plain_one(tmp_path):
+    """Its index has places of points in the file, which are others in the copy."""
+    tile(tmp_path / "tile.las")
+    cloud = laspy.read(tmp_path / "tile.las")
+    cloud.vlrs.append(laspy.VLR("copc", 1, "info", bytes(160)))
+    cloud.write(tmp_path / "tile.las")
+    write_classes(tmp_path / "new.laz", tmp_path / "tile.las", torch.zeros(500, dtype=torch.uint8))
+    owners = [vlr.user_id for vlr in laspy.read(tmp_path / "new.laz").vlrs]
+    assert "copc" not in owners
+    assert "owner" in owners
+
+
+def test_features_of_points(tmp_path):
+    cloud = tile(tmp_path / "tile.laz")
+    tokens = read_points(tmp_path / "tile.laz", fields=(), features=("intensity", "red"))
+    most = np.percentile(cloud.intensity.astype(np.float32), 99)
+    expected = np.stack([np.minimum(cloud.intensity / most, 1), cloud.red], 1)
+    assert torch.allclose(tokens.features, torch.from_numpy(expected).float())
+    assert tokens.fields == {}
+    with pytest.raises(ValueError, match=r"tile.laz: has no 'height', which the model wants"):
+        read_points(tmp_path / "tile.laz", features=("height",))
+    with pytest.raises(TypeError, match="features: expected names"):
+        read_points(tmp_path / "tile.laz", features="intensity")
+
+
+@pytest.mark.parametrize(
+    ("classes", "most", "codes"),
+    [
+        (((1, "unclassified"), (2, "Ground"), (7, "other")), 255, [1, 2, 64]),
+        (((1, "low_vegetation"), (2, "Buildings"), (7, "other")), 31, [3, 6, 31]),
+        (((0, "car"), (5, "tree")), 255, [0, 5]),  # no class of the standard: as in the data set
+        (((3, "a"), (3, "b"), (900, "c")), 255, [3, 64, 65]),
+        (((9, "road"), (65, "6"), (11, "road surface")), 255, [11, 65, 64]),
+    ],
+)
+def test_codes_of_classes(classes, most, codes):
+    assert class_codes([Category(n, name) for n, name in classes], most) == codes
+
+
+def test_more_classes_than_codes():
+    many = [Category(n, str(n)) for n in range(33)]
+    assert class_codes(many[:32], 31) == list(range(32))
+    with pytest.raises(ValueError, match="expected at most 32 where codes end at 31, got 33"):
+        class_codes(many, 31)

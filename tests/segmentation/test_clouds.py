@@ -1,0 +1,116 @@
+"""Clouds from above and from the side, and the points that a model keeps."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.tiles import CORNER, write_point_model
+from pointformer import TokenSet
+from pointformer.annotations import Category
+from pointformer.models import load_model
+from pointformer.segmentation.cloud_drawing import View, above, beside, cloud_pictures, focus_cloud
+from pointformer.segmentation.clouds import (
+    SegmentedCloud,
+    focus_points,
+    read_cloud,
+    segment_points,
+)
+
+
+def cloud(count, seed=0, size=(20, 30, 5)):
+    world = CORNER + np.random.default_rng(seed).random((count, 3)) * size
+    return TokenSet.from_world(torch.from_numpy(world))
+
+
+def test_the_nearest_point_is_seen():
+    across, up = np.array([0.0, 0.0, 9.0]), np.array([0.0, 0.0, 9.0])
+    view = View(across, up, np.array([1.0, 2.0, 0.0]), side=90, least=1)
+    assert view.size == (90, 90)
+    assert set(view.shown.ravel()) == {-1, 1, 2}
+    assert view.shown[-1, 0] == 1  # below, at the left
+    assert view.shown[0, -1] == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 1000, 200_000])
+def test_any_number_of_points_covers_its_place(count):
+    """Few are dots, many are no holes."""
+    view = above(np.random.default_rng(0).random((count, 3)) * 50)
+    share = np.mean(view.shown >= 0)
+    assert max(view.size) == 1200
+    assert share > (0.6 if count > 1000 else 0)
+    assert view.outside == 0
+
+
+def test_a_point_far_away_costs_nothing():
+    points = np.random.default_rng(0).random((2000, 3)) * 50
+    points[7] = 1e7
+    view = above(points)
+    assert view.outside == 1
+    assert np.mean(view.shown >= 0) > 0.2
+    assert 7 not in view.shown
+
+
+@pytest.mark.parametrize("kind", ["point", "line", "column", "sheet"])
+def test_flat_clouds(kind):
+    points = np.random.default_rng(0).random((50, 3))
+    points[:, {"point": [0, 1, 2], "line": [1, 2], "column": [0, 1], "sheet": [2]}[kind]] = 3.0
+    for view in (above(points), beside(points)):
+        assert (view.shown >= 0).any()
+        assert min(view.size) >= 240
+
+
+def test_low_clouds_are_stretched_and_say_so():
+    points = np.random.default_rng(0).random((500, 3)) * [10, 1000, 20]
+    view = beside(points)  # from the east: the longer side is across
+    assert view.size == (1200, 240)
+    assert view.stretch == pytest.approx(240 / (1200 * 20 / 1000), rel=0.02)
+
+
+def test_pictures_of_two_dimensions_have_no_side():
+    tokens = TokenSet(torch.rand(30, 2))
+    result = SegmentedCloud(
+        tokens, np.zeros(30, np.int32), np.ones(30, np.float32), (Category(0, "a"),), 0.0
+    )
+    assert list(cloud_pictures(result)) == ["above"]
+
+
+def test_regions_and_the_points_they_keep(tmp_path):
+    model = load_model(write_point_model(tmp_path / "m.safetensors", features=()))
+    tokens = cloud(300)
+    model.trained = {"recipe": {"augmentation": {"points": {"region": {"points": 128}}}}}
+    result = segment_points(model, tokens)
+    assert result.classes.shape == result.scores.shape == (300,)
+    assert ((result.scores >= 1 / 3) & (result.scores <= 1)).all()
+    assert result.counts().sum() == 300
+    first, second = focus_points(model, tokens)
+    assert sorted(first.rows) == list(range(300))
+    assert 50 < len(second.rows) < 100
+    assert len(set(second.rows)) == len(second.rows)
+    assert second.scores is None
+    assert first.scores.shape == (300,)
+    picture = focus_cloud(tokens, [first, second])
+    red = (np.asarray(picture) == (255, 60, 50)).all(-1)
+    assert red.sum() >= len(second.rows) / 2
+    whole = TokenSet(tokens.positions, sizes=[100, 200])
+    with pytest.raises(ValueError, match="tokens: expected one sample with points"):
+        segment_points(model, whole)
+
+
+def test_scores_are_the_probabilities_of_the_classes(tmp_path):
+    model = load_model(write_point_model(tmp_path / "m.safetensors", features=())).eval()
+    tokens = cloud(80)
+    with torch.no_grad():
+        expected = model(model.preprocess(tokens)).softmax(1).max(1)
+    result = segment_points(model, tokens)
+    assert np.array_equal(result.classes, expected.indices)
+    assert np.allclose(result.scores, expected.values, atol=1e-6)
+
+
+def test_models_that_want_other_points(tmp_path):
+    model = load_model(write_point_model(tmp_path / "m.safetensors"))
+    (tmp_path / "a.xyz").write_text("x y z intensity\n1 2 3 4\n2 3 4 8\n")
+    assert read_cloud(tmp_path / "a.xyz", model).features.tolist() == [
+        pytest.approx([0.5], rel=0.01), pytest.approx([1.0]),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="point_nano takes 1 for each point, got x, y"):
+        read_cloud(tmp_path / "a.xyz", model, ["x", "y"])
