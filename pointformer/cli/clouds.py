@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pointformer.cli.inputs import Found
+from pointformer.cli.results import Found
 
 if TYPE_CHECKING:
     from pointformer.segmentation.clouds import SegmentedCloud

@@ -8,12 +8,12 @@ from __future__ import annotations
 import abc
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pointformer.cli.common import find_files, printable, reading_from
+from pointformer.cli.results import Found
 from pointformer.data.discovery import CLOUD_SUFFIXES, PICTURE_SUFFIXES, has_picture_name
 
 if TYPE_CHECKING:
@@ -22,21 +22,6 @@ if TYPE_CHECKING:
     from pointformer.models import Model
 
 _SUMMARY = "summary.json"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What is in one input, to be written.
-
-    Attributes:
-        writers: by kind of file, what writes it to a path.
-        description: for the summary.
-        words: for the user.
-    """
-
-    writers: Mapping[str, Callable[[Path], None]]
-    description: Mapping[str, Any]
-    words: str
 
 
 class Inputs(abc.ABC):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pointformer.cli.inputs import Found
+from pointformer.cli.results import Found
 
 if TYPE_CHECKING:
     from pointformer.segmentation.segment import Segmentation

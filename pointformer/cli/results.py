@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,21 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _SEAL = "seal"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is in one input, to be written.
+
+    Attributes:
+        writers: by kind of file, what writes it to a path.
+        description: for the summary.
+        words: for the user.
+    """
+
+    writers: Mapping[str, Callable[[Path], None]]
+    description: Mapping[str, Any]
+    words: str
 
 
 class Results:

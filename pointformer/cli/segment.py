@@ -51,8 +51,8 @@ from pointformer.cli.common import (
     result_names,
     say,
 )
-from pointformer.cli.inputs import Found, Inputs, inputs_of
-from pointformer.cli.results import Results, content_of, is_complete, is_result, write_sealed
+from pointformer.cli.inputs import Inputs, inputs_of
+from pointformer.cli.results import Found, Results, content_of, is_complete, is_result, write_sealed
 
 if TYPE_CHECKING:
     from pointformer.processes import Processes

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _SIDE = 1200  # pixels of the longer side
 _LEAST = 240  # pixels of the shorter one at the least
 _STRAY = 5e-4  # share of the points at each end that may lie outside of a picture
+_MANY = 10  # points of which one can be a stray
 _WHITE, _GRAY, _RED = (255, 255, 255), (150, 150, 150), (255, 60, 50)
 
 
@@ -63,24 +64,27 @@ class View:
         if height < least and top > bottom:
             self.stretch = least * longest / (side * (top - bottom))
             self._scale, self._margin = (scale, scale * self.stretch), (self._margin[0], 0.0)
-        columns, rows = self.pixels(across, up)
+        self._ends = (right, bottom)
+        columns, rows, inside = self.pixels(across, up)
         order = np.argsort(toward, kind="stable")
-        inside = (columns >= 0) & (columns < self.size[0]) & (rows >= 0) & (rows < self.size[1])
         order = order[inside[order]]
         self.outside = len(across) - len(order)
         """How many points lie outside of the canvas."""
         self.shown = self._nearest(columns[order], rows[order], order)
         """(height, width) int64: the point that is seen in each pixel, -1 for none."""
 
-    def pixels(self, across: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Columns and rows, int64, of points; those outside of the canvas are too."""
-        x = (across - self._corner[0]) * self._scale[0] + self._margin[0]
-        y = (self._corner[1] - up) * self._scale[1] + self._margin[1]
-        limit = 2.0**31  # stray points are anywhere
-        # The far edge belongs to the last pixel.
-        column = np.where(x == self.size[0], self.size[0] - 1, np.clip(x, -1, limit))
-        row = np.where(y == self.size[1], self.size[1] - 1, np.clip(y, -1, limit))
-        return np.floor(column).astype(np.int64), np.floor(row).astype(np.int64)
+    def pixels(
+        self, across: np.ndarray, up: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Columns and rows, int64, of points, and (n,) bool whether they are on the canvas."""
+        (left, top), (right, bottom) = self._corner, self._ends
+        inside = (left <= across) & (across <= right) & (bottom <= up) & (up <= top)
+        x = (np.clip(across, left, right) - left) * self._scale[0] + self._margin[0]
+        y = (top - np.clip(up, bottom, top)) * self._scale[1] + self._margin[1]
+        # The far edges belong to the last pixels.
+        columns = np.minimum(x.astype(np.int64), self.size[0] - 1)
+        rows = np.minimum(y.astype(np.int64), self.size[1] - 1)
+        return columns, rows, inside
 
     def _nearest(self, columns: np.ndarray, rows: np.ndarray, points: np.ndarray) -> np.ndarray:
         """Disks around points, which are in the order from back to front."""
@@ -106,11 +110,16 @@ class View:
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """Where nearly all of the values lie, with room for those close to them."""
+    """Where the values lie but for a few at each end that are further from the others than these
+    are from each other."""
     least, most = float(values.min()), float(values.max())
-    low, high = (float(v) for v in np.quantile(values, (_STRAY, 1 - _STRAY)))
-    room = 0.5 * (high - low)
-    return max(least, low - room), min(most, high + room)
+    last = len(values) - 1
+    few = int(np.ceil(_STRAY * len(values))) if last >= _MANY else 0
+    low, high = np.partition(values, (few, last - few))[[few, last - few]].tolist()
+    if low == high:
+        return least, most
+    close = values[(values >= 2 * low - high) & (values <= 2 * high - low)]
+    return float(close.min()), float(close.max())
 
 
 def above(positions: np.ndarray, side: int = _SIDE, least: int = _LEAST) -> View:
@@ -194,8 +203,8 @@ def _dots(cloud: Image.Image, view: View, positions: np.ndarray) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     pitch = np.sqrt(picture.width * picture.height / max(1, len(positions)))
     radius = int(np.clip(pitch * 0.25, 0, 2))
-    columns, rows = view.pixels(positions[:, 0], positions[:, 1])
-    for x, y in zip(columns.tolist(), rows.tolist(), strict=True):
+    columns, rows, inside = view.pixels(positions[:, 0], positions[:, 1])
+    for x, y in zip(columns[inside].tolist(), rows[inside].tolist(), strict=True):
         if radius:
             draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_RED)
         else:

@@ -374,5 +374,5 @@ def test_codes_of_classes(classes, most, codes):
 def test_more_classes_than_codes():
     many = [Category(n, str(n)) for n in range(33)]
     assert class_codes(many[:32], 31) == list(range(32))
-    with pytest.raises(ValueError, match="expected at most 32 where codes end at 31, got 33"):
+    with pytest.raises(ValueError, match="a file with codes from 0 to 31 cannot hold 33"):
         class_codes(many, 31)
