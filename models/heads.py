@@ -247,6 +247,7 @@ class StarHead(_MapHead):
     Args:
         channels: of the first stage's grid.
         cell_channels: of the cells.
+        hidden: of each cell alone, from which scores and rays are read.
         rays: in all directions, a multiple of 4.
     """
 
@@ -259,6 +260,7 @@ class StarHead(_MapHead):
         *,
         channels: int = 64,
         cell_channels: int = 32,
+        hidden: int = 128,
         rays: int = 32,
     ) -> None:
         super().__init__(config, channels)
@@ -282,9 +284,15 @@ class StarHead(_MapHead):
             nn.GELU(),
             nn.Conv2d(dim, dim, 3, padding=1),
         )
-        self.act = nn.GELU()
-        self.classify = nn.Conv2d(dim, num_classes, 1)
-        self.lengths = nn.Conv2d(dim, rays, 1)
+        self.hidden = nn.Sequential(nn.GELU(), nn.Conv2d(dim, hidden, 1), nn.GELU())
+        # As torch makes them, so many layers would pass on little of what they see.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+        self.classify = nn.Conv2d(hidden, num_classes, 1)
+        self.lengths = nn.Conv2d(hidden, rays, 1)
         for layer, value in ((self.classify, -2.0), (self.lengths, math.log(_STAR_RADIUS))):
             assert layer.bias is not None
             nn.init.constant_(layer.bias, value)  # most cells are background
@@ -294,7 +302,7 @@ class StarHead(_MapHead):
         mixed = _whole_cells(self.mix(maps), self.tokens_across)
         coarse = self.to_cells(mixed)[..., :height, :width]
         cells = coarse + self.detail(_whole_cells(images, STAR_CELL))
-        cells = self.act(cells + self.refine(cells))
+        cells = self.hidden(cells + self.refine(cells))
         return torch.cat([self.classify(cells), self.lengths(cells)], 1)
 
 

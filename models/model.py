@@ -297,8 +297,9 @@ class Model(nn.Module):
         Returns:
             head "classification": logits (B, num_classes). "dense": logits (B, num_classes, H, W),
             or a list of (num_classes, H, W) for a list. "features": four `TokenSet`s.
-            "mask2former" and "hcformer": `MaskPredictions`. "point_classification": logits
-            (B, num_classes). "point_segmentation": (T, num_classes), rows as in the `TokenSet`.
+            "mask2former" and "hcformer": `MaskPredictions`. "stars": (B, num_classes + rays, H / 2,
+            W / 2), see `StarHead`, or a list. "point_classification": logits (B, num_classes).
+            "point_segmentation": (T, num_classes), rows as in the `TokenSet`.
         """
         check_flags(with_stages=with_stages)
         dtype = next(self.parameters()).dtype

@@ -66,7 +66,8 @@ def create_model(
             `in_channels` other than 3, raw images are normalized by the mean of ImageNet's
             channels, see `Preprocess`.
         head: "classification" (default), "dense" (per-pixel scores), "features" (four
-            `TokenSet`s, for decoders), "mask2former" or "hcformer" (a class and a mask per query).
+            `TokenSet`s, for decoders), "mask2former" or "hcformer" (a class and a mask per query),
+            "stars" (star-convex objects).
         impl: implementation of the ops, see `pointformer.ops`.
         task: "semantic", "instance" or "panoptic": what the masks of a head are turned into. Other
             heads have one task each ("dense" with three classes, which are background, inside and

@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--head",
-        help="classification, dense, features, mask2former or hcformer (default: of trained models "
-        "their own, otherwise classification)",
+        help="classification, dense, features, mask2former, hcformer or stars (default: of trained "
+        "models their own, otherwise classification)",
     )
     parser.add_argument(
         "--size",

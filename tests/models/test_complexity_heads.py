@@ -24,7 +24,7 @@ SWIN = SwinConfig(dims=(8, 16, 16, 24), depths=(2, 1, 2, 1), heads=(2, 2, 4, 2))
 SMALL = {
     "classification": {},
     "dense": {"channels": 8},
-    "stars": {"channels": 8, "cell_channels": 4, "rays": 4},
+    "stars": {"channels": 8, "cell_channels": 4, "hidden": 8, "rays": 4},
     "mask2former": {
         "queries": 5, "dim": 32, "hidden": 48, "pixel_hidden": 48, "pixel_layers": 2,
         "decoder_layers": 4,

@@ -30,7 +30,7 @@ DIMS = (8, 12, 16, 20)
 HEADS = {
     "classification": {},
     "dense": {"channels": 8},
-    "stars": {"channels": 8, "cell_channels": 4, "rays": 4},
+    "stars": {"channels": 8, "cell_channels": 4, "hidden": 8, "rays": 4},
     "features": {},
     "mask2former": {
         "queries": 5, "dim": 32, "hidden": 48, "pixel_hidden": 48, "pixel_layers": 2,

@@ -461,7 +461,7 @@ def test_stars_of_any_stride_are_of_cells_of_two_pixels(patch_stride):
     """Also of sides that cells do not divide; every ray is 8 pixels long at first, about."""
     torch.manual_seed(0)
     model = create_model("aff_nano", head="stars", num_classes=2, patch_stride=patch_stride,
-                         rays=8, channels=8, cell_channels=8).eval()  # fmt: skip
+                         rays=8, channels=8, cell_channels=8, hidden=8).eval()  # fmt: skip
     for height, width in ((16, 24), (17, 9), (1, 1)):
         with torch.no_grad():
             output = model(torch.randn(2, 3, height, width))
