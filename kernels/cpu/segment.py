@@ -20,7 +20,7 @@ from pointformer.kernels.cpu.simd import (
     LANES,
     advance,
     allocate,
-    bits_less_equal,
+    bits_less,
     exp,
     f32,
     fma,
@@ -133,9 +133,14 @@ def _repeat(row, channels, period, pattern):
         pattern[i] = pattern[i - channels]
 
 
+@inlined
+def _is_maximum(value, largest):
+    return value >= largest or value != value
+
+
 @called
 def _find(values, length, channels, period, sign, pattern, first, places):
-    """The first rows that reach the maxima; where one is NaN, the segment's first."""
+    """The first rows that have the maxima, NaN being the largest."""
     _repeat(pattern, channels, period, pattern)
     for channel in range(channels):
         places[channel] = -1
@@ -143,10 +148,11 @@ def _find(values, length, channels, period, sign, pattern, first, places):
     for i in range(0, length, LANES):
         left = min(length - i, LANES)
         value = load_first(values, i, left, zero()) * splat(sign)
-        if bits_less_equal(load(pattern, at), value) != 0:
+        # What is not less than a number is that number, for a NaN beside it were the maximum.
+        if bits_less(value, load(pattern, at)) != (1 << LANES) - 1:
             for lane in range(left):
                 channel = (i + lane) % channels
-                if places[channel] < 0 and values[i + lane] * sign >= pattern[channel]:
+                if places[channel] < 0 and _is_maximum(values[i + lane] * sign, pattern[channel]):
                     places[channel] = first + (i + lane) // channels
                     missing -= 1
             if missing == 0:

@@ -63,8 +63,8 @@ def segment_reduce(
         check_values: whether to look for `offsets` and an `index` that do not fit, which waits for
             the device. Never done under `torch.compile` and while a CUDA graph is captured.
         impl: "reference", "cpu" or "triton"; `None` chooses by device. "torch_scatter" for
-            comparison where torch-scatter is installed. Only the reference takes float64 and is
-            differentiable twice.
+            comparison where torch-scatter is installed: it leaves NaN out of "min" and "max". Only
+            the reference takes float64 and is differentiable twice.
 
     Returns:
         (S, ...) in the dtype of `values`, computed in float32 at least. Segments without rows get

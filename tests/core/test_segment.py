@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from helpers.gradients import assert_same_for_any_threads
-from helpers.segment import make_case, with_gradients
+from helpers.segment import gradient_of_first, make_case, with_gradients
 from pointformer import TokenSet, segment_logsumexp, segment_reduce, segment_softmax
 from pointformer.kernels.cpu import segment as cpu
 from pointformer.kernels.segment import fused_segment_reduce, fused_segment_softmax
@@ -97,19 +97,14 @@ def test_rows_in_any_order(name, impl, lengths, seed):
     impl=st.sampled_from(IMPLS),
     lengths=LENGTHS,
     seed=st.integers(0, 2**16),
+    odd=st.sampled_from([0.0, 0.2]),
+    piece=st.sampled_from([9, 8192]),
 )
-def test_of_equal_rows_the_first_gets_the_gradient(name, impl, lengths, seed):
-    values, index, _ = make_case(lengths, (5,), seed, ties=True)
-    found = with_gradients(OPS[name], values, index=index, count=len(lengths), impl=impl)
-    cotangent = torch.randn(len(lengths), 5, generator=torch.Generator().manual_seed(1))
-    expected = torch.zeros_like(values)
-    for segment in index.unique():
-        rows = (index == segment).nonzero()[:, 0]
-        for channel in range(5):
-            column = values[rows, channel].tolist()
-            best = rows[column.index(max(column) if name == "max" else min(column))]
-            expected[best, channel] = cotangent[segment, channel]
-    assert torch.equal(found["grad"], expected)
+def test_of_equal_rows_the_first_gets_the_gradient(name, impl, lengths, seed, odd, piece):
+    values, index, _ = make_case(lengths, (5,), seed, ties=True, odd=odd)
+    with mock.patch.object(cpu, "_PIECE", piece), mock.patch.object(cpu, "_SHORTEST_PIECE", piece):
+        found = with_gradients(OPS[name], values, index=index, count=len(lengths), impl=impl)
+    assert torch.equal(found["grad"], gradient_of_first(name, values, index, len(lengths)))
 
 
 @pytest.mark.parametrize("name", OPS)

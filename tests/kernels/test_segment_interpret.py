@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from helpers.fake_gpu import dirty_memory
 from helpers.gradients import assert_as_accurate_as_eager
-from helpers.segment import make_case, with_gradients
+from helpers.segment import gradient_of_first, make_case, with_gradients
 from pointformer import segment_logsumexp, segment_reduce, segment_softmax
 from pointformer.kernels.segment import fused_segment_reduce, fused_segment_softmax
 from pointformer.kernels.triton import segment as kernels
@@ -58,6 +58,20 @@ def test_empty_segments_and_rows_in_any_order(name):
     torch.testing.assert_close(ours["out"], expected["out"], rtol=1e-5, atol=1e-6)
     if name != "logsumexp":
         torch.testing.assert_close(ours["grad"], expected["grad"], rtol=1e-5, atol=1e-5)
+
+
+@given(
+    name=st.sampled_from(["min", "max"]),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    long=st.sampled_from([7, 512]),
+    seed=st.integers(0, 2**16),
+    odd=st.sampled_from([0.0, 0.2]),
+)
+def test_of_equal_rows_the_first_gets_the_gradient(name, lengths, long, seed, odd):
+    values, index, offsets = make_case(lengths, (5,), seed, ties=True, odd=odd)
+    with mock.patch.object(kernels, "_LONG", long):
+        found = with_gradients(OPS[name], values, offsets=offsets, impl="triton")
+    assert torch.equal(found["grad"], gradient_of_first(name, values, index, len(lengths)))
 
 
 def test_values_that_are_not_finite():
