@@ -1,12 +1,14 @@
 """Balanced clustering: the registered ops for curve codes, sort keys and cluster centers.
 
+Centers have gradients for positions; all else is integers.
+
 GPUs compute the keys from the grids alone (`curve_keys`). CPUs look anchors up in tables, made once
 per call from the codes of all cells (`curve_code`, `cluster_keys`): fewer operations per token.
 """
 
 import torch
 
-from pointformer.kernels.library import LIBRARY, implement
+from pointformer.kernels.library import LIBRARY, differentiate, implement
 
 LIBRARY.define(
     "cluster_keys(Tensor positions, Tensor offsets, Tensor origin, Tensor cell_size, Tensor unit, "
@@ -82,3 +84,34 @@ implement("curve_keys", "clustering.curve_keys")
 implement("kd_keys", "clustering.kd_keys")
 implement("cluster_centers", "clustering.centers")
 implement("cluster_ranges", "clustering.ranges")
+
+
+def _save_centers(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _save_ranges(ctx, inputs, output):
+    offsets, _ = output
+    ctx.mark_non_differentiable(offsets)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[1], offsets)
+
+
+def _differentiate_means(ctx, grad):
+    """Each token's share of the mean of its cluster."""
+    order, offsets = ctx.saved_tensors
+    lengths = offsets.diff().long()
+    rows = torch.repeat_interleave(grad / lengths[:, None], lengths, 0, output_size=len(order))
+    return torch.empty_like(rows).index_copy(0, order, rows)
+
+
+def _differentiate_centers(ctx, grad):
+    return _differentiate_means(ctx, grad), None, None, None
+
+
+def _differentiate_ranges(ctx, _, grad):
+    return None if grad is None else _differentiate_means(ctx, grad), *(None,) * 7
+
+
+differentiate("cluster_centers", _differentiate_centers, _save_centers)
+differentiate("cluster_ranges", _differentiate_ranges, _save_ranges)

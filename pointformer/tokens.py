@@ -460,7 +460,7 @@ class TokenSet:
         sizes = check_sizes("sizes", sizes, count, batch)
         check_finite("positions", positions, sizes, torch.finfo(torch.float64).max)
         if origin is None:
-            origin = _lower_corners(positions, sizes).cpu()
+            origin = _lower_corners(positions.detach(), sizes).cpu()
         else:
             check_tensor("origin", origin, None, (torch.float64,))
             if origin.shape not in ((dimensions,), (len(sizes), dimensions)):

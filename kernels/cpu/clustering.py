@@ -235,6 +235,6 @@ def kd_keys(positions, order, offsets, first, last, back):
 
 def centers(positions, order, offsets):
     out = torch.empty(offsets.shape[0] - 1, positions.shape[1], dtype=torch.float32)
-    arrays = positions.contiguous().view(-1).numpy(), order.numpy(), offsets.numpy()
+    arrays = positions.detach().contiguous().view(-1).numpy(), order.numpy(), offsets.numpy()
     _centers(*arrays, positions.shape[1], out.view(-1).numpy())
     return out

@@ -123,13 +123,15 @@ def balanced_cluster(
         impl: "reference", "cpu" or "triton"; `None` chooses by device.
 
     Returns:
-        The clusters; put features in their order with `x[clusters.order]`.
+        The clusters; put features in their order with `x[clusters.order]`. Gradients of `centers`
+        reach the positions.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or a position is NaN or infinite; the
             message names the argument, and the sample.
     """
-    positions = check_positions("positions", positions).detach()
+    learned = check_positions("positions", positions)
+    positions = learned.detach()
     sizes = check_sizes("sizes", sizes, positions.shape[0], batch)
     dimensions = positions.shape[1]
     check_count("cluster_size", cluster_size)
@@ -206,7 +208,7 @@ def balanced_cluster(
     if chosen == "triton" and any(counts) and alike(sizes):
         lengths = _cluster_lengths(sizes[0], counts[0], cluster_size, remainder)
         offsets, centers = fused_cluster_ranges(
-            positions, order, len(sizes), sizes[0], counts[0], *lengths, chosen
+            learned, order, len(sizes), sizes[0], counts[0], *lengths, chosen
         )
         return Clusters(
             order, offsets, centers, sizes, counts, cluster_size, global_size, same_positions
@@ -215,7 +217,7 @@ def balanced_cluster(
     centers_of = reference.cluster_centers
     if chosen != "reference":
         centers_of = partial(fused_cluster_centers, impl=chosen)
-    centers = centers_of(positions, order, offsets)
+    centers = centers_of(learned, order, offsets)
     return Clusters(
         order, offsets, centers, sizes, counts, cluster_size, global_size, same_positions
     )

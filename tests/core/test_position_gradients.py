@@ -5,9 +5,19 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from helpers import attention, deformable, interpolate, merge
-from pointformer import deformable_attention, neighborhood_attention, ops, point_conv, scored_merge
+from pointformer import (
+    TokenSet,
+    balanced_cluster,
+    deformable_attention,
+    geometry,
+    neighborhood_attention,
+    ops,
+    point_conv,
+    scored_merge,
+)
 from pointformer import interpolate as interpolation
 
 
@@ -101,3 +111,87 @@ def test_they_are_finite_at_distance_zero(op):
     leaves = {name: torch.zeros_like(tensor).requires_grad_() for name, tensor in positions.items()}
     call(**leaves, impl="reference").sum().backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves.values())
+
+
+def found_by_geometry(positions, impl):
+    """What each geometric function finds among two samples of positions, by its name."""
+    common = {"sizes": (14, 9), "impl": impl}
+    clusters = geometry.balanced_cluster(positions, 8, **common)
+    found = {
+        "balanced_cluster": clusters,
+        "curve_sample": geometry.curve_sample(positions, count=5, **common),
+        "farthest_point_sample": geometry.farthest_point_sample(positions, count=5, **common),
+        "knn": geometry.knn(positions, 3, return_distance=True, **common),
+        "nearest_clusters": geometry.nearest_clusters(
+            positions[clusters.order], clusters, 3, impl=impl
+        ),
+        "radius": geometry.radius(positions, 2.0, 4, return_distance=True, **common),
+        "select_centers": geometry.select_centers(
+            torch.rand(23), positions, rate=0.25, lattice=False, stride=1.0, **common
+        ),
+        "voxel_pool": geometry.voxel_pool(positions, None, 2.0, **common),
+    }
+    same = geometry.balanced_cluster(positions[:20], 8, sizes=(10, 10), impl=impl)
+    return found | {"balanced_cluster of equal samples": same}
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+def test_all_numbers_that_geometry_finds_have_them(impl):
+    """Whatever it finds is integers, or has a way back to the positions, the same in each."""
+    generator = torch.Generator().manual_seed(2)
+    leaf = (torch.rand(23, 2, generator=generator) * 8).requires_grad_()
+    alike = [
+        found_by_geometry(leaf, impl),
+        found_by_geometry(leaf, "reference"),
+        found_by_geometry(leaf.detach(), impl),
+    ]
+    for name in alike[0]:
+        numbers = [
+            [
+                x
+                for x in pytree.tree_leaves(found[name])
+                if torch.is_tensor(x) and x.is_floating_point()
+            ]
+            for found in alike
+        ]
+        for number, other, alone in zip(*numbers, strict=True):
+            assert torch.equal(number, alone)
+            cotangent = torch.randn(number.shape, generator=generator)
+            finite = number.detach().isfinite()
+            grads = [
+                torch.autograd.grad(x[finite], leaf, cotangent[finite], retain_graph=True)[0]
+                for x in (number, other)
+            ]
+            torch.testing.assert_close(*grads, msg=name)
+
+
+def test_no_geometric_function_is_left_out():
+    takes = {
+        name
+        for name in geometry.__all__
+        if callable(getattr(geometry, name))
+        and "positions" in inspect.signature(getattr(geometry, name)).parameters
+    }
+    names = {name.split()[0] for name in found_by_geometry(torch.rand(23, 2), "reference")}
+    assert takes - names == {"Voxels"}  # which is what voxel_pool gives
+
+
+def test_centers_have_those_of_their_members():
+    positions = torch.rand(21, 3, requires_grad=True)
+    clusters = balanced_cluster(positions, 8, sizes=(0, 21))
+    (grad,) = torch.autograd.grad(clusters.centers[1].sum(), positions)
+    members = clusters.order[clusters.offsets[1] : clusters.offsets[2]]
+    expected = torch.zeros(21, 3)
+    expected[members] = 1 / len(members)
+    assert torch.equal(grad, expected)
+    tokens = TokenSet(positions).cluster().detach()
+    assert not tokens.clusters.centers.requires_grad
+
+
+def test_an_origin_is_a_constant():
+    positions = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
+    tokens = TokenSet.from_world(positions, sizes=(4, 5))
+    assert not tokens.origin.requires_grad
+    (grad,) = torch.autograd.grad(tokens.positions[0].sum(), positions)
+    assert grad[0].eq(1).all()
+    assert not grad[1:].any()
