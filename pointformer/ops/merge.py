@@ -215,6 +215,8 @@ def _check_weight_net(
             f"weight: expected shape (M, {2 * dimensions + 1}), or (M, {dimensions}) to use only "
             f"the differences of {dimensions}-D positions, got {describe(weight)}"
         )
+    if len(weight) == 0:
+        raise ValueError(f"weight: expected at least one row, got {describe(weight)}")
     for name, value in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         check_tensor(name, value, (weight.shape[0],), FLOATS, device)
     check_number("eps", eps, least=0)
@@ -227,6 +229,4 @@ def _fused_lacks(
         return f"there are {features.shape[0]} tokens and {lists.numel()} entries of lists"
     if features.dtype == torch.float64:
         return "features are float64"
-    if weight.shape[0] != 4:
-        return f"weight has M = {weight.shape[0]} rows, it is written for 4"
     return lacks_gradient_of(**positions)

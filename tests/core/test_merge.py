@@ -37,6 +37,7 @@ shapes = st.fixed_dictionaries(
         "full": st.booleans(),
         "drop": st.sampled_from([0.0, 0.3]),
         "seed": st.integers(0, 2**16),
+        "mid": st.one_of(st.just(4), st.integers(1, 34)),
     }
 )
 
@@ -65,9 +66,10 @@ def by_definition(case):
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("mid", [1, 3, 4, 6, 16])
 @pytest.mark.parametrize(("dimensions", "full"), [(2, True), (2, False), (3, True), (3, False)])
-def test_is_equation_4(dimensions, full, impl):
-    case = make_case(dimensions=dimensions, full=full)
+def test_is_equation_4(dimensions, full, mid, impl):
+    case = make_case(dimensions=dimensions, full=full, mid=mid)
     torch.testing.assert_close(
         scored_merge(**case, impl=impl).double(), by_definition(case), rtol=1e-5, atol=1e-5
     )
@@ -279,8 +281,9 @@ def test_translation_changes_nothing(impl):
     assert torch.equal(scored_merge(**case, impl=impl), scored_merge(**moved, impl=impl))
 
 
-def test_bits_do_not_depend_on_threads_or_runs():
-    case = make_case((3000,), num_clusters=6, channels=37)
+@pytest.mark.parametrize("mid", [4, 7])
+def test_bits_do_not_depend_on_threads_or_runs(mid):
+    case = make_case((3000,), num_clusters=6, channels=37, mid=mid)
     names = ("features", "scores", *NET)
     assert_same_for_any_threads(partial(value_and_gradients, scored_merge, case, names, impl="cpu"))
 
@@ -341,8 +344,9 @@ def test_the_weight_net_may_have_any_dtype(dtype):
     assert {x.dtype for x in results[0][1:]} == {dtype}
 
 
-def test_opcheck():
-    case = make_case()
+@pytest.mark.parametrize("mid", [4, 7])
+def test_opcheck(mid):
+    case = make_case(mid=mid)
     chosen = case["neighborhoods"].select(case["center_index"])
     positions = case["positions"], case["positions"][case["center_index"]]
     lists = chosen.clusters.offsets, chosen.cluster_index
@@ -410,14 +414,15 @@ def test_memory_does_not_grow_with_the_neighborhood():
     assert rise < arrays + 4 * lists < gathered / 4
 
 
-def test_other_numbers_of_weights_need_the_reference():
-    case = make_case()
-    for name in NET:
-        case[name] = case[name][:3]
-    assert scored_merge(**case, impl="reference").shape[1] == 3 * case["features"].shape[1]
-    for impl in (None, "cpu"):
-        with pytest.raises(ValueError, match=r"M = 3.*use impl='reference'"):
-            scored_merge(**case, impl=impl)
+def test_weights_do_not_touch_each_other():
+    """But for the LayerNorm over them: those that are alike give the same bits, wherever they are
+    among the others, and as many more of the same leave the mean and the variance alone."""
+    case = make_case(channels=19, mid=3)
+    merged = scored_merge(**case, impl="cpu").view(-1, 3, 19)
+    twice = case | {name: torch.cat([case[name], case[name]]) for name in NET}
+    merged_twice = scored_merge(**twice, impl="cpu").view(-1, 2, 3, 19)
+    torch.testing.assert_close(merged_twice[:, 0], merged)
+    assert torch.equal(merged_twice[:, 0], merged_twice[:, 1])
 
 
 @pytest.mark.parametrize(
@@ -439,6 +444,7 @@ def test_other_numbers_of_weights_need_the_reference():
         ({"bias": torch.rand(4, device="meta")}, ValueError, "bias: expected a tensor on cpu"),
         ({"impl": "cuda"}, ValueError, "impl='cuda'"),
         ({"features": torch.rand(47, 11).double(), "impl": "cpu"}, ValueError, "float64"),
+        ({"weight": torch.rand(0, 5)}, ValueError, "weight: expected at least one row"),
     ],
 )
 def test_bad_input(change, error, message):

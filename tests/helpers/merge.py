@@ -45,6 +45,7 @@ def make_case(
     full=True,
     drop=0.1,
     seed=0,
+    mid=4,
 ):
     """Arguments of `scored_merge`; positions on a coarse lattice, so that some coincide."""
     g = torch.Generator().manual_seed(seed)
@@ -56,10 +57,10 @@ def make_case(
         "positions": torch.randint(-6, 7, (tokens, dimensions), generator=g) / 2,
         "center_index": torch.randperm(tokens, generator=g)[: (tokens + 2) // 3],
         "neighborhoods": make_neighborhoods(sizes, cluster_size, num_clusters, g, dimensions, drop),
-        "weight": torch.randn(4, width, generator=g),
-        "bias": torch.randn(4, generator=g),
-        "norm_weight": torch.randn(4, generator=g),
-        "norm_bias": torch.randn(4, generator=g),
+        "weight": torch.randn(mid, width, generator=g),
+        "bias": torch.randn(mid, generator=g),
+        "norm_weight": torch.randn(mid, generator=g),
+        "norm_bias": torch.randn(mid, generator=g),
     }
 
 
