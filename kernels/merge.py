@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from pointformer.kernels.library import LIBRARY, differentiate, implement
 
+MOST_GPU_WEIGHTS = 32  # of each pair: registers hold no more
+
 _INPUTS = (
     "Tensor features, Tensor scores, Tensor positions, Tensor center_positions, "
     "Tensor cluster_offsets, Tensor cluster_index, "

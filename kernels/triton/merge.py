@@ -4,7 +4,8 @@ A *pair* is a center and a token of its neighborhood. Bytes per token where a qu
 are centers of six clusters of eight, in units of one token's C features:
 
 * Forward, a program, a single warp, takes two centers at a time and 16 tokens of each: a thread
-  computes the four weights of a pair, which a matrix product then applies to the features. The
+  computes the four weights of a pair, which a matrix product then applies to the features. (Of
+  another number of weights each is computed by a thread of its own, one center at a time.) The
   floor is one read of the features and a write of 4 C per center, 2 C. Reads of a row by several
   centers, 12 C in all, should meet in a cache. Centers come in the order of their scores; where the
   features do not fit the L2 cache they are taken in the order of their first clusters instead, and
@@ -14,27 +15,30 @@ are centers of six clusters of eight, in units of one token's C features:
   and in float32 and float16, a second kernel reads both again: registers do not hold all sums.
 """
 
+import itertools
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
+from pointformer.kernels.merge import MOST_GPU_WEIGHTS
 from pointformer.kernels.triton.attention_pairs import DTYPES, division, learned_dtypes
 from pointformer.kernels.triton.inverse import inverse_lists
 from pointformer.kernels.triton.runtime import INTERPRETED, Variant
 
+_MIDS = (4, 8, 16, MOST_GPU_WEIGHTS)  # four, and what other numbers are filled up to
 _MAX_TOGETHER = 64  # channels up to which one of its kernels computes all gradients
 _WIDEST = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 128}  # of its forward kernel
 _CACHE = 32 << 20  # bytes of features from which on the order of centers matters
 _ENOUGH_PROGRAMS = 2048  # more centers or clusters than these share programs
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _BACKWARD_INTEGERS = (
-    "clusters", "reciprocal", "shift", "columns", "units", "span",
+    "clusters", "reciprocal", "shift", "columns", "mid", "units", "span",
 )  # fmt: skip
 _FORWARD_INTEGERS = (
     "tokens", "queries", "per_query", "clusters", "cluster_size", "reciprocal", "shift", "columns",
-    "units", "span",
+    "mid", "units", "span",
 )  # fmt: skip
 # Of products of float32, on any matrix unit, to 24 and to 16 bits.
 _FULL = tl.constexpr("ieee" if INTERPRETED else "bf16x6")
@@ -86,57 +90,114 @@ def _position_features(delta, D: tl.constexpr):
 
 
 @triton.jit
-def _load_net(weight, bias, norm_weight, norm_bias, columns, D: tl.constexpr):
-    """The weight net's numbers as a tuple: 2 D + 1 columns of the weight and the bias, three each,
-    then four each of norm_weight and norm_bias. Columns that the weight lacks are zero.
+def _load_net(
+    weight, bias, norm_weight, norm_bias, columns, mid, D: tl.constexpr, MID: tl.constexpr
+):
+    """The weight net's numbers as a tuple. Columns that the weight lacks are zero, and means are
+    taken off them, as LayerNorm will of logits.
 
-    Means are taken off columns, as LayerNorm will of logits: a fourth number is minus the others.
+    Four weights: 2 D + 1 columns of the weight and the bias, three numbers each, for a fourth is
+    minus the others; then four each of norm_weight and norm_bias. Others: as many rows (1, MID), of
+    which the first `mid` numbers count and the others are zero.
     """
     net = ()
-    for f in tl.static_range(2 * D + 2):
-        column = ()
+    if MID == 4:
+        for f in tl.static_range(2 * D + 2):
+            column = ()
+            for m in tl.static_range(4):
+                if f == 2 * D + 1:
+                    number = tl.load(bias + m)
+                else:
+                    number = tl.load(weight + m * columns + f, mask=f < columns, other=0.0)
+                column += (number.to(tl.float32),)
+            mean = (column[0] + column[1] + (column[2] + column[3])) * 0.25
+            net += (column[0] - mean, column[1] - mean, column[2] - mean)
         for m in tl.static_range(4):
+            net += (tl.load(norm_weight + m).to(tl.float32),)
+        for m in tl.static_range(4):
+            net += (tl.load(norm_bias + m).to(tl.float32),)
+    else:
+        m = tl.arange(0, MID)[None, :]
+        known = m < mid
+        for f in tl.static_range(2 * D + 2):
             if f == 2 * D + 1:
-                number = tl.load(bias + m)
+                row = tl.load(bias + m, mask=known, other=0.0).to(tl.float32)
             else:
-                number = tl.load(weight + m * columns + f, mask=f < columns, other=0.0)
-            column += (number.to(tl.float32),)
-        mean = (column[0] + column[1] + (column[2] + column[3])) * 0.25
-        net += (column[0] - mean, column[1] - mean, column[2] - mean)
-    for m in tl.static_range(4):
-        net += (tl.load(norm_weight + m).to(tl.float32),)
-    for m in tl.static_range(4):
-        net += (tl.load(norm_bias + m).to(tl.float32),)
+                here = known & (f + m * 0 < columns)
+                row = tl.load(weight + m * columns + f, mask=here, other=0.0).to(tl.float32)
+            net += (tl.where(known, row - tl.sum(row, 1)[:, None] / mid, 0.0),)
+        net += (tl.load(norm_weight + m, mask=known, other=0.0).to(tl.float32),)
+        net += (tl.load(norm_bias + m, mask=known, other=0.0).to(tl.float32),)
     return net
 
 
 @triton.jit
-def _normalized(net, phi, eps, D: tl.constexpr):
-    """LayerNorm of the four logits before scale and shift, and 1 / standard deviation."""
+def _normalized(net, phi, eps, mid, D: tl.constexpr, MID: tl.constexpr):
+    """LayerNorm of the logits before scale and shift, four (N,) or a tuple of one (N, MID), and
+    1 / standard deviation."""
     F: tl.constexpr = 2 * D + 1
-    logits = ()
-    for m in tl.static_range(3):
-        logit = net[3 * F + m] + net[m] * phi[0]
+    if MID == 4:
+        logits = ()
+        for m in tl.static_range(3):
+            logit = net[3 * F + m] + net[m] * phi[0]
+            for f in tl.static_range(1, F):
+                logit += net[3 * f + m] * phi[f]
+            logits += (logit,)
+        a, b, c = logits
+        d = -(a + b + c)
+        inverse = tl.rsqrt((a * a + b * b + (c * c + d * d)) * 0.25 + eps)
+        normalized = (a * inverse, b * inverse, c * inverse, d * inverse)
+    else:
+        logit = net[F] + net[0] * phi[0][:, None]
         for f in tl.static_range(1, F):
-            logit += net[3 * f + m] * phi[f]
-        logits += (logit,)
-    a, b, c = logits
-    d = -(a + b + c)
-    inverse = tl.rsqrt((a * a + b * b + (c * c + d * d)) * 0.25 + eps)
-    return (a * inverse, b * inverse, c * inverse, d * inverse), inverse
+            logit += net[f] * phi[f][:, None]
+        inverse = tl.rsqrt(tl.sum(logit * logit, 1) / mid + eps)
+        normalized = (logit * inverse[:, None],)
+    return normalized, inverse
 
 
 @triton.jit
-def _together(numbers):
-    """Four (N,) as (N, 4)."""
-    a, b, c, d = numbers
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], 4))
+def _beside(numbers, MID: tl.constexpr):
+    """A number of each pair, (N,), as it meets each of `_normalized`."""
+    if MID != 4:
+        numbers = numbers[:, None]
+    return numbers
 
 
 @triton.jit
-def _affine(net, normalized, m: tl.constexpr, D: tl.constexpr):
+def _together(numbers, MID: tl.constexpr):
+    """What `_normalized` gives as one (N, MID)."""
+    if MID == 4:
+        a, b, c, d = numbers
+        matrix = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (a.shape[0], 4))
+    else:
+        matrix = numbers[0]
+    return matrix
+
+
+@triton.jit
+def _apart(matrix, MID: tl.constexpr):
+    """The way back."""
+    if MID == 4:
+        even, odd = tl.split(tl.reshape(matrix, (matrix.shape[0], 2, 2)))
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        numbers = (a, b, c, d)
+    else:
+        numbers = (matrix,)
+    return numbers
+
+
+@triton.jit
+def _scale(net, m: tl.constexpr, D: tl.constexpr, MID: tl.constexpr):
+    return net[6 * D + 6 + m] if MID == 4 else net[2 * D + 2]
+
+
+@triton.jit
+def _affine(net, normalized, m: tl.constexpr, D: tl.constexpr, MID: tl.constexpr):
     """After scale and shift."""
-    return normalized[m] * net[6 * D + 6 + m] + net[6 * D + 10 + m]
+    shift = net[6 * D + 10 + m] if MID == 4 else net[2 * D + 3]
+    return normalized[m] * _scale(net, m, D, MID) + shift
 
 
 @triton.jit
@@ -153,15 +214,6 @@ def _distribution(x):
     p = (p * t - 0.142248368) * t + 0.127414796
     tail = p * t * bell
     return tl.where(x < 0, tail, 1.0 - tail), bell
-
-
-@triton.jit
-def _four(numbers):
-    """(N, 4) as four (N,)."""
-    even, odd = tl.split(tl.reshape(numbers, (numbers.shape[0], 2, 2)))
-    a, c = tl.split(even)
-    b, d = tl.split(odd)
-    return a, b, c, d
 
 
 @triton.jit
@@ -198,24 +250,29 @@ def _sums(acc, N: tl.constexpr):
 def scored_merge_fwd_kernel(
     features, scores, positions, centers, offsets, index, order,
     weight, bias, norm_weight, norm_bias, out,
-    tokens, queries, per_query, clusters, cluster_size, reciprocal: tl.int64, shift, columns,
+    tokens, queries, per_query, clusters, cluster_size, reciprocal: tl.int64, shift, columns, mid,
     units, span, eps,
-    D: tl.constexpr, ORDERED: tl.constexpr,
+    D: tl.constexpr, MID: tl.constexpr, ORDERED: tl.constexpr,
     CENTERS: tl.constexpr, PLACES: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: `span` times CENTERS centers and CHUNK channels, by PLACES of each center's
-    tokens, which are counted as if every listed cluster had `cluster_size` of them."""
+    tokens, which are counted as if every listed cluster had `cluster_size` of them.
+
+    There are MID weights where that is 4, else `mid`, and MID is the next power of two.
+    """
+    KINDS: tl.constexpr = 4 if MID == 4 else 1  # of weights, see _normalized
+    lines = 4 if MID == 4 else mid
     channels = units * UNIT
     channel = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    net = _load_net(weight, bias, norm_weight, norm_bias, columns, D)
+    net = _load_net(weight, bias, norm_weight, norm_bias, columns, mid, D, MID)
     pair = tl.arange(0, CENTERS * PLACES)
-    m = tl.arange(0, 4)
+    m = tl.arange(0, MID)
     first = tl.program_id(0) * span
     for group in range(first, tl.minimum(first + span, tl.cdiv(queries, CENTERS))):
         slot = tl.minimum(group * CENTERS + pair // PLACES, queries - 1)
         center = tl.load(order + slot).to(tl.int64) if ORDERED else slot.to(tl.int64)
         origin = _load_points(centers, center, D)
-        sums = _no_sums(CENTERS, CHUNK, 4, features.dtype.element_ty)
+        sums = _no_sums(CENTERS, CHUNK, MID, features.dtype.element_ty)
         for n0 in range(0, per_query * cluster_size, PLACES):
             n = n0 + pair % PLACES
             r = ((n.to(tl.int64) * reciprocal) >> shift).to(tl.int32)  # n // cluster_size
@@ -226,12 +283,13 @@ def scored_merge_fwd_kernel(
             exists = listed & (row < tl.load(offsets + cluster + 1))
             row = tl.minimum(row, tokens - 1).to(tl.int64)
             delta = _differences(_load_points(positions, row, D), origin, D)
-            normalized = _normalized(net, _position_features(delta, D), eps, D)[0]
+            normalized = _normalized(net, _position_features(delta, D), eps, mid, D, MID)[0]
             score = tl.where(exists, tl.load(scores + row), 0.0)
             weights = ()
-            for i in tl.static_range(4):
-                x = _affine(net, normalized, i, D)
-                weights += (tl.where(exists, x * _distribution(x)[0] * score, 0.0),)
+            for i in tl.static_range(KINDS):
+                x = _affine(net, normalized, i, D, MID)
+                weight_score = x * _distribution(x)[0] * _beside(score, MID)
+                weights += (tl.where(_beside(exists, MID), weight_score, 0.0),)
             values = tl.load(
                 features + row[:, None] * channels + channel[None, :],
                 mask=exists[:, None] & (channel < channels)[None, :],
@@ -239,43 +297,52 @@ def scored_merge_fwd_kernel(
             )
             sums = _add_weighted(
                 tl.reshape(values, (CENTERS, PLACES, CHUNK)),
-                tl.reshape(_together(weights), (CENTERS, PLACES, 4)),
+                tl.reshape(_together(weights, MID), (CENTERS, PLACES, MID)),
                 sums,
             )
         slot = group * CENTERS + tl.arange(0, CENTERS)
         exists = (slot < queries)[:, None, None] & (channel < channels)[None, :, None]
         slot = tl.minimum(slot, queries - 1)
         center = tl.load(order + slot).to(tl.int64) if ORDERED else slot.to(tl.int64)
-        line = (center[:, None] * 4 + m[None, :])[:, None, :]
-        tl.store(out + line * channels + channel[None, :, None], _sums(sums, 4), mask=exists)
+        if MID != 4:
+            exists &= (m < mid)[None, None, :]
+        line = (center[:, None] * lines + m[None, :])[:, None, :]
+        tl.store(out + line * channels + channel[None, :, None], _sums(sums, MID), mask=exists)
 
 
 @triton.jit(do_not_specialize=_BACKWARD_INTEGERS)
 def scored_merge_bwd_kernel(
     grad, features, scores, positions, centers, offsets, lists, entries,
     weight, bias, norm_weight, norm_bias, d_features, d_scores, partial,
-    clusters, reciprocal: tl.int64, shift, columns, units, span, eps,
-    D: tl.constexpr, FEATURES: tl.constexpr, NET: tl.constexpr,
+    clusters, reciprocal: tl.int64, shift, columns, mid, units, span, eps,
+    D: tl.constexpr, MID: tl.constexpr, FEATURES: tl.constexpr, NET: tl.constexpr,
     ROWS: tl.constexpr, CENTERS: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: `span` clusters one by one, ROWS of a cluster's tokens and CENTERS of the
     centers that list it at a time. With FEATURES, the gradient of CHUNK channels; with NET, that
     of the scores and a partial sum for the weight net, which needs all channels.
 
-    A token or center that is missing is computed as the last one, and counts nothing.
+    A token or center that is missing is computed as the last one, and counts nothing; so is a line
+    of a weight that is missing, see the forward kernel.
     """
     F: tl.constexpr = 2 * D + 1
-    LINES: tl.constexpr = 4 * CENTERS  # of the gradient
+    KINDS: tl.constexpr = 4 if MID == 4 else 1  # of weights, see _normalized
+    NUMBERS: tl.constexpr = 3 if MID == 4 else 1  # that are summed of each column
+    LINES: tl.constexpr = MID * CENTERS  # of the gradient
+    weights_of = 4 if MID == 4 else mid
     channels = units * UNIT
     program = tl.program_id(0).to(tl.int64)
     channel = (tl.program_id(1) * CHUNK + tl.arange(0, CHUNK))[None, :]
-    net = _load_net(weight, bias, norm_weight, norm_bias, columns, D)
+    net = _load_net(weight, bias, norm_weight, norm_bias, columns, mid, D, MID)
     pair = tl.arange(0, CENTERS * ROWS)
     line = tl.arange(0, LINES)
     sums = ()  # of the net's numbers
     if NET:
-        for _ in tl.static_range(3 * F + 11):
-            sums += (tl.zeros((CENTERS * ROWS,), tl.float32),)
+        for _ in tl.static_range((F + 1) * NUMBERS + 2 * KINDS):
+            if MID == 4:
+                sums += (tl.zeros((CENTERS * ROWS,), tl.float32),)
+            else:
+                sums += (tl.zeros((CENTERS * ROWS, MID), tl.float32),)
     for cluster in range(program * span, tl.minimum(program * span + span, clusters)):
         end = tl.load(offsets + cluster + 1)
         list_begin = tl.load(lists + cluster)
@@ -296,23 +363,27 @@ def scored_merge_bwd_kernel(
                 center = (entry * reciprocal) >> shift  # entry // per_query
                 delta = _differences(point, _load_points(centers, center, D), D)
                 phi = _position_features(delta, D)
-                normalized, inverse = _normalized(net, phi, eps, D)
+                normalized, inverse = _normalized(net, phi, eps, mid, D, MID)
                 weights, slope = (), ()
-                for i in tl.static_range(4):
-                    x = _affine(net, normalized, i, D)
+                for i in tl.static_range(KINDS):
+                    x = _affine(net, normalized, i, D, MID)
                     less, bell = _distribution(x)
-                    weights += (tl.where(exists, x * less, 0.0),)
-                    slope += (tl.where(exists, less + x * 0.3989422804014327 * bell, 0.0),)
+                    here = _beside(exists, MID)
+                    weights += (tl.where(here, x * less, 0.0),)
+                    slope += (tl.where(here, less + x * 0.3989422804014327 * bell, 0.0),)
 
-                entry = tl.load(entries + tl.minimum(e0 + line // 4, list_end - 1))
+                entry = tl.load(entries + tl.minimum(e0 + line // MID, list_end - 1))
                 owner = (entry * reciprocal) >> shift
-                lines = grad + (owner * 4 + line % 4)[:, None] * channels  # (LINES, 1)
+                m = line % MID
+                if MID != 4:
+                    m = tl.minimum(m, mid - 1)
+                lines = grad + (owner * weights_of + m)[:, None] * channels  # (LINES, 1)
                 dot = tl.zeros((LINES, ROWS), tl.float32)
                 if FEATURES:
                     scored = ()
-                    for i in tl.static_range(4):
-                        scored += (weights[i] * score,)
-                    factors = tl.reshape(_together(scored), (CENTERS, ROWS, 4))
+                    for i in tl.static_range(KINDS):
+                        scored += (weights[i] * _beside(score, MID),)
+                    factors = tl.reshape(_together(scored, MID), (CENTERS, ROWS, MID))
                     factors = tl.reshape(tl.permute(factors, (0, 2, 1)), (1, LINES, ROWS))
                     grads = tl.load(lines + channel, mask=channel < channels, other=0.0)
                     d_values = _add_weighted(
@@ -328,31 +399,40 @@ def scored_merge_bwd_kernel(
                         value = tl.load(tile + (c0 + channel), mask=some, other=0.0)
                         dot = _add_products(grads, value, dot)
                 if NET:
-                    dot = tl.permute(tl.reshape(dot, (CENTERS, 4, ROWS)), (0, 2, 1))
-                    dots = _four(tl.reshape(dot, (CENTERS * ROWS, 4)))
-                    d_affine, d_logit = (), ()
-                    mean = tl.zeros((CENTERS * ROWS,), tl.float32)
-                    along = mean
-                    for i in tl.static_range(4):
-                        d_score += tl.where(exists, dots[i] * weights[i], 0.0)
-                        d = tl.where(exists, dots[i] * slope[i] * score, 0.0)
-                        d_affine += (d,)
-                        d *= net[3 * F + 3 + i]
-                        d_logit += (d,)
-                        mean += d
-                        along += d * normalized[i]
-                    added = ()
-                    mean *= 0.25
-                    along *= 0.25
+                    dot = tl.permute(tl.reshape(dot, (CENTERS, MID, ROWS)), (0, 2, 1))
+                    dots = _apart(tl.reshape(dot, (CENTERS * ROWS, MID)), MID)
+                    d_affine, d_logit, added = (), (), ()
+                    if MID == 4:
+                        mean = tl.zeros((CENTERS * ROWS,), tl.float32)
+                        along = mean
+                        for i in tl.static_range(4):
+                            d_score += tl.where(exists, dots[i] * weights[i], 0.0)
+                            d = tl.where(exists, dots[i] * slope[i] * score, 0.0)
+                            d_affine += (d,)
+                            d *= _scale(net, i, D, MID)
+                            d_logit += (d,)
+                            mean += d
+                            along += d * normalized[i]
+                        mean *= 0.25
+                        along *= 0.25
+                    else:
+                        known = exists[:, None] & (tl.arange(0, MID) < mid)[None, :]
+                        d_score += tl.sum(tl.where(known, dots[0] * weights[0], 0.0), 1)
+                        d_affine += (tl.where(known, dots[0] * slope[0] * score[:, None], 0.0),)
+                        d_logit += (d_affine[0] * _scale(net, 0, D, MID),)
+                        mean = (tl.sum(d_logit[0], 1) / mid)[:, None]
+                        along = (tl.sum(d_logit[0] * normalized[0], 1) / mid)[:, None]
                     for f in tl.static_range(F + 1):
-                        for i in tl.static_range(3):
-                            # Those of the four logits add up to 0.
-                            d = (d_logit[i] - mean - normalized[i] * along) * inverse
-                            added += (sums[3 * f + i] + (d * phi[f] if f < F else d),)
-                    for i in tl.static_range(4):
-                        added += (sums[3 * F + 3 + i] + d_affine[i] * normalized[i],)
-                    for i in tl.static_range(4):
-                        added += (sums[3 * F + 7 + i] + d_affine[i],)
+                        for i in tl.static_range(NUMBERS):
+                            # Those of four logits add up to 0.
+                            d = (d_logit[i] - mean - normalized[i] * along) * _beside(inverse, MID)
+                            product = d * _beside(phi[f], MID) if f < F else d
+                            added += (sums[NUMBERS * f + i] + product,)
+                    for i in tl.static_range(KINDS):
+                        scaled = d_affine[i] * normalized[i]
+                        added += (sums[(F + 1) * NUMBERS + i] + scaled,)
+                    for i in tl.static_range(KINDS):
+                        added += (sums[(F + 1) * NUMBERS + KINDS + i] + d_affine[i],)
                     sums = added
             if NET:
                 total = tl.sum(tl.reshape(d_score, (CENTERS, ROWS)), 0)
@@ -365,21 +445,27 @@ def scored_merge_bwd_kernel(
     if NET:
         partial += program
         programs = tl.num_programs(0).to(tl.int64)
-        for f in tl.static_range(F + 1):
-            rest = 0.0
-            for i in tl.static_range(3):
-                total = tl.sum(sums[3 * f + i], 0)
-                rest -= total
-                tl.store(partial + (4 * f + i) * programs, total)
-            tl.store(partial + (4 * f + 3) * programs, rest)
-        for i in tl.static_range(8):
-            total = tl.sum(sums[3 * F + 3 + i], 0)
-            tl.store(partial + (4 * F + 4 + i) * programs, total)
+        if MID == 4:
+            for f in tl.static_range(F + 1):
+                rest = 0.0
+                for i in tl.static_range(3):
+                    total = tl.sum(sums[3 * f + i], 0)
+                    rest -= total
+                    tl.store(partial + (4 * f + i) * programs, total)
+                tl.store(partial + (4 * f + 3) * programs, rest)
+            for i in tl.static_range(8):
+                total = tl.sum(sums[3 * F + 3 + i], 0)
+                tl.store(partial + (4 * F + 4 + i) * programs, total)
+        else:
+            m = tl.arange(0, MID)
+            for f in tl.static_range(F + 3):
+                total = tl.sum(sums[f], 0)
+                tl.store(partial + (f * mid + m) * programs, total, mask=m < mid)
 
 
-@triton.jit(do_not_specialize=("columns", "programs"))
+@triton.jit(do_not_specialize=("columns", "mid", "programs"))
 def sum_partials_kernel(
-    partial, d_weight, d_bias, d_norm_weight, d_norm_bias, columns, programs,
+    partial, d_weight, d_bias, d_norm_weight, d_norm_bias, columns, mid, programs,
     F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: one number of the weight net, its partial sums in a fixed order."""
@@ -391,7 +477,7 @@ def sum_partials_kernel(
         terms = tl.load(partial + row + at, mask=at < programs, other=0.0)
         total += terms.to(tl.float64)
     total = tl.sum(total, 0).to(tl.float32)
-    column, m = number // 4, number % 4
+    column, m = number // mid, number % mid
     if column < F:
         tl.store(d_weight + m * columns + column, total, mask=column < columns)
     elif column == F:
@@ -419,8 +505,12 @@ def _backward_rounds(a):
     return rounds
 
 
+def _mid(weights):
+    return next(mid for mid in _MIDS if weights == mid or 4 != mid > weights)
+
+
 @cache
-def _forward_variant(dtype, learned, dimensions, ordered, channels):
+def _forward_variant(dtype, learned, dimensions, ordered, channels, mid):
     f32, i32 = torch.float32, torch.int32
     return Variant(
         scored_merge_fwd_kernel,
@@ -433,14 +523,15 @@ def _forward_variant(dtype, learned, dimensions, ordered, channels):
         ),
         {
             "D": dimensions,
+            "MID": mid,
             "ORDERED": ordered,
-            "CENTERS": 2,
+            "CENTERS": 2 if mid == 4 else 1,
             "PLACES": 16,
-            "CHUNK": _block(channels, _WIDEST[dtype]),
+            "CHUNK": _block(channels, _WIDEST[dtype], mid),
             "UNIT": _unit(channels),
         },
         writes=("out",),
-        tiles={"CENTERS": (1, 4), "PLACES": (32,), "CHUNK": (16, 32, 64)},
+        tiles={"CENTERS": (1, 4), "PLACES": (32,), "CHUNK": (16, 32, 64)} if mid == 4 else {},
         num_warps=1,
         num_stages=1,
         max_registers=255,
@@ -449,9 +540,9 @@ def _forward_variant(dtype, learned, dimensions, ordered, channels):
 
 
 @cache
-def _backward_variant(dtype, learned, dimensions, size, channels, parts):
+def _backward_variant(dtype, learned, dimensions, size, channels, parts, mid):
     """`size`: tokens of a cluster, at most; `parts`: "features", "net" or "both"."""
-    chunk = _block(channels, 32 if dtype == torch.float32 else 64)
+    chunk = _block(channels, 32 if dtype == torch.float32 else 64, mid)
     if parts == "net" and (dtype == torch.float32 or _unit(channels) == 1):
         chunk = 16
     f32, i32 = torch.float32, torch.int32
@@ -466,10 +557,11 @@ def _backward_variant(dtype, learned, dimensions, size, channels, parts):
         ),
         {
             "D": dimensions,
+            "MID": mid,
             "FEATURES": parts != "net",
             "NET": parts != "features",
             "ROWS": 1 if size == 1 else 8,
-            "CENTERS": 8 if size == 1 else 4,
+            "CENTERS": max(1, (32 if size == 1 else 16) // mid),
             "CHUNK": chunk,
             "UNIT": _unit(channels),
         },
@@ -477,7 +569,7 @@ def _backward_variant(dtype, learned, dimensions, size, channels, parts):
             *(("d_features",) if parts != "net" else ()),
             *(("d_scores", "partial") if parts != "features" else ()),
         ),
-        tiles={"CENTERS": (4, 8)},
+        tiles={"CENTERS": (4, 8)} if mid == 4 else {},
         num_warps=1,
         num_stages=1,
         max_registers=255,
@@ -485,14 +577,16 @@ def _backward_variant(dtype, learned, dimensions, size, channels, parts):
     )
 
 
-def _backward_parts(dtype, channels):
+def _backward_parts(dtype, channels, mid):
     """What one kernel computes together: all, where it fits the registers."""
-    together = dtype == torch.bfloat16 and channels <= _MAX_TOGETHER and _unit(channels) > 1
-    return ("both",) if together else ("features", "net")
+    fits = dtype == torch.bfloat16 and channels <= _MAX_TOGETHER and mid == 4
+    return ("both",) if fits and _unit(channels) > 1 else ("features", "net")
 
 
-def _block(channels, most):
+def _block(channels, most, mid):
     """Channels of a program."""
+    if mid != 4:
+        return max(16, most * 8 // mid)
     if _unit(channels) == 1:
         return min(64, most)  # the slow path: one width for all
     return min(max(triton.next_power_of_2(channels), 16), most)
@@ -507,7 +601,7 @@ def _unit(channels):
 def _sum_variant(learned, dimensions):
     return Variant(
         sum_partials_kernel,
-        (torch.float32, *((learned,) * 4), "i32", "i32"),
+        (torch.float32, *((learned,) * 4), "i32", "i32", "i32"),
         {"F": 2 * dimensions + 1, "BLOCK": 256},
         writes=("d_weight", "d_bias", "d_norm_weight", "d_norm_bias"),
         tiles={"BLOCK": (128, 512)},
@@ -520,14 +614,14 @@ def variants():
     for dimensions in (2, 3):
         for dtype in DTYPES:
             yield _sum_variant(dtype, dimensions)
-            for learned in learned_dtypes(dtype):
-                for channels in (1, 16, 32, 64, 128):
+            for learned, mid in itertools.product(learned_dtypes(dtype), _MIDS):
+                for channels in (1, 16, 32, 64, 128) if mid == 4 else (1, 16):
                     for ordered in (False, True):
-                        yield _forward_variant(dtype, learned, dimensions, ordered, channels)
+                        yield _forward_variant(dtype, learned, dimensions, ordered, channels, mid)
                     for size in (1, 8):
-                        for parts in _backward_parts(dtype, channels):
+                        for parts in _backward_parts(dtype, channels, mid):
                             yield _backward_variant(
-                                dtype, learned, dimensions, size, channels, parts
+                                dtype, learned, dimensions, size, channels, parts, mid
                             )
 
 
@@ -535,17 +629,19 @@ def forward(
     features, scores, positions, center_positions, offsets, index,
     weight, bias, norm_weight, norm_bias, cluster_size, eps,
 ):  # fmt: skip
-    """(Q, 4 * C) in the features' dtype, see `scored_merge`; entries out of range are left out."""
+    """(Q, M * C) in the features' dtype, see `scored_merge`; entries out of range are left out."""
     (tokens, channels), dimensions = features.shape, positions.shape[1]
     (queries, per_query), clusters = index.shape, offsets.shape[0] - 1
-    out = torch.empty(queries, 4 * channels, dtype=features.dtype, device=features.device)
+    weights = weight.shape[0]
+    out = torch.empty(queries, weights * channels, dtype=features.dtype, device=features.device)
     if index.numel() == 0 or features.numel() == 0:
         return out.zero_()
     # Lists of single tokens belong to queries that are tokens in their own order.
     ordered = cluster_size > 1 and features.numel() * features.element_size() > _CACHE
     order = torch.sort(index[:, 0], stable=True).indices if ordered else index
     net = _net(weight, bias, norm_weight, norm_bias, features)
-    variant = _forward_variant(features.dtype, net[0].dtype, dimensions, ordered, channels)
+    kind = features.dtype, net[0].dtype, dimensions
+    variant = _forward_variant(*kind, ordered, channels, _mid(weights))
     groups = triton.cdiv(queries, variant.constants["CENTERS"])
     span = min(max(groups // _ENOUGH_PROGRAMS, 1), 8)
     arrays = (features, scores, positions, center_positions, offsets, index, order)
@@ -557,7 +653,7 @@ def forward(
         ),
         *(*_contiguous(*arrays), *net, out),
         *(tokens, queries, per_query, clusters, cluster_size, *division(cluster_size, 31)),
-        *(weight.shape[1], channels // variant.constants["UNIT"], span, eps),
+        *(weight.shape[1], weights, channels // variant.constants["UNIT"], span, eps),
     )
     return out
 
@@ -580,24 +676,24 @@ def backward(
     d_features, d_scores, *d_net = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (features, scores, *net)
     )
-    partial = torch.empty(
-        8 * dimensions + 16, programs, dtype=torch.float32, device=features.device
-    )
+    weights, columns = weight.shape
+    numbers = (2 * dimensions + 4) * weights  # of the net, had it all columns
+    partial = torch.empty(numbers, programs, dtype=torch.float32, device=features.device)
     arrays = _contiguous(grad, features, scores, positions, center_positions, offsets, *lists)
-    for parts in _backward_parts(features.dtype, channels):
-        variant = _backward_variant(
-            features.dtype, net[0].dtype, dimensions, cluster_size, channels, parts
-        )
+    mid = _mid(weights)
+    kind = features.dtype, net[0].dtype, dimensions
+    for parts in _backward_parts(features.dtype, channels, mid):
+        variant = _backward_variant(*kind, cluster_size, channels, parts, mid)
         constants = variant.constants
         blocks = triton.cdiv(channels, constants["CHUNK"]) if parts != "net" else 1
         variant.launch(
             (programs, blocks),
             *(*arrays, *net, d_features, d_scores, partial),
-            *(clusters, *division(per_query, 31), weight.shape[1], channels // constants["UNIT"]),
-            *(span, eps),
+            *(clusters, *division(per_query, 31), columns, weights),
+            *(channels // constants["UNIT"], span, eps),
         )
     variant = _sum_variant(net[0].dtype, dimensions)
-    variant.launch((len(partial),), partial, *d_net, weight.shape[1], programs)
+    variant.launch((numbers,), partial, *d_net, columns, weights, programs)
     d_net = (d.to(x.dtype) for d, x in zip(d_net, learned, strict=True))
     return d_features, d_scores, *d_net
 

@@ -63,7 +63,7 @@ class PointConv(nn.Module):
     Args:
         dim, out_dim: channels of the tokens before and after.
         k: tokens that are summed for each one, with itself.
-        mid: weights of each of them.
+        mid: weights of each of them, any number, on GPUs at most 32.
         dimensions: 2 or 3, axes of the positions.
     """
 
@@ -106,7 +106,7 @@ class ScoredMerge(nn.Module):
 
     Args:
         dim, out_dim: channels of the tokens before and after.
-        mid: weights of each token of a neighborhood.
+        mid: weights of each token of a neighborhood, any number, on GPUs at most 32.
         dimensions: 2 or 3, axes of the positions.
         expanded_position: weights from differences, distance and direction, not differences alone.
     """

@@ -20,7 +20,7 @@ from pointformer._checks import (
 )
 from pointformer._dispatch import choose
 from pointformer.clusters import Neighborhoods, check_neighborhoods, check_order
-from pointformer.kernels.merge import fused_merge
+from pointformer.kernels.merge import MOST_GPU_WEIGHTS, fused_merge
 from pointformer.reference.merge import merge as reference_merge
 
 
@@ -57,12 +57,13 @@ def scored_merge(
         center_index: (T',) int32 or int64, rows of the tokens to merge around.
         neighborhoods: of all T tokens. The -1 entries of `cluster_index` and the missing tokens of
             short clusters contribute nothing.
-        weight: (M, F), M = 4 in the paper; F = 5 (2-D) or 7 (3-D) for all of phi, F = D to use
-            only the differences.
+        weight: (M, F), M = 4 in the paper and any other number, on GPUs at most 32 (multiples of 4
+            leave nothing idle); F = 5 (2-D) or 7 (3-D) for all of phi, F = D to use only the
+            differences.
         bias, norm_weight, norm_bias: (M,).
         eps: of the LayerNorm over M.
-        impl: "reference", "cpu", "triton" or None (the device's own). "cpu" and "triton" need
-            M = 4, do not take float64, and are differentiable once.
+        impl: "reference", "cpu", "triton" or None (the device's own). "cpu" and "triton" do not
+            take float64, and are differentiable once.
 
     Returns:
         (T', M * C) in the dtype of `features`; sums are in float32, for float64 in float64.
@@ -84,11 +85,12 @@ def scored_merge(
     centered = neighborhoods.select(center_index)
 
     def lacks() -> str | None:
-        return _fused_lacks(features, weight, centered.cluster_index, positions=positions)
+        return _fused_lacks(features, centered.cluster_index, positions=positions)
 
     center_positions = positions[center_index]
     net = (weight, bias, norm_weight, norm_bias)
-    chosen = choose("scored_merge", impl, {"cpu": lacks, "triton": lacks}, device)
+    fast = {"cpu": lacks, "triton": lambda: lacks() or _too_many(weight)}
+    chosen = choose("scored_merge", impl, fast, device)
     if chosen == "reference":
         rows, mask = centered.members()
         inputs = (features, scores, positions, center_positions, rows, mask)
@@ -159,10 +161,11 @@ def point_conv(
 
     def lacks() -> str | None:
         places = {"positions": positions, "center_positions": center_positions}
-        return _fused_lacks(features, weight, neighbor_index, **places)
+        return _fused_lacks(features, neighbor_index, **places)
 
     net = (weight, bias, norm_weight, norm_bias)
-    chosen = choose("point_conv", impl, {"cpu": lacks, "triton": lacks}, device)
+    fast = {"cpu": lacks, "triton": lambda: lacks() or _too_many(weight)}
+    chosen = choose("point_conv", impl, fast, device)
     if chosen == "reference":
         scores = features.new_ones(tokens)
         index = neighbor_index.long()
@@ -222,11 +225,15 @@ def _check_weight_net(
     check_number("eps", eps, least=0)
 
 
-def _fused_lacks(
-    features: Tensor, weight: Tensor, lists: Tensor, **positions: Tensor
-) -> str | None:
+def _fused_lacks(features: Tensor, lists: Tensor, **positions: Tensor) -> str | None:
     if max(lists.numel(), features.shape[0]) > MOST_ROWS:
         return f"there are {features.shape[0]} tokens and {lists.numel()} entries of lists"
     if features.dtype == torch.float64:
         return "features are float64"
     return lacks_gradient_of(**positions)
+
+
+def _too_many(weight: Tensor) -> str | None:
+    if len(weight) > MOST_GPU_WEIGHTS:
+        return f"weight has M = {len(weight)} rows, more than {MOST_GPU_WEIGHTS}"
+    return None

@@ -11,7 +11,14 @@ from helpers.fake_gpu import dirty_memory, fake_gpu
 from helpers.gradients import value_and_gradients
 from helpers.merge import NET, assert_as_accurate, make_case
 from helpers.strategies import tokens
-from pointformer import TokenSet, balanced_cluster, nearest_clusters, point_conv, scored_merge
+from pointformer import (
+    Neighborhoods,
+    TokenSet,
+    balanced_cluster,
+    nearest_clusters,
+    point_conv,
+    scored_merge,
+)
 from pointformer.kernels.merge import fused_merge
 from pointformer.kernels.triton import merge as kernels
 from pointformer.kernels.triton.runtime import INTERPRETED, Variant
@@ -23,13 +30,18 @@ if not INTERPRETED:
 MERGED = ("features", "scores", *NET)
 
 
-def random_net(generator, width):
-    sizes = {"weight": (4, width), "bias": (4,), "norm_weight": (4,), "norm_bias": (4,)}
+def random_net(generator, width, mid=4):
+    sizes = {"weight": (mid, width), "bias": (mid,), "norm_weight": (mid,), "norm_bias": (mid,)}
     return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
 
 
 options = st.fixed_dictionaries(
-    {"channels": st.integers(1, 40), "full": st.booleans(), "seed": st.integers(0, 2**16)}
+    {
+        "channels": st.integers(1, 40),
+        "full": st.booleans(),
+        "mid": st.one_of(st.just(4), st.integers(1, 32)),
+        "seed": st.integers(0, 2**16),
+    }
 )
 
 
@@ -54,7 +66,7 @@ def test_merge_is_as_accurate_as_eager(sample, cluster_size, num_clusters, drop,
         "positions": positions,
         "center_index": torch.randperm(count, generator=g)[: (count + 3) // 4],
         "neighborhoods": neighborhoods,
-        **random_net(g, 2 * dimensions + 1 if options["full"] else dimensions),
+        **random_net(g, 2 * dimensions + 1 if options["full"] else dimensions, options["mid"]),
     }
     assert_as_accurate(scored_merge, case, MERGED, "triton", memory=dirty_memory)
 
@@ -72,7 +84,7 @@ def test_point_conv_is_as_accurate_as_eager(sample, k, elsewhere, options):
         "features": torch.randn(count, options["channels"], generator=g),
         "positions": sample.positions,
         "neighbor_index": index if count else torch.full_like(index, -1),
-        **random_net(g, 2 * dimensions + 1 if options["full"] else dimensions),
+        **random_net(g, 2 * dimensions + 1 if options["full"] else dimensions, options["mid"]),
     }
     if elsewhere:
         case["center_positions"] = torch.randn(queries, dimensions, generator=g)
@@ -91,6 +103,8 @@ def test_point_conv_is_as_accurate_as_eager(sample, k, elsewhere, options):
             "num_clusters": 2,
         },  # blocks of channels
         {"sizes": (5, 0, 1, 16), "channels": 16},
+        *({"channels": 70, "mid": mid} for mid in (1, 3, 5, 8, 16, 17, 32)),
+        {"dimensions": 3, "cluster_size": 20, "channels": 48, "mid": 12},
     ],
 )
 def test_shapes_that_need_several_blocks(shape):
@@ -124,6 +138,17 @@ def test_the_order_of_centers_changes_nothing():
 def test_a_cluster_listed_twice_counts_twice():
     case = make_case(num_clusters=3)
     case["neighborhoods"].cluster_index[:, 1] = case["neighborhoods"].cluster_index[:, 0]
+    assert_as_accurate(scored_merge, case, MERGED, "triton", memory=dirty_memory)
+
+
+@pytest.mark.parametrize("mid", [4, 6])
+def test_lists_in_place_of_clusters(mid):
+    """Any lists, also shorter and empty ones."""
+    case = make_case(channels=17, mid=mid)
+    index = torch.rand(47, 47, generator=torch.Generator().manual_seed(4)).argsort(1)[:, :7]
+    index[::3, 4:] = -1
+    index[case["center_index"][0]] = -1
+    case["neighborhoods"] = Neighborhoods.from_lists(index, case["positions"])
     assert_as_accurate(scored_merge, case, MERGED, "triton", memory=dirty_memory)
 
 
@@ -193,8 +218,9 @@ def test_translation_changes_nothing():
     assert torch.equal(scored_merge(**case, impl="triton"), scored_merge(**moved, impl="triton"))
 
 
-def test_half_precision_is_rounded_once():
-    case = make_case()
+@pytest.mark.parametrize("mid", [4, 7])
+def test_half_precision_is_rounded_once(mid):
+    case = make_case(mid=mid)
     case["features"] = case["features"].half()
     expected = scored_merge(**case | {"features": case["features"].float()}, impl="triton").half()
     assert torch.equal(scored_merge(**case, impl="triton"), expected)
@@ -291,7 +317,7 @@ def test_a_uniform_batch_can_be_captured(large):
     ("change", "message"),
     [
         ({"features": torch.rand(47, 11).double()}, "features are float64"),
-        ({name: torch.rand((3, 5) if name == "weight" else 3) for name in NET}, "M = 3 rows"),
+        ({name: torch.rand((33, 5) if name == "weight" else 33) for name in NET}, "M = 33 rows"),
     ],
 )
 def test_what_kernels_cannot_do(change, message):
