@@ -53,8 +53,9 @@ def may_be_specialized():
 
 def run(size, k):
     """Ops of so many queries on so many tokens, values and gradients."""
-    case = make_case((size,), cluster_size=k, num_clusters=k, channels=16 * k)
-    value_and_gradients(scored_merge, case, ("features", *NET), impl="triton")
+    for mid in (5, 4):
+        case = make_case((size,), cluster_size=k, num_clusters=k, channels=16 * k, mid=mid)
+        value_and_gradients(scored_merge, case, ("features", *NET), impl="triton")
     heads = {name: torch.randn(size, k, 16) for name in ("query", "key", "value")}
     lists = {name: case[name] for name in ("positions", "neighborhoods")}
     value_and_gradients(neighborhood_attention, heads | lists, heads, impl="triton")

@@ -103,8 +103,8 @@ def test_point_conv_is_as_accurate_as_eager(sample, k, elsewhere, options):
             "num_clusters": 2,
         },  # blocks of channels
         {"sizes": (5, 0, 1, 16), "channels": 16},
-        *({"channels": 70, "mid": mid} for mid in (1, 3, 5, 8, 16, 17, 32)),
-        {"dimensions": 3, "cluster_size": 20, "channels": 48, "mid": 12},
+        *({"sizes": (9, 4), "channels": 18, "mid": mid} for mid in (3, 8, 17)),
+        {"sizes": (13,), "dimensions": 3, "cluster_size": 20, "channels": 48, "mid": 12},
     ],
 )
 def test_shapes_that_need_several_blocks(shape):
