@@ -51,7 +51,9 @@ class AdaptiveMerge(ScoredMerge):
 
     def __init__(self, config: AFFConfig, stage: int) -> None:
         dims = config.dims[stage : stage + 2]
-        super().__init__(*dims, expanded_position=config.expanded_position)
+        super().__init__(
+            *dims, expanded_position=config.expanded_position, center=config.merge_center
+        )
         self.index = stage
         self.stride = 2 ** (stage + 1)
 

@@ -103,6 +103,7 @@ class AFFConfig(_Config):
             Without learning, for comparison: "gradient", the picture's in a token's cell, or
             "lattice", a regular grid at any rate and whatever `alpha` and `prior`. The learned
             scores weight what is merged in all three.
+        merge_center: add the chosen token's own features in adaptive merges; see `ScoredMerge`.
     """
 
     dims: tuple[int, ...]
@@ -129,6 +130,7 @@ class AFFConfig(_Config):
     blank_token: bool = True
     merge: str = "adaptive"
     ranking: str = "scores"
+    merge_center: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

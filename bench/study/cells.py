@@ -18,45 +18,32 @@ HEADS = ("dense", "mask2former")
 BUDGETS = (4, 8, 16, 32, 64)  # one token in so many is kept
 SEEDS = (0, 1, 2)
 
-# What differs between data sets. Weights of classes: an object's pixel counts ten times as much.
-DATA: dict[str, dict[str, Any]] = {
+# The tasks, by data set and head; a head of masks counts objects where there are any.
+_CLASSES = {"format": "folder", "void": [255]}
+_OBJECTS = {"format": "folder", "draw": "by_objects"}
+_NUCLEI = {"task": "instance", "data": _OBJECTS}
+_HIT_UAV = ["background", "person", "car", "bicycle", "other"]
+_CAMVID = ["sky", "building", "pole", "road", "pavement", "tree", "sign_symbol", "fence", "car",
+           "pedestrian", "bicyclist"]  # fmt: skip
+_ROADS = {"task": "semantic", "data": {"format": "folder", "void": [11], "categories": _CAMVID}}
+DATA: dict[str, dict[str, dict[str, Any]]] = {
     "hit_uav": {
-        "task": "semantic",
-        "data": {
-            "format": "folder",
-            "categories": ["background", "person", "car", "bicycle", "other"],
-            "void": [255],
-        },
-        "loss": {"class_weights": [1, 10, 10, 10, 10]},
-        "turn": {},
-        "background": True,
+        "dense": {"task": "semantic", "data": {**_CLASSES, "categories": _HIT_UAV}},
+        "mask2former": {"task": "instance", "data": {**_OBJECTS, "void": [65535]}},
     },
-    "nuclei_dsb2018": {
-        "task": "instance",
-        "data": {"format": "folder", "draw": "by_objects"},
-        "loss": {"inside_weight": 1, "border_weight": 3},
-        "turn": {},
-        "background": False,
-    },
-    "camvid": {
-        "task": "semantic",
-        "data": {
-            "format": "folder",
-            "categories": [
-                "sky", "building", "pole", "road", "pavement", "tree", "sign_symbol", "fence",
-                "car", "pedestrian", "bicyclist",
-            ],
-            "void": [11],
-        },
-        "loss": {},
-        "turn": None,
-        "background": False,
-    },
-}  # fmt: skip
-STEPS = {"dense": 2500, "mask2former": 2500}
+    "nuclei_dsb2018": {"dense": _NUCLEI, "mask2former": _NUCLEI},
+    "camvid": {"dense": _ROADS, "mask2former": _ROADS},
+}
+# Weights in the loss: where there is little of a class, its pixels count more.
+LOSSES: dict[tuple[str, str], dict[str, Any]] = {
+    ("hit_uav", "dense"): {"class_weights": [1, 10, 10, 10, 10]},
+    ("nuclei_dsb2018", "dense"): {"inside_weight": 1, "border_weight": 3},
+}
+BACKGROUND = "background"  # no object, where it is a class
+UPRIGHT = ("camvid",)  # pictures with an up and a down
+STEPS = {"dense": 3000, "mask2former": 1500}
 MASKS = {  # of the head mask2former: as many queries as crops have objects, small decoders
     "queries": 60,
-    "token_queries": True,
     "pixel_layers": 1,
     "decoder_layers": 2,
     "dim": 96,
@@ -92,7 +79,7 @@ class Cell:
             root: folder with the data sets.
             changes: of fields, as `field=value`.
         """
-        own = DATA[self.data]
+        own, upright = DATA[self.data][self.head], self.data in UPRIGHT
         options: dict[str, Any] = {
             "dims": [32, 96],
             "depths": [1, 4],
@@ -110,11 +97,11 @@ class Cell:
                 "reserve_share": 0.25,
                 "ranking": {"gradient": "gradient", "grid": "lattice"}.get(self.arm, "scores"),
             }
-        loss = own["loss"]
         if self.head == "dense":
+            loss = LOSSES.get((self.data, self.head), {})
             options |= {"channels": 48, "pixel_channels": 8, "detail": False}
         else:
-            options |= MASKS
+            options |= {**MASKS, "token_queries": own["task"] == "instance"}
             loss = {"points": 2048, "stride": 4, "weights": {"no_object": 1.0}}
         return read_recipe(
             None,
@@ -127,8 +114,8 @@ class Cell:
             data={**own["data"], "path": str(root / self.data)},
             augmentation={
                 "crop": {"size": 256, "beyond": "mirror"},
-                "flip": {"horizontal": 0.5, "vertical": 0.5 if own["turn"] is not None else 0.0},
-                "turn": own["turn"],
+                "flip": {"horizontal": 0.5},
+                "turn": None if upright else {},
             },
             optimizer={"learning_rate": 1.5e-3, "weight_decay": 0.05, "betas": [0.9, 0.98]},
             schedule={"kind": "cosine", "warmup": 0.05},

@@ -28,7 +28,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from cells import CELLS, DATA, RESULTS, Cell, read_lines
+from cells import BACKGROUND, CELLS, RESULTS, Cell, read_lines
 from torch import nn
 
 import pointformer
@@ -103,7 +103,7 @@ def run(cell: Cell, recipe: Recipe, out: Path) -> dict[str, Any]:
     plain["data"]["path"] = cell.data
     return {
         "cell": asdict(cell),
-        "scores": scores_of(model, task, validation, cell, recipe),
+        "scores": scores_of(model, task, validation, recipe),
         "parameters": sum(p.numel() for p in model.parameters()),
         **costs_of(model, validation, recipe),
         "curve": curve_of(out),
@@ -113,24 +113,23 @@ def run(cell: Cell, recipe: Recipe, out: Path) -> dict[str, Any]:
     }
 
 
-def scores_of(
-    model: Model, task: Task, validation: Dataset, cell: Cell, recipe: Recipe
-) -> dict[str, Any]:
+def scores_of(model: Model, task: Task, validation: Dataset, recipe: Recipe) -> dict[str, Any]:
     """Scores by name; found and annotated objects by class and size."""
-    background = DATA[cell.data]["background"]
 
     def metrics() -> list[Metric]:
         return [*task.metrics(), RecallBySize(validation.categories, SIDES)]
 
     tile = validation_tile(recipe, task)
     result = evaluate(model, validation, task, metrics=metrics, tile=tile)
-    kinds = [category.name for category in validation.categories][int(background) :]
+    names = [category.name for category in validation.categories]
+    first = int(names[0] == BACKGROUND)
+    kinds = names[first:]
     by_size = next(m for m in result.metrics if isinstance(m, RecallBySize)).scores()
-    found, annotated = by_size.found[int(background) :], by_size.annotated[int(background) :]
+    found, annotated = by_size.found[first:], by_size.annotated[first:]
     scores = {name: value for name, value in result.scores.items() if "recall, " not in name}
     for metric in result.metrics:
         if isinstance(metric, SemanticIoU):
-            iou = metric.scores().iou[int(background) :]
+            iou = metric.scores().iou[first:]
             scores |= {f"IoU, {kind}": x for kind, x in zip(kinds, iou.tolist(), strict=True)}
     return {
         **{name: round(value, 4) if value == value else None for name, value in scores.items()},
@@ -162,7 +161,7 @@ def costs_of(model: Model, validation: Dataset, recipe: Recipe) -> dict[str, Any
         "size": [height, width],
         "multiply_adds": complexity_of(model, height, width).total,
         "multiply_adds_after": complexity_of(
-            model, height, width, parts=[first.merge, *later]
+            model, height, width, parts=[cast(nn.Module, first.merge), *later]
         ).total,
         "cpu_seconds": round(median(times[1:]), 4),
     }

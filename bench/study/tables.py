@@ -19,7 +19,10 @@ from typing import Any
 from cells import ARMS, DATA, HEADS, RESULTS, read_lines
 
 Line = dict[str, Any]
-MAIN = {"semantic": "mIoU", "instance": "AP50"}  # beside the small objects; see README.md
+MAIN = {
+    "semantic": "mIoU",
+    "instance": "AP at IoU 0.5 (TP / (TP + FP + FN))",
+}  # beside the small objects; see README.md
 FLAT = 0.97  # of a curve whose last tenth has at least this share of the loss of the one before
 _COLUMNS = (
     "head", "budget", "arm", "seeds", "small found, %", "main score, %", "found by size, %",
@@ -51,8 +54,9 @@ def page(lines: Sequence[Line]) -> str:
     parts = [
         "# Results of the study\n\nMade by `python bench/study/tables.py`; see ../study/README.md."
     ]
-    for data in DATA:
-        own = [line for line in lines if line["cell"]["data"] == data]
+    for data, head in itertools.product(DATA, HEADS):
+        kinds = {"data": data, "head": head}
+        own = [line for line in lines if kinds.items() <= line["cell"].items()]
         if not own:
             continue
         first = own[0]
@@ -68,8 +72,8 @@ def page(lines: Sequence[Line]) -> str:
         ]
         groups = ", ".join(f"{n} {name}" for n, name in zip(annotated, limits, strict=True))
         parts.append(
-            f"## {data}\n\nMain score: {score}, on {first['scores']['pictures']} pictures. Objects "
-            f"by their side in pixels: {groups}. Mean (standard deviation) of the seeds."
+            f"## {data}, {head}\n\nMain score: {score}, on {first['scores']['pictures']} pictures. "
+            f"Objects by their side in pixels: {groups}. Mean (standard deviation) of the seeds."
         )
         parts.append(table(own, score))
         parts.append(differences(own, score))
@@ -166,13 +170,14 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    score = MAIN[lines[0]["recipe"]["task"]]
     heads = [head for head in HEADS if any(line["cell"]["head"] == head for line in lines)]
     figure, axes = plt.subplots(
         len(heads), 2, figsize=(10, 4 * len(heads)), squeeze=False, layout="constrained"
     )
     groups = grouped(lines)
     for row, head in zip(axes, heads, strict=True):
+        task = next(line["recipe"]["task"] for line in lines if line["cell"]["head"] == head)
+        score = MAIN[task]
         for axis, (name, key) in zip(row, (("small found", "small"), (score, score)), strict=True):
             for arm in ARMS:
                 own = [

@@ -109,6 +109,9 @@ class ScoredMerge(nn.Module):
         mid: weights of each token of a neighborhood, any number, on GPUs at most 32.
         dimensions: 2 or 3, axes of the positions.
         expanded_position: weights from differences, distance and direction, not differences alone.
+        center: add a Linear layer of the chosen token's own features, as of pruned transformers
+            (DynamicViT, 2021). Tokens side by side share most of their neighborhoods, and what is
+            merged hardly tells them apart at first.
     """
 
     def __init__(
@@ -119,14 +122,19 @@ class ScoredMerge(nn.Module):
         *,
         dimensions: int = 2,
         expanded_position: bool = True,
+        center: bool = False,
     ) -> None:
         super().__init__()
+        check_flags(center=center)
         for name, count in (("dim", dim), ("out_dim", out_dim)):
             check_count(name, count)
         self.score = nn.Linear(dim, 1)
         self.weight_net = WeightNet(position_features(dimensions, expanded_position), mid)
         self.norm = nn.LayerNorm(mid * dim)
         self.linear = nn.Linear(mid * dim, out_dim)
+        self.center = None
+        if center:
+            self.center = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, out_dim, bias=False))
 
     def scores(self, x: Tensor) -> Tensor:
         """(T,) importance of features (T, C) in (0, 1), float32."""
@@ -159,4 +167,6 @@ class ScoredMerge(nn.Module):
             impl=impl,
         )
         features = self.linear(self.norm(merged))
+        if self.center is not None:
+            features = features + self.center(tokens.features[index])
         return tokens.select(index, sizes, features=features, check_values=False)

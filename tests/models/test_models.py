@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from pointformer.models import (
     list_models,
 )
 from pointformer.models.config import CONFIGS
+from pointformer.nn import ScoredMerge
 from pointformer.nn.blocks import HIDDEN, add_branch, by_rows, drop_path
 
 # Few blocks and channels: the wiring of AFF without its cost.
@@ -194,6 +196,7 @@ def test_alpha_zero_is_a_uniform_grid():
         {"prior": "grid"},
         {"ranking": "gradient"},
         {"ranking": "lattice"},
+        {"merge_center": True},
         {"expanded_position": False},
         {"blank_token": False},
         {"reserve": False},
@@ -263,6 +266,20 @@ def test_windows_merge_squares_of_any_side(sides):
     for wrong, message in (((2, 2, 2), "one for each of 2 merges"), (0, "positive integer")):
         with pytest.raises(ValueError, match=f"patch_merge: expected .*{message}"):
             SwinConfig(dims=(8, 16, 16), depths=(1, 1, 1), heads=(2, 2, 2), patch_merge=wrong)
+
+
+def test_merges_add_the_centers_own_features():
+    """After a norm and a layer, beside what is merged without them."""
+    model = tiny("features", merge_center=True)
+    merge, tokens = model.backbone.stages[0].merge, model.backbone(images((40, 56)))[0].tokens
+    index, around = torch.tensor([3, 0, 77]), tokens.neighborhoods(6)
+    scores = merge.scores(tokens.features)
+    merged = partial(ScoredMerge.forward, merge, tokens, around, scores, index, [3])
+    own = merge.center[1](merge.center[0](tokens.features[index]))
+    both = merged().features
+    merge.center = None
+    alone = merged().features
+    torch.testing.assert_close(both, alone + own)
 
 
 @pytest.mark.parametrize("keep", [4, 8, 16, 32])

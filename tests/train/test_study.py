@@ -16,6 +16,7 @@ import torch
 
 from helpers.training import ROOT, write_folder
 from pointformer.data import Category
+from pointformer.metrics import InstanceAP, SemanticIoU
 from pointformer.train.initial import make_model
 
 FOLDER = ROOT / "bench" / "study"
@@ -56,7 +57,7 @@ def test_arms_differ_in_their_choice_only(monkeypatch):
             assert names <= {"options.ranking", "score_weight"}
             assert bool(names) == (cell.arm != "grid")
     for head, task in (("dense", "semantic"), ("mask2former", "instance")):
-        data = next(data for data, own in cells.DATA.items() if own["task"] == task)
+        data = next(name for name, own in cells.DATA.items() if own[head]["task"] == task)
         shapes = {}
         for arm in cells.ARMS:
             recipe = cells.Cell(data, head, 16, arm, 0).recipe(Path("data"))
@@ -101,6 +102,8 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
     assert [row for row in rows if len(row) == 6] == [
         ["dense", "1/16", "learned", "2", "15.0 (14.1)", "0.5 (0.7)"]
     ]
+    scores = {**SemanticIoU(2).compute(), **InstanceAP().compute()}
+    assert set(tables.MAIN.values()) <= set(scores)
     results = tmp_path / "study.jsonl"
     results.write_text("".join(json.dumps(one) + "\n" for one in lines))
     tables.main(["--results", str(results)])
