@@ -19,10 +19,7 @@ from typing import Any
 from cells import ARMS, DATA, HEADS, RESULTS, read_lines
 
 Line = dict[str, Any]
-MAIN = {
-    "semantic": "mIoU",
-    "instance": "AP at IoU 0.5 (TP / (TP + FP + FN))",
-}  # beside the small objects; see README.md
+MAIN = {"semantic": "mIoU", "instance": "AP at IoU 0.5 (TP / (TP + FP + FN))"}  # scores, by task
 FLAT = 0.97  # of a curve whose last tenth has at least this share of the loss of the one before
 _COLUMNS = (
     "head", "budget", "arm", "seeds", "small found, %", "main score, %", "found by size, %",
