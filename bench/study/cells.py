@@ -13,7 +13,7 @@ from typing import Any
 from pointformer.train.recipe import Recipe, read_recipe
 
 RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
-ARMS = ("supervised", "learned", "gradient", "grid", "swin")
+ARMS = ("learned", "grid", "gradient", "supervised", "swin")
 HEADS = ("dense", "mask2former")
 BUDGETS = (4, 8, 16, 32, 64)  # one token in so many is kept
 SEEDS = (0, 1, 2)
