@@ -355,8 +355,9 @@ def _checked_points(tokens: object, config: PointConfig) -> TokenSet:
         )
     if (tokens.dimensions, tokens.channels) != (config.dimensions, config.in_channels):
         raise ValueError(f"images: expected {wanted}, got {tokens}")
-    empty = [sample for sample, size in enumerate(tokens.sizes) if size == 0]
-    if empty or not tokens.sizes:
+    known = not isinstance(tokens.sizes, Tensor)  # else compiled
+    empty = [sample for sample, size in enumerate(tokens.sizes) if size == 0] if known else []
+    if empty or not len(tokens):
         which = f"sample {empty[0]} has" if empty else "there are"
         raise ValueError(f"images: expected points in every sample, {which} none")
     check_finite("images", tokens.positions, tokens.sizes)

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pointformer import TokenSet, batch_from_sizes, interpolate
+from pointformer import TokenSet, interpolate
 from pointformer._checks import check_number, describe
-from pointformer.clusters import offsets_of
+from pointformer.clusters import offsets_of, sample_of_rows
 from pointformer.models.backbone import Backbone, StageOutput
 from pointformer.models.config import PointConfig
 from pointformer.nn import (
@@ -102,13 +102,20 @@ def best_of_runs(
         Rows, (T',) int64 ascending, and how many there are per sample.
     """
     # 70 * 0.1 is a little more than 7 in binary numbers, and not meant so.
-    counts = tuple(math.ceil(size * rate - 1e-6) for size in sizes)
-    longest = max((math.ceil(n / m) for n, m in zip(sizes, counts, strict=True) if m), default=1)
+    counts: tuple[int, ...]
+    if isinstance(sizes, Tensor):
+        counts = (sizes.double() * rate - 1e-6).ceil().long()
+    else:
+        counts = tuple(math.ceil(size * rate - 1e-6) for size in sizes)
+    longest = math.ceil(1 / rate)
+    if not torch.compiler.is_compiling():
+        longest = min(longest, max(sizes, default=0))
+    longest = max(longest, 1)
     device = scores.device
-    sample = batch_from_sizes(counts, device)
-    runs, rows = offsets_of(counts, device), offsets_of(tuple(sizes), device)
+    sample = sample_of_rows(counts, device)
+    runs, rows = offsets_of(counts, device), offsets_of(sizes, device)
     size, count = rows.diff()[sample], runs.diff()[sample]
-    run = torch.arange(sum(counts), device=device) - runs[sample]
+    run = torch.arange(len(sample), device=device) - runs[sample]
     start = rows[sample]
     first, end = start + run * size // count, start + (run + 1) * size // count
     row = first[:, None] + torch.arange(longest, device=device)

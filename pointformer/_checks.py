@@ -127,6 +127,8 @@ def check_sizes(
         return check_batch(vector, batch)
     if sizes is None and total is not None:
         return (total,)
+    if isinstance(sizes, Tensor) and torch.compiler.is_compiling():
+        return sizes  # unread, see `PerSample`
     sizes = check_integers(name, sizes, "the number of tokens of each sample")
     if any(s < 0 for s in sizes):
         raise ValueError(f"{name}: sizes must not be negative, got {brief(sizes)}")
@@ -175,6 +177,8 @@ def check_query_sizes(
     """Tokens and queries per sample, of equally many samples."""
     sizes = check_sizes("sizes", sizes, total, batch)
     query_sizes = check_sizes("query_sizes", query_sizes, queries, query_batch)
+    if isinstance(sizes, Tensor) or isinstance(query_sizes, Tensor):  # while compiling
+        sizes, query_sizes = map(torch.as_tensor, (sizes, query_sizes))
     # A batch vector cannot tell how many of the last samples are empty.
     if batch is not None:
         sizes += (0,) * (len(query_sizes) - len(sizes))
@@ -319,15 +323,27 @@ def _given(value: object) -> str:
     return brief(value)
 
 
-def alike(numbers: Sequence) -> bool:
-    """Whether all host numbers are equal; while compiling only where they are for all inputs, for
-    else it would be for these alone.
+def certain(condition: bool) -> bool:
+    """Whether this holds; while compiling only where it does for all inputs, for else what is
+    compiled would be for these alone.
     """
     if not torch.compiler.is_compiling():
-        return all(number == numbers[0] for number in numbers[1:])
+        return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return all(statically_known_true(number == numbers[0]) for number in numbers[1:])
+    return statically_known_true(condition)
+
+
+def alike(numbers: Sequence) -> bool:
+    """Whether all host numbers are equal, in the way of `certain`."""
+    if not torch.compiler.is_compiling():
+        return not numbers or numbers.count(numbers[0]) == len(numbers)
+    return all(certain(number == numbers[0]) for number in numbers[1:])
+
+
+def too_many(*rows: int) -> bool:
+    """Whether one of these numbers of rows is above `MOST_ROWS`, in the way of `certain`."""
+    return any(certain(count > MOST_ROWS) for count in rows)
 
 
 def can_read(values: Tensor) -> bool:
@@ -387,6 +403,8 @@ def check_per_sample(
     a tensor. Without a number of samples as many rows as there are, one for a single row.
     """
     given = value
+    if isinstance(value, Tensor) and torch.compiler.is_compiling():
+        return value  # type: ignore[return-value]  # unread, see `PerSample`
     if isinstance(value, Tensor | np.ndarray):
         value = value.tolist()
     if not isinstance(value, list | tuple):

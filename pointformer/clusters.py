@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from pointformer._checks import (
     check_positions,
     check_tensor,
     describe,
+    too_many,
 )
 from pointformer._dispatch import choose, lacks_nothing
 from pointformer.kernels.tables import from_host, starts_of
@@ -26,11 +29,58 @@ from pointformer.kernels.tables import from_host, starts_of
 _LOOKED_AT, _ROWS_LOOKED_AT = 16, 1024  # clusters, and rows in them, to tell the order of rows
 
 
-def offsets_of(sizes: tuple[int, ...] | list[int], device: torch.device | None = None) -> Tensor:
+class PerSample(NamedTuple):
+    """Host numbers of each sample of a batch: a tuple, and a tensor on the host that compiled code
+    has in its place, so that one graph is for any number of samples of any sizes.
+
+    Sets whose samples are alike by promise, and those that are made by compiled code from a tuple,
+    have none: their graphs know that samples are alike.
+    """
+
+    numbers: tuple | None
+    table: Tensor | None
+
+    @classmethod
+    def of(cls, numbers: Any, alike: bool, dtype: torch.dtype = torch.int64) -> PerSample:
+        """From B numbers, B rows of them or, while compiling, a tensor."""
+        if isinstance(numbers, Tensor):
+            return cls(None, numbers)
+        if alike or torch.compiler.is_compiling():
+            return cls(numbers, None)
+        return cls(numbers, from_host(numbers, dtype, None))
+
+    def read(self) -> Any:
+        """The tensor while compiling, else the tuple."""
+        if self.table is not None and torch.compiler.is_compiling():
+            return self.table
+        if self.table is not None and self.numbers is None:  # it comes out of compiled code
+            rows = self.table.tolist()
+            return tuple(map(tuple, rows) if self.table.dim() > 1 else rows)
+        return self.numbers
+
+
+def total_of(sizes: Sequence[int] | Tensor) -> int:
+    """The sum, also of a tensor while compiling, when it is a number yet unknown."""
+    return sizes.sum().item() if isinstance(sizes, Tensor) else sum(sizes)  # type: ignore[return-value]
+
+
+def offsets_of(sizes: Sequence[int] | Tensor, device: torch.device | None = None) -> Tensor:
     """Start of each sample in a packed batch, and the end: (B+1,) int64 from B host integers."""
+    if isinstance(sizes, Tensor):
+        return torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(device)
     if alike(sizes):  # no copy from the host
         return torch.arange(len(sizes) + 1, device=device) * (sizes[0] if sizes else 0)
     return from_host(starts_of(sizes), torch.int64, device)
+
+
+def sample_of_rows(
+    sizes: Sequence[int] | Tensor, device: torch.device | None, total: int | None = None
+) -> Tensor:
+    """(T,) int64, the sample of each row of a packed batch; of `total` rows where that is known."""
+    lengths = offsets_of(sizes, device).diff()
+    samples = torch.arange(len(sizes), device=device)
+    total = total_of(sizes) if total is None else total
+    return torch.repeat_interleave(samples, lengths, output_size=total)
 
 
 def check_neighborhoods(
@@ -94,7 +144,7 @@ def _taken(tensor: Tensor, rows: np.ndarray) -> np.ndarray:
     return tensor.detach()[torch.from_numpy(rows).to(tensor.device)].cpu().numpy()
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class Clusters:
     """Tokens of a packed batch sorted so that every cluster is a contiguous range of rows.
 
@@ -115,8 +165,39 @@ class Clusters:
     sizes: tuple[int, ...]
     counts: tuple[int, ...]
     cluster_size: int
-    global_size: int = 0
-    same_positions: bool = False
+    global_size: int
+    same_positions: bool
+
+    def __init__(
+        self,
+        order: Tensor,
+        offsets: Tensor,
+        centers: Tensor,
+        sizes: tuple[int, ...],
+        counts: tuple[int, ...],
+        cluster_size: int,
+        global_size: int = 0,
+        same_positions: bool = False,
+    ) -> None:
+        for name, value in (
+            ("order", order),
+            ("offsets", offsets),
+            ("centers", centers),
+            ("_sizes", PerSample.of(sizes, same_positions)),
+            ("_counts", PerSample.of(counts, same_positions)),
+            ("cluster_size", cluster_size),
+            ("global_size", global_size),
+            ("same_positions", same_positions),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property  # type: ignore[no-redef]
+    def sizes(self) -> tuple[int, ...]:
+        return self._sizes.read()  # type: ignore[attr-defined]
+
+    @property  # type: ignore[no-redef]
+    def counts(self) -> tuple[int, ...]:
+        return self._counts.read()  # type: ignore[attr-defined]
 
     @property
     def num_tokens(self) -> int:
@@ -247,9 +328,9 @@ class Neighborhoods:
 
     def triton_lacks(self) -> str | None:
         """For `choose`: why Triton kernels cannot take these neighborhoods, or `None`."""
-        rows = max(self.cluster_index.numel(), self.clusters.num_tokens)
-        if rows > MOST_ROWS:
-            return f"neighborhoods has {rows} tokens or list entries, more than {MOST_ROWS}"
+        rows = self.cluster_index.numel(), self.clusters.num_tokens
+        if too_many(*rows):
+            return f"neighborhoods has {max(rows)} tokens or list entries, more than {MOST_ROWS}"
         return None
 
     def select(self, rows: Tensor) -> Neighborhoods:
@@ -289,4 +370,4 @@ class Neighborhoods:
 for _cls, _name in ((Clusters, "Clusters"), (Neighborhoods, "Neighborhoods")):
     torch.export.register_dataclass(_cls, serialized_type_name=f"pointformer.{_name}")
 # Lets `torch.load` read them without running other code.
-torch.serialization.add_safe_globals([Clusters, Neighborhoods])
+torch.serialization.add_safe_globals([Clusters, Neighborhoods, PerSample])

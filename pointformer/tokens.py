@@ -32,7 +32,14 @@ from pointformer._checks import (
     check_tensor,
     describe,
 )
-from pointformer.clusters import Clusters, Neighborhoods, check_order, offsets_of
+from pointformer.clusters import (
+    Clusters,
+    Neighborhoods,
+    PerSample,
+    check_order,
+    offsets_of,
+    sample_of_rows,
+)
 from pointformer.geometry.boxes import bounding_boxes
 from pointformer.geometry.clustering import balanced_cluster
 from pointformer.geometry.neighbors import nearest_clusters
@@ -82,8 +89,9 @@ class TokenSet:
     Attributes:
         positions: (T, D) float32, D = 2 or 3, axes in the order x, y[, z].
         features: (T, C), any float dtype; (T, 0) where none are given.
-        sizes: tokens per sample, B host integers. In their place `batch` can be given, the sample
-            of each token, see `sizes_from_batch`.
+        sizes: tokens per sample, B host integers (in compiled code a host tensor, unless samples are
+            alike by promise). In their place `batch` can be given, the sample of each token, see
+            `sizes_from_batch`.
         extent: per sample the D sides of the canvas, in the units of `positions` (host numbers), or
             `None` where no canvas is known. A feature map of h x w has the extent (w, h).
         origin: (B, D) float64 on the host, what to add to `positions` for world coordinates, or
@@ -136,7 +144,8 @@ class TokenSet:
             raise TypeError(
                 f"clusters: expected Clusters, as tokens.cluster() makes, got {describe(clusters)}"
             )
-        if clusters is not None and clusters.sizes != sizes:
+        told = clusters is not None and not isinstance(sizes, Tensor)
+        if told and clusters.sizes != sizes:  # type: ignore[union-attr]
             raise ValueError(f"clusters: expected samples of {brief(sizes)} tokens, got {clusters}")
         if clusters is not None:
             check_order("positions", positions, clusters)
@@ -146,17 +155,17 @@ class TokenSet:
             check_same_positions("positions", positions, sizes, False)
             if extent is not None and any(sides != extent[0] for sides in extent[1:]):
                 raise ValueError(f"same_positions: expected one extent, got {brief(extent)}")
-        for name, value in (
-            ("positions", positions),
-            ("features", features),
-            ("sizes", sizes),
-            ("extent", extent),
-            ("origin", origin),
-            ("clusters", clusters),
-            ("same_positions", same_positions),
-            ("fields", fields),
-        ):
-            object.__setattr__(self, name, value)
+        values = positions, features, sizes, extent, origin, clusters, same_positions, fields
+        _set(self, dict(zip(_NAMES, values, strict=True)))
+
+    @property  # type: ignore[no-redef]
+    def sizes(self) -> tuple[int, ...]:
+        return self._sizes.read()  # type: ignore[attr-defined]
+
+    @property  # type: ignore[no-redef]
+    def extent(self) -> Extent | None:
+        extent = self._extent  # type: ignore[attr-defined]
+        return None if extent is None else extent.read()
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -206,7 +215,8 @@ class TokenSet:
     @property
     def is_uniform(self) -> bool:
         """Whether all samples have the same number of tokens, so that (B, N, C) is a view."""
-        return len(set(self.sizes)) <= 1
+        sizes = self.sizes
+        return not isinstance(sizes, Tensor) and len(set(sizes)) <= 1
 
     @property
     def batch_offsets(self) -> Tensor:
@@ -216,7 +226,7 @@ class TokenSet:
     @property
     def sample_index(self) -> Tensor:
         """(T,) int64, the sample of each row."""
-        return batch_from_sizes(self.sizes, self.device)
+        return sample_of_rows(self.sizes, self.device, self.num_tokens)
 
     def with_features(self, features: Tensor) -> TokenSet:
         """The same tokens with other features (T, C')."""
@@ -298,7 +308,10 @@ class TokenSet:
 
     def _changed(self, **changes: Any) -> TokenSet:
         """Another set, of values that fit each other for sure."""
-        return _unchecked(*(changes.get(name, getattr(self, name)) for name in _NAMES))
+        kept = {
+            name: getattr(self, name) for name in _STORED if name.removeprefix("_") not in changes
+        }
+        return _set(object.__new__(TokenSet), kept | changes)
 
     def _with_rows(
         self, rows: Tensor | slice, features: Tensor | None = None, **changes: Any
@@ -340,9 +353,10 @@ class TokenSet:
             check_values=check_values,
             impl=impl,
         )
-        if any(size > global_size for size in self.sizes):  # the others keep their order
+        sizes = self.sizes
+        if isinstance(sizes, Tensor) or any(size > global_size for size in sizes):
             return self._with_rows(clusters.order, clusters=clusters)
-        return self._changed(clusters=clusters)
+        return self._changed(clusters=clusters)  # all keep their order
 
     def neighborhoods(
         self,
@@ -665,16 +679,17 @@ class TokenSet:
     def to_list(self) -> list[TokenSet]:
         """One token set per sample, rows as they stand, without clusters."""
         nothing = itertools.repeat(None)
-        named = [[(name, x) for x in rows.split(self.sizes)] for name, rows in self.fields.items()]
+        sizes, extent = self.sizes, self.extent
+        named = [[(name, x) for x in rows.split(sizes)] for name, rows in self.fields.items()]
         parts = zip(
-            self.positions.split(self.sizes),
-            self.features.split(self.sizes),
-            ((size,) for size in self.sizes),
-            nothing if self.extent is None else ((sides,) for sides in self.extent),
+            self.positions.split(sizes),
+            self.features.split(sizes),
+            ((size,) for size in sizes),
+            nothing if extent is None else ((sides,) for sides in extent),
             nothing if self.origin is None else self.origin.split(1),
             nothing,
             itertools.repeat(False),
-            map(dict, zip(*named, strict=True)) if named else ({} for _ in self.sizes),
+            map(dict, zip(*named, strict=True)) if named else ({} for _ in sizes),
         )
         return [_unchecked(*values) for values in parts]
 
@@ -781,16 +796,38 @@ def _collate_sets(sets: Sequence[TokenSet], *, collate_fn_map: object = None) ->
 
 _COLLATE = {TokenSet: _collate_sets, **default_collate_fn_map}
 _NAMES = tuple(field.name for field in fields(TokenSet))
+_STORED = tuple({"sizes": "_sizes", "extent": "_extent"}.get(name, name) for name in _NAMES)
+
+
+def _set(tokens: TokenSet, values: dict[str, Any]) -> TokenSet:
+    """Give a set its attributes, by their names, or those of what it stores in their place."""
+    if "sizes" in values:
+        values["_sizes"] = PerSample.of(values.pop("sizes"), values["same_positions"])
+    if "extent" in values:
+        extent = values.pop("extent")
+        if extent is not None:
+            extent = PerSample.of(extent, values["_sizes"].table is None, torch.float64)
+        values["_extent"] = extent
+    for name, value in values.items():
+        object.__setattr__(tokens, name, value)
+    return tokens
 
 
 def _unchecked(*values: Any) -> TokenSet:
     """A set of its attributes, in order. Transformations put other things in the place of tensors,
     and thousands of samples need not be checked one by one.
     """
-    tokens = object.__new__(TokenSet)
-    for name, value in zip(_NAMES, values, strict=True):
-        object.__setattr__(tokens, name, value)
-    return tokens
+    return _set(object.__new__(TokenSet), dict(zip(_NAMES, values, strict=True)))
+
+
+def _flatten(tokens: TokenSet) -> list:
+    """The values of all attributes, also while exporting such that `_unchecked` makes the set again
+    outside."""
+    values = {name: getattr(tokens, stored) for name, stored in zip(_NAMES, _STORED, strict=True)}
+    for name, given in values.items():
+        if isinstance(given, PerSample):
+            values[name] = given.table if given.numbers is None else given.numbers
+    return list(values.values())
 
 
 def _unflatten(values: Iterable, context: None) -> TokenSet:
@@ -799,11 +836,11 @@ def _unflatten(values: Iterable, context: None) -> TokenSet:
 
 pytree.register_pytree_node(
     TokenSet,
-    lambda tokens: ([getattr(tokens, name) for name in _NAMES], None),
+    lambda tokens: (_flatten(tokens), None),
     _unflatten,
     serialized_type_name="pointformer.TokenSet",
     flatten_with_keys_fn=lambda tokens: (
-        [(pytree.GetAttrKey(name), getattr(tokens, name)) for name in _NAMES],
+        list(zip(map(pytree.GetAttrKey, _NAMES), _flatten(tokens), strict=True)),
         None,
     ),
 )

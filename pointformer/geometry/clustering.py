@@ -113,8 +113,9 @@ def balanced_cluster(
         global_size: samples with at most this many tokens are not worth a neighborhood: they keep
             the order of their rows, and `nearest_clusters` lists all of their clusters.
         adaptive: whether crowded cells are divided, which waits for the device. `None`: yes, but
-            where it cannot wait (under `torch.compile` and while a CUDA graph is captured), and not
-            for the released order, which is that of the snake with anchors in a given `extent`.
+            where it cannot wait (under `torch.compile`, but for ragged sets, and while a CUDA graph
+            is captured), and not for the released order, which is that of the snake with anchors in
+            a given `extent`.
         same_positions: promises that all samples have the positions of the first one, row by row,
             and its canvas: only that one is sorted.
         check_values: whether to look for positions that are not finite, or not the same where that
@@ -134,6 +135,16 @@ def balanced_cluster(
     positions = learned.detach()
     sizes = check_sizes("sizes", sizes, positions.shape[0], batch)
     dimensions = positions.shape[1]
+    if isinstance(sizes, Tensor):
+        sides, corners = (
+            x if x is None or isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+            for x in (extent, origin)
+        )
+        found = _untraced(
+            positions, sizes, cluster_size, sides, corners, curve, anchors, remainder, global_size,
+            adaptive, check_values, impl,
+        )  # fmt: skip
+        return Clusters(*found[:3], sizes, found[3], cluster_size, global_size, same_positions)
     check_count("cluster_size", cluster_size)
     check_count("global_size", global_size, least=0)
     check_option("curve", curve, CURVES)
@@ -612,3 +623,39 @@ def _cluster_offsets(
         lengths, more = start.diff() // divisor, start.diff() % divisor
         inside = place * lengths[sample] + place.minimum(more[sample])
     return torch.cat([start[sample] + inside, start[-1:]]).int()
+
+
+@torch.library.custom_op("pointformer::ragged_clusters", mutates_args=())
+def _untraced(
+    positions: Tensor,
+    sizes: Tensor,
+    cluster_size: int,
+    extent: Tensor | None,
+    origin: Tensor | None,
+    curve: str,
+    anchors: bool,
+    remainder: str,
+    global_size: int,
+    adaptive: bool | None,
+    check_values: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`balanced_cluster` within compiled code: order, offsets, centers and, on the host, counts."""
+    clusters = balanced_cluster(
+        positions, cluster_size, sizes=sizes.tolist(), extent=extent, origin=origin, curve=curve,
+        anchors=anchors, remainder=remainder, global_size=global_size, adaptive=adaptive,
+        check_values=check_values, impl=impl,
+    )  # fmt: skip
+    counts = from_host(clusters.counts, torch.int64, None)
+    return clusters.order, clusters.offsets, clusters.centers, counts
+
+
+@_untraced.register_fake
+def _fake_untraced(positions, sizes, *options):
+    clusters = torch.library.get_ctx().new_dynamic_size()
+    return (
+        positions.new_empty(positions.shape[0], dtype=torch.int64),
+        positions.new_empty(clusters + 1, dtype=torch.int32),
+        positions.new_empty(clusters, positions.shape[1]),
+        torch.empty_like(sizes),
+    )

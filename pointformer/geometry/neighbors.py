@@ -73,7 +73,8 @@ def nearest_clusters(
 
     Returns:
         Neighborhoods with `cluster_index` (T, R) int32, nearest first, padded with -1. R is the
-        longest list of a sample.
+        longest list of a sample; of ragged sets under `torch.compile` the longest that any could
+        have.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or a position is NaN or infinite.
@@ -94,6 +95,14 @@ def nearest_clusters(
     check_option("scope", scope, _SCOPES)
     check_flags(include_own=include_own, check_values=check_values)
     sizes, counts = clusters.sizes, clusters.counts
+    if isinstance(sizes, Tensor):
+        assert isinstance(counts, Tensor)
+        index = _untraced_clusters(
+            positions, clusters.order, clusters.offsets, centers, sizes, counts,
+            clusters.cluster_size, clusters.global_size, num_clusters, scope, tile_size,
+            include_own, check_values, impl,
+        )  # fmt: skip
+        return Neighborhoods(index, clusters)
     if check_values:
         check_finite("positions", positions, sizes)
     if clusters.same_positions:
@@ -378,6 +387,34 @@ def _search(
             check_finite("query_positions", query_positions, query_sizes)
         if same_positions:
             check_same_positions("query_positions", query_positions, query_sizes, check_values)
+    options = k, reach, include_self, along_curve, same_positions, impl
+    if isinstance(sizes, Tensor):
+        found = _untraced_lists(op, query_positions, positions, query_sizes, sizes, *options)
+    else:
+        found = _lists(op, query_positions, positions, query_sizes, sizes, *options)
+    index, distance = found
+    if not return_distance:
+        return index
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned):
+        points, query = learned
+        return index, _distances(points if query is None else query, points, index)
+    return index, distance
+
+
+def _lists(
+    op: str,
+    query_positions: Tensor | None,
+    positions: Tensor,
+    query_sizes: tuple[int, ...],
+    sizes: tuple[int, ...],
+    k: int,
+    reach: float,
+    include_self: bool,
+    along_curve: bool,
+    same_positions: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Rows (Q, k) and distances of arguments that are checked."""
     width = k if include_self else k + 1
     limits = (width,) * len(sizes)
     chosen = choose(op, impl, _fast(positions, width, "positions", "k"), positions.device)
@@ -395,12 +432,76 @@ def _search(
         after_own = (index == own[:, None]).cumsum(1)[:, :k] > 0
         index = torch.where(after_own, index[:, 1:], index[:, :k])
         distance = torch.where(after_own, distance[:, 1:], distance[:, :k])
-    if not return_distance:
-        return index
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned):
-        points, query = learned
-        return index, _distances(points if query is None else query, points, index)
     return index, distance.sqrt()
+
+
+@torch.library.custom_op("pointformer::ragged_lists", mutates_args=())
+def _untraced_lists(
+    op: str,
+    query: Tensor | None,
+    points: Tensor,
+    query_sizes: Tensor,
+    sizes: Tensor,
+    k: int,
+    reach: float,
+    include_self: bool,
+    along_curve: bool,
+    same_positions: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`_lists` within compiled code."""
+    counts = tuple(query_sizes.tolist()), tuple(sizes.tolist())
+    return _lists(
+        op, query, points, *counts, k, reach, include_self, along_curve, same_positions, impl
+    )
+
+
+@_untraced_lists.register_fake
+def _fake_lists(op, query, points, query_sizes, sizes, k, *options):
+    shape = (points if query is None else query).shape[0], k
+    return points.new_empty(shape, dtype=torch.int32), points.new_empty(shape)
+
+
+@torch.library.custom_op("pointformer::ragged_neighborhoods", mutates_args=())
+def _untraced_clusters(
+    positions: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    centers: Tensor,
+    sizes: Tensor,
+    counts: Tensor,
+    cluster_size: int,
+    global_size: int,
+    num_clusters: int,
+    scope: str,
+    tile_size: int,
+    include_own: bool,
+    check_values: bool,
+    impl: str | None,
+) -> Tensor:
+    """`nearest_clusters` within compiled code."""
+    per_sample = tuple(sizes.tolist()), tuple(counts.tolist())
+    clusters = Clusters(order, offsets, centers, *per_sample, cluster_size, global_size)
+    index = nearest_clusters(
+        positions, clusters, num_clusters, scope=scope, tile_size=tile_size,
+        include_own=include_own, check_values=check_values, impl=impl,
+    ).cluster_index  # fmt: skip
+    width = _widest(num_clusters, cluster_size, global_size)
+    return torch.nn.functional.pad(index, (0, width - index.shape[1]), value=-1)
+
+
+@_untraced_clusters.register_fake
+def _fake_clusters(
+    positions, order, offsets, centers, sizes, counts, cluster_size, global_size, num_clusters,
+    *options,
+):  # fmt: skip
+    width = _widest(num_clusters, cluster_size, global_size)
+    return positions.new_empty(positions.shape[0], width, dtype=torch.int32)
+
+
+def _widest(num_clusters: int, cluster_size: int, global_size: int) -> int:
+    """Clusters in the longest list of a token that there can be."""
+    return max(num_clusters, -(-global_size // cluster_size))
 
 
 def _distances(query: Tensor, points: Tensor, index: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from pointformer._checks import (
     check_tensor,
 )
 from pointformer._dispatch import choose, lacks_nothing
-from pointformer.clusters import offsets_of
+from pointformer.clusters import offsets_of, sample_of_rows
 from pointformer.geometry.boxes import bounding_boxes
 from pointformer.geometry.clustering import balanced_cluster
 from pointformer.geometry.neighbors import knn
@@ -126,6 +126,15 @@ def select_centers(
     tokens, dimensions = positions.shape
     scores = check_tensor("scores", scores, (tokens,), FLOATS, positions.device).detach().float()
     sizes = check_sizes("sizes", sizes, tokens, batch)
+    if isinstance(sizes, Tensor):
+        canvas, corners = (
+            x if x is None or isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+            for x in (extent, origin)
+        )
+        return _untraced(
+            scores, positions, sizes, canvas, corners, rate, alpha, stride, prior, reserve,
+            reserve_share, lattice, along_curve, check_values, impl,
+        )  # fmt: skip
     check_number("rate", rate, above=0, most=1)
     check_number("alpha", alpha)
     check_option("prior", prior, _PRIORS)
@@ -216,7 +225,7 @@ def _of_rows(
     if rows and all(map(alike, zip(*rows, strict=True))):  # no copy from the host
         return torch.stack([torch.full_like(positions[:, 0], number) for number in rows[0]], 1)
     table = from_host(rows, torch.float32, positions.device).reshape(len(sizes), positions.shape[1])
-    return table[reference.sample_of_rows(sizes, positions.device)]
+    return table[sample_of_rows(sizes, positions.device)]
 
 
 def _nodes(sides: Sequence[tuple[float, ...]], coarse: Sequence[float]) -> list[int]:
@@ -238,7 +247,7 @@ def _nodes_of(
     if not any(coarse):
         return torch.zeros(len(positions), dtype=torch.bool, device=positions.device)
     dtype = torch.int64 if lattice else torch.float32
-    sample = reference.sample_of_rows(sizes, positions.device)
+    sample = sample_of_rows(sizes, positions.device)
     if len(set(coarse)) == 1:  # no copy from the host
         apart = torch.full_like(sample, coarse[0], dtype=dtype)
     else:
@@ -296,7 +305,7 @@ def _evenly(
             positions, sizes=sizes, extent=extent, anchors=False, check_values=False, impl=impl
         ).order
         place = torch.empty_like(order).scatter(0, order, place)
-    sample = reference.sample_of_rows(sizes, positions.device)
+    sample = sample_of_rows(sizes, positions.device)
     place = place - offsets_of(sizes, positions.device)[sample]
     even = torch.zeros_like(place)
     # More bits than the longest sample needs change no order; compiled code is for any sizes.
@@ -336,7 +345,7 @@ def _has_prior(
         return _nodes_of(positions, sizes, sides, [float(apart)] * len(sizes), lattice)
     if lattice:
         return reference.on_lattice(positions, 2 * reference.lattice_spacing(positions, nearest))
-    sample = reference.sample_of_rows(sizes, positions.device)
+    sample = sample_of_rows(sizes, positions.device)
     limit = _of_rows(sides, sizes, positions)
     side = 2 * reference.spacing(positions, nearest, limit.amax(1))
     return reference.nearest_to_nodes(positions, sample, side, limit)
@@ -361,7 +370,7 @@ def _check_lattice(
         return
     limit = torch.tensor(sides, dtype=torch.float64, device=positions.device)
     limit = limit.reshape(len(sizes), positions.shape[1])
-    sample = reference.sample_of_rows(sizes, positions.device)
+    sample = sample_of_rows(sizes, positions.device)
     limit = limit[0] if len(set(sides)) == 1 else limit[sample]
     good = (positions == positions.floor()) & (positions >= 0) & (positions < limit)
     if bool(good.all()):
@@ -373,3 +382,36 @@ def _check_lattice(
         f"{row - sum(sizes[:index])}, which is not on the lattice of its canvas {sides[index]} "
         "(integers from 0 to below the extent); use lattice=False for free positions"
     )
+
+
+@torch.library.custom_op("pointformer::ragged_centers", mutates_args=())
+def _untraced(
+    scores: Tensor,
+    positions: Tensor,
+    sizes: Tensor,
+    extent: Tensor | None,
+    origin: Tensor | None,
+    rate: float,
+    alpha: float,
+    stride: float,
+    prior: str | None,
+    reserve: bool,
+    reserve_share: float | None,
+    lattice: bool,
+    along_curve: bool,
+    check_values: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`select_centers` within compiled code."""
+    index, keep = select_centers(
+        scores, positions, sizes=sizes.tolist(), extent=extent, origin=origin, rate=rate,
+        alpha=alpha, stride=stride, prior=prior, reserve=reserve, reserve_share=reserve_share,
+        lattice=lattice, along_curve=along_curve, check_values=check_values, impl=impl,
+    )  # fmt: skip
+    return index, from_host(keep, torch.int64, None)
+
+
+@_untraced.register_fake
+def _fake_untraced(scores, positions, sizes, *options):
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return positions.new_empty(kept, dtype=torch.int64), torch.empty_like(sizes)

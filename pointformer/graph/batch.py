@@ -16,7 +16,7 @@ from pointformer._checks import (
     check_integers,
     check_sizes,
 )
-from pointformer.clusters import offsets_of
+from pointformer.clusters import sample_of_rows
 
 
 def sizes_from_batch(batch: Tensor, batch_size: int | None = None) -> tuple[int, ...]:
@@ -66,6 +66,4 @@ def batch_from_sizes(sizes: Sequence[int], device: torch.device | None = None) -
         TypeError, ValueError: `sizes` are no such integers, or `device` is none.
     """
     sizes, device = check_sizes("sizes", sizes, None), check_device(device)
-    lengths = offsets_of(sizes, device).diff()
-    samples = torch.arange(len(sizes), device=device)
-    return torch.repeat_interleave(samples, lengths, output_size=sum(sizes))
+    return sample_of_rows(sizes, device)

@@ -78,7 +78,7 @@ def by_rows(function: Callable[..., Tensor], *inputs: Tensor, width: int) -> Ten
     GPUs memory is used again, and every part would be a dozen launches more.
     """
     rows, total = max(1, HIDDEN // width), len(inputs[0])
-    whole = total <= rows or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    whole = torch.compiler.is_compiling() or torch.is_grad_enabled() or total <= rows
     if whole or inputs[0].device.type != "cpu":
         return function(*inputs)
     result = torch.empty(0)

@@ -8,9 +8,9 @@ from torch import Tensor
 from pointformer._checks import (
     FLOATS,
     INTEGERS,
-    MOST_ROWS,
     as_int32,
     check_tensor,
+    too_many,
 )
 from pointformer._dispatch import choose
 from pointformer.kernels.gather import fused_gather
@@ -45,7 +45,7 @@ def weighted_gather(
     check_tensor("weights", weights, tuple(index.shape), FLOATS, device)
 
     def lacks() -> str | None:
-        if max(index.numel(), len(features)) > MOST_ROWS:
+        if too_many(index.numel(), len(features)):
             return f"there are {len(features)} tokens and {index.numel()} entries of lists"
         return "features are float64" if features.dtype == torch.float64 else None
 

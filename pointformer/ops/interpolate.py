@@ -10,7 +10,6 @@ from torch import Tensor
 from pointformer._checks import (
     FLOATS,
     INTEGERS,
-    MOST_ROWS,
     as_int32,
     check_count,
     check_finite,
@@ -22,6 +21,7 @@ from pointformer._checks import (
     check_same_positions,
     check_tensor,
     lacks_gradient_of,
+    too_many,
 )
 from pointformer._dispatch import choose
 from pointformer.geometry.neighbors import knn
@@ -119,7 +119,7 @@ def interpolate(
     def lacks() -> str | None:
         if features.dtype == torch.float64:
             return "features are float64"
-        if max(neighbor_index.numel(), tokens) > MOST_ROWS:
+        if too_many(neighbor_index.numel(), tokens):
             return f"there are {tokens} tokens and {neighbor_index.numel()} entries of lists"
         return lacks_gradient_of(positions=positions, query_positions=query_positions)
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from pointformer._checks import (
     FLOATS,
     INTEGERS,
-    MOST_ROWS,
     as_int32,
     check_finite,
     check_flags,
@@ -17,6 +16,7 @@ from pointformer._checks import (
     check_tensor,
     describe,
     lacks_gradient_of,
+    too_many,
 )
 from pointformer._dispatch import choose
 from pointformer.clusters import Neighborhoods, check_neighborhoods, check_order
@@ -226,7 +226,7 @@ def _check_weight_net(
 
 
 def _fused_lacks(features: Tensor, lists: Tensor, **positions: Tensor) -> str | None:
-    if max(lists.numel(), features.shape[0]) > MOST_ROWS:
+    if too_many(lists.numel(), features.shape[0]):
         return f"there are {features.shape[0]} tokens and {lists.numel()} entries of lists"
     if features.dtype == torch.float64:
         return "features are float64"

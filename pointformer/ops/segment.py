@@ -10,7 +10,6 @@ from torch import Tensor
 from pointformer._checks import (
     FLOATS,
     INTEGERS,
-    MOST_ROWS,
     brief,
     can_read,
     check_count,
@@ -19,6 +18,7 @@ from pointformer._checks import (
     check_option,
     check_tensor,
     describe,
+    too_many,
 )
 from pointformer._dispatch import choose
 from pointformer.clusters import offsets_of
@@ -181,7 +181,7 @@ def _in_segments(
     def lacks() -> str | None:
         if values.dtype == torch.float64:
             return "values are float64"
-        return f"values has {rows} rows" if rows > MOST_ROWS else None
+        return f"values has {rows} rows" if too_many(rows) else None
 
     chosen = choose(op, impl, dict.fromkeys(("cpu", "triton", "torch_scatter"), lacks), device)
     checked = check_values and can_read(values)

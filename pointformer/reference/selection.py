@@ -7,17 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pointformer.clusters import offsets_of
+from pointformer.clusters import offsets_of, sample_of_rows
 from pointformer.reference.neighbors import squared_distance
 
 _EXPONENTS = 24  # of spacings on a lattice: float32 holds integers up to 2**24
-
-
-def sample_of_rows(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """(T,) int64, the sample of each row."""
-    lengths = offsets_of(tuple(sizes), device).diff()
-    samples = torch.arange(len(sizes), device=device)
-    return torch.repeat_interleave(samples, lengths, output_size=sum(sizes))
 
 
 def on_lattice(positions: Tensor, side: Tensor | int) -> Tensor:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from helpers.fake_gpu import fake_gpu
+from pointformer import TokenSet
 from pointformer.kernels.triton.runtime import INTERPRETED
-from pointformer.models import AFFConfig, Model, create_model
+from pointformer.models import AFFConfig, Model, PointConfig, create_model
 
 TINY = AFFConfig(dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
 TWO_STAGES = AFFConfig(
@@ -52,6 +53,36 @@ def test_another_image_size_compiles_anew():
         for height, width in ((72, 64), (60, 104)):
             images = torch.randn(2, 3, height, width)
             torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "head", ["point_segmentation", pytest.param("point_classification", marks=pytest.mark.long)]
+)
+def test_training_on_point_sets_of_any_sizes_compiles_twice(head):
+    config = PointConfig(
+        dims=(16, 32), depths=(1, 1), heads=(2, 2), neighborhood_size=(16, 16), embed_neighbors=4
+    )
+    torch.manual_seed(0)
+    model = Model("tiny", config, head, 3).eval()  # nothing is dropped
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for sizes in ((40, 90), (1, 70, 2, 30), (5, 5, 5), (200, 3)):
+        tokens = model.preprocess(TokenSet(torch.rand(sum(sizes), 3), sizes=sizes))
+        results = []
+        for run in (model, compiled):
+            model.zero_grad()
+            output = run(tokens)
+            output.square().sum().backward()
+            results.append((output.detach(), [p.grad.clone() for p in model.parameters()]))
+        torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)
+        for ours, theirs in zip(results[1][1], results[0][1], strict=True):
+            assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-6
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("head", ["mask2former", "hcformer"])
