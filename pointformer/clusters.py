@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,11 +43,22 @@ class PerSample(NamedTuple):
     @classmethod
     def of(cls, numbers: Any, alike: bool, dtype: torch.dtype = torch.int64) -> PerSample:
         """From B numbers, B rows of them or, while compiling, a tensor."""
+        if isinstance(numbers, PerSample):
+            return numbers
         if isinstance(numbers, Tensor):
             return cls(None, numbers)
         if alike or torch.compiler.is_compiling():
             return cls(numbers, None)
         return cls(numbers, from_host(numbers, dtype, None))
+
+    @classmethod
+    def each(cls, numbers: tuple, dtype: torch.dtype = torch.int64) -> Iterator[PerSample]:
+        """Those of each sample alone, without a step of torch for each."""
+        if torch.compiler.is_compiling():
+            return (cls((own,), None) for own in numbers)
+        tables = from_host(numbers, dtype, None).split(1)
+        # Of nothing there is one part, which is empty.
+        return (cls((own,), table) for own, table in zip(numbers, tables, strict=False))
 
     def read(self) -> Any:
         """The tensor while compiling, else the tuple."""

@@ -89,9 +89,9 @@ class TokenSet:
     Attributes:
         positions: (T, D) float32, D = 2 or 3, axes in the order x, y[, z].
         features: (T, C), any float dtype; (T, 0) where none are given.
-        sizes: tokens per sample, B host integers (in compiled code a host tensor, unless samples are
-            alike by promise). In their place `batch` can be given, the sample of each token, see
-            `sizes_from_batch`.
+        sizes: tokens per sample, B host integers (in compiled code a host tensor, unless samples
+            are alike by promise). In their place `batch` can be given, the sample of each token,
+            see `sizes_from_batch`.
         extent: per sample the D sides of the canvas, in the units of `positions` (host numbers), or
             `None` where no canvas is known. A feature map of h x w has the extent (w, h).
         origin: (B, D) float64 on the host, what to add to `positions` for world coordinates, or
@@ -684,8 +684,8 @@ class TokenSet:
         parts = zip(
             self.positions.split(sizes),
             self.features.split(sizes),
-            ((size,) for size in sizes),
-            nothing if extent is None else ((sides,) for sides in extent),
+            PerSample.each(sizes),
+            nothing if extent is None else PerSample.each(extent, torch.float64),
             nothing if self.origin is None else self.origin.split(1),
             nothing,
             itertools.repeat(False),
