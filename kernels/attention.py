@@ -8,8 +8,12 @@ Triton's is in `kernels.triton.attention_plan`. No cluster may be twice in one n
 Where the lists of all samples are those of the first one with clusters counted on, `copies` is the
 number of samples, else 1: it lets a plan be made of one of them.
 
+`position_weight` (H, F) and `position_value` (H, d, F) are of the same F; with the latter the
+former is given. What `position_value` adds to an output is its product with the *moments*, the
+means of the position features over the neighborhood: F numbers per query and head.
+
 `normal` (T, H, 2) holds the largest logit in units of log2 and the inverse of the softmax's sum,
-0 where there is nothing to sum. Weights and blank tokens are of any dtypes. The backward op may use
+0 where there is nothing to sum. What is learned is of any dtypes. The backward op may use
 `output` (T, H, d) for the mean gradient of a row's logits: Triton does; the CPU does not, because
 in half precision it is rounded.
 """
@@ -57,13 +61,15 @@ _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor query_positions, Tensor positions, "
     "Tensor cluster_index, "
     "Tensor cluster_offsets, int cluster_size, Tensor[] plan, Tensor? position_weight, "
-    "Tensor? position_bias, Tensor? blank_key, Tensor? blank_value, float scale, str impl"
+    "Tensor? position_bias, Tensor? position_value, Tensor? blank_key, Tensor? blank_value, "
+    "float scale, str impl"
 )
 LIBRARY.define(f"neighborhood_attention({_ARGUMENTS}) -> (Tensor output, Tensor normal)")
 LIBRARY.define(
     f"neighborhood_attention_backward(Tensor grad, Tensor output, Tensor normal, {_ARGUMENTS}) -> "
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_position_weight, "
-    "Tensor grad_position_bias, Tensor grad_blank_key, Tensor grad_blank_value)"
+    "Tensor grad_position_bias, Tensor grad_position_value, Tensor grad_blank_key, "
+    "Tensor grad_blank_value)"
 )
 
 
@@ -77,7 +83,7 @@ def _forward_fake(query, *arguments):
 @torch.library.register_fake("pointformer::neighborhood_attention_backward", lib=LIBRARY)
 def _backward_fake(grad, output, normal, query, key, value, *arguments):
     rows = [x.new_empty(x.shape) for x in (query, key, value)]
-    learned = [normal.new_empty(0) if x is None else x.new_empty(x.shape) for x in arguments[-6:-2]]
+    learned = [normal.new_empty(0) if x is None else x.new_empty(x.shape) for x in arguments[-7:-2]]
     return (*rows, *learned)
 
 
@@ -85,11 +91,12 @@ implement("neighborhood_attention", "attention.forward")
 implement("neighborhood_attention_backward", "attention.backward")
 
 
+LEARNED = 5  # arguments before `scale`: weights, bias, values of positions, blank tokens
+
+
 def _save(ctx, inputs, output):
-    *tensors, ctx.cluster_size, plan, weight, bias, blank_key, blank_value, ctx.scale, ctx.impl = (
-        inputs
-    )
-    learned = (weight, bias, blank_key, blank_value)
+    *tensors, ctx.cluster_size, plan = inputs[: -LEARNED - 2]
+    *learned, ctx.scale, ctx.impl = inputs[-LEARNED - 2 :]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # zeros for it would be a launch
     ctx.rows = len(tensors)
@@ -98,18 +105,17 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grad, _):
     output, normal, *tensors = ctx.saved_tensors
-    rows, learned = tensors[: ctx.rows], tensors[ctx.rows : ctx.rows + 4]
-    plan = tensors[ctx.rows + 4 :]
-    *row_grads, weight, bias, blank_key, blank_value = (
-        torch.ops.pointformer.neighborhood_attention_backward(
-            grad, output, normal, *rows, ctx.cluster_size, plan, *learned, ctx.scale, ctx.impl
-        )
+    rows, learned = tensors[: ctx.rows], tensors[ctx.rows : ctx.rows + LEARNED]
+    plan = tensors[ctx.rows + LEARNED :]
+    gradients = torch.ops.pointformer.neighborhood_attention_backward(
+        grad, output, normal, *rows, ctx.cluster_size, plan, *learned, ctx.scale, ctx.impl
     )
     learned_grads = [
         gradient if tensor is not None else None
-        for tensor, gradient in zip(learned, (weight, bias, blank_key, blank_value), strict=True)
+        for tensor, gradient in zip(learned, gradients[-LEARNED:], strict=True)
     ]
-    return *row_grads, None, None, None, None, None, None, *learned_grads, None, None
+    unlearned = [None] * (ctx.rows - 3 + 2)  # positions, lists, cluster_size, plan
+    return *gradients[:-LEARNED], *unlearned, *learned_grads, None, None
 
 
 differentiate("neighborhood_attention", _differentiate, _save)

@@ -22,9 +22,12 @@ from pointformer.kernels.cpu.attention_blocks import (
     dot_blocks,
     dot_rows,
     empty_packed,
+    empty_packed_values,
     empty_points,
+    feature_block,
     flat,
     list_blocks,
+    list_size,
     pack,
     pack_positions,
     phi_size,
@@ -34,6 +37,7 @@ from pointformer.kernels.cpu.attention_blocks import (
     relate_all,
     rows_of,
     shape_of,
+    sum_features,
     sum_rows,
 )
 from pointformer.kernels.cpu.runtime import kernel
@@ -62,7 +66,7 @@ def attend_chunk(
     chunk, query, query_positions, cluster_index, offsets, bias, scale, shape,
     packed_key, packed_value, points, output, normal,
 ):  # fmt: skip
-    width = shape.per_query * shape.cluster_blocks
+    width = list_size(shape)
     length = (width + SPARE) * 8
     lists = allocate(2 * GROUP * (width + 1))
     blocks = as_int64(lists)
@@ -111,12 +115,19 @@ def attend_chunk(
                     store(logits, at, weight)
                     total = total + weight
                 mass[i] = hsum(total) + blank[i]
+                if shape.feature_blocks:
+                    blocks[i * width + counts[i]] = feature_block(head, shape)
+                    sum_features(
+                        logits, i * length, counts[i], phi, i * phi_size(width, shape), shape,
+                        logits, i * length + counts[i] * 8,
+                    )  # fmt: skip
             total = load(mass, 0)
             store(mass, 0, where_positive(total, splat(f32(1.0)) / total, zero()))
             for i in range(tokens):
                 row = (first + i) * shape.heads + head
                 sum_rows(
-                    logits, i * length, packed_value, blocks, i * width, counts[i], head,
+                    logits, i * length, packed_value, blocks, i * width,
+                    counts[i] + shape.feature_blocks, head,
                     bias.blank_value, blank[i], mass[i], shape,
                     output, row * shape.channels,
                 )  # fmt: skip
@@ -146,7 +157,7 @@ def attend(
 
 def forward(
     query, key, value, query_positions, positions, cluster_index, cluster_offsets, cluster_size,
-    plan, position_weight, position_bias, blank_key, blank_value, scale,
+    plan, position_weight, position_bias, position_value, blank_key, blank_value, scale,
 ):  # fmt: skip
     """Output (Q, H, d) and the softmax's normalization (Q, H, 2)."""
     clusters = cluster_offsets.shape[0] - 1
@@ -155,8 +166,9 @@ def forward(
             f"neighborhoods: cluster {int(cluster_index.max())} of {clusters} clusters"
         )
     shape = shape_of(
-        query, positions, cluster_index, cluster_offsets, cluster_size, position_weight
-    )
+        query, positions, cluster_index, cluster_offsets, cluster_size,
+        position_weight, position_value,
+    )  # fmt: skip
     output = torch.empty(query.shape, dtype=torch.float32)
     normal = torch.empty((*query.shape[:2], 2), dtype=torch.float32)
     attend(
@@ -171,7 +183,7 @@ def forward(
         f32(scale * LOG2_E),
         shape,
         empty_packed(shape),
-        empty_packed(shape),
+        empty_packed_values(shape, position_value, columns=False),
         empty_points(shape),
         output.view(-1).numpy(),
         normal.view(-1).numpy(),

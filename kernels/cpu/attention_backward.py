@@ -16,15 +16,19 @@ from pointformer.kernels.cpu.attention_blocks import (
     LOG2_E,
     SPARE,
     add_bias,
+    add_features,
     as_bias,
     as_rows,
     bias_of,
     dot_blocks,
     dot_rows,
     empty_packed,
+    empty_packed_values,
     empty_points,
+    feature_block,
     flat,
     list_blocks,
+    list_size,
     pack,
     pack_positions,
     phi_size,
@@ -34,6 +38,7 @@ from pointformer.kernels.cpu.attention_blocks import (
     relate_all,
     rows_of,
     shape_of,
+    sum_features,
     sum_rows,
 )
 from pointformer.kernels.cpu.inverse import inverse_lists
@@ -85,21 +90,24 @@ def query_gradients(
     chunk, grad, query, query_positions, cluster_index, offsets, bias, scale, log2_scale, shape,
     packed_key, key_rows, packed_value, points, normal, grad_query, partial, tile_first, shared,
 ):  # fmt: skip
-    """Gradients of a chunk's queries, and its share of those of weight, bias and blank token."""
-    width = shape.per_query * shape.cluster_blocks
+    """Gradients of a chunk's queries, and its share of those of what is learned."""
+    width = list_size(shape)
     length = (width + SPARE) * 8
     sums = shape.heads * shape.features * 16
     lists = allocate(2 * GROUP * (width + 1))
     blocks = as_int64(lists)
     counts = advance(blocks, GROUP * width)
-    weight_sums = allocate(sums + 2 * length + GROUP * phi_size(width, shape))
+    weight_sums = allocate(sums + 2 * length + GROUP * phi_size(width, shape) + 8)
     logits = advance(weight_sums, sums)
     grad_logits = advance(logits, length)
     phi = advance(grad_logits, length)
-    # This chunk's sums: position_weight (H * F), position_bias (H), blank_key, blank_value (H * d).
+    moments = advance(phi, GROUP * phi_size(width, shape))
+    # This chunk's sums: position_weight (H * F), position_bias (H), blank_key, blank_value (H * d),
+    # position_value (H * F * d).
     bias_at = chunk * partial_size(shape) + shape.heads * shape.features
     key_at = bias_at + shape.heads
     value_at = key_at + shape.heads * shape.channels
+    features_at = value_at + shape.heads * shape.channels
     for n in range(chunk * partial_size(shape), (chunk + 1) * partial_size(shape)):
         partial[n] = f32(0.0)
     end = min((chunk + 1) * CHUNK, shape.tokens)
@@ -125,9 +133,12 @@ def query_gradients(
             dot_blocks(
                 query.data, query_at, packed_key, head, blocks, first, count, shape, logits, 0
             )
+            if shape.feature_blocks:
+                blocks[first + count] = feature_block(head, shape)
             dot_blocks(
-                grad.data, at, packed_value, head, blocks, first, count, shape, grad_logits, 0
-            )
+                grad.data, at, packed_value, head, blocks, first, count + shape.feature_blocks,
+                shape, grad_logits, 0,
+            )  # fmt: skip
             add_bias(logits, 0, count, phi, features, head, log2_scale, bias, shape)
             shift = normal[2 * (token * shape.heads + head)]
             factor = normal[2 * (token * shape.heads + head) + 1]
@@ -140,7 +151,18 @@ def query_gradients(
             for pair in range((count + 1) // 2):
                 weight = power16(load16(logits, pair * 16) - splat16(shift)) * splat16(factor)
                 store(shared, weights + pair * 16, weight)
-                total = fma(weight, load16(grad_logits, pair * 16), total)
+                change = load16(grad_logits, pair * 16)
+                if shape.feature_blocks:
+                    x = features + pair * (1 + shape.features) * 16
+                    change = add_features(change, phi, x, grad_logits, count * 8, shape)
+                    store(grad_logits, pair * 16, change)
+                total = fma(weight, change, total)
+            if shape.feature_blocks:
+                sum_features(shared, weights, count, phi, features, shape, moments, 0)
+                for feature in range(shape.features):
+                    to = features_at + (head * shape.features + feature) * shape.channels
+                    moment = splat(moments[feature])
+                    add_scaled(moment, grad.data, at, partial, to, shape.channels)
             mean = hsum(total) + blank * blank_grad
             for pair in range((count + 1) // 2):
                 change = load16(grad_logits, pair * 16) - splat16(mean)
@@ -173,7 +195,8 @@ def query_gradients(
 
 @inlined
 def partial_size(shape):
-    return shape.heads * (shape.features + 1 + 2 * shape.channels)
+    values = 2 + shape.feature_blocks * shape.features
+    return shape.heads * (shape.features + 1 + values * shape.channels)
 
 
 @inlined
@@ -347,16 +370,17 @@ def make_plan(cluster_index, cluster_offsets, cluster_size, training, copies=1):
 def backward(
     grad, output, normal,
     query, key, value, query_positions, positions, cluster_index, cluster_offsets, cluster_size,
-    plan, position_weight, position_bias, blank_key, blank_value, scale,
+    plan, position_weight, position_bias, position_value, blank_key, blank_value, scale,
 ):  # fmt: skip
-    """Gradients of query, key, value, weight, bias and blank tokens; empty ones for what is `None`.
+    """Gradients of query, key, value and what is learned; empty ones for what is `None`.
 
     The softmax does not see a constant added to all logits: without a blank token the gradient of
     `position_bias` is 0.
     """
     shape = shape_of(
-        query, positions, cluster_index, cluster_offsets, cluster_size, position_weight
-    )
+        query, positions, cluster_index, cluster_offsets, cluster_size,
+        position_weight, position_value,
+    )  # fmt: skip
     inverse = plan or make_plan(cluster_index, cluster_offsets, cluster_size, True)
     empty = torch.empty if shape.tokens else torch.zeros  # no query, and nothing is written
     rows = [empty(x.shape, dtype=torch.float32) for x in (query, key, value)]
@@ -380,7 +404,7 @@ def backward(
         shape,
         empty_packed(shape),
         empty_packed(shape),
-        empty_packed(shape),
+        empty_packed_values(shape, position_value, columns=True),
         empty_points(shape),
         normal.view(-1).numpy(),
         *(row.view(-1).numpy() for row in rows),
@@ -390,12 +414,15 @@ def backward(
         np.empty(shape.clusters, np.int64),
     )
     sums = torch.from_numpy(partial.sum(0, dtype=np.float64).astype(np.float32))
-    per_head = (shape.features, 1, shape.channels, shape.channels)
-    parts = sums.split([shape.heads * n for n in per_head])
+    moments = shape.feature_blocks * shape.features
+    per_head = (shape.features, 1, shape.channels, shape.channels, moments * shape.channels)
+    weight, bias, *blanks, values = sums.split([shape.heads * n for n in per_head])
+    values = values.view(shape.heads, moments, shape.channels).transpose(1, 2)
+    given = (position_weight, position_bias, position_value, blank_key, blank_value)
     learned = [
-        torch.empty(0) if like is None else part.clone().view(like.shape).to(like.dtype)
-        for part, like in zip(
-            parts, (position_weight, position_bias, blank_key, blank_value), strict=True
-        )
+        torch.empty(0)
+        if like is None
+        else torch.empty(like.shape, dtype=like.dtype).copy_(part.reshape(like.shape))
+        for part, like in zip((weight, bias, values, *blanks), given, strict=True)
     ]
     return *(row.to(query.dtype) for row in rows), *learned

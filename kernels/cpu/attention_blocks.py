@@ -8,6 +8,10 @@ Positions are packed as (block, D + 1, 8), where the last row is a mask: 0 for a
 logit for a missing one. What one head reads for consecutive tokens then lies together and stays in
 the fastest cache.
 
+A term of the values in relative positions, `position_value` times the features, is one more block
+of every neighborhood, the last one: its eight "tokens" are the features, their values the weights
+of `position_value`, and what they weigh are the moments, the features' means over the neighborhood.
+
 What belongs to a token and its neighborhood lives in scratch memory and is never written out. Two
 blocks share a vector of 16. Logits are in units of log2, because exp2 is the cheaper function.
 """
@@ -62,6 +66,7 @@ class Shape(NamedTuple):
     per_query: int  # clusters that one attends to
     clusters: int
     cluster_blocks: int
+    feature_blocks: int  # of values: 1 if they have a term of the features, else 0
 
 
 class Rows(NamedTuple):
@@ -105,6 +110,18 @@ def bias_of(bias):
 def packed_at(head, block, shape):
     """Where a block starts in a packed tensor."""
     return (head * shape.clusters * shape.cluster_blocks + block) * shape.channels * 8
+
+
+@inlined
+def feature_block(head, shape):
+    """The number by which `packed_at` finds a head's block of features, behind those of tokens."""
+    return (shape.heads - head) * shape.clusters * shape.cluster_blocks + head
+
+
+@inlined
+def list_size(shape):
+    """The most blocks of a neighborhood, that of the features included."""
+    return shape.per_query * shape.cluster_blocks + shape.feature_blocks
 
 
 @inlined
@@ -323,6 +340,29 @@ def dot_rows(a, a_at, b, b_at, channels):
 
 
 @inlined
+def add_features(start, phi, at, weights, weights_at, shape):
+    """`start` and the weighted features of two blocks, whose relative positions start at `at`."""
+    total = start
+    for feature in range(shape.features):
+        weight = splat16(weights[weights_at + feature])
+        total = fma(load16(phi, at + (1 + feature) * 16), weight, total)
+    return total
+
+
+@inlined
+def sum_features(weights, first_weight, count, phi, phi_first, shape, to, at):
+    """Moments: `to[at:]` becomes the sum of each feature times the weights of `count` blocks, and
+    zeros up to eight."""
+    store(to, at, zero())
+    for feature in range(shape.features):
+        total = splat16(f32(0.0))
+        for pair in range((count + 1) // 2):
+            x = load16(phi, phi_first + (pair * (1 + shape.features) + 1 + feature) * 16)
+            total = fma(load16(weights, first_weight + pair * 16), x, total)
+        to[at + feature] = hsum(total)
+
+
+@inlined
 def add_bias(logits, at, count, phi, phi_first, head, scale, bias, shape):
     """Turn the products of `count` blocks into logits, in place; the largest of them."""
     largest = splat16(MISSING)
@@ -330,9 +370,8 @@ def add_bias(logits, at, count, phi, phi_first, head, scale, bias, shape):
         features = phi_first + pair * (1 + shape.features) * 16
         offset = load16(phi, features) + splat16(bias.position_bias[head])
         logit = fma(load16(logits, at + pair * 16), splat16(scale), offset)
-        for feature in range(shape.features):
-            weight = splat16(bias.position_weight[head * shape.features + feature])
-            logit = fma(load16(phi, features + (1 + feature) * 16), weight, logit)
+        own = head * shape.features
+        logit = add_features(logit, phi, features, bias.position_weight, own, shape)
         store(logits, at + pair * 16, logit)
         largest = maximum(largest, logit)
     return hmax(largest)
@@ -380,7 +419,9 @@ def as_bias(position_weight, position_bias, blank_key, blank_value, heads, chann
     )
 
 
-def shape_of(query, positions, cluster_index, cluster_offsets, cluster_size, position_weight):
+def shape_of(
+    query, positions, cluster_index, cluster_offsets, cluster_size, position_weight, position_value
+):  # fmt: skip
     return Shape(
         *query.shape,
         dimensions=positions.shape[1],
@@ -388,6 +429,7 @@ def shape_of(query, positions, cluster_index, cluster_offsets, cluster_size, pos
         per_query=cluster_index.shape[1],
         clusters=cluster_offsets.shape[0] - 1,
         cluster_blocks=-(-cluster_size // 8),
+        feature_blocks=int(position_value is not None),
     )
 
 
@@ -395,6 +437,21 @@ def empty_packed(shape):
     """Memory for a packed (T, H, d) tensor, from a cache line on, as torch gives it."""
     numbers = shape.clusters * shape.cluster_blocks * shape.heads * shape.channels * 8
     return torch.empty(numbers, dtype=torch.float32).numpy()
+
+
+def empty_packed_values(shape, position_value, columns):
+    """As `empty_packed`, with the blocks of features at the end, packed as columns or as rows."""
+    if position_value is None:
+        return empty_packed(shape)
+    tokens = shape.clusters * shape.cluster_blocks * 8
+    packed = torch.empty((tokens + 8) * shape.heads * shape.channels, dtype=torch.float32)
+    weights = torch.nn.functional.pad(position_value.detach().float(), (0, 8 - shape.features))
+    if columns:
+        weights = weights.view(shape.heads, -1, 2, 8).transpose(2, 3)
+    else:
+        weights = weights.view(shape.heads, -1, 2, 4).transpose(1, 2)
+    packed[tokens * shape.heads * shape.channels :] = weights.flatten()
+    return packed.numpy()
 
 
 def empty_points(shape):

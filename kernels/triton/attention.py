@@ -10,6 +10,7 @@ A key or value that is not finite can reach the other queries of its tile.
 """
 
 from functools import cache
+from itertools import product
 
 import torch
 import triton
@@ -24,15 +25,18 @@ from pointformer.kernels.triton.attention_pairs import (
     WIDTHS,
     division,
     dot,
+    fold_keys,
     heads_together,
     learned_dtypes,
     learned_tensors,
     load_bias,
     load_blank,
+    load_feature_values,
     load_keys,
     load_points,
     load_rows,
     pair_logits,
+    position_features,
     readable,
     relate,
     store_rows,
@@ -53,13 +57,14 @@ _INTEGERS = (
 @triton.jit(do_not_specialize=_INTEGERS)
 def neighborhood_attention_fwd_kernel(
     query, key, value, query_positions, positions, counts, rows, lengths, members,
-    position_weight, position_bias, blank_key, blank_value, output, normal,
+    position_weight, position_bias, position_value, blank_key, blank_value, output, normal,
     query_token, query_head, key_token, key_head, value_token, value_head,
     tokens, heads, octets, features, has_bias, has_blank,
     capacity, cluster_size, reciprocal, shift, last_key, scale,
     AXES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    HEADS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, KEYS: tl.constexpr, MOMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """With MOMENTS, the features' means over each neighborhood, values have a term of them."""
     parts = heads // HEADS
     first_head = tl.program_id(0) % parts * HEADS
     tile = tl.program_id(0) // parts
@@ -71,7 +76,7 @@ def neighborhood_attention_fwd_kernel(
     own_bit = (1 << lane)[:, None]
 
     # The softmax starts with the blank token.
-    queries, weights, biases, largest, total, out = (), (), (), (), (), ()
+    queries, weights, biases, largest, total, out, moments = (), (), (), (), (), (), ()
     for h in tl.static_range(HEADS):
         head = first_head + h
         q = load_rows(query, row, head, query_token, query_head, octets, WIDTH)
@@ -85,6 +90,9 @@ def neighborhood_attention_fwd_kernel(
         largest += (tl.where(has_blank != 0, blank_logit, LOWEST),)
         total += (tl.zeros((TILE,), tl.float32) + has_blank,)
         out += (tl.zeros((TILE, WIDTH), tl.float32) + blank,)
+        if MOMENTS:
+            for _ in tl.static_range(2 * AXES + 1):
+                moments += (tl.zeros((TILE, 4), tl.float32),)
 
     count = tl.load(counts + tile)
     first = tile.to(tl.int64) * capacity
@@ -95,7 +103,7 @@ def neighborhood_attention_fwd_kernel(
         )  # fmt: skip
         relation = relate(point, key_point, AXES)
         attends = (attending & own_bit) != 0
-        new_largest, new_total, new_out = (), (), ()
+        new_largest, new_total, new_out, new_moments = (), (), (), ()
         for h in tl.static_range(HEADS):
             head = first_head + h
             k = load_rows(key, key_row, head, key_token, key_head, octets, WIDTH)
@@ -112,7 +120,14 @@ def neighborhood_attention_fwd_kernel(
             new_largest += (peak,)
             new_total += (total[h] * fade + tl.sum(attention, 1),)
             new_out += (dot(attention.to(v.dtype), v, out[h] * fade[:, None], PRECISION),)
+            if MOMENTS:
+                phi = position_features(relation, AXES)
+                for f in tl.static_range(2 * AXES + 1):
+                    moment = moments[h * (2 * AXES + 1) + f] * fade[:, None]
+                    new_moments += (moment + fold_keys(attention * phi[f]),)
         largest, total, out = new_largest, new_total, new_out
+        if MOMENTS:
+            moments = new_moments
 
     row = tile * TILE + lane
     exists = row < tokens
@@ -120,7 +135,13 @@ def neighborhood_attention_fwd_kernel(
         head = first_head + h
         empty = (largest[h] <= LOWEST) & (total[h] >= 0)  # not if its logits are NaN
         factor = tl.where(empty, 0.0, 1.0 / total[h])
-        result = tl.where(empty[:, None], 0.0, out[h] * factor[:, None])
+        result = out[h]
+        if MOMENTS:
+            for f in tl.static_range(2 * AXES + 1):
+                moment = tl.sum(moments[h * (2 * AXES + 1) + f], 1)[:, None]
+                values = load_feature_values(position_value, head, octets, f, features, WIDTH)
+                result += moment * values[None, :]
+        result = tl.where(empty[:, None], 0.0, result * factor[:, None])
         store_rows(output, result, row, exists, head, heads, octets, WIDTH)
         target = normal + (row.to(tl.int64) * heads + head) * 2
         tl.store(target, largest[h], mask=exists)
@@ -132,7 +153,7 @@ def _rounds(a):
 
 
 @cache
-def _variant(dtype, learned, axes, width, heads):
+def _variant(dtype, learned, axes, width, heads, moments):
     wide = dtype == torch.float32
     rows = (dtype,) * 3
     return Variant(
@@ -142,7 +163,7 @@ def _variant(dtype, learned, axes, width, heads):
             torch.float32,
             torch.float32,
             *(torch.int32,) * 4,
-            *(learned,) * 4,
+            *(learned,) * 5,
             dtype,
             torch.float32,
         )
@@ -154,11 +175,12 @@ def _variant(dtype, learned, axes, width, heads):
             "TILE": TILE,
             "HEADS": heads,
             "KEYS": 16 if wide else 32,
+            "MOMENTS": moments,
             "PRECISION": "bf16x6",
         },
         writes=("output", "normal"),
         tiles={"KEYS": (16, 32, 64), "HEADS": (1,)},
-        num_warps=max(1, width // (32 if wide else 64)),
+        num_warps=max(1, width // (32 if wide or moments else 64)),  # registers
         max_registers=255,
         rounds=_rounds,
     )
@@ -169,25 +191,28 @@ def variants():
     for dtype in DTYPES:
         for axes in (2, 3):
             for width in WIDTHS:
-                for heads in heads_together(dtype, width):
-                    for learned in learned_dtypes(dtype):
-                        yield _variant(dtype, learned, axes, width, heads)
+                for learned, moments in product(learned_dtypes(dtype), (False, True)):
+                    for heads in heads_together(dtype, width, moments):
+                        yield _variant(dtype, learned, axes, width, heads, moments)
 
 
 def forward(
     query, key, value, query_positions, positions, cluster_index, cluster_offsets, cluster_size,
-    plan, position_weight, position_bias, blank_key, blank_value, scale,
+    plan, position_weight, position_bias, position_value, blank_key, blank_value, scale,
 ):  # fmt: skip
     """Output (Q, H, d) and the softmax's normalization (Q, H, 2)."""
     tokens, heads, channels = query.shape
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     normal = torch.empty((tokens, heads, 2), dtype=torch.float32, device=query.device)
     tiles = plan[:4] or tile_lists(cluster_index, cluster_offsets)
-    learned, flags = learned_tensors(position_weight, position_bias, blank_key, blank_value, query)
+    learned, flags = learned_tensors(
+        position_weight, position_bias, position_value, blank_key, blank_value, query
+    )
     inputs, strides = zip(*(readable(x) for x in (query, key, value)), strict=True)
     width = width_of(channels)
-    together = max(n for n in heads_together(query.dtype, width) if heads % n == 0)
-    _variant(query.dtype, learned[0].dtype, positions.shape[1], width, together).launch(
+    moments = position_value is not None
+    together = max(n for n in heads_together(query.dtype, width, moments) if heads % n == 0)
+    _variant(query.dtype, learned[0].dtype, positions.shape[1], width, together, moments).launch(
         lambda constants: (-(-tokens // TILE) * (heads // constants["HEADS"]),),
         *(
             *inputs,

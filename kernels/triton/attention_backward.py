@@ -11,6 +11,7 @@ have, is minus the sum over the blank's logits, with less rounding; without a bl
 """
 
 from functools import cache
+from itertools import product
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from pointformer.kernels.triton.attention_pairs import (
     DTYPES,
     LOG2_E,
     WIDTHS,
+    add_features,
     division,
     dot,
     fold,
@@ -30,6 +32,7 @@ from pointformer.kernels.triton.attention_pairs import (
     learned_tensors,
     load_bias,
     load_blank,
+    load_feature_values,
     load_keys,
     load_points,
     load_rows,
@@ -53,6 +56,9 @@ _QUERY_INTEGERS = (
     *_STRIDES, "tokens", "heads", "octets", "features", "has_bias", "has_blank", "capacity",
     "cluster_size", "reciprocal", "shift", "last_key",
 )  # fmt: skip
+_LEARNED_INTEGERS = (
+    "rows", "heads", "features", "has_bias", "has_value", "has_blank", "channels",
+)  # fmt: skip
 _KEY_INTEGERS = (*_STRIDES, "clusters", "heads", "octets", "features", "has_bias", "group")
 
 
@@ -60,12 +66,13 @@ _KEY_INTEGERS = (*_STRIDES, "clusters", "heads", "octets", "features", "has_bias
 def neighborhood_attention_bwd_query_kernel(
     grad, output, normal, query, key, value, query_positions, positions,
     counts, rows, lengths, members,
-    position_weight, position_bias, blank_key, blank_value, grad_query, means, shares,
+    position_weight, position_bias, position_value, blank_key, blank_value,
+    grad_query, means, grad_moments, shares,
     grad_token, grad_head, query_token, query_head, key_token, key_head, value_token, value_head,
     tokens, heads, octets, features, has_bias, has_blank,
     capacity, cluster_size, reciprocal, shift, last_key, scale,
     AXES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    MOMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The mean gradient of a row's logits is that of its output, up to the rounding of both.
 
@@ -92,10 +99,14 @@ def neighborhood_attention_bwd_query_kernel(
     d_query = tl.zeros((TILE, WIDTH), tl.float32)
     excess = tl.zeros((TILE, 4), tl.float32)  # of the mean gradient over its estimate
     sums = ()  # of the logits' gradients times each feature
-    features_mean = ()  # of the attention, times each feature
-    for _ in tl.static_range(2 * AXES + 1):
+    moments = ()  # of the attention, times each feature
+    d_moments = ()
+    for f in tl.static_range(2 * AXES + 1):
         sums += (tl.zeros((8, 4), tl.float32),)
-        features_mean += (excess,)
+        moments += (excess,)
+        if MOMENTS:
+            values = load_feature_values(position_value, head, octets, f, features, WIDTH)
+            d_moments += (tl.sum(g.to(tl.float32) * values[None, :], 1)[:, None],)
 
     count = tl.load(counts + tile)
     first = tile.to(tl.int64) * capacity
@@ -111,16 +122,18 @@ def neighborhood_attention_bwd_query_kernel(
         attention = tl.exp2(logits - largest[:, None])
         attention = tl.where((attending & own_bit) != 0, attention, 0.0)
         d_attention = dot(g, tl.trans(v), tl.zeros((TILE, KEYS), tl.float32), PRECISION)
+        if MOMENTS:
+            d_attention = add_features(d_attention, relation, d_moments, AXES)
         d_logits = attention * (d_attention * factor[:, None] - scaled_mean)
         d_query = dot(d_logits.to(k.dtype), k, d_query, PRECISION)
         excess += fold_keys(d_logits)
         phi = position_features(relation, AXES)
-        new_sums, new_mean = (), ()
+        new_sums, new_moments = (), ()
         for f in tl.static_range(2 * AXES + 1):
-            new_mean += (features_mean[f] + fold_keys(attention * phi[f]),)
+            new_moments += (moments[f] + fold_keys(attention * phi[f]),)
         for f in tl.static_range(2 * AXES + 1):
             new_sums += (sums[f] + fold(fold_keys(d_logits * phi[f])),)
-        sums, features_mean = new_sums, new_mean
+        sums, moments = new_sums, new_moments
 
     blank = load_blank(blank_key, head, octets, has_blank, WIDTH)[None, :]
     blank_out = load_blank(blank_value, head, octets, has_blank, WIDTH)[None, :]
@@ -137,12 +150,25 @@ def neighborhood_attention_bwd_query_kernel(
     store_rows(grad_query, d_query, row, exists, head, heads, octets, WIDTH)
 
     channels = octets * 8
-    shares += tl.program_id(0).to(tl.int64) * (features + has_blank * (1 + 2 * channels))
-    for f in tl.static_range(2 * AXES + 1):
-        total = sums[f] - fold((missing * factor)[:, None] * features_mean[f])
-        tl.store(shares + f, tl.sum(total), mask=f < features)
-    tl.store(shares + features, -tl.sum(d_logit, 0), mask=has_blank != 0)
     channel = tl.arange(0, WIDTH)
+    values_size = MOMENTS * features * channels
+    columns = features + values_size + has_blank * (1 + 2 * channels)
+    shares += tl.program_id(0).to(tl.int64) * columns
+    for f in tl.static_range(2 * AXES + 1):
+        total = sums[f] - fold((missing * factor)[:, None] * moments[f])
+        tl.store(shares + f, tl.sum(total), mask=f < features)
+        if MOMENTS:
+            tl.store(
+                grad_moments + (at * (2 * AXES + 1) + f)[:, None],
+                d_moments[f],
+                mask=exists[:, None],
+            )
+            moment = (tl.sum(moments[f], 1) * factor)[:, None]
+            d_values = tl.sum(moment * g.to(tl.float32), 0)
+            stored = channel < tl.where(f < features, channels, 0)
+            tl.store(shares + features + f * channels + channel, d_values, mask=stored)
+    shares += values_size
+    tl.store(shares + features, -tl.sum(d_logit, 0), mask=has_blank != 0)
     stored = channel < channels * has_blank
     d_blank = tl.sum(d_logit[:, None] * q.to(tl.float32), 0) * scale
     tl.store(shares + features + 1 + channel, d_blank, mask=stored)
@@ -152,13 +178,13 @@ def neighborhood_attention_bwd_query_kernel(
 
 @triton.jit(do_not_specialize=_KEY_INTEGERS)
 def neighborhood_attention_bwd_key_kernel(
-    grad, normal, means, query, key, value, query_positions, positions,
+    grad, normal, means, grad_moments, query, key, value, query_positions, positions,
     cluster_offsets, begins, counts, queries, members,
     position_weight, position_bias, grad_key, grad_value,
     grad_token, grad_head, query_token, query_head, key_token, key_head, value_token, value_head,
     clusters, heads, octets, features, has_bias, group, scale,
     AXES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-    QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, MOMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS of the keys of one group of clusters, which are consecutive rows."""
     parts = heads // HEADS
@@ -217,6 +243,11 @@ def neighborhood_attention_bwd_key_kernel(
             d_attention = dot(
                 values[h], tl.trans(g), tl.zeros((ROWS, QUERIES), tl.float32), PRECISION
             )
+            if MOMENTS:
+                d_moments = ()
+                for f in tl.static_range(2 * AXES + 1):
+                    d_moments += (tl.load(grad_moments + at * (2 * AXES + 1) + f)[None, :],)
+                d_attention = add_features(d_attention, relation, d_moments, AXES)
             d_logits = attention * (d_attention - mean)
             new_key += (dot(d_logits.to(q.dtype), q, d_key[h], PRECISION),)
         d_key, d_value = new_key, new_value
@@ -251,13 +282,15 @@ def sum_shares_kernel(
     tl.store(target + part.to(tl.int64) * columns + column, total, mask=column < columns)
 
 
-@triton.jit(do_not_specialize=("rows", "heads", "features", "has_bias", "has_blank", "channels"))
+@triton.jit(do_not_specialize=_LEARNED_INTEGERS)
 def learned_gradients_kernel(
-    shares, grad_weight, grad_bias, grad_blank_key, grad_blank_value,
-    rows, heads, features, has_bias, has_blank, channels, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    shares, grad_weight, grad_bias, grad_value, grad_blank_key, grad_blank_value,
+    rows, heads, features, has_bias, has_value, has_blank, channels,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum (rows, heads, columns) over the rows, and deal the columns out to the gradients."""
-    width = features + has_blank * (1 + 2 * channels)
+    values = has_value * features * channels
+    width = features + values + has_blank * (1 + 2 * channels)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     stored = column < heads * width
     total = _sum_rows(shares, column, 0, rows, heads * width, ROWS, BLOCK)
@@ -265,6 +298,10 @@ def learned_gradients_kernel(
     column = column % width
     tl.store(grad_weight + head * features + column, total, mask=stored & (column < features))
     column -= features
+    in_values = stored & (column >= 0) & (column < values)
+    offset = (head * channels + column % channels) * features + column // channels
+    tl.store(grad_value + offset, total, mask=in_values)
+    column -= values
     tl.store(grad_bias + head, total, mask=stored & (column >= 0) & (column < has_bias))
     column -= 1
     in_key = stored & (column >= 0) & (column < channels)
@@ -283,38 +320,40 @@ def _key_rounds(a):
 
 
 @cache
-def _query_variant(dtype, learned, axes, width):
+def _query_variant(dtype, learned, axes, width, moments):
     wide = dtype == torch.float32
+    warps = _warps(dtype, width, moments)
     return Variant(
         neighborhood_attention_bwd_query_kernel,
         (dtype, dtype, torch.float32, *(dtype,) * 3, *(torch.float32,) * 2, *(torch.int32,) * 4)
-        + (*(learned,) * 4, dtype, torch.float32, torch.float32)
+        + (*(learned,) * 5, dtype, *(torch.float32,) * 3)
         + ("i32",) * len(_QUERY_INTEGERS)
         + ("fp32",),
         {
             "AXES": axes,
             "WIDTH": width,
             "TILE": TILE,
-            # 3-D has two features more: with 32 keys they spill on sm_100.
-            "KEYS": 16 if wide or (axes == 3 and width > 16) else 32,
+            # 3-D has two features more: with 32 keys they spill on sm_100, as moments do.
+            "KEYS": 16 if wide or moments or (axes == 3 and width > 16) else 32,
+            "MOMENTS": moments,
             "PRECISION": "ieee" if width > 32 else "bf16x6",
         },
-        writes=("grad_query", "means", "shares"),
+        writes=("grad_query", "means", "grad_moments", "shares"),
         tiles={"KEYS": (16, 32)},
-        num_warps=_warps(dtype, width),
+        num_warps=warps,
         num_stages=1 if wide and width == 16 else 2,  # registers
-        amd_warps=min(4, _warps(dtype, width)),
+        amd_warps=min(4, warps),
         max_registers=255,
         rounds=_query_rounds,
     )
 
 
 @cache
-def _key_variant(dtype, learned, axes, width, heads):
+def _key_variant(dtype, learned, axes, width, heads, moments):
     wide = dtype == torch.float32
     return Variant(
         neighborhood_attention_bwd_key_kernel,
-        (dtype, torch.float32, torch.float32, *(dtype,) * 3, torch.float32, torch.float32)
+        (dtype, *(torch.float32,) * 3, *(dtype,) * 3, torch.float32, torch.float32)
         + (*(torch.int32,) * 5, learned, learned, dtype, dtype)
         + ("i32",) * len(_KEY_INTEGERS)
         + ("fp32",),
@@ -324,19 +363,20 @@ def _key_variant(dtype, learned, axes, width, heads):
             "ROWS": GROUP_KEYS,
             "HEADS": heads,
             "QUERIES": 16 if wide or width > 64 else 32,
+            "MOMENTS": moments,
             "PRECISION": "ieee" if width > 64 else "bf16x6",
         },
         writes=("grad_key", "grad_value"),
         tiles={"QUERIES": (16, 32), "HEADS": (1,)},
-        num_warps=_warps(dtype, width),
+        num_warps=_warps(dtype, width, moments),
         max_registers=255,
         rounds=_key_rounds,
     )
 
 
-def _warps(dtype, width):
+def _warps(dtype, width, moments):
     """As many as the registers need: float32 has no matrix product of its own."""
-    return max(1, width // (16 if dtype == torch.float32 else 32))
+    return max(1 + moments, width // (16 if moments or dtype == torch.float32 else 32))
 
 
 _SUM = Variant(
@@ -353,9 +393,9 @@ _SUM = Variant(
 def _learned_variant(dtype):
     return Variant(
         learned_gradients_kernel,
-        (torch.float32, *(dtype,) * 4) + ("i32",) * 6,
+        (torch.float32, *(dtype,) * 5) + ("i32",) * len(_LEARNED_INTEGERS),
         _BLOCK,
-        writes=("grad_weight", "grad_bias", "grad_blank_key", "grad_blank_value"),
+        writes=("grad_weight", "grad_bias", "grad_value", "grad_blank_key", "grad_blank_value"),
         tiles={"ROWS": (16, 64)},
         rounds=lambda a: {"start": triton.cdiv(a["rows"], a["ROWS"])},
     )
@@ -368,24 +408,26 @@ def variants():
         yield _learned_variant(dtype)
         for axes in (2, 3):
             for width in WIDTHS:
-                for learned in learned_dtypes(dtype):
-                    yield _query_variant(dtype, learned, axes, width)
-                    for heads in heads_together(dtype, width):
-                        yield _key_variant(dtype, learned, axes, width, heads)
+                for learned, moments in product(learned_dtypes(dtype), (False, True)):
+                    yield _query_variant(dtype, learned, axes, width, moments)
+                    for heads in heads_together(dtype, width, moments):
+                        yield _key_variant(dtype, learned, axes, width, heads, moments)
 
 
 def backward(
     grad, output, normal,
     query, key, value, query_positions, positions, cluster_index, cluster_offsets, cluster_size,
-    plan, position_weight, position_bias, blank_key, blank_value, scale,
+    plan, position_weight, position_bias, position_value, blank_key, blank_value, scale,
 ):  # fmt: skip
     """Gradients of query, key, value and what is learned; empty ones for what is `None`."""
     (tokens, heads, channels), axes = query.shape, positions.shape[1]
     device, clusters = query.device, cluster_offsets.shape[0] - 1
     tiles = plan[:4] or tile_lists(cluster_index, cluster_offsets)
     groups = plan[4:] or group_lists(cluster_index, clusters, cluster_size)
-    learned, flags = learned_tensors(position_weight, position_bias, blank_key, blank_value, query)
+    given = (position_weight, position_bias, position_value, blank_key, blank_value)
+    learned, flags = learned_tensors(*given, query)
     features, _, has_blank = flags
+    moments = position_value is not None
     inputs, strides = zip(*(readable(x) for x in (grad, query, key, value)), strict=True)
     grad, *inputs = inputs
     strides = [number for pair in strides for number in pair]
@@ -394,20 +436,21 @@ def backward(
 
     d_rows = [torch.empty(x.shape, dtype=x.dtype, device=device) for x in (query, key, value)]
     means = torch.empty(tokens, heads, device=device, dtype=torch.float32)
-    columns = heads * (features + has_blank * (1 + 2 * channels))
-    variant = _query_variant(query.dtype, learned[0].dtype, axes, width)
+    d_moments = means.new_empty(tokens, heads, 2 * axes + 1) if moments else means.new_empty(0)
+    columns = heads * (features * (1 + moments * channels) + has_blank * (1 + 2 * channels))
+    variant = _query_variant(query.dtype, learned[0].dtype, axes, width, moments)
     programs = -(-tokens // TILE)
     shares = torch.empty(programs, columns, device=device, dtype=torch.float32)
     variant.launch(
         (programs * heads,),
         *(grad, output.contiguous(), normal, *inputs, *points, *tiles, *learned),
-        *(d_rows[0], means, shares),
+        *(d_rows[0], means, d_moments, shares),
         *(*strides, tokens, heads, channels // 8, *flags),
         *(tiles[1].shape[1], cluster_size, *division(cluster_size), len(key) - 1, scale),
     )
     group = clusters_per_group(cluster_size)
-    together = max(n for n in heads_together(query.dtype, width) if heads % n == 0)
-    _key_variant(query.dtype, learned[0].dtype, axes, width, together).launch(
+    together = max(n for n in heads_together(query.dtype, width, moments) if heads % n == 0)
+    _key_variant(query.dtype, learned[0].dtype, axes, width, together, moments).launch(
         lambda constants: (
             groups[1].shape[0] * (heads // constants["HEADS"]),
             -(-group * cluster_size // GROUP_KEYS),
@@ -416,6 +459,7 @@ def backward(
             grad,
             normal,
             means,
+            d_moments,
             *inputs,
             *points,
             cluster_offsets.contiguous(),
@@ -424,7 +468,6 @@ def backward(
         ),
         *(*d_rows[1:], *strides, clusters, heads, channels // 8, *flags[:2], group, scale),
     )
-    given = (position_weight, position_bias, blank_key, blank_value)
     return *d_rows, *learned_gradients(shares, given, heads, channels)
 
 
@@ -436,7 +479,7 @@ def learned_gradients(shares, given, heads, channels):
     gradients = [
         torch.empty(0 if x is None else x.shape, dtype=dtype, device=device) for x in given
     ]
-    weight, bias, blank_key, _ = given
+    weight, bias, values, blank_key, _ = given
     if blank_key is None:
         gradients[1].zero_()
     blocks = -(-columns // _BLOCK["BLOCK"])
@@ -446,15 +489,15 @@ def learned_gradients(shares, given, heads, channels):
         )
         _SUM.launch((blocks, len(sums)), shares, sums, len(shares), columns)
         shares = sums
-    flags = (0 if weight is None else weight.shape[1], int(bias is not None))
+    features = 0 if weight is None else weight.shape[1]
     _learned_variant(dtype).launch(
         (blocks,),
         shares,
         *gradients,
         len(shares),
         heads,
-        *flags,
-        int(blank_key is not None),
+        features,
+        *(int(x is not None) for x in (bias, values, blank_key)),
         channels,
     )
     return [

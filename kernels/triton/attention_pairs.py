@@ -57,6 +57,15 @@ def load_blank(blank, head, octets, has_blank, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_feature_values(position_value, head, octets, feature, features, WIDTH: tl.constexpr):
+    """What one position feature adds to a value (WIDTH,), zeros if it has no weights."""
+    lane = tl.arange(0, WIDTH)
+    known = tl.where(feature < features, octets * 8, 0)
+    offset = (head * octets * 8 + lane) * features + feature
+    return tl.load(position_value + offset, mask=lane < known, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def load_points(positions, row, AXES: tl.constexpr):
     """Coordinates of rows (N,): x, y and z, which in 2-D no one reads."""
     base = positions + row.to(tl.int64) * AXES
@@ -106,23 +115,28 @@ def position_features(relation, AXES: tl.constexpr):
 def pair_logits(
     a, b, relation, weights, bias, log2_scale, AXES: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Logits of pairs of rows a (N, WIDTH) and b (M, WIDTH), one of them queries, as (N, M).
+    """Logits of pairs of rows a (N, WIDTH) and b (M, WIDTH), one of them queries, as (N, M)."""
+    logits = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32), PRECISION)
+    return add_features(logits * log2_scale + bias, relation, weights, AXES)
+
+
+@triton.jit
+def add_features(pairs, relation, weights, AXES: tl.constexpr):
+    """Add the position features of pairs (N, M), times weights that broadcast to pairs.
 
     The terms of the direction are folded into those of the differences.
     """
     dx, dy, dz, distance, inverse = relation
-    logits = dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32), PRECISION)
-    logits = logits * log2_scale + bias
     if AXES == 2:  # the sine (y) comes first
-        logits += weights[2] * distance
-        logits += (weights[1] + weights[3] * inverse) * dy
-        logits += (weights[0] + weights[4] * inverse) * dx
+        pairs += weights[2] * distance
+        pairs += (weights[1] + weights[3] * inverse) * dy
+        pairs += (weights[0] + weights[4] * inverse) * dx
     else:
-        logits += weights[3] * distance
-        logits += (weights[2] + weights[6] * inverse) * dz
-        logits += (weights[1] + weights[5] * inverse) * dy
-        logits += (weights[0] + weights[4] * inverse) * dx
-    return logits
+        pairs += weights[3] * distance
+        pairs += (weights[2] + weights[6] * inverse) * dz
+        pairs += (weights[1] + weights[5] * inverse) * dy
+        pairs += (weights[0] + weights[4] * inverse) * dx
+    return pairs
 
 
 @triton.jit
@@ -176,9 +190,12 @@ def width_of(channels):
     return max(WIDTHS[0], triton.next_power_of_2(channels))
 
 
-def heads_together(dtype, width):
-    """How many heads a program may compute, which then share all that depends on positions."""
-    return (1, 2) if dtype != torch.float32 and width <= 32 else (1,)
+def heads_together(dtype, width, moments):
+    """How many heads a program may compute, which then share all that depends on positions.
+
+    Two of them and the moments of the position features need more registers than there are.
+    """
+    return (1, 2) if dtype != torch.float32 and width <= 32 and not moments else (1,)
 
 
 def readable(rows):
@@ -193,9 +210,9 @@ def learned_dtypes(dtype):
     return dict.fromkeys((torch.float32, dtype))
 
 
-def learned_tensors(position_weight, position_bias, blank_key, blank_value, query):
-    """The four as kernels take them, of one dtype, and `features`, `has_bias`, `has_blank`."""
-    given = (position_weight, position_bias, blank_key, blank_value)
+def learned_tensors(position_weight, position_bias, position_value, blank_key, blank_value, query):
+    """The five as kernels take them, of one dtype, and `features`, `has_bias`, `has_blank`."""
+    given = (position_weight, position_bias, position_value, blank_key, blank_value)
     features = 0 if position_weight is None else position_weight.shape[1]
     flags = (features, int(position_bias is not None), int(blank_key is not None))
     dtypes = {x.dtype for x in given if x is not None} or {query.dtype}

@@ -24,8 +24,7 @@ class NeighborhoodAttention(BlockAttention):
         dimensions: 2 or 3, axes of the positions.
         expanded_position: bias from differences, distance and direction, not differences alone.
         blank_token: a learned key and value in every neighborhood: a token may attend to nothing.
-        relative_value: values from relative positions as well, whose weights start from 0; only
-            `impl="reference"` computes them.
+        relative_value: values from relative positions as well, whose weights start from 0.
     """
 
     blank_key: Tensor | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import pointformer.kernels.attention  # noqa: F401  (registers the fused op)
 from pointformer._checks import (
@@ -63,8 +64,7 @@ def neighborhood_attention(
             the differences. In the units of `positions`; `None` means no such term. Below 1.1e-19,
             where squares vanish (on GPUs below 1e-15), distance and direction are inexact.
         position_bias: (H,) or `None`.
-        position_value: (H, d, F), F as above; only the reference takes it. `None` means no such
-            term.
+        position_value: (H, d, F), F as above, or `None`: no such term.
         blank_key, blank_value: (H, d), both or neither.
         scale: factor of the products of query and key, d ** -0.5 if `None`.
         impl: "reference" (any of the dtypes, differentiable twice), "cpu" or "triton" (float32
@@ -120,15 +120,16 @@ def neighborhood_attention(
         check_number("scale", scale)
 
     lacks = {
-        "cpu": lambda: _fused_lacks(query, positions, query_positions, position_value),
+        "cpu": lambda: _fused_lacks(query, positions, query_positions),
         "triton": lambda: (
-            _fused_lacks(query, positions, query_positions, position_value)
-            or neighborhoods.triton_lacks()
+            _fused_lacks(query, positions, query_positions) or neighborhoods.triton_lacks()
         ),
     }
     chosen = choose("neighborhood_attention", impl, lacks, device)
     if chosen != "reference":
         clusters = neighborhoods.clusters
+        if position_value is not None:
+            position_weight, position_value = _of_equal_features(position_weight, position_value)
         output, _ = torch.ops.pointformer.neighborhood_attention(
             query,
             key,
@@ -141,6 +142,7 @@ def neighborhood_attention(
             list(neighborhoods.plan) if neighborhoods.plan_impl == chosen else [],
             position_weight,
             position_bias,
+            position_value,
             blank_key,
             blank_value,
             scale,
@@ -163,14 +165,24 @@ def neighborhood_attention(
     )
 
 
-def _fused_lacks(
-    query: Tensor, positions: Tensor, query_positions: Tensor, position_value: Tensor | None
-) -> str | None:
+def _of_equal_features(
+    position_weight: Tensor | None, position_value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both with the features of both, with zeros where one has none of its own."""
+    if position_weight is None:
+        position_weight = position_value.new_zeros(position_value.shape[0], 0)
+    features = max(position_weight.shape[-1], position_value.shape[-1])
+    weight, value = (
+        x if x.shape[-1] == features else pad(x, (0, features - x.shape[-1]))
+        for x in (position_weight, position_value)
+    )
+    return weight, value
+
+
+def _fused_lacks(query: Tensor, positions: Tensor, query_positions: Tensor) -> str | None:
     """Why neither the CPU nor the Triton kernels can run, in words, or `None`."""
     if query.dtype == torch.float64:
         return "query is float64 and the kernels compute in float32"
-    if position_value is not None:
-        return "position_value is given and the kernels have no such term"
     channels = query.shape[2]
     if channels % 8 or not 8 <= channels <= 128:
         return f"query has {channels} channels per head, not a multiple of 8 in 8..128"

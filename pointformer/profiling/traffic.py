@@ -83,18 +83,20 @@ def neighborhood_attention_backward(a: Arguments, output: Tensor) -> Traffic:
 
     Tiles: query, output and its gradient in, query's gradient out, union rows as forward. Groups:
     key and value in, their gradients out; query and gradient rows of the queries that attend to the
-    group, with position, three softmax numbers and two words of the list. `rows` counts both.
+    group, with position, three softmax numbers and two words of the list; with relative values the
+    gradients of the features' means too. `rows` counts both.
     """
     clusters, rows = _union_sizes(a["neighborhoods"])
     queries = group_queries(a["neighborhoods"])
     tokens, heads, channels = output.shape
     row, point = channels * output.element_size(), num_bytes(a["positions"][:1])
+    means = 0 if a["position_value"] is None else 4 * (2 * a["positions"].shape[1] + 1)
     per_head = (
-        tokens * (4 * row + point + 12)  # query, output, gradient, query's gradient
+        tokens * (4 * row + point + 12 + means)  # query, output, gradient, query's gradient
         + rows * (2 * row + point)
         + 12 * clusters
         + len(a["key"]) * (4 * row + point)  # key, value and their gradients
-        + queries * (2 * row + point + 12 + 8)
+        + queries * (2 * row + point + 12 + 8 + means)
     )
     return Traffic(heads * per_head, (rows + queries) / max(tokens, 1))
 

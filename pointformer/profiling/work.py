@@ -127,6 +127,15 @@ def _learned(a: Arguments) -> int:
     return num_bytes(*(a[name] for name in names))
 
 
+def _relative_values(a: Arguments, output: Tensor) -> tuple[int, int]:
+    """Operations of the features' means and of their products with `position_value`."""
+    if a["position_value"] is None:
+        return 0, 0
+    pairs = int(cluster_lengths(a["neighborhoods"]).sum())
+    features = a["position_value"].shape[2]
+    return 2 * pairs * output.shape[1] * features, 2 * output.numel() * features
+
+
 def neighborhood_attention(a: Arguments, output: Tensor) -> Work:
     """The forward pass of `neighborhood_attention`.
 
@@ -135,21 +144,18 @@ def neighborhood_attention(a: Arguments, output: Tensor) -> Work:
     Operations: 4 (P + Q) C for scores and weighted values, the Q for a blank token if there is one,
     2 P H F for a position bias of F features, and 2 P H F + 2 Q C F for relative values.
     """
-    neighborhoods, weight, values = a["neighborhoods"], a["position_weight"], a["position_value"]
+    neighborhoods, weight = a["neighborhoods"], a["position_weight"]
     blanks = 0 if a["blank_key"] is None else len(output)
     pairs = int(cluster_lengths(neighborhoods).sum())
     channels = output.shape[1] * output.shape[2]
     bias_weights = 0 if weight is None else weight.numel()
-    value_operations = 0
-    if values is not None:
-        moments = pairs * output.shape[1] * values.shape[2]
-        value_operations = 2 * (moments + output.numel() * values.shape[2])
+    moments, products = _relative_values(a, output)
     return Work(
         num_bytes(*(a[name] for name in ("query", "key", "value", "positions", "query_positions")))
         + num_bytes(output)
         + _lists(neighborhoods)
         + _learned(a),
-        2 * attention_multiply_adds(pairs, blanks, channels, bias_weights) + value_operations,
+        2 * attention_multiply_adds(pairs, blanks, channels, bias_weights) + moments + products,
     )
 
 
@@ -162,6 +168,8 @@ def neighborhood_attention_backward(a: Arguments, output: Tensor) -> Work:
     gradients out.
     Operations: five products where the forward pass has two (scores again, and the gradients of
     value, probabilities, query and key): 10 (P + Q) C; the bias again and its gradient: 4 P H F.
+    Relative values: the features' means again and the gradient of probabilities, 4 P H F, those of
+    the means and of the weights, 4 Q C F.
     """
     neighborhoods, weight = a["neighborhoods"], a["position_weight"]
     forward = neighborhood_attention(a, output)
@@ -170,13 +178,14 @@ def neighborhood_attention_backward(a: Arguments, output: Tensor) -> Work:
     softmax = 4 * output.shape[0] * output.shape[1]
     pairs = int(cluster_lengths(neighborhoods).sum())
     bias = 0 if weight is None else 2 * pairs * weight.numel()
+    moments, products = _relative_values(a, output)
     return Work(
         forward.bytes
         + num_bytes(output, a["query"], a["key"], a["value"])
         + softmax
         + inverse
         + _learned(a),
-        (forward.operations - bias) * 5 // 2 + 2 * bias,
+        (forward.operations - bias - moments - products) * 5 // 2 + 2 * (bias + moments + products),
     )
 
 

@@ -77,31 +77,23 @@ def test_reference_over_lists_is_the_definition(queries):
     torch.testing.assert_close(output, brute_force(*inputs, scale=0.3), rtol=0, atol=1e-13)
 
 
-def with_position_value(inputs, features, seed=1):
-    tensors, positions, neighborhoods = inputs
-    generator = torch.Generator().manual_seed(seed)
-    shape = (*tensors["value"].shape[1:], features)
-    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return {**tensors, "position_value": weight}, positions, neighborhoods
-
-
 @pytest.mark.parametrize("features", [3, 7])
 @pytest.mark.parametrize("options", [{}, {"queries": 9}, {"blank": False, "features": 0}])
 def test_relative_values_are_the_definition(options, features):
-    inputs = with_position_value(make_lists(**options), features)
+    inputs = make_lists(**options, value_features=features)
     output = attend(*inputs, scale=0.3)
     torch.testing.assert_close(output, brute_force(*inputs, scale=0.3), rtol=0, atol=1e-13)
 
 
 def test_relative_values_of_clusters_are_the_definition():
-    inputs = with_position_value(make_inputs(), 5)
+    inputs = make_inputs(value_features=5)
     output = attend(*inputs, scale=0.3)
     torch.testing.assert_close(output, brute_force(*inputs, scale=0.3), rtol=0, atol=1e-13)
 
 
 def test_relative_values_of_equal_values_are_a_linear_function_of_the_mean_difference():
     """Uniform attention among differences: the term alone, by other means than the op's."""
-    tensors, positions, neighborhoods = with_position_value(make_lists(blank=False, features=0), 3)
+    tensors, positions, neighborhoods = make_lists(blank=False, features=0, value_features=3)
     zeros = {name: torch.zeros_like(tensors[name]) for name in ("query", "key", "value")}
     output = attend({**tensors, **zeros}, positions, neighborhoods)
     rows, mask = neighborhoods.members()
@@ -113,8 +105,8 @@ def test_relative_values_of_equal_values_are_a_linear_function_of_the_mean_diffe
 
 def test_gradients_of_relative_values():
     """Those of positions too, twice; checked in float64, which `positions` cannot be in public."""
-    lists = make_lists(tokens=5, queries=3, k=3, heads=1, channels=2)
-    tensors, places, neighborhoods = with_position_value(lists, 7)
+    options = {"tokens": 5, "queries": 3, "k": 3, "heads": 1, "channels": 2, "value_features": 7}
+    tensors, places, neighborhoods = make_lists(**options)
     arguments = {**tensors, "positions": places[0], "query_positions": places[1]}
     leaves = [tensor.double().requires_grad_() for tensor in arguments.values()]
 
@@ -124,16 +116,6 @@ def test_gradients_of_relative_values():
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
-
-
-@pytest.mark.parametrize("impl", [None, "cpu", "triton"])
-def test_relative_values_need_the_reference(impl, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    inputs = make_inputs(dtype=torch.float32)
-    tensors, *rest = with_position_value(inputs, 5)
-    tensors["position_value"] = tensors["position_value"].float()
-    with pytest.raises(ValueError, match=r"position_value is given .*; use impl='reference'"):
-        attend(tensors, *rest, impl=impl)
 
 
 def test_reference_gradcheck_of_cross_attention():
@@ -230,6 +212,7 @@ def token_sets(draw):
         blank=draw(st.booleans()),
         lattice=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
+        value_features=draw(st.sampled_from([0, dimensions, 2 * dimensions + 1])),
     )
 
 
@@ -251,6 +234,7 @@ def listed_tokens(draw):
         features=draw(st.sampled_from([0, dimensions, 2 * dimensions + 1])),
         blank=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
+        value_features=draw(st.sampled_from([0, dimensions, 2 * dimensions + 1])),
     )
 
 
@@ -305,9 +289,9 @@ def test_lists_that_cannot_be(index, error, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("blank", [False, True])
-def test_fused_half_precision(dtype, blank):
-    check_against_float64(make_inputs(sizes=(90, 20), channels=32, blank=blank), dtype)
+@pytest.mark.parametrize("options", [{}, {"blank": False}, {"value_features": 5}])
+def test_fused_half_precision(dtype, options):
+    check_against_float64(make_inputs(sizes=(90, 20), channels=32, **options), dtype)
 
 
 def test_strided_key_and_value():
@@ -337,7 +321,8 @@ def test_other_strides():
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("blank", [False, True])
 def test_empty_neighborhood(impl, blank):
-    tensors, positions, neighborhoods = make_inputs(dtype=torch.float32, blank=blank)
+    options = {"dtype": torch.float32, "blank": blank, "value_features": 5}
+    tensors, positions, neighborhoods = make_inputs(**options)
     neighborhoods.cluster_index[3] = -1
     output, grads = gradients(
         tensors, positions, neighborhoods, torch.ones_like(tensors["query"]), impl=impl
@@ -351,7 +336,7 @@ def test_empty_neighborhood(impl, blank):
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("sizes", [(), (0,), (0, 1), (1,)])
 def test_few_tokens(impl, sizes):
-    inputs = make_inputs(sizes=sizes, dtype=torch.float32)
+    inputs = make_inputs(sizes=sizes, dtype=torch.float32, value_features=5)
     output, grads = gradients(*inputs, torch.ones_like(inputs[0]["query"]), impl=impl)
     assert output.shape == inputs[0]["query"].shape
     assert all(grad.isfinite().all() for grad in grads.values())
@@ -377,7 +362,8 @@ def test_all_tokens_attend_to_one_cluster():
 def test_backward_pass_in_many_tiles_of_queries(monkeypatch, cluster_size):
     """Clusters with queries in several tiles, and clusters of which one tile sees nothing."""
     monkeypatch.setattr(attention_backward, "TILE_FLOATS", 1)
-    check_against_float64(make_inputs(sizes=(150, 41), cluster_size=cluster_size))
+    inputs = make_inputs(sizes=(150, 41), cluster_size=cluster_size, value_features=5)
+    check_against_float64(inputs)
 
 
 def test_translation():
@@ -409,7 +395,8 @@ def threads():
 
 
 def test_bits_do_not_depend_on_threads(threads):
-    inputs = make_inputs(sizes=(150, 60), cluster_size=8, num_clusters=6, dtype=torch.float32)
+    options = {"cluster_size": 8, "num_clusters": 6, "dtype": torch.float32, "value_features": 5}
+    inputs = make_inputs(sizes=(150, 60), **options)
     results = []
     for count in (1, 2, 2):
         threads(count)
@@ -432,7 +419,9 @@ def test_given_plan_changes_nothing(training):
     assert all(torch.equal(built[name], given_[name]) for name in built)
 
 
-@pytest.mark.parametrize("options", [{}, {"blank": False, "bias": False, "features": 0}])
+@pytest.mark.parametrize(
+    "options", [{"value_features": 5}, {"blank": False, "bias": False, "features": 0}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(options, dtype):
     tensors, positions, neighborhoods = make_inputs(**options)
@@ -462,7 +451,7 @@ def test_second_derivative_of_the_fused_op_is_an_error():
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_compile(impl):
-    inputs = make_inputs(dtype=torch.float32)
+    inputs = make_inputs(dtype=torch.float32, features=2, value_features=5)
     cotangent = inputs[0]["value"]
     eager = gradients(*inputs, cotangent, impl=impl)
     compiled_attend = torch.compile(attend, fullgraph=True, backend="aot_eager")

@@ -49,8 +49,9 @@ def test_attention_is_the_op(dimensions, blank):
     torch.testing.assert_close(layer(tokens.features, tokens, neighborhoods), layer.proj(want))
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("expanded", [False, True])
-def test_relative_values_are_the_op(expanded):
+def test_relative_values_are_the_op(expanded, impl):
     torch.manual_seed(0)
     tokens = tokens_of()
     around = tokens.neighborhoods(2)
@@ -60,8 +61,8 @@ def test_relative_values_are_the_op(expanded):
     without = NeighborhoodAttention(16, 2, **options)
     without.load_state_dict(layer.state_dict(), strict=False)
     # It starts as the layer without them, and learns them.
-    start = layer(tokens.features, tokens, around, impl="reference")
-    torch.testing.assert_close(start, without(tokens.features, tokens, around, impl="reference"))
+    start = layer(tokens.features, tokens, around, impl=impl)
+    torch.testing.assert_close(start, without(tokens.features, tokens, around, impl=impl))
     start.square().sum().backward()
     assert layer.position_value.grad.any()
     torch.nn.init.normal_(layer.position_value)
@@ -77,7 +78,7 @@ def test_relative_values_are_the_op(expanded):
         position_value=layer.position_value,
         impl="reference",
     )
-    out = layer(tokens.features, tokens, around, project=False, impl="reference")
+    out = layer(tokens.features, tokens, around, project=False, impl=impl)
     torch.testing.assert_close(out, want.flatten(1))
 
 

@@ -9,6 +9,9 @@ from pointformer.clusters import Clusters, Neighborhoods
 from pointformer.ops import neighborhood_attention
 from pointformer.reference.relative_position import relative_position
 
+# As the registered op takes them.
+LEARNED = ("position_weight", "position_bias", "position_value", "blank_key", "blank_value")
+
 
 def cut(sizes, cluster_size):
     """Cluster lengths of every sample, as even as possible (some are shorter than others)."""
@@ -58,6 +61,7 @@ def make_inputs(
     dtype=torch.float64,
     lattice=False,
     seed=0,
+    value_features=0,
 ):
     """(tensors that take gradients, positions, neighborhoods) of a made-up token set."""
     generator = torch.Generator().manual_seed(seed)
@@ -81,6 +85,8 @@ def make_inputs(
     if blank:
         tensors["blank_key"] = normal(heads, channels)
         tensors["blank_value"] = normal(heads, channels)
+    if value_features:
+        tensors["position_value"] = normal(heads, channels, value_features) / 2
     return tensors, positions, neighborhoods
 
 
@@ -94,6 +100,7 @@ def make_lists(
     features=None,
     blank=True,
     seed=0,
+    value_features=0,
 ):
     """As `make_inputs`, with lists of tokens in the place of clusters, some shorter than others.
 
@@ -122,6 +129,8 @@ def make_lists(
     if blank:
         tensors["blank_key"] = normal(heads, channels)
         tensors["blank_value"] = normal(heads, channels)
+    if value_features:
+        tensors["position_value"] = normal(heads, channels, value_features) / 2
     if queries is not None:
         positions = positions, torch.rand(rows, dimensions, generator=generator) * 10
     return tensors, positions, neighborhoods
@@ -150,6 +159,12 @@ def gradients(tensors, positions, neighborhoods, cotangent, function=attend, **o
     return output.detach(), dict(zip(leaves, grads, strict=True))
 
 
+def _features(positions, rows, weight):
+    """Those that a weight (..., F) is for, of queries and rows (Q, M)."""
+    points, places = places_of(positions)
+    return relative_position(points[rows] - places[:, None], weight.shape[-1] > 3)
+
+
 def low_precision(tensors, positions, neighborhoods):
     """What one would write without a kernel: products in the rows' dtype, softmax in float32."""
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
@@ -158,8 +173,7 @@ def low_precision(tensors, positions, neighborhoods):
     logits = torch.einsum("thd,tmhd->thm", query * scale, key[rows]).float()
     if "position_weight" in tensors:
         weight = tensors["position_weight"]
-        points, places = places_of(positions)
-        phi = relative_position(points[rows] - places[:, None], weight.shape[1] > 3)
+        phi = _features(positions, rows, weight)
         logits = logits + torch.einsum("tmf,hf->thm", phi, weight)
     if "position_bias" in tensors:
         logits = logits + tensors["position_bias"][:, None]
@@ -171,7 +185,13 @@ def low_precision(tensors, positions, neighborhoods):
         blank = tensors["blank_value"].to(value.dtype).expand(len(query), 1, -1, -1)
         values = torch.cat([values, blank], 1)
     attention = logits.softmax(-1).to(value.dtype)
-    return torch.einsum("thm,tmhd->thd", attention, values)
+    output = torch.einsum("thm,tmhd->thd", attention, values)
+    if "position_value" in tensors:
+        weight = tensors["position_value"].to(value.dtype)
+        phi = _features(positions, rows, weight).to(value.dtype)
+        moments = torch.einsum("thm,tmf->thf", attention[..., : rows.shape[1]], phi)
+        output = output + torch.einsum("thf,hdf->thd", moments, weight)
+    return output
 
 
 def error(result, exact):
@@ -243,7 +263,7 @@ def registered_arguments(tensors, positions, neighborhoods, impl="cpu"):
         *reversed(places_of(positions)),
         *neighborhood_lists(neighborhoods),
         list(neighborhoods.plan),
-        *(tensors.get(n) for n in ("position_weight", "position_bias", "blank_key", "blank_value")),
+        *(tensors.get(name) for name in LEARNED),
         0.25,
         impl,
     )

@@ -80,12 +80,13 @@ class OpCall:
         return [x.detach() for x in (*outputs, *grads)]
 
 
-def _attention(dimensions, channels):
+def _attention(dimensions, channels, value_features=0):
+    options = {"dimensions": dimensions, "channels": channels, "value_features": value_features}
     tensors, positions, neighborhoods = attention.make_inputs(
-        sizes=(14, 5), dimensions=dimensions, channels=channels, dtype=torch.float32
+        sizes=(14, 5), dtype=torch.float32, **options
     )
     arguments = {**tensors, "positions": positions, "neighborhoods": neighborhoods}
-    learned = ("position_weight", "position_bias", "blank_key", "blank_value")
+    learned = tuple(name for name in attention.LEARNED if name in tensors)
     return OpCall(neighborhood_attention, arguments, ("query", "key", "value"), learned)
 
 
@@ -120,7 +121,7 @@ def op_calls():
     selection = {"scores": scores, "rate": 0.3, "stride": 2}
     return {
         "attention": _attention(2, 8),
-        "attention in 3-D": _attention(3, 24),
+        "attention in 3-D": _attention(3, 24, value_features=7),
         "plan": OpCall(
             _plan,
             {"cluster_index": neighborhoods.cluster_index, "clusters": neighborhoods.clusters},

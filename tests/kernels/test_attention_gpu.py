@@ -50,9 +50,11 @@ def lattice(side, heads, channels, dtype=torch.float32, samples=1, num_clusters=
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_matches_float64(dimensions, dtype, channels):
     options = {"sizes": (700, 0, 90, 3), "channels": channels, "cluster_size": 8, "num_clusters": 6}
-    inputs = to_gpu(make_inputs(dimensions=dimensions, **options))
     eager = None if dtype == torch.float32 else low_precision
-    check_against_float64(inputs, dtype, impl="triton", eager=eager, memory=dirty_memory)
+    for value_features in (0, 2 * dimensions + 1):
+        options["value_features"] = value_features
+        inputs = to_gpu(make_inputs(dimensions=dimensions, **options))
+        check_against_float64(inputs, dtype, impl="triton", eager=eager, memory=dirty_memory)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -52,6 +52,7 @@ def token_sets(draw):
         bias=draw(st.booleans()),
         blank=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
+        value_features=draw(st.sampled_from([0, dimensions, 2 * dimensions + 1])),
     )
     positions = sample.positions
     if len(positions):
@@ -89,9 +90,9 @@ def test_other_shapes(options):
     check_against_float64(inputs, impl="triton", memory=dirty_memory)
 
 
-@pytest.mark.parametrize("blank", [False, True])
-def test_half_precision(blank):
-    inputs = make_inputs(sizes=(40, 7), cluster_size=8, channels=24, blank=blank)
+@pytest.mark.parametrize("options", [{}, {"blank": False}, {"value_features": 5}])
+def test_half_precision(options):
+    inputs = make_inputs(sizes=(40, 7), cluster_size=8, channels=24, **options)
     check_against_float64(inputs, torch.float16, impl="triton", eager=low_precision)
 
 
@@ -99,12 +100,13 @@ def test_half_precision(blank):
 @pytest.mark.parametrize("mixed", [False, True])
 def test_learned_tensors_of_any_dtype(impl, mixed):
     """They are read in their dtype, computed with in float32, and their gradients rounded once."""
-    tensors, positions, neighborhoods = make_inputs(sizes=(40, 7), cluster_size=8, channels=24)
+    options = {"cluster_size": 8, "channels": 24, "value_features": 5}
+    tensors, positions, neighborhoods = make_inputs(sizes=(40, 7), **options)
     low = {name: tensor.half() for name, tensor in tensors.items()}
     if mixed:
         low["position_bias"] = low["position_bias"].bfloat16()
     learned = set(low) - {"query", "key", "value"}
-    assert len(learned) == 4
+    assert len(learned) == 5
     high = {n: t.float() if n in learned else t for n, t in low.items()}
     cotangent = torch.ones_like(low["value"])
     out, ours = gradients(low, positions, neighborhoods, cotangent, impl=impl)
@@ -118,7 +120,8 @@ def test_learned_tensors_of_any_dtype(impl, mixed):
 def test_gradients_of_a_row_add_up_to_zero(blank):
     """In half precision too, where the output is rounded: learned gradients are as exact as if it
     were not, and those of equal queries' keys cancel."""
-    inputs = make_inputs(sizes=(48,), cluster_size=8, channels=16, features=2, blank=blank)
+    options = {"channels": 16, "features": 2, "value_features": 2}
+    inputs = make_inputs(sizes=(48,), cluster_size=8, blank=blank, **options)
     tensors, positions, neighborhoods = inputs
     cast = ("query", "key", "value")
     half = {n: t.half() if n in cast else t.float() for n, t in tensors.items()}
@@ -182,21 +185,23 @@ def test_division(divisor, numbers):
 
 
 @pytest.mark.parametrize("programs", [0, 1, 256, 601])
-@pytest.mark.parametrize("absent", [(), (0,), (1,), (2, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("absent", [(), (0, 2), (1,), (2,), (3, 4), (0, 1, 2, 3, 4)])
 def test_sums_of_learned_gradients(programs, absent):
     heads, channels = 3, 16
-    shapes = [(heads, 5), (heads,), (heads, channels), (heads, channels)]
+    shapes = [(heads, 5), (heads,), (heads, channels, 5), (heads, channels), (heads, channels)]
     given_ = [None if i in absent else torch.ones(shape) for i, shape in enumerate(shapes)]
     parts = [torch.rand(programs, *shape, dtype=torch.float64) for shape in shapes]
     columns = [parts[0]] if given_[0] is not None else []
     if given_[2] is not None:
-        columns += [parts[1][..., None], parts[2], parts[3]]
+        columns.append(parts[2].transpose(2, 3).flatten(2))
+    if given_[3] is not None:
+        columns += [parts[1][..., None], parts[3], parts[4]]
     shares = torch.cat([*columns, torch.zeros(programs, heads, 0)], 2).flatten(1).float()
     with dirty_memory():
         got = learned_gradients(shares, given_, heads, channels)
     for i, part in enumerate(parts):
         want = part.sum(0)
-        if i == 1 and given_[2] is None:  # without a blank token the bias has no effect
+        if i == 1 and given_[3] is None:  # without a blank token the bias has no effect
             want = torch.zeros(heads)
         if i in absent:
             assert got[i].numel() == 0
@@ -205,7 +210,8 @@ def test_sums_of_learned_gradients(programs, absent):
 
 
 def test_bits_repeat_and_plans_change_nothing():
-    inputs = make_inputs(sizes=(35, 0, 7), num_clusters=4, cluster_size=8, dtype=torch.float32)
+    options = {"num_clusters": 4, "cluster_size": 8, "dtype": torch.float32, "value_features": 5}
+    inputs = make_inputs(sizes=(35, 0, 7), **options)
     tensors, positions, neighborhoods = inputs
     neighborhoods.cluster_index[::3, 2:] = -1
     results = []
@@ -253,7 +259,8 @@ def test_strides(layout):
 
 @pytest.mark.parametrize("blank", [False, True])
 def test_empty_neighborhood(blank):
-    tensors, positions, neighborhoods = make_inputs(dtype=torch.float32, blank=blank)
+    options = {"dtype": torch.float32, "blank": blank, "value_features": 5}
+    tensors, positions, neighborhoods = make_inputs(**options)
     neighborhoods.cluster_index[3] = -1
     ones = torch.ones_like(tensors["query"])
     with dirty_memory():
@@ -267,14 +274,15 @@ def test_empty_neighborhood(blank):
 @pytest.mark.parametrize("queries", [None, 5, 40])
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_lists_and_other_queries(queries, dimensions):
-    inputs = make_lists(queries=queries, dimensions=dimensions, seed=dimensions)
+    options = {"dimensions": dimensions, "value_features": dimensions}
+    inputs = make_lists(queries=queries, seed=dimensions, **options)
     check_against_float64(inputs, impl="triton", memory=dirty_memory)
 
 
 @pytest.mark.parametrize("blank", [False, True])
 @pytest.mark.parametrize("sizes", [(), (0,), (0, 1), (1,)])
 def test_few_tokens(sizes, blank):
-    inputs = make_inputs(sizes=sizes, blank=blank)
+    inputs = make_inputs(sizes=sizes, blank=blank, value_features=2)
     check_against_float64(inputs, impl="triton", memory=dirty_memory)
 
 
@@ -287,7 +295,9 @@ def test_large_logits():
     check_large_logits("triton")
 
 
-@pytest.mark.parametrize("options", [{}, {"blank": False, "bias": False, "features": 0}])
+@pytest.mark.parametrize(
+    "options", [{"value_features": 5}, {"blank": False, "bias": False, "features": 0}]
+)
 def test_opcheck(options):
     tensors, positions, neighborhoods = make_inputs(sizes=(9,), dtype=torch.float32, **options)
     tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
@@ -315,7 +325,7 @@ class Attention(torch.nn.Module):
 
 
 def test_compiles_in_one_graph():
-    inputs = make_inputs(dtype=torch.float32)
+    inputs = make_inputs(dtype=torch.float32, features=2, value_features=5)
     cotangent = inputs[0]["value"]
     compiled = torch.compile(Attention(), fullgraph=True, backend="aot_eager")
     eager = gradients(*inputs, cotangent, function=Attention())
@@ -368,15 +378,17 @@ def test_can_be_captured(training):
         clusters = balanced_cluster(positions, sizes=(48, 48), extent=((1.0, 1.0),) * 2)
         neighborhoods = nearest_clusters(positions, clusters, 3).with_plan(training=training)
         rows = [torch.rand(96, 2, 16, device="cuda") for _ in range(3)]
-        learned = (torch.rand(2, 5, device="cuda"), None, None, None)
-        output = neighborhood_attention(*rows, positions, neighborhoods, position_weight=learned[0])
+        weight, values = torch.rand(2, 5, device="cuda"), torch.rand(2, 16, 5, device="cuda")
+        given_ = {"position_weight": weight, "position_value": values}
+        output = neighborhood_attention(*rows, positions, neighborhoods, **given_)
         # The registered ops ran as their fakes: now what stands behind them.
         lists = neighborhood_lists(neighborhoods)
         with mock.patch.object(Variant, "launch") as launch:
             plan = attention.make_plan(*lists, training, 1)
             for made, planned in zip(plan, neighborhoods.plan, strict=True):
                 assert (made.shape, made.dtype) == (planned.shape, planned.dtype)
-            arguments = (*rows, positions, positions, *lists, plan, *learned, 0.25)
+            learned = (weight, None, values, None, None, 0.25)
+            arguments = (*rows, positions, positions, *lists, plan, *learned)
             made, normal = attention.forward(*arguments)
             assert made.shape == output.shape
             if training:

@@ -74,12 +74,15 @@ def test_attention():
 
 def test_relative_values():
     """The sums of five numbers per pair and head, and their products with as many rows."""
-    plain = work.neighborhood_attention(*attention())
-    a, out = attention(position_value=torch.randn(HEADS, CHANNELS, 5), impl="reference")
-    assert work.neighborhood_attention(a, out) == Work(
-        plain.bytes + 4 * HEADS * CHANNELS * 5,
-        plain.operations + 2 * PAIRS * HEADS * 5 + 2 * 7 * HEADS * CHANNELS * 5,
-    )
+    plain, own = attention(), 4 * HEADS * CHANNELS * 5
+    a, out = attention(position_value=torch.randn(HEADS, CHANNELS, 5))
+    term = 2 * PAIRS * HEADS * 5 + 2 * 7 * HEADS * CHANNELS * 5
+    forward = work.neighborhood_attention(*plain)
+    expected = Work(forward.bytes + own, forward.operations + term)
+    assert work.neighborhood_attention(a, out) == expected
+    backward = work.neighborhood_attention_backward(*plain)
+    expected = Work(backward.bytes + 2 * own, backward.operations + 2 * term)
+    assert work.neighborhood_attention_backward(a, out) == expected
 
 
 def test_attention_of_other_queries():
@@ -112,6 +115,10 @@ def test_traffic_of_attention():
     groups = 7 * (4 * row + 8) + 7 * (2 * row + 8 + 12 + 8)
     assert traffic.group_queries(NEIGHBORHOODS) == 7
     assert traffic.neighborhood_attention_backward(a, out) == Traffic(HEADS * (tiles + groups), 2.0)
+    # Relative values: five numbers of each query and head, written and read.
+    a, out = attention(position_value=torch.randn(HEADS, CHANNELS, 5))
+    moved = HEADS * (tiles + groups + 2 * 7 * 4 * 5)
+    assert traffic.neighborhood_attention_backward(a, out) == Traffic(moved, 2.0)
 
 
 def test_merge():
