@@ -322,7 +322,7 @@ def _key_rounds(a):
 @cache
 def _query_variant(dtype, learned, axes, width, moments):
     wide = dtype == torch.float32
-    warps = _warps(dtype, width, moments)
+    warps = max(1 + moments, _warps(dtype, width, moments))
     return Variant(
         neighborhood_attention_bwd_query_kernel,
         (dtype, dtype, torch.float32, *(dtype,) * 3, *(torch.float32,) * 2, *(torch.int32,) * 4)
@@ -376,7 +376,7 @@ def _key_variant(dtype, learned, axes, width, heads, moments):
 
 def _warps(dtype, width, moments):
     """As many as the registers need: float32 has no matrix product of its own."""
-    return max(1 + moments, width // (16 if moments or dtype == torch.float32 else 32))
+    return max(1, width // (16 if moments or dtype == torch.float32 else 32))
 
 
 _SUM = Variant(
