@@ -60,8 +60,8 @@ def run(size, k):
     lists = {name: case[name] for name in ("positions", "neighborhoods")}
     value_and_gradients(neighborhood_attention, heads | lists, heads, impl="triton")
     values = {"position_value": torch.randn(k, 16, 5)}
-    case = heads | lists | values
-    value_and_gradients(neighborhood_attention, case, heads | values, impl="triton")
+    arguments = heads | lists | values
+    value_and_gradients(neighborhood_attention, arguments, heads | values, impl="triton")
     index = torch.zeros(size, k, dtype=torch.int32)
     features, positions = case["features"], case["positions"]
     net = {name: case[name] for name in NET}

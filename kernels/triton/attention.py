@@ -41,6 +41,7 @@ from pointformer.kernels.triton.attention_pairs import (
     relate,
     store_rows,
     width_of,
+    with_moments,
 )
 from pointformer.kernels.triton.attention_plan import make_plan, tile_lists
 from pointformer.kernels.triton.runtime import Variant
@@ -135,13 +136,12 @@ def neighborhood_attention_fwd_kernel(
         head = first_head + h
         empty = (largest[h] <= LOWEST) & (total[h] >= 0)  # not if its logits are NaN
         factor = tl.where(empty, 0.0, 1.0 / total[h])
-        result = out[h]
+        result = tl.where(empty[:, None], 0.0, out[h] * factor[:, None])
         if MOMENTS:
             for f in tl.static_range(2 * AXES + 1):
-                moment = tl.sum(moments[h * (2 * AXES + 1) + f], 1)[:, None]
+                moment = tl.sum(moments[h * (2 * AXES + 1) + f], 1) * factor
                 values = load_feature_values(position_value, head, octets, f, features, WIDTH)
-                result += moment * values[None, :]
-        result = tl.where(empty[:, None], 0.0, result * factor[:, None])
+                result += moment[:, None] * values[None, :]
         store_rows(output, result, row, exists, head, heads, octets, WIDTH)
         target = normal + (row.to(tl.int64) * heads + head) * 2
         tl.store(target, largest[h], mask=exists)
@@ -191,7 +191,7 @@ def variants():
     for dtype in DTYPES:
         for axes in (2, 3):
             for width in WIDTHS:
-                for learned, moments in product(learned_dtypes(dtype), (False, True)):
+                for learned, moments in product(learned_dtypes(dtype), with_moments(dtype, width)):
                     for heads in heads_together(dtype, width, moments):
                         yield _variant(dtype, learned, axes, width, heads, moments)
 

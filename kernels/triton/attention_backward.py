@@ -42,6 +42,7 @@ from pointformer.kernels.triton.attention_pairs import (
     relate,
     store_rows,
     width_of,
+    with_moments,
 )
 from pointformer.kernels.triton.attention_plan import group_lists, tile_lists
 from pointformer.kernels.triton.runtime import Variant
@@ -336,7 +337,7 @@ def _query_variant(dtype, learned, axes, width, moments):
             # 3-D has two features more: with 32 keys they spill on sm_100, as moments do.
             "KEYS": 16 if wide or moments or (axes == 3 and width > 16) else 32,
             "MOMENTS": moments,
-            "PRECISION": "ieee" if width > 32 else "bf16x6",
+            "PRECISION": "ieee" if width > 32 or (moments and width == 16) else "bf16x6",
         },
         writes=("grad_query", "means", "grad_moments", "shares"),
         tiles={"KEYS": (16, 32)},
@@ -408,7 +409,7 @@ def variants():
         yield _learned_variant(dtype)
         for axes in (2, 3):
             for width in WIDTHS:
-                for learned, moments in product(learned_dtypes(dtype), (False, True)):
+                for learned, moments in product(learned_dtypes(dtype), with_moments(dtype, width)):
                     yield _query_variant(dtype, learned, axes, width, moments)
                     for heads in heads_together(dtype, width, moments):
                         yield _key_variant(dtype, learned, axes, width, heads, moments)

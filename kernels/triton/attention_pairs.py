@@ -190,6 +190,11 @@ def width_of(channels):
     return max(WIDTHS[0], triton.next_power_of_2(channels))
 
 
+def with_moments(dtype, width):
+    """Whether values may have a term of the position features: both, but for what spills on AMD."""
+    return (False,) if dtype == torch.float32 and width == WIDTHS[-1] else (False, True)
+
+
 def heads_together(dtype, width, moments):
     """How many heads a program may compute, which then share all that depends on positions.
 

@@ -64,7 +64,8 @@ def neighborhood_attention(
             the differences. In the units of `positions`; `None` means no such term. Below 1.1e-19,
             where squares vanish (on GPUs below 1e-15), distance and direction are inexact.
         position_bias: (H,) or `None`.
-        position_value: (H, d, F), F as above, or `None`: no such term.
+        position_value: (H, d, F), F as above, or `None`: no such term. On GPUs float32 then has at
+            most 64 channels per head.
         blank_key, blank_value: (H, d), both or neither.
         scale: factor of the products of query and key, d ** -0.5 if `None`.
         impl: "reference" (any of the dtypes, differentiable twice), "cpu" or "triton" (float32
@@ -122,7 +123,9 @@ def neighborhood_attention(
     lacks = {
         "cpu": lambda: _fused_lacks(query, positions, query_positions),
         "triton": lambda: (
-            _fused_lacks(query, positions, query_positions) or neighborhoods.triton_lacks()
+            _fused_lacks(query, positions, query_positions)
+            or _triton_lacks(query, position_value)
+            or neighborhoods.triton_lacks()
         ),
     }
     chosen = choose("neighborhood_attention", impl, lacks, device)
@@ -177,6 +180,14 @@ def _of_equal_features(
         for x in (position_weight, position_value)
     )
     return weight, value
+
+
+def _triton_lacks(query: Tensor, position_value: Tensor | None) -> str | None:
+    """The same of the Triton kernels alone, which run out of registers."""
+    channels = query.shape[2]
+    if position_value is None or query.dtype != torch.float32 or channels <= 64:
+        return None
+    return f"position_value is given and query has {channels} float32 channels per head, over 64"
 
 
 def _fused_lacks(query: Tensor, positions: Tensor, query_positions: Tensor) -> str | None:

@@ -345,14 +345,16 @@ def test_exports(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"dtype": torch.float64}, "query is float64"), ({"channels": 12}, "query has 12 channels")],
+    [
+        ({"dtype": torch.float64}, "query is float64"),
+        ({"channels": 12}, "query has 12 channels"),
+        ({"channels": 72, "value_features": 5}, "position_value is given .* 72 float32 channels"),
+    ],
 )
 def test_what_it_lacks(options, message):
     inputs = make_inputs(**{"dtype": torch.float32, **options})
     with pytest.raises(ValueError, match=f"impl='triton' .*{message}.*; use impl='reference'"):
-        neighborhood_attention(
-            *(inputs[0][name] for name in ("query", "key", "value")), *inputs[1:], impl="triton"
-        )
+        attend(*inputs, impl="triton")
 
 
 def test_lists_that_are_too_long_are_refused():
