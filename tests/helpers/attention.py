@@ -225,9 +225,15 @@ def check_against_float64(
         assert ours.shape == theirs.shape, name
         # The floor: a few roundings of the terms of a sum, which may cancel.
         term = tensors["query"].shape[2] ** 0.5
-        if name == "position_weight" and len(tensors["query"]):
+        if len(tensors["query"]):
             places = torch.cat(places_of(positions))  # a difference is of either
-            term *= places.abs().max().item()
+            farthest = places.abs().max().item()
+            if name == "position_weight":
+                term *= farthest
+            # Gradients of logits, which these are sums of, are of the size of values.
+            through_logits = ("query", "key", "position_weight", "position_bias", "blank_key")
+            if "position_value" in tensors and name in through_logits:
+                term *= max(1.0, farthest * tensors["position_value"].abs().max().item())
         size = true.abs().max().item() if true.numel() else 0.0
         floor = 4 * torch.finfo(torch.float32).eps * max(size, term)
         assert error(ours, true) <= 2 * error(theirs, true) + floor, name
