@@ -21,10 +21,12 @@ from pointformer.data.statistics import samples_in_words
 from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.metrics import Metric
 from pointformer.models import Model
-from pointformer.prediction import check_copies, predict, predict_points, windows_for
+from pointformer.prediction import check_copies, predict, predict_points, predict_sets, windows_for
 from pointformer.processes import Processes
 from pointformer.scored_parts import PartsFolder, ScoredPart, joined
 from pointformer.tasks import MapTask, Task, task_of
+
+_SETS_AT_ONCE, _POINTS_AT_ONCE = 32, 2**15  # of whole point sets
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def evaluate(
     tile: int | None = None,
     resize: Resize | None = None,
     crop: CenterCrop | None = None,
+    region: int | None = None,
     processes: Processes | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
@@ -77,6 +80,7 @@ def evaluate(
             `pointformer.data.transforms`. What it finds is scored in the picture's own pixels.
         crop: for classes of pictures, the model sees but the middle, after `resize`:
             `CenterCrop(224)`.
+        region: of scenes of points, see `predict_points`.
         processes: that share the pictures; the scores of all, and what was skipped, are then known
             to all of them.
         resume: folder that keeps what is scored, from which another call goes on, also with another
@@ -95,6 +99,7 @@ def evaluate(
     if not isinstance(task, Task):
         task = task_of(model, task, dataset.categories)
     check_copies(task, scales, flip)
+    _check_seen(model, tile=tile, resize=resize, crop=crop, region=region)
     if crop is not None and isinstance(task, MapTask):
         raise ValueError(
             f"crop: for classes of pictures, not for {task.name!r}, which is scored on all of a "
@@ -108,6 +113,7 @@ def evaluate(
         "tile": tile,
         "resize": resize,
         "crop": crop,
+        "region": region,
         **reading,
     }
     folder = None if resume is None else PartsFolder(Path(resume), make)
@@ -134,18 +140,18 @@ def evaluate(
             parts[:] = joined([*parts, part])
 
         part: ScoredPart | None = None
-        for index in progress(own):
-            if part is not None and (index != part.stop or (folder is not None and folder.due)):
+        for run in _runs(progress(own), _SETS_AT_ONCE if task.counts == "sets" else 1):
+            if part is not None and (run[0] != part.stop or (folder is not None and folder.due)):
                 finish(part)
                 part = None
             if part is None:
-                part = ScoredPart(list(make()), index, index)
-            for annotation, _, prediction in predictions(model, task, dataset, [index], **options):
+                part = ScoredPart(list(make()), run[0], run[0])
+            for annotation, _, prediction in predictions(model, task, dataset, run, **options):
                 truth = task.truth(annotation)
                 for metric in part.metrics:
                     metric.update(prediction, truth)
                 part.pictures += 1
-            part.stop = index + 1
+            part.stop = run[-1] + 1
         if part is not None:
             finish(part)
         return parts
@@ -162,6 +168,15 @@ def evaluate(
         raise ValueError(f"{many} to score ({len(dataset.skipped)} skipped)")
     scores = {name: value for metric in first.metrics for name, value in metric.compute().items()}
     return Evaluation(scores, first.pictures, tuple(first.metrics))
+
+
+def _check_seen(model: Model, region: int | None, **of_pictures: object) -> None:
+    """Raise `ValueError` where an option is for what the model does not take."""
+    given = {"region": region} if not model.of_points else of_pictures
+    for name, value in given.items():
+        if value is not None:
+            other, own = ("points", "pictures") if name == "region" else ("pictures", "points")
+            raise ValueError(f"{name}: is for models of {other}; {model.name} takes {own}")
 
 
 def _made_with(
@@ -187,6 +202,21 @@ def _made_with(
     }
 
 
+def _runs(numbers: Iterable[int], most: int) -> Iterator[list[int]]:
+    """Consecutive numbers together, at most so many."""
+    run: list[int] = []
+    for number in numbers:
+        if run and number != run[-1] + 1:
+            yield run
+            run = []
+        run.append(number)
+        if len(run) == most:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
 def predictions(
     model: Model,
     task: Task,
@@ -198,6 +228,7 @@ def predictions(
     tile: int | None = None,
     resize: Resize | None = None,
     crop: CenterCrop | None = None,
+    region: int | None = None,
     **reading: Unpack[Reading],
 ) -> Iterator[tuple[Annotation, Any, Any]]:
     """Annotations of a data set, their pictures (H, W, 3) uint8 or points, and what the model finds
@@ -206,6 +237,14 @@ def predictions(
     Args:
         indices: which pictures; the other arguments, and errors, are those of `evaluate`.
     """
+    sets: list[tuple[Annotation, TokenSet]] = []  # to be seen at once
+
+    def seen_sets() -> Iterator[tuple[Annotation, Any, Any]]:
+        found = predict_sets(model, task, [points for _, points in sets])
+        for (annotation, points), prediction in zip(sets, found, strict=True):
+            yield annotation, points, prediction
+        sets.clear()
+
     for index in indices:
         try:
             annotation = dataset[index]
@@ -216,7 +255,12 @@ def predictions(
             dataset.skipped[dataset.entries[index].name] = str(error)
             continue
         if isinstance(image, TokenSet):
-            yield annotation, image, predict_points(model, task, image)
+            if task.counts != "sets":
+                yield annotation, image, predict_points(model, task, image, region)
+                continue
+            if sets and sum(p.num_tokens for _, p in sets) + image.num_tokens > _POINTS_AT_ONCE:
+                yield from seen_sets()
+            sets.append((annotation, image))
             continue
         seen = image
         if crop is not None:  # of what is resized
@@ -227,3 +271,5 @@ def predictions(
         windows = windows_for(model, picture, tile, resize=size)
         found, _ = predict(model, task, picture, windows, scales=scales, flip=flip, resize=size)
         yield annotation, image, found
+    if sets:
+        yield from seen_sets()

@@ -1,4 +1,5 @@
-"""Models on pictures: whole or in windows, as they are or in scaled and mirrored copies."""
+"""Models on pictures: whole or in windows, as they are or in scaled and mirrored copies; on points:
+whole or in regions."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from pointformer.data import Picture
 from pointformer.data.transforms import Resize, resized
 from pointformer.models import Model, Output
 from pointformer.models.inference import evaluating
-from pointformer.segmentation.regions import Regions
+from pointformer.segmentation.regions import Regions, blend_regions
 from pointformer.segmentation.tiling import Tile, windows_of
-from pointformer.tasks import Task
+from pointformer.tasks import TASKS, Task
 
 _BYTES_PER_PIXEL = 300  # at the least: 430 were measured with the smallest model, on 2048 x 2048
 
@@ -133,8 +134,9 @@ def predict_points(model: Model, task: Task, points: TokenSet, region: int | Non
 
     Args:
         task: of the model.
-        region: points that the model sees at once, if there are more; see `Regions`. `None`: as
-            in its training (`RandomRegion`); all, if it was not trained on regions.
+        region: points that the model sees at once, if there are more: in overlapping `Regions`,
+            whose scores are averaged. `None`: as in its training (`RandomRegion`); all, if it was
+            not trained on regions.
 
     Returns:
         The task's prediction for all points.
@@ -142,19 +144,26 @@ def predict_points(model: Model, task: Task, points: TokenSet, region: int | Non
     Raises:
         ValueError: `region` is given for a task that has one prediction for the whole.
     """
-    region = region_of(model) if region is None else region
-    if region is None:
-        with evaluating(model):
-            return _of_points(model, task, points)
-    if task.output is not Output.POINT_CLASSES:
+    by_point = task.output is Output.POINT_CLASSES
+    if region is not None and not by_point:
         raise ValueError(f"region: the task {task.name!r} is about whole point sets; leave it out")
-    found = None
+    size = region_of(model) if region is None and by_point else region
     with evaluating(model):
-        for seen, rows, places in Regions(points, region):
-            part = _of_points(model, task, seen)[places]
-            found = np.empty(points.num_tokens, part.dtype) if found is None else found
-            found[rows] = part
+        if size is None:
+            return predict_sets(model, task, [points])[0]
+        points = points.input_order()
+        regions = ((region, _seen(model, region.tokens)) for region in Regions(points, size))
+        scores = blend_regions(points.num_tokens, regions)
+        (found,) = task.decode(scores, [(points.num_tokens, 1)])
     return found
+
+
+def predict_sets(model: Model, task: Task, sets: Sequence[TokenSet]) -> list[Any]:
+    """The task's predictions for whole point sets, of one sample each, that a model, in eval mode,
+    sees at once."""
+    with evaluating(model):
+        output = _seen(model, TokenSet.cat(sets))
+        return task.decode(output, [(points.num_tokens, 1) for points in sets])
 
 
 def region_of(model: Model) -> int | None:
@@ -168,10 +177,8 @@ def region_of(model: Model) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _of_points(model: Model, task: Task, points: TokenSet) -> Any:
-    output = model(model.preprocess(points.to(next(model.parameters()).device)))
-    (found,) = task.decode(output, [(points.num_tokens, 1)])
-    return found
+def _seen(model: Model, points: TokenSet) -> Any:
+    return model(model.preprocess(points.to(next(model.parameters()).device)))
 
 
 def _magnification(picture: Picture, resize: Resize | None) -> tuple[float, float]:
@@ -191,7 +198,8 @@ def _seen_size(window: Tile, magnification: tuple[float, float]) -> tuple[int, i
 
 
 def check_copies(task: Task, scales: Sequence[float], flip: bool) -> None:
-    """Check that predictions of such copies can be averaged: queries of several do not correspond.
+    """Check that predictions of such copies can be averaged: queries of several do not correspond,
+    and point sets have none.
 
     Raises:
         ValueError: they cannot, or a scale is not positive.
@@ -199,8 +207,9 @@ def check_copies(task: Task, scales: Sequence[float], flip: bool) -> None:
     if not scales or not all(0 < scale < math.inf for scale in scales):
         raise ValueError(f"scales: expected positive numbers, got {tuple(scales)}")
     if not task.averages and (flip or tuple(scales) != (1.0,)):
+        averaging = dict.fromkeys(kind.name for kind in TASKS if kind.averages)
         raise ValueError(
-            f"scales, flip: only for the task 'semantic' or 'classification', not for {task.name!r}"
+            f"scales, flip: only for the tasks {', '.join(averaging)}, not for {task.name!r}"
         )
 
 

@@ -158,6 +158,7 @@ def _opened(
 ) -> tuple[Model, Dataset, dict[str, Any], Results]:
     """Model and data for all processes, after all that can be known to be wrong before."""
     from pointformer.data import find_source, open_dataset
+    from pointformer.segmentation.clouds import features_of
     from pointformer.tasks import task_of
 
     if options.limit is not None and options.limit < 0:
@@ -176,6 +177,7 @@ def _opened(
         segments=options.segments,
         categories=None if source.lists_classes else model.categories,
         skip_bad=options.skip_bad,
+        features=features_of(model) or (),
     )
     results = Results(overwrite=options.overwrite)
     if options.json is not None:

@@ -93,8 +93,7 @@ class KeptPoints:
 def focus_points(model: Model, tokens: TokenSet) -> list[KeptPoints]:
     """The points that are tokens in each stage of a model, all of them in the first.
 
-    In regions, as `segment_points` predicts: each shows the tokens among the points that it
-    decides.
+    In regions, as `segment_points` predicts: each shows the tokens among its own points.
 
     Args:
         tokens: one sample, see `read_cloud`.
@@ -104,11 +103,10 @@ def focus_points(model: Model, tokens: TokenSet) -> list[KeptPoints]:
     parts: list[list[tuple[np.ndarray, np.ndarray | None]]] = []
     device = next(model.parameters()).device
     with evaluating(model):
-        for seen, rows, places in Regions(tokens, region_of(model) or tokens.num_tokens):
-            inputs: Any = model.preprocess(seen.to(device))
+        for region in Regions(tokens, region_of(model) or tokens.num_tokens):
+            inputs: Any = model.preprocess(region.tokens.to(device))
             stages: Any = model.backbone(inputs)
-            row_of = np.full(seen.num_tokens, -1)
-            row_of[places] = rows
+            row_of = np.where(region.own, region.rows, -1)
             tree = cKDTree(inputs.positions.cpu().numpy())
             part: list[tuple[np.ndarray, np.ndarray | None]] = []
             for stage in stages:

@@ -1,25 +1,46 @@
-"""Point clouds of any size: overlapping regions, each of which decides the points in its middle."""
+"""Point clouds of any size: overlapping regions, and what is said of their points joined."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
+from torch import Tensor
 
 from pointformer import TokenSet, balanced_cluster
 from pointformer._checks import check_count
 
 _GROUND = 2  # axes; of 3-D points z is up
+_LEAST = 1e-3  # weight at the border
+_TINY = np.finfo(np.float64).tiny
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A part of a cloud, as a model sees it.
+
+    Attributes:
+        tokens: its n points; the origin is their lower corner.
+        rows: (n,) int64 of the cloud, ascending.
+        own: (n,) bool, whether a point is this region's own, as each is of exactly one.
+        weights: (n,) float32 in (0, 1], falling from the middle to the border.
+    """
+
+    tokens: TokenSet
+    rows: np.ndarray
+    own: np.ndarray
+    weights: np.ndarray
 
 
 class Regions:
     """Regions of a cloud of one sample, of `points` points each (half as many more at the most).
 
-    The ground is cut in halves of equally many points until they have at most half of `points`;
-    these decide their points, and a region is such a part with the points nearest to its middle,
-    as `RandomRegion` takes them. A cloud of at most `points` is one region.
+    The ground is cut in halves of equally many points until they have at most half of `points`; a
+    region is such a part, its own, with the points nearest to its middle, as `RandomRegion` takes
+    them. A cloud of at most `points` is one region. The same cloud has the same regions each time.
 
     Args:
         tokens: one sample.
@@ -35,24 +56,40 @@ class Regions:
         ground = tokens.positions[:, :_GROUND].detach().cpu()
         self._parts = [np.arange(tokens.num_tokens)]
         if tokens.num_tokens > points:
+            self._ground = ground.double().numpy()
             clusters = balanced_cluster(ground, max(1, points // 2), curve="kd")
             self._parts = np.split(clusters.order.numpy(), clusters.offsets[1:-1].numpy())
-            self._ground = ground.double().numpy()
             self._tree = cKDTree(self._ground, leafsize=64)
 
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __iter__(self) -> Iterator[tuple[TokenSet, np.ndarray, np.ndarray]]:
-        """Each region's tokens, whose origin is the region's lower corner; the rows in the cloud
-        that it decides, int64; and the places of these among its tokens."""
+    def __iter__(self) -> Iterator[Region]:
         for part in self._parts:
-            rows = decided = np.sort(part)
+            rows, own = np.sort(part), np.ones(len(part), bool)
+            weights = np.ones(len(part), np.float32)
             if len(self._parts) > 1:
-                places = self._ground[decided]
+                places = self._ground[part]
                 middle = (places.min(0) + places.max(0)) / 2
-                _, near = self._tree.query(middle, k=min(self.points, len(self._ground)))
-                rows = np.union1d(decided, near)
+                _, near = self._tree.query(middle, k=self.points)
+                rows = np.union1d(part, near)
+                own = np.isin(rows, part, assume_unique=True)
+                distance = np.sqrt(np.square(self._ground[rows] - middle).sum(1))
+                weights = (1 - distance / max(distance.max(), _TINY)).astype(np.float32)
+                weights = np.maximum(weights, _LEAST)
             index = torch.from_numpy(rows).to(self.tokens.positions.device)
             tokens = self.tokens.select(index, [len(rows)]).with_origin(None)
-            yield tokens, decided, np.searchsorted(rows, decided)
+            yield Region(tokens, rows, own, weights)
+
+
+def blend_regions(count: int, regions: Iterable[tuple[Region, Tensor]]) -> Tensor:
+    """(T, K) float32 scores of a cloud of `count` points, on the CPU: means of those that its
+    regions have (n, K), with their weights. Taken one at a time, in order."""
+    sums, total = torch.zeros(0), torch.zeros(count, 1)
+    for region, scores in regions:
+        if not len(sums):
+            sums = torch.zeros(count, scores.shape[1])
+        rows, weights = torch.from_numpy(region.rows), torch.from_numpy(region.weights)[:, None]
+        sums[rows] += weights * scores.float().cpu()
+        total[rows] += weights
+    return sums.div_(total)

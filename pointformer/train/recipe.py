@@ -261,6 +261,10 @@ class Recipe:
             )
         if self.score_weight and {"pixels", "objects"}.isdisjoint(counts):
             raise ValueError(f"score_weight: no outlines are annotated for {self.task!r}")
+        if {"points", "sets"} & set(counts):
+            for name in ("resize", "crop", "tile"):
+                if getattr(self.validation, name) is not None:
+                    raise ValueError(f"validation.{name}: is for pictures, not for {self.task!r}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average: expected a decay in [0, 1), got {self.average}")
         if not 0 <= self.seed < 2**32:

@@ -274,6 +274,7 @@ class Run:
             tile=validation_tile(self.recipe, trainer.task),
             resize=self.recipe.validation.resize,
             crop=self.recipe.validation.crop,
+            region=validation_region(self.recipe, trainer.task),
             processes=processes,
         )
         row = {"final": int(final), "pictures": result.pictures, **result.scores}
@@ -399,6 +400,12 @@ def validation_tile(recipe: Recipe, task: Task) -> int | None:
     if tile is None and task.output is Output.MASKS and crop is not None:
         return crop.size if isinstance(crop.size, int) else min(crop.size)
     return tile
+
+
+def validation_region(recipe: Recipe, task: Task) -> int | None:
+    """Points of the regions to score scenes in: those of training."""
+    region = recipe.augmentation.points.region
+    return None if region is None or task.output is not Output.POINT_CLASSES else region.points
 
 
 def check_folder(out: Path) -> None:

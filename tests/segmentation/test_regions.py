@@ -13,7 +13,7 @@ from pointformer.data.point_sets import PointAnnotation
 from pointformer.data.point_transforms import RandomRegion
 from pointformer.models import create_model
 from pointformer.prediction import predict_points, region_of
-from pointformer.segmentation.regions import Regions
+from pointformer.segmentation.regions import Region, Regions, blend_regions
 from pointformer.tasks import task_of
 
 CATEGORIES = [Category(n, str(n)) for n in range(3)]
@@ -53,22 +53,24 @@ def test_each_point_is_decided_once_among_its_nearest(kind, count, size, dimensi
     if not np.isfinite(positions.astype(np.float32)).all():
         return
     whole = tokens(positions)
-    decided = np.zeros(count, int)
-    for seen, rows, places in Regions(whole, size):
-        index = seen.features[:, 0].long()
-        decided[rows] += 1
-        assert torch.equal(index[torch.from_numpy(places)], torch.from_numpy(rows))
+    owners = np.zeros(count, int)
+    for region in Regions(whole, size):
+        seen, rows, own = region.tokens, region.rows, region.own
+        owners[rows[own]] += 1
+        assert torch.equal(seen.features[:, 0].long(), torch.from_numpy(rows))
+        assert (np.diff(rows) > 0).all()
         assert seen.num_tokens == count if count <= size else size <= seen.num_tokens
         assert seen.num_tokens <= size + max(1, size // 2)
-        assert torch.equal(seen.features[:, 0], seen.features[:, 0].unique())
         ground = whole.positions[:, :2].double()
-        middle = (ground[rows].amin(0) + ground[rows].amax(0)) / 2 if len(rows) else ground[:0]
         if len(rows) and count > size:
+            middle = (ground[rows[own]].amin(0) + ground[rows[own]].amax(0)) / 2
             distance = (ground - middle).square().sum(1)
             nearest = distance.sort().values[size - 1]
-            inside = set(index.tolist())
-            assert {i for i in range(count) if distance[i] < nearest * (1 - 1e-9)} <= inside
-    assert (decided == 1).all()
+            assert {i for i in range(count) if distance[i] < nearest * (1 - 1e-9)} <= {*rows}
+            order = distance[rows].argsort(stable=True).numpy()
+            assert (np.diff(region.weights[order]) <= 0).all()
+        assert ((region.weights > 0) & (region.weights <= 1)).all()
+    assert (owners == 1).all()
 
 
 def test_parts_of_an_even_cloud_lie_in_the_middle_of_their_regions():
@@ -76,7 +78,9 @@ def test_parts_of_an_even_cloud_lie_in_the_middle_of_their_regions():
     rng = np.random.default_rng(0)
     regions = Regions(tokens(rng.random((20_000, 3)) * [200, 100, 5]), 1000)
     assert 40 <= len(regions) <= 50
-    assert max(seen.num_tokens for seen, _, _ in regions) <= 1100
+    assert max(region.tokens.num_tokens for region in regions) <= 1100
+    for region in regions:
+        assert region.weights[region.own].mean() > 2 * region.weights[~region.own].mean()
 
 
 @pytest.mark.parametrize("points", [0, -1, 1.5, True, None])
@@ -94,7 +98,8 @@ def test_a_region_is_seen_as_in_training():
     whole = tokens(positions)
     annotation = PointAnnotation("a", whole, labels=np.zeros(400, np.int32))
     trained, _ = RandomRegion(100)(whole, annotation, np.random.default_rng(0))
-    same = [s for s, _, _ in Regions(whole, 100) if torch.equal(s.features, trained.features)]
+    seen = [region.tokens for region in Regions(whole, 100)]
+    same = [tokens for tokens in seen if torch.equal(tokens.features, trained.features)]
     assert same
     assert torch.equal(same[0].positions, trained.positions)
 
@@ -117,16 +122,43 @@ def test_a_place_on_the_map_is_no_matter():
     assert (found(positions + np.array([4096, 8192, 512])) == alone).all()
 
 
-def test_regions_give_what_the_model_says_of_each():
+def test_scores_of_several_regions_are_averaged_with_their_weights():
+    """Against a plain loop over points."""
     rng = np.random.default_rng(2)
     whole = tokens(rng.random((300, 3)) * [32, 32, 4])
     made = model(in_channels=1)
     task = task_of(made)
-    direct = np.full(300, -1)
-    for seen, rows, places in Regions(whole, 90):
-        direct[rows] = predict_points(made, task, seen)[places]
-    assert (predict_points(made, task, whole, 90) == direct).all()
+    sums, total = np.zeros((300, 3)), np.zeros(300)
+    with torch.inference_mode():
+        for region in Regions(whole, 90):
+            scores = made(made.preprocess(region.tokens)).numpy().astype(np.float64)
+            for row, weight, score in zip(region.rows, region.weights, scores, strict=True):
+                sums[row] += weight * score
+                total[row] += weight
+    assert ((total > 0) & (total < 4)).all()
+    found = predict_points(made, task, whole, 90)
+    assert (found == sums.argmax(1)).all()
+    assert (found == predict_points(made, task, whole, 90)).all()
     assert (predict_points(made, task, whole, 300) == predict_points(made, task, whole)).all()
+
+
+def test_rows_of_what_is_found_are_those_of_the_input():
+    """Also of points in cluster order."""
+    whole = tokens(np.random.default_rng(3).random((200, 3)) * 20)
+    made = model(in_channels=1)
+    task = task_of(made)
+    for size in (None, 60):
+        plain = predict_points(made, task, whole, size)
+        assert (predict_points(made, task, whole.cluster(8), size) == plain).all()
+
+
+def test_scores_of_equal_regions_stay_as_they_are():
+    whole = tokens(np.zeros((7, 3)))
+    scores = torch.arange(21.0).reshape(7, 3)
+    regions: list[Region] = list(Regions(whole, 3))
+    assert len(regions) > 1
+    joined = blend_regions(7, ((region, scores[region.rows]) for region in regions))
+    torch.testing.assert_close(joined, scores)
 
 
 def test_whole_objects_have_no_regions():
@@ -135,3 +167,13 @@ def test_whole_objects_have_no_regions():
     )
     with pytest.raises(ValueError, match="region"):
         predict_points(objects, task_of(objects), tokens(np.zeros((5, 3))), 2)
+
+
+def test_objects_in_training_may_be_regions():
+    """The whole is what is asked for."""
+    objects = create_model("point_nano", num_classes=3, categories=CATEGORIES, coordinates="xyz")
+    task = task_of(objects)
+    cloud = TokenSet.from_world(torch.rand(50, 3, dtype=torch.float64), torch.zeros(50, 0))
+    whole = predict_points(objects, task, cloud)
+    objects.trained = {"recipe": {"augmentation": {"points": {"region": {"points": 20}}}}}
+    assert (predict_points(objects, task, cloud) == whole).all()

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pointformer import segment
+from pointformer import TokenSet, segment
 from pointformer.annotations import VOID, Category, Segment
 from pointformer.data import Annotation, Dataset, open_picture
 from pointformer.data.annotations import Entry
+from pointformer.data.point_sets import PointAnnotation, PointDataset
 from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.evaluation import evaluate
-from pointformer.models import AFFConfig, Model, Output
+from pointformer.models import AFFConfig, Model, Output, PointConfig
 from pointformer.models.inference import evaluating
-from pointformer.prediction import predict, to_tensor, windows_for
+from pointformer.prediction import predict, predict_points, to_tensor, windows_for
 from pointformer.scored_parts import PartsFolder
 from pointformer.tasks import TASKS, MapTask, task_of
 from pointformer.tasks.masks import targets_of
@@ -32,14 +33,19 @@ MADE = [
     ("hcformer", "instance", 3),
     ("hcformer", "panoptic", 3),
     ("stars", "instance", 3),
+    ("point_classification", "point_classification", 3),
+    ("point_segmentation", "point_segmentation", 3),
 ]
+MAPS = [kind for kind in MADE if "classification" not in kind[0] and "point" not in kind[0]]
+SMALL_OF_POINTS = PointConfig(dims=(16, 16), depths=(1, 1), heads=(2, 2), neighborhood_size=(8, 8))
 
 
 def made(head, task, classes=3):
     torch.manual_seed(0)
     options = QUERIES if head == "hcformer" else {}
     categories = CATEGORIES[1:2] if (head, task) == ("dense", "instance") else CATEGORIES
-    return Model("small", SMALL, head, classes, task=task, categories=categories, **options)
+    config = SMALL_OF_POINTS if head.startswith("point") else SMALL
+    return Model("small", config, head, classes, task=task, categories=categories, **options)
 
 
 def annotated(size=(40, 52), seed=0):
@@ -51,10 +57,35 @@ def annotated(size=(40, 52), seed=0):
     return Annotation(f"picture{seed}", None, size, seed, ids=ids, segments=segments, label=2)
 
 
+def annotated_points(count=40, seed=0):
+    """Points of three classes and void; the class of all is 2."""
+    positions = np.random.default_rng(seed).normal(size=(count, 3))
+    tokens = TokenSet.from_world(torch.from_numpy(positions), torch.zeros(count, 0))
+    labels = np.where(np.arange(count) < 3, VOID, np.arange(count) % 3).astype(np.int32)
+    return PointAnnotation(f"set{seed}", tokens, 2, labels)
+
+
 def test_every_output_has_the_tasks_that_it_says():
     assert len({(task.output, task.name) for task in TASKS}) == len(TASKS)
     for output in Output:
         assert {task.name for task in TASKS if task.output is output} == set(output.tasks)
+
+
+def batches_of_pictures():
+    g = torch.Generator().manual_seed(0)
+    batch = torch.randn(2, 3, 40, 52, generator=g)
+    empty = replace(annotated(), ids=np.zeros((40, 52), np.int32), segments=(), label=VOID)
+    yield batch, [annotated(), empty]
+    images = [*batch, torch.randn(3, 36, 44, generator=g)]
+    yield images, [annotated(), empty, annotated((36, 44))]
+    yield batch, [empty, empty]
+
+
+def batches_of_points():
+    first, other = annotated_points(), annotated_points(25, 1)
+    empty = replace(other, label=VOID, labels=np.full(25, VOID, np.int32))
+    for annotations in ([first, empty], [first, empty, annotated_points(33, 2)], [empty, empty]):
+        yield TokenSet.cat([annotation.tokens for annotation in annotations]), annotations
 
 
 @pytest.mark.parametrize(("head", "task", "classes"), MADE)
@@ -63,23 +94,16 @@ def test_what_is_learned_reaches_the_weights(head, task, classes):
     model = made(head, task, classes).train()
     own = task_of(model, task)
     assert (own.name, own.output) == (task, model.output)
-    g = torch.Generator().manual_seed(0)
-    batch = torch.randn(2, 3, 40, 52, generator=g)
-    empty = replace(annotated(), ids=np.zeros((40, 52), np.int32), segments=(), label=VOID)
-    for images, annotations in (
-        (batch, [annotated(), empty]),
-        ([*batch, torch.randn(3, 36, 44, generator=g)], [annotated(), empty, annotated((36, 44))]),
-        (batch, [empty, empty]),
-    ):
+    for inputs, annotations in batches_of_points() if model.of_points else batches_of_pictures():
         model.zero_grad()
-        terms = own.loss(model(images), annotations)
+        terms = own.loss(model(inputs), annotations)
         loss = torch.stack(list(terms.values())).sum()
         assert loss.isfinite()
         loss.backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(grad.isfinite().all() for grad in grads)
-        learns = annotations[0] is not empty or task in ("instance", "panoptic") or head != "dense"
-        if learns and not (head == "classification" and annotations[0] is empty):
+        empty = annotations[0].label == VOID
+        if not empty or head in ("hcformer", "stars") or (head, task) == ("dense", "instance"):
             assert any(grad.abs().max() > 0 for grad in grads)
 
 
@@ -139,6 +163,15 @@ def dataset(tmp_path):
     return Dataset(tmp_path, CATEGORIES, entries)
 
 
+def sets_of_points(count=5):
+    """More points than are seen at once, if sets are small and large in turn."""
+    annotations = [
+        replace(annotated_points(20 + 17 * seed, seed), label=seed % 3) for seed in range(count)
+    ]
+    entries = [Entry(a.name, None, None, lambda a=a: a) for a in annotations]
+    return PointDataset("points", CATEGORIES, entries, 0)
+
+
 def noted(seen):
     """A way to go through numbers that lists them."""
     return lambda numbers: (seen.append(number) or number for number in numbers)
@@ -154,6 +187,8 @@ def test_parts_score_as_the_whole(dataset, tmp_path, monkeypatch, head, task, cl
                     replace(s, category=0) for s in entry.read().segments[1:])))
             for entry in dataset.entries
         ])  # fmt: skip
+    if model.of_points:
+        dataset = sets_of_points()
     whole = evaluate(model, dataset)
     assert whole.pictures == 5
     first = evaluate(model, dataset.subset((0, 1)), task)
@@ -164,6 +199,7 @@ def test_parts_score_as_the_whole(dataset, tmp_path, monkeypatch, head, task, cl
         scores |= mine.compute()
     np.testing.assert_equal(scores, whole.scores)
     # And of a run that kept three of its pictures.
+    monkeypatch.setattr("pointformer.evaluation._SETS_AT_ONCE", 1)
     monkeypatch.setattr(PartsFolder, "due", True)
     assert evaluate(model, dataset, resume=tmp_path / "kept").pictures == 5
     for number in (2, 4):
@@ -174,6 +210,61 @@ def test_parts_score_as_the_whole(dataset, tmp_path, monkeypatch, head, task, cl
     assert seen == [2, 4]
     assert again.pictures == 5
     np.testing.assert_equal(again.scores, whole.scores)
+
+
+@pytest.mark.parametrize("skipped", [(), (0,), (2, 3), (6,)])
+def test_small_point_sets_are_seen_together(monkeypatch, skipped):
+    """With the predictions of each alone; as many at once as there is room for."""
+    monkeypatch.setattr("pointformer.evaluation._POINTS_AT_ONCE", 150)
+    model, metric = made("point_classification", None), Seen()
+    task = task_of(model)
+    dataset = sets_of_points(7)
+    for number in skipped:
+        dataset.entries[number] = replace(dataset.entries[number], read=unreadable)
+    dataset.skip_bad = True
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0].sizes))
+    assert evaluate(model, dataset, metrics=lambda: [metric]).pictures == 7 - len(skipped)
+    left = [dataset[n] for n in range(7) if n not in skipped]
+    assert [size for sizes in seen for size in sizes] == [a.tokens.num_tokens for a in left]
+    assert max(map(len, seen)) > 1
+    assert all(sum(sizes) <= 150 for sizes in seen)
+    assert list(dataset.skipped) == [f"set{number}" for number in skipped]
+    for annotation, (prediction, truth) in zip(left, metric.pairs, strict=True):
+        assert truth is annotation
+        np.testing.assert_allclose(
+            prediction, predict_points(model, task, annotation.tokens), atol=1e-6
+        )
+
+
+def unreadable():
+    raise ValueError("cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "message"),
+    [
+        ("point_segmentation", {"tile": 64}, "tile: is for models of pictures; small takes points"),
+        ("point_segmentation", {"resize": Resize(8)}, "resize: is for models of pictures"),
+        ("point_classification", {"crop": CenterCrop(8)}, "crop: is for models of pictures"),
+        ("point_classification", {"region": 8}, "region: the task 'point_classification' is about"),
+        ("point_segmentation", {"flip": True}, "only for the tasks classification, semantic"),
+        ("dense", {"region": 8}, "region: is for models of points; small takes pictures"),
+    ],
+)
+def test_what_is_not_for_pictures_or_for_points(dataset, head, options, message):
+    model = made(head, "semantic" if head == "dense" else None)
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, sets_of_points() if model.of_points else dataset, **options)
+
+
+def test_scenes_are_scored_in_regions():
+    model, metric = made("point_segmentation", None), Seen()
+    task, dataset = task_of(model), sets_of_points()
+    evaluate(model, dataset, region=30, metrics=lambda: [metric])
+    for annotation, (prediction, _) in zip(dataset, metric.pairs, strict=True):
+        expected = predict_points(model, task, annotation.tokens, 30)
+        np.testing.assert_array_equal(prediction, expected)
 
 
 class Seen:
@@ -262,7 +353,7 @@ def test_a_classifier_is_scored_but_finds_no_regions(dataset):
         task_of(torch.nn.Linear(1, 1))
 
 
-@pytest.mark.parametrize(("head", "task", "classes"), MADE[1:])
+@pytest.mark.parametrize(("head", "task", "classes"), MAPS)
 @pytest.mark.parametrize("tile", [None, 32])
 def test_segment_shows_what_is_scored(dataset, head, task, classes, tile):
     """One way of looking at pictures, with the tokens of all windows and copies."""
