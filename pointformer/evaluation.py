@@ -99,7 +99,7 @@ def evaluate(
     if not isinstance(task, Task):
         task = task_of(model, task, dataset.categories)
     check_copies(task, scales, flip)
-    _check_seen(model, tile=tile, resize=resize, crop=crop, region=region)
+    _check_seen(model, task, region, tile=tile, resize=resize, crop=crop)
     if crop is not None and isinstance(task, MapTask):
         raise ValueError(
             f"crop: for classes of pictures, not for {task.name!r}, which is scored on all of a "
@@ -170,13 +170,13 @@ def evaluate(
     return Evaluation(scores, first.pictures, tuple(first.metrics))
 
 
-def _check_seen(model: Model, region: int | None, **of_pictures: object) -> None:
+def _check_seen(model: Model, task: Task, region: int | None, **of_pictures: object) -> None:
     """Raise `ValueError` where an option is for what the model does not take."""
-    given = {"region": region} if not model.of_points else of_pictures
-    for name, value in given.items():
-        if value is not None:
-            other, own = ("points", "pictures") if name == "region" else ("pictures", "points")
-            raise ValueError(f"{name}: is for models of {other}; {model.name} takes {own}")
+    if region is not None and task.counts != "points":
+        raise ValueError(f"region: is for scenes of points, not for the task {task.name!r}")
+    for name, value in of_pictures.items():
+        if value is not None and model.of_points:
+            raise ValueError(f"{name}: is for models of pictures; {model.name} takes points")
 
 
 def _made_with(

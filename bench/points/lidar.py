@@ -4,7 +4,8 @@
     python bench/points/lidar.py boosted DATA [--points N] [--iterations N] [--write]
 
 IoU of the classes that are annotated, over the points of the validation and of the test tiles,
-dense and sparse ones apart, and all together. Each tile is seen whole. `model` takes what training
+dense and sparse ones apart, and all together. A model sees regions
+of a tile as in its training, trees the whole. `model` takes what training
 wrote, `--voxels` one of `voxel.py`. `boosted` needs scikit-learn.
 
 `--write` adds the line to results/points.jsonl.

@@ -247,9 +247,9 @@ def unreadable():
         ("point_segmentation", {"tile": 64}, "tile: is for models of pictures; small takes points"),
         ("point_segmentation", {"resize": Resize(8)}, "resize: is for models of pictures"),
         ("point_classification", {"crop": CenterCrop(8)}, "crop: is for models of pictures"),
-        ("point_classification", {"region": 8}, "region: the task 'point_classification' is about"),
+        ("point_classification", {"region": 8}, "region: is for scenes of points"),
         ("point_segmentation", {"flip": True}, "only for the tasks classification, semantic"),
-        ("dense", {"region": 8}, "region: is for models of points; small takes pictures"),
+        ("dense", {"region": 8}, "region: is for scenes of points"),
     ],
 )
 def test_what_is_not_for_pictures_or_for_points(dataset, head, options, message):
