@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import matplotlib
 
@@ -167,13 +168,13 @@ def accuracy(model: nn.Module, data: PointDataset, rows: Sequence[int]) -> float
     return hits / len(rows)
 
 
-def train(options: argparse.Namespace) -> list[dict[str, object]]:
+def train(options: argparse.Namespace) -> list[dict[str, Any]]:
     batches = Batches(read_objects(options.data, "train"), options.seed)
     test = read_objects(options.data, "test")
     model = PointTransformer(len(test.categories))
     mean = copy.deepcopy(model)
     optimizer = optimizer_of(model)
-    lines: list[dict[str, object]] = []
+    lines: list[dict[str, Any]] = []
     steps, spent, scored = 0, 0.0, 0
     total = 60 * options.minutes
     while spent < total:
@@ -209,7 +210,7 @@ def train(options: argparse.Namespace) -> list[dict[str, object]]:
     return lines
 
 
-def speed(options: argparse.Namespace) -> list[dict[str, object]]:
+def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     batches = Batches(read_objects(options.data, "train"), options.seed)
     sides = {
         "point_nano": create_model("point_nano", num_classes=10),
@@ -234,13 +235,13 @@ def speed(options: argparse.Namespace) -> list[dict[str, object]]:
     ]
 
 
-def curve(options: argparse.Namespace) -> list[dict[str, object]]:
+def curve(options: argparse.Namespace) -> list[dict[str, Any]]:
     kept = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     per_step = {
         line["method"]: line["median"] for line in kept if line["bench"] == "modelnet10 speed"
     }["point_nano"]
     with (options.data / "scores.csv").open() as file:
-        ours: list[dict[str, object]] = [
+        ours: list[dict[str, Any]] = [
             {
                 "method": "point_nano",
                 "step": int(row["step"]),
