@@ -1,15 +1,15 @@
-"""Point sets with classes: whole ones (objects) and point by point (scenes), from NumPy archives.
+"""Point sets with classes: whole ones (objects) from NumPy archives, and point by point (scenes).
 
 An archive of objects has for each split arrays SPLIT_xyz (n, P, 3) and SPLIT_label (n,), or xyz
-and label where there are no splits, and may have `classes`, the names. An archive of a scene has
-xyz (n, 3), or xyz_cm in hundredths, label (n,), and may have `origin` (3,), which is added, `split`
-(n,) with 0, 1, 2 for train, val and test, `classes`, and more numbers of points by other names.
+and label where there are no splits, and may have `classes`, the names. A scene is a file of points,
+see `read_scenes`; an archive of one may have `split` (n,) with 0, 1, 2 for train, val and test, and
+`classes`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from pointformer._checks import describe
 from pointformer.annotations import VOID, Category
 from pointformer.data.annotations import Annotation, Dataset, Entry, named_categories
 from pointformer.data.images import Reading
-from pointformer.data.points.columns import feature_of
+from pointformer.data.points import read_points
+from pointformer.data.points.asprs import standard_name
 from pointformer.tokens import TokenSet
 
 SPLITS = ("train", "val", "test")
-_IGNORED = ("ignored", "ignore", "void", "unlabeled", "unlabelled")
+_IGNORED = (
+    "ignored",
+    "ignore",
+    "void",
+    "unlabeled",
+    "unlabelled",
+    "never classified",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +174,7 @@ def read_objects(
     start = f"{split}_" if split else ""
     xyz = _checked(archive.path, f"{start}xyz", archive[f"{start}xyz"], (None, None, 3))
     labels = _checked(archive.path, f"{start}label", archive[f"{start}label"], (len(xyz),))
-    named = _named(categories, archive.classes(), [labels])
+    named = _named(categories, _names(archive.classes(), [labels]))
     kept = _numbered(archive.path, labels, named)
     name = archive.path.stem
     entries = []
@@ -183,24 +192,90 @@ def _read_object(archive: _Archive, start: str, index: int, label: int) -> Point
 
 # Scenes -------------------------------------------------------------------------------------------
 
+_SUFFIXES = (".npz", ".las", ".laz", ".ply", ".xyz", ".pts")
+_LABELS = (
+    "label",
+    "labels",
+    "classification",
+)  # columns with a class per point, the first one there
+
+
+class _Scene:
+    """A file of points with a class each, read once for what is asked; another process reads it
+    again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read: dict[tuple[str, ...], TokenSet] = {}
+        self.archive = _Archive(path) if path.suffix.lower() == ".npz" else None
+        if self.archive is not None:
+            names: Iterable[str] = self.archive.names
+        elif path.suffix.lower() in (".las", ".laz"):
+            names = ("classification",)  # all have it
+        else:
+            names = read_points(path).fields
+        self.label = next((name for name in _LABELS if name in names), "")
+        self.has_split = "split" in names
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_read": {}}
+
+    def points(self, features: tuple[str, ...] = ()) -> TokenSet:
+        """With the fields `label` and, where there is one, `split`."""
+        if features not in self._read:
+            fields = [self.label, *["split"] * self.has_split]
+            self._read = {features: read_points(self.path, fields=fields, features=features)}
+            labels = self._read[features].fields[self.label]
+            if labels.ndim != 1 or not torch.equal(labels, labels.round()):
+                raise ValueError(
+                    f"{self.path}: {self.label!r}: expected an integer for each point, got "
+                    f"{describe(labels)}"
+                )
+        return self._read[features]
+
+    def labels(self) -> np.ndarray:
+        """(T,) int64."""
+        return self.points(next(iter(self._read), ())).fields[self.label].long().numpy()
+
+    def rows(self, split: str) -> torch.Tensor | None:
+        """A mask of the points of a split, `None` for all."""
+        if not (split and self.has_split):
+            return None
+        points = self.points(next(iter(self._read), ()))
+        return points.fields["split"] == SPLITS.index(split)
+
+
+def _scenes(path: Path) -> dict[str, list[_Scene]]:
+    """Scenes by the split that their folder or the points in them say; "" for no split."""
+    if path.is_file():
+        return {"": [_Scene(path)] if path.suffix.lower() in _SUFFIXES else []}
+    here = [_Scene(file) for file in _files(path)]
+    if here:
+        return {"": here}
+    return {split: [_Scene(file) for file in _files(path / split)] for split in SPLITS}
+
+
+def _files(folder: Path) -> list[Path]:
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p for p in files if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
+
 
 def scene_splits(path: Path) -> list[str]:
     """Splits of a folder of scenes; none if it holds no such thing."""
-    files = _archives(path)
-    if not files:
-        return []
     try:
-        archives = [_Archive(file) for file in files]
-        for archive in archives:
-            if not {"xyz", "xyz_cm"} & set(archive.names) or "label" not in archive.names:
-                return []
-            if archive["label"].ndim != 1:
-                return []
-        if not all("split" in archive.names for archive in archives):
+        found = _scenes(path)
+        scenes = [scene for part in found.values() for scene in part]
+        if not scenes or not all(scene.label for scene in scenes):
+            return []
+        if any(s.archive is not None and s.archive[s.label].ndim != 1 for s in scenes):
+            return []
+        if not found.get(""):
+            return [split for split, part in found.items() if part]
+        if not all(scene.has_split for scene in scenes):
             return [""]
-        used = set(np.concatenate([np.unique(a["split"]) for a in archives]).tolist())
+        used = {int(n) for s in scenes for n in s.points().fields["split"].unique()}
         return [name for number, name in enumerate(SPLITS) if number in used]
-    except ValueError:
+    except (ValueError, OSError):
         return []
 
 
@@ -212,83 +287,84 @@ def read_scenes(
     features: Sequence[str] = (),
     void: Sequence[int] | None = None,
 ) -> PointDataset:
-    """Scenes whose points have a class each.
+    """Scenes whose points have a class each: files that `read_points` reads (.npz, .las, .laz,
+    .ply, .xyz, .pts; in folders train, val and test, or all in one) with a column `label`, `labels`
+    or `classification`.
+
+    Classes are those that an archive names in `classes`; else the numbers found in any split, by
+    the LAS standard's names where all are `classification`.
 
     Args:
-        features: names of the arrays that points have as features, in this order. `intensity`,
-            whose scale differs from scanner to scanner, is divided by its 99th percentile in the
-            file, and cut off at 1.
-        void: labels that are no classes; `None`: those that are named "ignored" or the like.
+        features: names of the columns that points have as features, in this order; see
+            `read_points`.
+        void: labels that are no classes; `None`: those that are named "ignored", "never classified"
+            or the like.
 
     Raises:
-        ValueError: naming the file, if arrays do not fit each other or the classes.
+        OSError, ValueError: naming the file, if it cannot be read, or arrays do not fit each other
+            or the classes.
+        ImportError: a package of the extra `points` is missing.
     """
-    archives = [_Archive(file) for file in _archives(path)]
-    names = next((names for a in archives if (names := a.classes())), None)
+    found = _scenes(path)
+    scenes = [scene for part in found.values() for scene in part]
+    for scene in scenes:
+        if not scene.label:
+            raise ValueError(f"{scene.path}: has no classes, none of {', '.join(_LABELS)}")
+    archives = [scene.archive for scene in scenes if scene.archive is not None]
+    listed = next((own for archive in archives if (own := archive.classes())), None)
+    labels = [scene.labels() for scene in scenes]
+    standard = all(scene.label == "classification" for scene in scenes)
+    names = _names(listed, labels, standard_name if standard else str)
     if void is None:
-        void = [n for n, name in enumerate(names or ()) if name.lower() in _IGNORED]
-    labels = [a["label"] for a in archives]
-    named = _named(categories, names, labels, void)
+        void = [number for number, name in names.items() if name.lower() in _IGNORED]
+    named = _named(categories, names, void)
     entries = []
-    channels = len(features)
-    for archive in archives:
-        rows = None
-        if split:
-            rows = archive["split"] == SPLITS.index(split)
-            if not rows.any():
-                continue
-        read: Any = partial(_read_scene, archive, split, tuple(features), named)
-        entries.append(Entry(archive.path.stem, archive.path, None, read))
-    return PointDataset(path, named, entries, channels)
+    for scene in found.get("") or found.get(split, []):
+        rows = scene.rows(split)
+        if rows is not None and not rows.any():
+            continue
+        read: Any = partial(_read_scene, scene, split, tuple(features), named)
+        entries.append(Entry(scene.path.stem, scene.path, None, read))
+    return PointDataset(path, named, entries, len(features))
 
 
 def _read_scene(
-    archive: _Archive, split: str, features: tuple[str, ...], categories: tuple[Category, ...]
+    scene: _Scene, split: str, features: tuple[str, ...], categories: tuple[Category, ...]
 ) -> PointAnnotation:
-    path = archive.path
-    name = "xyz" if "xyz" in archive.names else "xyz_cm"
-    xyz = _checked(path, name, archive[name], (None, 3)).astype(np.float64)
-    xyz = xyz / 100 if name == "xyz_cm" else xyz
-    if "origin" in archive.names:
-        xyz = xyz + _checked(path, "origin", archive["origin"], (3,))
-    count = len(xyz)
-    labels = _checked(path, "label", archive["label"], (count,))
-    columns = []
-    for feature in features:
-        values = _checked(path, feature, archive[feature], (count,))
-        try:
-            columns.append(feature_of(feature, {feature: values}))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    table = np.stack(columns, 1) if columns else None
-    if split:
-        rows = archive["split"] == SPLITS.index(split)
-        xyz, labels = xyz[rows], labels[rows]
-        table = None if table is None else table[rows]
-    numbers = _numbered(path, labels, categories)
-    return PointAnnotation(path.stem, _tokens(path.stem, xyz, table), labels=numbers)
+    tokens, rows = scene.points(features), scene.rows(split)
+    if rows is not None:
+        tokens = tokens.select(rows).with_origin(None)
+    numbers = _numbered(scene.path, tokens.fields[scene.label].long().numpy(), categories)
+    tokens = TokenSet(tokens.positions, tokens.features, tokens.sizes, origin=tokens.origin)
+    return PointAnnotation(scene.path.stem, tokens, labels=numbers)
+
+
+def _names(
+    listed: Sequence[str] | None,
+    labels: Sequence[np.ndarray],
+    name_of: Callable[[int], str] = str,
+) -> dict[int, str]:
+    """Names of labels: as a file lists them, or of those that are there."""
+    if listed is not None:
+        return dict(enumerate(listed))
+    found = sorted(set().union(*(np.unique(x).tolist() for x in labels)))
+    return {int(number): name_of(int(number)) for number in found}
 
 
 def _named(
     given: Sequence[Category] | Sequence[str] | None,
-    names: Sequence[str] | None,
-    labels: Sequence[np.ndarray],
+    names: Mapping[int, str],
     void: Sequence[int] = (),
 ) -> tuple[Category, ...]:
-    """The classes, whose ids are the labels: given, or named in the file, or found in it."""
+    """The classes, whose ids are the labels: given, or by the files."""
     if given is not None and all(isinstance(c, Category) for c in given):
         return tuple(c for c in given if isinstance(c, Category))
     if given is not None:
-        names = [str(name) for name in given]
-    if names is not None:
-        numbers = range(len(names))
-    else:
-        found = sorted(set().union(*(np.unique(x).tolist() for x in labels)))
-        numbers, names = found, [str(n) for n in found]  # type: ignore[assignment]
-    kept = [(n, name) for n, name in zip(numbers, names, strict=True) if n not in set(void)]
+        names = {number: str(name) for number, name in enumerate(given)}
+    kept = [(number, name) for number, name in names.items() if number not in set(void)]
     colored = named_categories(name for _, name in kept)
     return tuple(
-        Category(int(number), category.name, False, category.color)
+        Category(number, category.name, False, category.color)
         for (number, _), category in zip(kept, colored, strict=True)
     )
 

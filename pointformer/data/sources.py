@@ -587,7 +587,7 @@ FORMATS: dict[str, _Format] = {
         lambda r: read_objects(r.path, r.split, r.categories),
     ),
     "scenes": _Format(
-        "archives (.npz) of points, xyz (n, 3) and label (n,)",
+        "files of points (.npz, .las, .laz, .ply, .xyz) with a class each",
         ("point_segmentation",),
         scene_splits,
         lambda r: read_scenes(r.path, r.split, r.categories, features=r.features, void=r.void),

@@ -1,5 +1,7 @@
 """Archives of points, and changes of point sets."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from pointformer.data.point_transforms import (
     RandomRotation,
     RandomScale,
 )
+from pointformer.data.points import write_points
 from pointformer.data.statistics import examine
 from pointformer.train.recipe import read_recipe
 
@@ -68,13 +71,12 @@ def test_scenes(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (
-            {"xyz": np.zeros((4, 2)), "label": np.ones(4)},
-            r"'xyz': expected numbers of shape \(n, 3",
-        ),
-        ({"xyz": np.zeros((4, 3)), "label": np.ones(3)}, r"'label': expected numbers of shape \(4"),
+        ({"xyz": np.zeros((4, 4)), "label": np.ones(4)}, r"xyz: expected shape \(n, 2\)"),
+        ({"xyz": np.zeros((4, 3)), "label": np.ones(3)}, "no field 'label' with a row .* 4 points"),
         ({"xyz": np.full((4, 3), np.nan), "label": np.ones(4)}, "NaN"),
-        ({"xyz": np.zeros((4, 3), "U3"), "label": np.ones(4)}, "'xyz': expected numbers"),
+        ({"xyz": np.zeros((4, 3), "U3"), "label": np.ones(4)}, "xyz: expected numbers"),
+        ({"xyz": np.zeros((4, 3)), "label": np.full(4, 0.5)}, "'label': expected an integer"),
+        ({"xyz": np.zeros((4, 3)), "label": np.full(4, np.nan)}, "'label': expected an integer"),
     ],
 )
 def test_bad_scenes_are_named(tmp_path, arrays, message):
@@ -86,8 +88,43 @@ def test_bad_scenes_are_named(tmp_path, arrays, message):
 def test_missing_features_are_named(tmp_path):
     write_scenes(tmp_path, 1)
     dataset = open_dataset(tmp_path, task="point_segmentation", split="train", features=["color"])
-    with pytest.raises(ValueError, match=r"scene0.npz: has no 'color'; there are xyz_cm, origin"):
+    with pytest.raises(ValueError, match=r"scene0.npz: has no 'color', .* only label, split, int"):
         dataset[0]
+
+
+@pytest.mark.parametrize("suffix", [".las", ".laz", ".ply", ".xyz", ".npz"])
+def test_scenes_in_files_of_any_format(tmp_path, suffix):
+    """Names of classes by the standard, for all splits; what was never classified is void."""
+    rng = np.random.default_rng(0)
+    names = {"train": (2, 6, 0), "val": (2, 5)}
+    for split, codes in names.items():
+        (tmp_path / split).mkdir()
+        world = torch.from_numpy(rng.uniform(0, 50, (60, 3)) + np.array([5e5, 6e6, 100]))
+        classes = torch.tensor(codes, dtype=torch.uint8).repeat(60)[:60]
+        fields = {"classification": classes, "intensity": torch.arange(60, dtype=torch.int32)}
+        points = TokenSet.from_world(world, fields=fields)
+        write_points(tmp_path / split / f"tile{suffix}", points)
+    assert find_source(tmp_path).splits == ("train", "val")
+    train, val = open_splits(tmp_path, task="point_segmentation", features=["intensity"])
+    for dataset, codes in ((train, names["train"]), (val, names["val"])):
+        assert [c.name for c in dataset.categories] == ["ground", "high vegetation", "building"]
+        assert [c.id for c in dataset.categories] == [2, 5, 6]
+        annotation = pickle.loads(pickle.dumps(dataset))[0]
+        want = [{2: 0, 5: 1, 6: 2}.get(codes[i % len(codes)], VOID) for i in range(60)]
+        assert annotation.labels.tolist() == want
+        assert (annotation.tokens.world_positions() > 99).all()
+        assert annotation.tokens.features[:, 0].diff().gt(0)[:50].all()
+
+
+def test_a_cloud_without_classes_is_named(tmp_path):
+    for name, codes in (("a", 2), ("b", 0)):
+        fields = {"classification": torch.full((9,), codes, dtype=torch.uint8)}
+        points = TokenSet.from_world(torch.rand(9, 3, dtype=torch.float64), fields=fields)
+        write_points(tmp_path / f"{name}.las", points)
+    dataset = open_dataset(tmp_path, task="point_segmentation")
+    assert dataset[0].labels.tolist() == [0] * 9
+    with pytest.raises(ValueError, match=r"b.las: expected labels of the 1 classes, found none"):
+        dataset[1]
 
 
 def sample(points=300, seed=0):

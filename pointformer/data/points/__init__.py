@@ -161,7 +161,10 @@ def _set_of(
     if fields is not None:
         for name in fields:
             if name not in columns:
-                raise ValueError(f"has no field {brief(name)}, only {', '.join(columns)}")
+                raise ValueError(
+                    f"has no field {brief(name)} with a row for each of {len(positions)} points, "
+                    f"only {', '.join(columns) or 'positions'}"
+                )
         columns = {name: columns[name] for name in fields}
     named = {name: field_of(name, values) for name, values in columns.items()}
     if rows is None and own is not None:

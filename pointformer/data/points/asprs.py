@@ -40,6 +40,11 @@ _DEFINED = range(23)
 _USERS = range(64, 256)  # of point formats 6 to 10, for whom it pleases; formats 0 to 5 have none
 
 
+def standard_name(code: int) -> str:
+    """The standard's name of a class, the code itself in digits where it has none."""
+    return next((name for name, number in _CODES.items() if number == code), str(code))
+
+
 def class_codes(categories: Sequence[Category], most: int = 255) -> list[int]:
     """The code in files of points of each class, all different.
 
