@@ -4,8 +4,8 @@ Formats, by which DATA is recognized: "folder" (SPLIT/images beside SPLIT/labels
 SPLIT/instances), "classes" (SPLIT/CLASS/pictures), "ade20k", "cityscapes", "coco" and
 "coco-panoptic" (with --annotations for a JSON of any name, and DATA for its pictures), "shards"
 (tar files of samples as webdataset writes them; DATA may be a pattern, "val-{0000..0063}.tar"),
-"arrays" (NAME.npz with x_val and y_val, or images and labels); of points "scenes" (.las, .laz, .ply,
-.xyz or .npz with a class per point, in SPLIT/ or all in one folder) and "objects" (one .npz).
+"arrays" (NAME.npz with x_val and y_val, or images and labels); of points "scenes" (.las, .laz,
+.ply, .xyz or .npz with a class per point, in SPLIT/ or all in one folder) and "objects" (one .npz).
 
 Several processes share the pictures, and one says the scores of all. The same command again goes on
 with what was interrupted, also with another number of processes:
