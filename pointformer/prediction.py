@@ -167,14 +167,19 @@ def predict_sets(model: Model, task: Task, sets: Sequence[TokenSet]) -> list[Any
 
 
 def region_of(model: Model) -> int | None:
-    """Points of the regions that a model was trained on, `None` if on whole point sets.
-
-    They are in the recipe that `pointformer train` leaves in `Model.trained`.
-    """
-    found: Any = model.trained
-    for key in ("recipe", "augmentation", "points", "region", "points"):
-        found = found.get(key) if isinstance(found, dict) else None
+    """Points of the regions that a model was trained on, `None` if on whole sets or if it does not
+    say."""
+    found = recipe_value(model, "augmentation.points.region.points")
     return found if isinstance(found, int) else None
+
+
+def recipe_value(model: Model, field: str) -> Any:
+    """A field of the recipe that `pointformer train` leaves in `Model.trained`, `None` where there
+    is none."""
+    found: Any = model.trained
+    for key in ("recipe", *field.split(".")):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 def _seen(model: Model, points: TokenSet) -> Any:

@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from pointformer.models import Model
     from pointformer.processes import Processes
 
-DEFAULT_MODEL = "aff_nano.nuclei"
+DEFAULT_MODEL, CLOUD_MODEL = "aff_nano.nuclei", "point_nano.lidar"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, by_inputs: bool = False) -> None:
+    """`by_inputs`: the default is `None`, for `inputs.model_for` to choose."""
+    default = f"{DEFAULT_MODEL}{f', for point clouds {CLOUD_MODEL}' * by_inputs}"
     parser.add_argument(
         "--model",
-        default=DEFAULT_MODEL,
-        help="NAME.TAG of weights in the package, or a .safetensors file (default: %(default)s)",
+        default=None if by_inputs else DEFAULT_MODEL,
+        help=f"NAME.TAG of weights in the package, or a .safetensors file (default: {default})",
     )
     parser.add_argument(
         "--rate",

@@ -15,11 +15,10 @@ from pointformer.cli.common import (
     add_picture_arguments,
     add_result_arguments,
     check_file,
-    model_from,
     printable,
     say,
 )
-from pointformer.cli.inputs import inputs_of
+from pointformer.cli.inputs import inputs_of, model_for
 from pointformer.cli.results import Results, save_sealed
 
 
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_result_arguments(parser)
     add_picture_arguments(parser)
     add_feature_argument(parser)
-    add_model_arguments(parser)
+    add_model_arguments(parser, by_inputs=True)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,9 +39,10 @@ def run(options: argparse.Namespace) -> int:
     if not options.out.parent.is_dir():
         raise ValueError(f"{options.out.parent}: there is no such folder")
     results = Results(overwrite=options.overwrite)
+    model = model_for(options, [options.input])
     results.protect([options.input, options.model])
     results.check(options.out)
-    inputs = inputs_of(model_from(options), options)
+    inputs = inputs_of(model, options)
     check_file(options.input, inputs.noun)
     inputs.check(options.input)
     if options.threads is None and inputs.are_small([options.input]):

@@ -12,7 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pointformer.cli.common import find_files, printable, reading_from
+from pointformer.cli.common import (
+    CLOUD_MODEL,
+    DEFAULT_MODEL,
+    find_files,
+    model_from,
+    printable,
+    reading_from,
+)
 from pointformer.cli.results import Found
 from pointformer.data.discovery import CLOUD_SUFFIXES, PICTURE_SUFFIXES, has_picture_name
 
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
     from pointformer.models import Model
 
 _SUMMARY = "summary.json"
+_ALL = PICTURE_SUFFIXES | CLOUD_SUFFIXES
 
 
 class Inputs(abc.ABC):
@@ -258,6 +266,22 @@ class Clouds(Inputs):
 
 
 _KINDS: tuple[type[Inputs], ...] = (Pictures, Clouds)
+
+
+def model_for(options: argparse.Namespace, arguments: Sequence[str | Path]) -> Model:
+    """The model that is asked for, which is set in the options where it is not: by the names of
+    the inputs."""
+    if options.model is None:
+        clouds = all(_holds_clouds(Path(argument)) for argument in arguments)
+        options.model = CLOUD_MODEL if clouds else DEFAULT_MODEL
+    return model_from(options)
+
+
+def _holds_clouds(path: Path) -> bool:
+    """Whether it is named like a cloud, or is a folder of nothing else that a model takes."""
+    files = path.iterdir() if path.is_dir() else [path]
+    only = [has_picture_name(p, CLOUD_SUFFIXES) for p in files if has_picture_name(p, _ALL)]
+    return bool(only) and all(only)
 
 
 def inputs_of(model: Model, options: argparse.Namespace) -> Inputs:

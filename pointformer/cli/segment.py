@@ -45,13 +45,12 @@ from pointformer.cli.common import (
     add_result_arguments,
     complain,
     joined_processes,
-    model_from,
     printable,
     reason,
     result_names,
     say,
 )
-from pointformer.cli.inputs import Inputs, inputs_of
+from pointformer.cli.inputs import Inputs, inputs_of, model_for
 from pointformer.cli.results import Found, Results, content_of, is_complete, is_result, write_sealed
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_picture_arguments(parser)
     add_feature_argument(parser)
-    add_model_arguments(parser)
+    add_model_arguments(parser, by_inputs=True)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -108,7 +107,7 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
     results = Results(overwrite=options.overwrite)
 
     def prepared() -> Inputs:
-        inputs = inputs_of(model_from(options), options)
+        inputs = inputs_of(model_for(options, options.inputs), options)
         inputs.prepare()
         return inputs
 

@@ -18,7 +18,7 @@ from pointformer.annotations import Category
 from pointformer.data.points import read_points
 from pointformer.models import Model
 from pointformer.models.inference import evaluating
-from pointformer.prediction import predict_points, region_of
+from pointformer.prediction import predict_points, recipe_value, region_of
 from pointformer.segmentation.regions import Regions
 from pointformer.tasks import task_of
 from pointformer.tasks.points import PointSegmentation
@@ -177,15 +177,10 @@ def read_cloud(
 
 
 def features_of(model: Model) -> tuple[str, ...] | None:
-    """Names of the features that a model of points was trained with, or `None` if it does not say.
-
-    They are in the recipe that `pointformer train` leaves in `Model.trained`.
-    """
+    """Names of the features that a model of points was trained with, `None` if it does not say."""
     if model.config.in_channels == 0:
         return ()
-    found: Any = model.trained
-    for key in ("recipe", "data", "features"):
-        found = found.get(key) if isinstance(found, dict) else None
+    found = recipe_value(model, "data.features")
     named = isinstance(found, list | tuple) and all(isinstance(name, str) for name in found)
     return tuple(found) if named and len(found) == model.config.in_channels else None
 

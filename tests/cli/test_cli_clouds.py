@@ -73,6 +73,25 @@ def test_a_tile_as_the_model_sees_it(capsys, points_model):
     assert is_result(Path("f.png"))
 
 
+def test_the_weights_of_the_package_know_ground_and_roofs(capsys):
+    """A flat-roofed house on a meadow, as scanned from the air; no `--model` is named."""
+    rng = np.random.default_rng(0)
+    world = rng.random((10_000, 3)) * [30, 25, 0] + rng.normal(0, 0.03, (10_000, 3))
+    house = np.all(np.abs(world[:, :2] - [15, 12]) < [7, 5], axis=1)
+    world[house, 2] += 8
+    write_cloud("house.laz", world=world + CORNER)
+    scan = laspy.read("house.laz")
+    scan.intensity = rng.normal(600, 60, len(world)).clip(1)
+    scan.return_number[:] = scan.number_of_returns[:] = 1
+    scan.write("house.laz")
+    code, _, error = run(capsys, "segment", "house.laz", "--out", "o")
+    assert (code, error) == (0, "")
+    codes = np.array(laspy.read("o/house_points.laz").classification)
+    assert np.mean(codes[~house] == 2) > 0.9
+    assert np.mean(codes[house] == 6) > 0.9
+    assert json.loads(Path("o/house_summary.json").read_text())["model"] == "point_nano.lidar"
+
+
 def test_a_las_file_keeps_all_else(capsys, points_model, quick):
     for point_format, codes in ((6, [2, 6, 64]), (3, [2, 6, 31])):
         tile = write_cloud("in/tile.las", point_format=point_format)

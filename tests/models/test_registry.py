@@ -75,7 +75,8 @@ def test_names_that_stand_for_nothing(tmp_path, monkeypatch):
          "aff_nano.cells: there are no such weights; those of aff_nano: aff_nano.nuclei"),
         (("aff_nano.",), ValueError, "aff_nano.: there are no such weights"),
         (("aff_mini", True), ValueError,
-         "aff_mini: has no weights in the package, which are of aff_nano.nuclei; .*load_released"),
+         "aff_mini: has no weights in the package, which are of aff_nano.nuclei, point_nano.lidar; "
+         ".*load_released"),
         (("aff_mini.nuclei",), ValueError, "aff_mini: has no weights in the package"),
         (("aff_nano", "nuclei"), TypeError,
          "pretrained: expected .*; a tag is part of the name: aff_nano.nuclei"),
@@ -104,7 +105,7 @@ def test_models_are_listed_by_patterns():
     names = list_models()
     assert names == sorted(names)
     assert {"aff_nano", "swin_mini"} <= set(names)
-    assert list_models(pretrained=True) == ["aff_nano.nuclei"]
+    assert list_models(pretrained=True) == ["aff_nano.nuclei", "point_nano.lidar"]
     for pattern, pretrained, expected in (
         ("*nano*", False, ["aff_nano", "point_nano"]),
         (["swin_t*", "aff_nano"], False, ["aff_nano", "swin_tiny"]),
@@ -112,6 +113,7 @@ def test_models_are_listed_by_patterns():
         ("aff_nano", True, ["aff_nano.nuclei"]),
         ("*.nuclei", True, ["aff_nano.nuclei"]),
         ("*.nuclei", False, []),
+        ("point_*", True, ["point_nano.lidar"]),
         ("AFF_*", False, []),
         ("swin_*", True, []),
         ([], False, []),
