@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import pointformer.kernels.attention  # noqa: F401  (registers the plan)
 from pointformer._checks import (
@@ -59,6 +60,10 @@ class PerSample(NamedTuple):
         tables = from_host(numbers, dtype, None).split(1)
         # Of nothing there is one part, which is empty.
         return (cls((own,), table) for own, table in zip(numbers, tables, strict=False))
+
+    def leaves(self) -> Any:
+        """What pytrees have: the tuple also while exporting, so that all see the same tree."""
+        return self.table if self.numbers is None else self.numbers
 
     def read(self) -> Any:
         """The tensor while compiling, else the tuple."""
@@ -378,7 +383,24 @@ class Neighborhoods:
         return f"Neighborhoods({self.num_queries} queries x {self.num_clusters} of {self.clusters})"
 
 
-for _cls, _name in ((Clusters, "Clusters"), (Neighborhoods, "Neighborhoods")):
-    torch.export.register_dataclass(_cls, serialized_type_name=f"pointformer.{_name}")
+_NAMES = tuple(field.name for field in fields(Clusters))
+
+
+def _flatten(clusters: Clusters) -> list:
+    stored = {"sizes": clusters._sizes.leaves(), "counts": clusters._counts.leaves()}  # type: ignore[attr-defined]
+    return [stored[name] if name in stored else getattr(clusters, name) for name in _NAMES]
+
+
+pytree.register_pytree_node(
+    Clusters,
+    lambda clusters: (_flatten(clusters), None),
+    lambda values, context: Clusters(*values),
+    serialized_type_name="pointformer.Clusters",
+    flatten_with_keys_fn=lambda clusters: (
+        list(zip(map(pytree.GetAttrKey, _NAMES), _flatten(clusters), strict=True)),
+        None,
+    ),
+)
+torch.export.register_dataclass(Neighborhoods, serialized_type_name="pointformer.Neighborhoods")
 # Lets `torch.load` read them without running other code.
 torch.serialization.add_safe_globals([Clusters, Neighborhoods, PerSample])

@@ -824,10 +824,7 @@ def _flatten(tokens: TokenSet) -> list:
     """The values of all attributes, also while exporting such that `_unchecked` makes the set again
     outside."""
     values = {name: getattr(tokens, stored) for name, stored in zip(_NAMES, _STORED, strict=True)}
-    for name, given in values.items():
-        if isinstance(given, PerSample):
-            values[name] = given.table if given.numbers is None else given.numbers
-    return list(values.values())
+    return [given.leaves() if isinstance(given, PerSample) else given for given in values.values()]
 
 
 def _unflatten(values: Iterable, context: None) -> TokenSet:

@@ -78,6 +78,8 @@ AFF = {
     "patch_stride": 4,
     "layer_scale": 0.1,
     "drop_path": 0.1,
+    "merge_center": True,
+    "ranking": "gradient",
     "in_channels": 3,
     "curve": "hilbert",
     "anchors": True,
@@ -91,6 +93,7 @@ AFF = {
     "merge": "adaptive",
 }
 SWIN = {name: AFF[name] for name in inspect.signature(SwinConfig).parameters if name in AFF}
+SWIN["patch_merge"] = 2
 MODEL = {
     "name": "small",
     "config": AFFConfig(**AFF),

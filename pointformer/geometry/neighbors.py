@@ -398,7 +398,7 @@ def _search(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned):
         points, query = learned
         return index, _distances(points if query is None else query, points, index)
-    return index, distance
+    return index, distance.sqrt()
 
 
 def _lists(
@@ -414,7 +414,7 @@ def _lists(
     same_positions: bool,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows (Q, k) and distances of arguments that are checked."""
+    """Rows (Q, k) and squared distances of arguments that are checked."""
     width = k if include_self else k + 1
     limits = (width,) * len(sizes)
     chosen = choose(op, impl, _fast(positions, width, "positions", "k"), positions.device)
@@ -432,7 +432,7 @@ def _lists(
         after_own = (index == own[:, None]).cumsum(1)[:, :k] > 0
         index = torch.where(after_own, index[:, 1:], index[:, :k])
         distance = torch.where(after_own, distance[:, 1:], distance[:, :k])
-    return index, distance.sqrt()
+    return index, distance
 
 
 @torch.library.custom_op("pointformer::ragged_lists", mutates_args=())

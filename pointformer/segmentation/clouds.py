@@ -178,7 +178,7 @@ def read_cloud(
 
 def features_of(model: Model) -> tuple[str, ...] | None:
     """Names of the features that a model of points was trained with, `None` if it does not say."""
-    if model.config.in_channels == 0:
+    if not model.of_points or model.config.in_channels == 0:
         return ()
     found = recipe_value(model, "data.features")
     named = isinstance(found, list | tuple) and all(isinstance(name, str) for name in found)

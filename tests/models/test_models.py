@@ -336,7 +336,7 @@ def test_bad_names_and_options_say_what_is_known():
         with pytest.raises(
             TypeError,
             match=r"unknown option queries \(queries is of the head mask2former or hcformer\); "
-            r"known options: .*of head 'dense': channels, pixel_channels$",
+            r"known options: .*of head 'dense': channels, detail, first_stage, pixel_channels$",
         ):
             make(queries=3)
     with pytest.raises(ValueError, match=r"rate: expected a number in \(0, 1\], got 1.5"):
