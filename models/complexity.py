@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +118,7 @@ def complexity_of(
     width: int | None = None,
     *,
     points: int | None = None,
-    parts: Iterable[nn.Module] | None = None,
+    parts: Sequence[nn.Module] | None = None,
 ) -> Complexity:
     """Run one made-up image of height x width pixels, or so many points, and count what each layer
     did.
@@ -140,9 +140,12 @@ def complexity_of(
     else:
         check_count("height", height)
         check_count("width", width)
+    given = [model] if parts is None else parts
+    if not isinstance(given, Sequence) or not all(isinstance(m, nn.Module) for m in given):
+        raise TypeError(f"parts: expected modules, got {describe(parts)}")
     totals: Counter[str] = Counter()
     handles = []
-    counted = nn.ModuleList([model] if parts is None else parts)
+    counted = nn.ModuleList(given)
     for module in counted.modules():
         for kind, counts in _COUNTS.items():
             if isinstance(module, kind):

@@ -549,7 +549,8 @@ CALLS = {
     ),
     "nn.ScoredMerge": (
         pointformer.nn.ScoredMerge,
-        {"dim": 8, "out_dim": 8, "mid": 4, "dimensions": 3, "expanded_position": True},
+        {"dim": 8, "out_dim": 8, "mid": 4, "dimensions": 3, "expanded_position": True}
+        | {"center": True},
     ),
     "models.GridBackbone": (
         GridBackbone,
@@ -585,7 +586,7 @@ CALLS = {
     "models.Preprocess.forward": (SMALL.preprocess.forward, {"image": torch.zeros(3, 8, 8)}),
     "models.complexity_of": (
         pointformer.models.complexity_of,
-        {"model": SMALL, "height": 16, "width": 16, "points": None},
+        {"model": SMALL, "height": 16, "width": 16, "points": None, "parts": [SMALL.backbone]},
     ),
     "models.create_model": (
         pointformer.models.create_model,
