@@ -58,7 +58,7 @@ _QUERY_INTEGERS = (
     "cluster_size", "reciprocal", "shift", "last_key",
 )  # fmt: skip
 _LEARNED_INTEGERS = (
-    "rows", "heads", "features", "has_bias", "has_value", "has_blank", "channels",
+    "rows", "heads", "features", "has_bias", "has_blank", "channels",
 )  # fmt: skip
 _KEY_INTEGERS = (*_STRIDES, "clusters", "heads", "octets", "features", "has_bias", "group")
 
@@ -167,7 +167,7 @@ def neighborhood_attention_bwd_query_kernel(
             moment = (tl.sum(moments[f], 1) * factor)[:, None]
             d_values = tl.sum(moment * g.to(tl.float32), 0)
             stored = channel < tl.where(f < features, channels, 0)
-            tl.store(shares + features + f * channels + channel, d_values, mask=stored)
+            tl.store(shares + features + channel * features + f, d_values, mask=stored)
     shares += values_size
     tl.store(shares + features, -tl.sum(d_logit, 0), mask=has_blank != 0)
     stored = channel < channels * has_blank
@@ -286,11 +286,11 @@ def sum_shares_kernel(
 @triton.jit(do_not_specialize=_LEARNED_INTEGERS)
 def learned_gradients_kernel(
     shares, grad_weight, grad_bias, grad_value, grad_blank_key, grad_blank_value,
-    rows, heads, features, has_bias, has_value, has_blank, channels,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, heads, features, has_bias, has_blank, channels,
+    MOMENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum (rows, heads, columns) over the rows, and deal the columns out to the gradients."""
-    values = has_value * features * channels
+    values = MOMENTS * features * channels
     width = features + values + has_blank * (1 + 2 * channels)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     stored = column < heads * width
@@ -299,10 +299,10 @@ def learned_gradients_kernel(
     column = column % width
     tl.store(grad_weight + head * features + column, total, mask=stored & (column < features))
     column -= features
-    in_values = stored & (column >= 0) & (column < values)
-    offset = (head * channels + column % channels) * features + column // channels
-    tl.store(grad_value + offset, total, mask=in_values)
-    column -= values
+    if MOMENTS:
+        in_values = stored & (column >= 0) & (column < values)
+        tl.store(grad_value + head * values + column, total, mask=in_values)
+        column -= values
     tl.store(grad_bias + head, total, mask=stored & (column >= 0) & (column < has_bias))
     column -= 1
     in_key = stored & (column >= 0) & (column < channels)
@@ -391,11 +391,11 @@ _SUM = Variant(
 
 
 @cache
-def _learned_variant(dtype):
+def _learned_variant(dtype, moments):
     return Variant(
         learned_gradients_kernel,
         (torch.float32, *(dtype,) * 5) + ("i32",) * len(_LEARNED_INTEGERS),
-        _BLOCK,
+        {"MOMENTS": moments, **_BLOCK},
         writes=("grad_weight", "grad_bias", "grad_value", "grad_blank_key", "grad_blank_value"),
         tiles={"ROWS": (16, 64)},
         rounds=lambda a: {"start": triton.cdiv(a["rows"], a["ROWS"])},
@@ -406,7 +406,8 @@ def variants():
     """Every specialization that `backward` can launch."""
     yield _SUM
     for dtype in DTYPES:
-        yield _learned_variant(dtype)
+        for moments in (False, True):
+            yield _learned_variant(dtype, moments)
         for axes in (2, 3):
             for width in WIDTHS:
                 for learned, moments in product(learned_dtypes(dtype), with_moments(dtype, width)):
@@ -491,14 +492,14 @@ def learned_gradients(shares, given, heads, channels):
         _SUM.launch((blocks, len(sums)), shares, sums, len(shares), columns)
         shares = sums
     features = 0 if weight is None else weight.shape[1]
-    _learned_variant(dtype).launch(
+    _learned_variant(dtype, values is not None).launch(
         (blocks,),
         shares,
         *gradients,
         len(shares),
         heads,
         features,
-        *(int(x is not None) for x in (bias, values, blank_key)),
+        *(int(x is not None) for x in (bias, blank_key)),
         channels,
     )
     return [

@@ -469,7 +469,8 @@ def sum_partials_kernel(
     F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: one number of the weight net, its partial sums in a fixed order."""
-    number = tl.program_id(0)
+    column, m = tl.program_id(0), tl.program_id(1)
+    number = column * mid + m
     total = tl.zeros((BLOCK,), tl.float64)  # similar terms, which may cancel
     for start in range(0, programs, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -477,7 +478,6 @@ def sum_partials_kernel(
         terms = tl.load(partial + row + at, mask=at < programs, other=0.0)
         total += terms.to(tl.float64)
     total = tl.sum(total, 0).to(tl.float32)
-    column, m = number // mid, number % mid
     if column < F:
         tl.store(d_weight + m * columns + column, total, mask=column < columns)
     elif column == F:
@@ -693,7 +693,7 @@ def backward(
             *(channels // constants["UNIT"], span, eps),
         )
     variant = _sum_variant(net[0].dtype, dimensions)
-    variant.launch((numbers,), partial, *d_net, columns, weights, programs)
+    variant.launch((numbers // weights, weights), partial, *d_net, columns, weights, programs)
     d_net = (d.to(x.dtype) for d, x in zip(d_net, learned, strict=True))
     return d_features, d_scores, *d_net
 

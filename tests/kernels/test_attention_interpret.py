@@ -193,7 +193,7 @@ def test_sums_of_learned_gradients(programs, absent):
     parts = [torch.rand(programs, *shape, dtype=torch.float64) for shape in shapes]
     columns = [parts[0]] if given_[0] is not None else []
     if given_[2] is not None:
-        columns.append(parts[2].transpose(2, 3).flatten(2))
+        columns.append(parts[2].flatten(2))
     if given_[3] is not None:
         columns += [parts[1][..., None], parts[3], parts[4]]
     shares = torch.cat([*columns, torch.zeros(programs, heads, 0)], 2).flatten(1).float()
