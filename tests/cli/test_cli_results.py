@@ -525,7 +525,7 @@ def test_errors_outside_of_the_batch_are_one_line_too(capsys, model, monkeypatch
         def fail(*arguments, error=error, **options):
             raise error
 
-        monkeypatch.setattr("pointformer.cli.focus.model_from", fail)
+        monkeypatch.setattr("pointformer.cli.inputs.model_from", fail)
         code, _, message = run(capsys, "focus", "a.png", "--out", "f.png")
         assert code == 1
         assert message.count("\n") == 1
