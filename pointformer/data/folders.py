@@ -25,7 +25,7 @@ from pointformer.data.annotations import (
     parse_categories,
 )
 from pointformer.data.discovery import pictures_by_name
-from pointformer.data.images import read_instances
+from pointformer.data.images import read_instances, read_labels
 from pointformer.data.json_files import read_json
 from pointformer.data.labels import MOST_PNG_IDS, label_entries, paired_files, write_map
 from pointformer.data.packed import PictureFile
@@ -52,8 +52,11 @@ def read_folder(
         task: "semantic": the maps hold class ids. "instance": they hold ids of objects, 0 is
             background. If there is a file segments.json in `root` or the split's folder, it tells
             the objects' classes as {"classes": {ID: NAME}, "images": {NAME: {"segments": [{"id":
-            ID, "class": ID, "crowd": 0}, ...]}}}; else all are of the first category.
-        categories: classes or their names, numbered from 0; not needed for instances.
+            ID, "class": ID, "crowd": 0}, ...]}}}; else, if `categories` has several and there are
+            maps labels/NAME.png of class ids too, an object is of the class of most of its pixels;
+            else all are of the first category.
+        categories: classes or their names, numbered from 0; not needed for instances, where one
+            called "background" is none.
         folder: name of the maps' folder; "labels" or "instances", by the task.
         void: labels that mean void (default: 255), or ids of regions with objects of any class
             that are not told apart (default: none).
@@ -80,9 +83,13 @@ def read_folder(
     if source.is_file():
         classes, segments = _read_segments(source)
         table, listed = table or classes, (source, segments)
+    table = tuple(c for c in table or () if c.name.lower() != "background")
     table = table or named_categories(("object",))
     numbers = CategoryTable(table).numbers()
-    entries = _instance_entries(base / "images", labels, listed, numbers, void or ())
+    maps: dict[str, Path] = {}
+    if listed is None and len(table) > 1 and (base / "labels").is_dir():
+        maps = {name: path for name, _, path in paired_files(base / "images", base / "labels")}
+    entries = _instance_entries(base / "images", labels, listed, maps, numbers, void or ())
     problems = {}
     if listed is not None and source.parent != base:
         others = _pictures_of_other_splits(Path(root), base)
@@ -125,14 +132,16 @@ def _instance_entries(
     images: Path,
     labels: Path,
     listed: tuple[Path, dict[str, Any]] | None,
+    maps: dict[str, Path],
     classes: dict[int, int],
     void: Sequence[int],
 ) -> list[Entry]:
-    """Entries of two folders; `listed` is the JSON file and its rows for each name."""
+    """Entries of two folders; `listed` is the JSON file and its rows for each name, `maps` those
+    of classes."""
     entries = []
     for name, image, path in paired_files(images, labels):
         rows = None if listed is None else (listed[0], listed[1].get(name, []))
-        read = partial(read_objects, name, image, path, rows, classes, void)
+        read = partial(read_objects, name, image, path, rows, classes, void, maps.get(name))
         entries.append(Entry(name, image, path, read))
     return entries
 
@@ -144,19 +153,26 @@ def read_objects(
     listed: tuple[PictureFile, Any] | None,
     classes: dict[int, int],
     void: Sequence[int],
+    class_map: PictureFile | None = None,
 ) -> Annotation:
     """Objects from a map of ids.
 
     Args:
         path: the map; `void` values in it are crowds of any class.
-        listed: the file that lists them, and its rows; `None`: all are of the first class.
+        listed: the file that lists them, and its rows; `None`: they are of the class of most of
+            their pixels in `class_map`, without it of the first class.
         classes: the number of each class by its id.
     """
     ids = read_instances(path)
     check_size(path, ids.shape, image)
     if listed is None:
-        values = np.unique(ids).tolist()
-        listed = path, [{"id": n, "class": min(classes)} for n in values if n not in (0, *void)]
+        numbers = [n for n in np.unique(ids).tolist() if n not in (0, *void)]
+        own = dict.fromkeys(numbers, min(classes))
+        if class_map is not None:
+            labels = read_labels(class_map)
+            check_size(class_map, labels.shape, image)
+            own = {n: int(np.bincount(labels[ids == n]).argmax()) for n in numbers}
+        listed = class_map or path, [{"id": n, "class": label} for n, label in own.items()]
     source, rows = listed
     segments, problems = listed_segments(source, name, rows, path, ids, classes, (0, *void))
     for value in void:

@@ -148,6 +148,36 @@ def test_plain_instances_are_of_one_class(tmp_path):
     np.testing.assert_array_equal(annotation.classes(), np.where(ids > 0, 0, VOID))
 
 
+def test_objects_are_of_the_class_of_most_of_their_pixels(tmp_path):
+    """Of several classes that are named, where there are maps of them too."""
+    ids = np.array([[0, 7, 7, 7], [9, 9, 0, 7], [4, 4, 0, 0]])
+    labels = np.array([[0, 2, 1, 2], [3, 1, 0, 1], [255, 255, 0, 0]])
+    scenes.picture(tmp_path / "images" / "a.png", ids.shape)
+    scenes.save(tmp_path / "instances" / "a.png", ids.astype(np.uint16))
+    scenes.save(tmp_path / "labels" / "a.png", labels.astype(np.uint8))
+    names = ["background", "person", "car", "bicycle"]
+    dataset = data.read_folder(tmp_path, task="instance", categories=names)
+    assert [(c.id, c.name) for c in dataset.categories] == [
+        (1, "person"),
+        (2, "car"),
+        (3, "bicycle"),
+    ]
+    with pytest.raises(
+        ValueError, match=r"labels.a\.png: segment 4 of a: is of the unknown class 255"
+    ):
+        dataset[0]
+    dataset = data.read_folder(tmp_path, task="instance", categories=names, void=[4])
+    # Of equally frequent ones the least: 7 and 9 have two of their classes each.
+    assert [(s.id, s.category, s.crowd) for s in dataset[0].segments] == [
+        (7, 0, False), (9, 0, False), (4, VOID, True),
+    ]  # fmt: skip
+    scenes.save(tmp_path / "labels" / "a.png", labels[:2].astype(np.uint8))
+    with pytest.raises(ValueError, match=r"labels.a\.png: expected the height and width of"):
+        dataset[0]
+    (tmp_path / "labels" / "a.png").unlink()
+    assert [s.category for s in data.read_folder(tmp_path, task="instance")[0].segments] == [0] * 3
+
+
 def test_plain_instances_with_classes_and_crowd(tmp_path):
     ids = np.array([[0, 1, 1], [255, 0, 2]])
     segments = [{"id": 2, "class": 7}, {"id": 1, "class": 1, "crowd": 1}]
