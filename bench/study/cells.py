@@ -122,6 +122,7 @@ class Cell:
             budget={"steps": STEPS[self.head]},
             score_weight=1.0 if self.arm == "supervised" else 0.0,
             batch=4,
+            precision="bfloat16",
             average=0.99,
             seed=self.seed,
             checkpoints={"minutes": 2.0, "keep": 1},
