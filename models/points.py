@@ -29,6 +29,7 @@ from pointformer.nn import (
 from pointformer.nn.blocks import run_blocks
 
 _TYPICAL = 8.0  # distance from the middle, in units of the model
+_STRAY = 1e-3  # share of a sample's points that may be strays below the others
 
 
 class PointPreprocess(nn.Module):
@@ -36,8 +37,11 @@ class PointPreprocess(nn.Module):
 
     Args:
         unit: length of the model's unit in the units of the positions, about the distance between
-            neighbors. `None`: each sample is centered at its mean and scaled, so that the root mean
-            square of the distances from there is 8: for objects of any size.
+            neighbors; zero is then where each sample begins along each axis, not counting the lowest
+            thousandth of its points (at least one of ten or more), which may be noise: heights are
+            those above the ground, whatever the origin. `None`: each sample is centered at its mean
+            and scaled, so that the root mean square of the distances from there is 8: for objects
+            of any size.
     """
 
     def __init__(self, unit: float | None = None) -> None:
@@ -54,13 +58,30 @@ class PointPreprocess(nn.Module):
             raise TypeError(f"tokens: expected a TokenSet, got {describe(tokens)}")
         positions = tokens.positions
         if self.unit is not None:
-            positions = positions / self.unit
+            starts = _starts(positions, tokens)
+            positions = (positions - starts[tokens.sample_index]) / self.unit
         else:
             positions = positions - _means(positions, tokens)[tokens.sample_index]
             spread = _means((positions * positions).sum(1, keepdim=True), tokens).sqrt()
             scale = _TYPICAL / torch.where(spread > 0, spread, 1.0)
             positions = positions * scale[tokens.sample_index]
         return TokenSet(positions, tokens.features, tokens.sizes)
+
+
+def _starts(positions: Tensor, tokens: TokenSet) -> Tensor:
+    """(B, D) where each sample's positions (T, D) begin but for strays."""
+    sample, offsets = tokens.sample_index, tokens.batch_offsets
+    sizes = offsets.diff()
+    strays = torch.minimum((sizes * _STRAY).ceil().long(), sizes // 10)
+    # A row of zeros that an empty last sample points to.
+    padded = torch.cat([positions, positions.new_zeros(1, positions.shape[1])])
+    starts = []
+    for axis, values in enumerate(positions.unbind(1)):
+        order = torch.sort(values, stable=True).indices
+        order = order[torch.sort(sample[order], stable=True).indices]
+        order = torch.cat([order, order.new_full((1,), len(values))])
+        starts.append(padded[order[offsets[:-1] + strays], axis])
+    return torch.stack(starts, 1)
 
 
 def _means(values: Tensor, tokens: TokenSet) -> Tensor:

@@ -19,6 +19,7 @@ from pointformer.segmentation.drawing import (
     panels,
     with_legend,
 )
+from pointformer.segmentation.regions import range_of
 
 if TYPE_CHECKING:
     from pointformer import TokenSet
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 _SIDE = 1200  # pixels of the longer side
 _LEAST = 240  # pixels of the shorter one at the least
-_STRAY = 5e-4  # share of the points at each end that may lie outside of a picture
-_MANY = 10  # points of which one can be a stray
 _WHITE, _GRAY, _RED = (255, 255, 255), (150, 150, 150), (255, 60, 50)
 
 
@@ -52,7 +51,7 @@ class View:
         side: int = _SIDE,
         least: int = _LEAST,
     ) -> None:
-        (left, right), (bottom, top) = _range(across), _range(up)
+        (left, right), (bottom, top) = range_of(across), range_of(up)
         longest = max(right - left, top - bottom) or 1.0
         width, height = (max(1, round(side * d / longest)) for d in (right - left, top - bottom))
         self.stretch = 1.0
@@ -109,19 +108,6 @@ class View:
         return Image.fromarray(table[self.shown])
 
 
-def _range(values: np.ndarray) -> tuple[float, float]:
-    """Where the values lie but for a few at each end that are further from the others than these
-    are from each other."""
-    least, most = float(values.min()), float(values.max())
-    last = len(values) - 1
-    few = int(np.ceil(_STRAY * len(values))) if last >= _MANY else 0
-    low, high = np.partition(values, (few, last - few))[[few, last - few]].tolist()
-    if low == high:
-        return least, most
-    close = values[(values >= 2 * low - high) & (values <= 2 * high - low)]
-    return float(close.min()), float(close.max())
-
-
 def above(positions: np.ndarray, side: int = _SIDE, least: int = _LEAST) -> View:
     """Points (n, D) from above, x to the right and y upward."""
     toward = positions[:, 2] if positions.shape[1] > 2 else np.zeros(len(positions))
@@ -131,7 +117,7 @@ def above(positions: np.ndarray, side: int = _SIDE, least: int = _LEAST) -> View
 def beside(positions: np.ndarray) -> View:
     """Points (n, 3) from the side: from the south, or the east if they reach further that way."""
     x, y, z = positions.T
-    (left, right), (near, far) = _range(x), _range(y)
+    (left, right), (near, far) = range_of(x), range_of(y)
     return View(x, z, -y) if right - left >= far - near else View(y, z, x)
 
 
@@ -158,7 +144,7 @@ def cloud_pictures(result: SegmentedCloud) -> dict[str, Image.Image]:
 
 
 def _shaded(colors: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    low, high = _range(heights)
+    low, high = range_of(heights)
     share = np.clip((heights - low) / ((high - low) or 1.0), 0, 1)[:, None].astype(np.float32)
     return (colors * (0.65 + 0.35 * share)).astype(np.uint8)
 

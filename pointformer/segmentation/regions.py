@@ -15,6 +15,8 @@ from pointformer._checks import check_count
 
 _GROUND = 2  # axes; of 3-D points z is up
 _LEAST = 1e-3  # weight at the border
+_STRAY = 5e-4  # share of the points at each end that may be far from the others
+_MANY = 10  # points of which one can be a stray
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -26,7 +28,7 @@ class Region:
         tokens: its n points; the origin is their lower corner.
         rows: (n,) int64 of the cloud, ascending.
         own: (n,) bool, whether a point is this region's own, as each is of exactly one.
-        weights: (n,) float32 in (0, 1], falling from the middle to the border.
+        weights: (n,) float32 in (0, 1], falling from the middle to the border of the nearest.
     """
 
     tokens: TokenSet
@@ -57,6 +59,9 @@ class Regions:
         self._parts = [np.arange(tokens.num_tokens)]
         if tokens.num_tokens > points:
             self._ground = ground.double().numpy()
+            # Strays would turn the parts that they are in into strips.
+            ends = torch.tensor([range_of(column) for column in self._ground.T]).float()
+            ground = torch.minimum(torch.maximum(ground, ends[:, 0]), ends[:, 1])
             clusters = balanced_cluster(ground, max(1, points // 2), curve="kd")
             self._parts = np.split(clusters.order.numpy(), clusters.offsets[1:-1].numpy())
             self._tree = cKDTree(self._ground, leafsize=64)
@@ -70,12 +75,12 @@ class Regions:
             weights = np.ones(len(part), np.float32)
             if len(self._parts) > 1:
                 places = self._ground[part]
-                middle = (places.min(0) + places.max(0)) / 2
-                _, near = self._tree.query(middle, k=self.points)
+                middle = np.median(places, 0)  # where its points are, not where one far away is
+                far, near = self._tree.query(middle, k=self.points)
                 rows = np.union1d(part, near)
                 own = np.isin(rows, part, assume_unique=True)
                 distance = np.sqrt(np.square(self._ground[rows] - middle).sum(1))
-                weights = (1 - distance / max(distance.max(), _TINY)).astype(np.float32)
+                weights = (1 - distance / max(np.max(far), _TINY)).astype(np.float32)
                 weights = np.maximum(weights, _LEAST)
             index = torch.from_numpy(rows).to(self.tokens.positions.device)
             tokens = self.tokens.select(index, [len(rows)]).with_origin(None)
@@ -93,3 +98,16 @@ def blend_regions(count: int, regions: Iterable[tuple[Region, Tensor]]) -> Tenso
         sums[rows] += weights * scores.float().cpu()
         total[rows] += weights
     return sums.div_(total)
+
+
+def range_of(values: np.ndarray) -> tuple[float, float]:
+    """Where the values lie but for a few at each end that are further from the others than these
+    are from each other."""
+    least, most = float(values.min()), float(values.max())
+    last = len(values) - 1
+    few = int(np.ceil(_STRAY * len(values))) if last >= _MANY else 0
+    low, high = np.partition(values, (few, last - few))[[few, last - few]].tolist()
+    if low == high:
+        return least, most
+    close = values[(values >= 2 * low - high) & (values <= 2 * high - low)]
+    return float(close.min()), float(close.max())

@@ -85,10 +85,26 @@ def test_objects_of_any_size_and_place_are_alike():
 
 
 def test_scenes_keep_their_units():
-    points = cloud()
-    assert torch.equal(PointPreprocess(0.25)(points).positions, points.positions / 0.25)
+    points = cloud((90,))
+    seen = PointPreprocess(0.25)(points).positions
+    torch.testing.assert_close(seen.diff(dim=0), points.positions.diff(dim=0) / 0.25)
     same = TokenSet(torch.ones(4, 3))
     assert torch.equal(PointPreprocess()(same).positions, torch.zeros(4, 3))
+
+
+def test_scenes_begin_at_zero_whatever_lies_far_below():
+    sizes = (2500, 0, 40, 1, 0)
+    points = cloud(sizes)
+    seen = PointPreprocess(2.0)(points)
+    for sample, count in zip(seen, sizes, strict=True):
+        low = sample.positions.sort(0).values[[min(-(-count // 1000), count // 10)] if count else []]
+        assert torch.equal(low, torch.zeros_like(low))
+    assert len(PointPreprocess(2.0)(TokenSet(torch.zeros(0, 3)))) == 1
+    noisy = points.positions.clone()
+    noisy[[3, 70, 2510], 2] -= 50
+    moved = PointPreprocess(2.0)(TokenSet(noisy - 100, sizes=sizes)).positions
+    kept = (noisy == points.positions).all(1)
+    torch.testing.assert_close(moved[kept], seen.positions[kept], rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("head", ["point_classification", "point_segmentation"])

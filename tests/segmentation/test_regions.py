@@ -63,7 +63,7 @@ def test_each_point_is_decided_once_among_its_nearest(kind, count, size, dimensi
         assert seen.num_tokens <= size + max(1, size // 2)
         ground = whole.positions[:, :2].double()
         if len(rows) and count > size:
-            middle = (ground[rows[own]].amin(0) + ground[rows[own]].amax(0)) / 2
+            middle = torch.from_numpy(np.median(ground[rows[own]], 0))
             distance = (ground - middle).square().sum(1)
             nearest = distance.sort().values[size - 1]
             assert {i for i in range(count) if distance[i] < nearest * (1 - 1e-9)} <= {*rows}
@@ -81,6 +81,19 @@ def test_parts_of_an_even_cloud_lie_in_the_middle_of_their_regions():
     assert max(region.tokens.num_tokens for region in regions) <= 1100
     for region in regions:
         assert region.weights[region.own].mean() > 2 * region.weights[~region.own].mean()
+
+
+def test_points_far_away_change_nothing_for_the_others():
+    """Neither what the others are seen with, nor the height at which they are."""
+    rng = np.random.default_rng(0)
+    positions = rng.random((4000, 3)) * [100, 100, 5]
+    positions[[0, 1]] = [[1e6, 50, -80], [0, 0, -4000]]
+    for region in Regions(tokens(positions), 1000):
+        far = np.isin(region.rows[region.own], [0, 1])
+        assert region.weights[region.own][~far].mean() > 2 * region.weights[~region.own].mean()
+        seen = create_model("point_nano", unit=1.0).preprocess(region.tokens)
+        heights = seen.positions[~np.isin(region.rows, [0, 1]), 2]
+        assert -0.1 < float(heights.min()) and float(heights.max()) < 5.1
 
 
 @pytest.mark.parametrize("points", [0, -1, 1.5, True, None])
