@@ -37,11 +37,11 @@ class PointPreprocess(nn.Module):
 
     Args:
         unit: length of the model's unit in the units of the positions, about the distance between
-            neighbors; zero is then where each sample begins along each axis, not counting the lowest
-            thousandth of its points (at least one of ten or more), which may be noise: heights are
-            those above the ground, whatever the origin. `None`: each sample is centered at its mean
-            and scaled, so that the root mean square of the distances from there is 8: for objects
-            of any size.
+            neighbors; zero is then where each sample begins along each axis, not counting the
+            lowest thousandth of its points (at least one of ten or more), which may be noise:
+            heights are those above the ground, whatever the origin. `None`: each sample is centered
+            at its mean and scaled, so that the root mean square of the distances from there is 8:
+            for objects of any size.
     """
 
     def __init__(self, unit: float | None = None) -> None:
