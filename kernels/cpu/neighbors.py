@@ -4,12 +4,17 @@ The tree is implicit. Eight consecutive points form a leaf, the boxes of eight c
 form a node, and so on up to one root per sample, so that it adapts to any density and takes memory
 in proportion to the points alone. Unused lanes hold NaN: they compare false with every bound.
 
-Eight consecutive queries are searched together. Let r be the distance from the middle of their
-bounding box to the last of its nearest points, and rho the box's half diagonal: each query has that
-many points within r + rho, so its nearest ones are no farther from the box. These candidates are
-collected once, and a vector with a lane for each query keeps the nearest of them. Where there are
-too many (queries far apart, or many equal points) the tree is searched for each query alone. The
-result of one search bounds the next, because consecutive queries are usually near each other.
+Eight consecutive queries are searched together. A guess is made of how far their neighbors are,
+from the block before, and the leaves within that distance of the queries' bounding box are copied:
+all points as near to one of the queries are among these candidates. A query that has enough of them
+as near is answered. It asks for those within a guess from the query before, sixteen at a time; they
+are somewhat more than it needs, and are sorted by one integer of squared distance and id each, by
+counting for each of them how many are less: no branches, and few steps where they are few.
+
+Where the guess is too large, too many leaves are found at once. Then let r be the distance from the
+box's middle to the last of its nearest points, and rho the box's half diagonal: each query has that
+many points within r + rho. Queries for which a guess was too small, or that are too far apart, or
+have too many candidates because many points are equal, are searched alone, down the tree.
 """
 
 import numba
@@ -19,28 +24,50 @@ import torch
 from pointformer.kernels.cpu.clustering import curve_code
 from pointformer.kernels.cpu.runtime import called, kernel
 from pointformer.kernels.cpu.simd import (
+    LANES,
     advance,
     allocate,
+    as_float32,
     as_int32,
+    as_int64,
     bits_less_equal,
+    count_less,
     f32,
+    float_bits,
     free,
+    high_halves,
     load,
+    load16,
+    load_longs,
+    low_halves,
+    lowest_bit,
     maximum,
-    next_float,
     plus,
     pointer,
+    prefetch,
     splat,
+    splat16,
+    splat_long,
     store,
-    where_less,
+    store_first,
+    store_longs,
     zero,
 )
 from pointformer.kernels.tables import shifted_copies
 
-_LANES = 8
-_BLOCKS_PER_CHUNK = 32  # of work for a thread
 STACK = 8 * 12  # seven waiting per level, 11 levels hold 2**33 points
-_MOST_IN_BLOCK = 32  # longer lists are searched for each query alone: inserting is quadratic
+_BLOCK = 8  # queries searched together
+_BLOCKS_PER_CHUNK = 64  # of work for a thread
+_MOST_IN_BLOCK = 128  # longer lists are searched for each query alone
+_MOST_LEAVES = 256
+_MOST_CANDIDATES = _MOST_LEAVES * LANES
+_MOST_SORTED = 64  # and twice as many as are listed: sorting is quadratic
+# Squared distances that the last neighbors are hardly beyond, relative to the farthest of the block
+# before and to that of the query before; and the largest, relative to that of a block's middle.
+_SAME_REACH = f32(1.25)
+_SAME_DENSITY = f32(1.35)
+_MOST_WIDENED = f32(32.0)
+_LAST_KEY = np.int64(2**63 - 1)
 _MARGIN = f32(1.00001)  # bounds are computed in float32
 _TINY = f32(1e-36)  # and squares of small differences underflow
 _LAST = np.int32(2**31 - 1)
@@ -77,16 +104,6 @@ def box_distances(boxes, node, low, high):
 
 
 @called
-def _point_gaps(points, leaf, low, high):
-    """Squared distances of a leaf's points to a box."""
-    base = leaf * 24
-    x, y, z = load(points, base), load(points, base + 8), load(points, base + 16)
-    return _square(
-        _gap(x, x, low[0], high[0]), _gap(y, y, low[1], high[1]), _gap(z, z, low[2], high[2])
-    )
-
-
-@called
 def _widen(square, dx, dy, dz):
     """Squared radius that holds a ball of squared radius `square` after a move by (dx, dy, dz)."""
     moved = np.sqrt(square + _TINY) + np.sqrt(dx * dx + dy * dy + dz * dz + _TINY)
@@ -94,91 +111,150 @@ def _widen(square, dx, dy, dz):
 
 
 @called
-def _bounding_box(place):
-    """Corners of the box around eight positions (3 x 8)."""
-    low = high = (place[0], place[8], place[16])
-    for lane in range(1, _LANES):
-        x, y, z = place[lane], place[8 + lane], place[16 + lane]
+def _bounding_box(place, count):
+    """Corners of the box around the first `count` positions of a block."""
+    low = high = (place[0], place[_BLOCK], place[2 * _BLOCK])
+    for lane in range(1, count):
+        x, y, z = place[lane], place[_BLOCK + lane], place[2 * _BLOCK + lane]
         low = (min(low[0], x), min(low[1], y), min(low[2], z))
         high = (max(high[0], x), max(high[1], y), max(high[2], z))
     return low, high
 
 
 @called
-def _collect(tree, sample, low, high, reach, stack, candidates, capacity):
-    """Slots of the points within `reach` (squared) of a box by ascending id; -1 if too many."""
-    points, ids, boxes, children, _, root = tree
-    if not reach < np.inf:  # a list starts with infinite distances, so none can enter it
-        return -1
+def _leaves_within(tree, sample, low, high, reach, leaves, spare):
+    """List the leaves within `reach` (squared) of a box; returns how many, -1 if too many.
+
+    The tree is walked level by level: the entries of one are all nodes, or all leaves.
+    """
+    _, _, boxes, children, _, root = tree
     limit = splat(reach)
     low = (splat(low[0]), splat(low[1]), splat(low[2]))
     high = (splat(high[0]), splat(high[1]), splat(high[2]))
-    found = 0
-    depth = 1
-    stack[0] = root[sample]
-    while depth > 0:
-        depth -= 1
-        code = stack[depth]
-        if code >= 0:
-            bits = bits_less_equal(box_distances(boxes, code, low, high), limit)
-            for back in range(_LANES):
-                lane = _LANES - 1 - back
-                stack[depth] = children[code * _LANES + lane]
-                depth += (bits >> lane) & 1
-        else:
-            bits = bits_less_equal(_point_gaps(points, ~code, low, high), limit)
-            for lane in range(_LANES):
-                candidates[found] = ~code * _LANES + lane
+    count = 1
+    leaves[0] = root[sample]
+    while count > 0 and leaves[0] >= 0:
+        found = 0
+        for i in range(count):
+            node = leaves[i]
+            bits = bits_less_equal(box_distances(boxes, node, low, high), limit)
+            for lane in range(LANES):
+                spare[found] = children[node * LANES + lane]
                 found += (bits >> lane) & 1
-            if found > capacity - _LANES:
+            if found > _MOST_LEAVES - LANES:
                 return -1
-    for gap in (132, 23, 4, 1):  # Shell sort; most lists are in order already
-        for i in range(gap, found):
-            slot = candidates[i]
-            j = i
-            while j >= gap and ids[candidates[j - gap]] > ids[slot]:
-                candidates[j] = candidates[j - gap]
-                j -= gap
-            candidates[j] = slot
+        for i in range(found):
+            leaves[i] = spare[i]
+        count = found
+    for i in range(count):
+        leaves[i] = ~leaves[i]
+    return count
+
+
+@called
+def _copy_leaves(tree, leaves, count, candidates, ids):
+    """Candidates and their ids, from leaves; returns how many words of 64 have all of them."""
+    points, names, names_here = tree[0], as_float32(tree[1]), as_float32(ids)
+    for i in range(count):
+        first = leaves[i] * LANES
+        for axis in range(3):
+            at = axis * _MOST_CANDIDATES + i * LANES
+            store(candidates, at, load(points, 3 * first + axis * LANES))
+        store(names_here, i * LANES, load(names, first))
+    words = (count + LANES - 1) // LANES
+    for i in range(count, words * LANES):
+        store(candidates, i * LANES, splat(f32(np.nan)))
+    return words
+
+
+@called
+def _keys_within(candidates, ids, words, x, y, z, reach, squares, keys):
+    """Keys of the candidates within `reach` (squared) of a position; returns how many."""
+    x, y, z, limit = splat16(x), splat16(y), splat16(z), splat16(reach)
+    found = 0
+    for word in range(words):
+        bits = 0
+        for part in range(0, 64, 16):
+            at = word * 64 + part
+            square = _square(
+                load16(candidates, at) - x,
+                load16(candidates, at + _MOST_CANDIDATES) - y,
+                load16(candidates, at + 2 * _MOST_CANDIDATES) - z,
+            )
+            store(squares, part, square)
+            bits |= bits_less_equal(square, limit) << part
+        while bits != 0:
+            lane = lowest_bit(bits)
+            keys[found] = (float_bits(squares[lane]) << 32) | np.int64(ids[word * 64 + lane])
+            found += 1
+            bits &= bits - 1
     return found
 
 
 @called
-def _search_block(points, candidates, found, limit, reach, place, distance, choice):
-    """The nearest candidates of eight queries, the earlier of equal ones first.
+def _sort(keys, count, places, ranked):
+    """Sort keys, all different: the place of one is the number of those less than it."""
+    for i in range(count, (count + 15) // 16 * 16):
+        keys[i] = _LAST_KEY
+    for i in range(0, count, 16):
+        a, b = load_longs(keys, i), load_longs(keys, i + LANES)
+        less_a = less_b = splat_long(np.int64(0))
+        for j in range(count):
+            key = splat_long(keys[j])
+            less_a, less_b = count_less(less_a, key, a), count_less(less_b, key, b)
+        store_longs(places, i, less_a)
+        store_longs(places, i + LANES, less_b)
+    for i in range(count):
+        ranked[places[i]] = keys[i]
 
-    Places that are left have a distance beyond `reach`, unless that is infinite.
-    """
-    x, y, z = load(place, 0), load(place, _LANES), load(place, 2 * _LANES)
-    beyond = splat(next_float(reach))
-    for slot in range(limit):
-        store(distance, slot * _LANES, beyond)
-        store(choice, slot * _LANES, zero())
-    last = 0  # the lists are no longer
-    for i in range(found):
-        base = (candidates[i] >> 3) * 24 + (candidates[i] & 7)
-        new = _square(
-            splat(points[base]) - x, splat(points[base + 8]) - y, splat(points[base + 16]) - z
-        )
-        here = load(distance, last * _LANES)
-        if bits_less_equal(here, new) == 255:
+
+@called
+def _write(keys, count, width, index, distance):
+    """A query's list from sorted keys, and nothing in the other places."""
+    names = as_float32(index)
+    for slot in range(0, count - LANES + 1, LANES):
+        key = load_longs(keys, slot)
+        store(names, slot, low_halves(key))
+        store(distance, slot, high_halves(key))
+    rest = count % LANES
+    if rest > 0:
+        key = load_longs(keys, count - rest)
+        store_first(names, count - rest, low_halves(key), rest)
+        store_first(distance, count - rest, high_halves(key), rest)
+    for slot in range(count, width):
+        index[slot] = -1
+    for slot in range(count, width):
+        distance[slot] = np.inf
+
+
+@called
+def _search_together(
+    candidates, words, memory, place, pending, limit, around, reach, last, farthest, rows, width,
+    index, distance,
+):  # fmt: skip
+    """Answer those `pending` queries of a block that have their nearest among the candidates, which
+    are all points within `around` of the block; returns which it could not, the last that it could
+    with the squared distance of its last neighbor, and the largest of these distances."""
+    ids, squares, keys, places, ranked = memory
+    waiting = pending
+    while waiting != 0:
+        lane = lowest_bit(waiting)
+        waiting &= waiting - 1
+        x, y, z = place[lane], place[_BLOCK + lane], place[2 * _BLOCK + lane]
+        near = min(around, last[3] * _SAME_DENSITY)
+        found = _keys_within(candidates, ids, words, x, y, z, near, squares, keys)
+        if found < limit and near < around:
+            found = _keys_within(candidates, ids, words, x, y, z, around, squares, keys)
+        if (found < limit and around < reach) or found > _MOST_SORTED + 2 * limit:
             continue
-        name = splat(f32(i))
-        here_name = load(choice, last * _LANES)
-        for back in range(last):
-            at = (last - back) * _LANES
-            above = load(distance, at - _LANES)
-            above_name = load(choice, at - _LANES)
-            store(distance, at, where_less(new, here, where_less(new, above, above, new), here))
-            store(
-                choice,
-                at,
-                where_less(new, here, where_less(new, above, above_name, name), here_name),
-            )
-            here, here_name = above, above_name
-        store(distance, 0, where_less(new, here, new, here))
-        store(choice, 0, where_less(new, here, name, here_name))
-        last = min(last + 1, limit - 1)
+        _sort(keys, found, places, ranked)
+        own = rows[lane] * width
+        _write(ranked, min(found, limit), width, advance(index, own), advance(distance, own))
+        pending &= ~(1 << lane)
+        if found >= limit:
+            last = (x, y, z, distance[own + limit - 1])
+        farthest = max(farthest, distance[own + limit - 1])
+    return pending, last, farthest
 
 
 @called
@@ -198,9 +274,9 @@ def _search_one(tree, sample, limit, worst, x, y, z, scratch, out_index, out_dis
             bits = bits_less_equal(near, splat(worst))
             store(squares, 0, near)
             nearest = depth
-            for back in range(_LANES):
-                lane = _LANES - 1 - back
-                stack[depth] = code * _LANES + lane
+            for back in range(LANES):
+                lane = LANES - 1 - back
+                stack[depth] = code * LANES + lane
                 gaps[depth] = squares[lane]
                 if gaps[depth] <= gaps[nearest]:
                     nearest = depth
@@ -212,9 +288,9 @@ def _search_one(tree, sample, limit, worst, x, y, z, scratch, out_index, out_dis
             near = point_distances(points, ~code, x, y, z)
             bits = bits_less_equal(near, splat(worst))
             store(squares, 0, near)
-            for lane in range(_LANES):
+            for lane in range(LANES):
                 square = squares[lane]
-                name = ids[~code * _LANES + lane]
+                name = ids[~code * LANES + lane]
                 if ((bits >> lane) & 1) == 0 or square > worst:
                     continue
                 if square == worst and name > worst_id:
@@ -256,20 +332,20 @@ def _build_sample(positions, dimensions, ids, first, count, leaf, node, tree):
     """Fill one sample's leaves and nodes; returns the code of its root."""
     points, slots, boxes, children, least = tree
     for i in range(count):
-        base = (leaf + i // _LANES) * 24 + i % _LANES
+        base = (leaf + i // LANES) * 24 + i % LANES
         for axis in range(3):
             value = f32(0.0)
             if axis < dimensions:
                 value = positions[(first + i) * dimensions + axis]
             points[base + 8 * axis] = value
-        slots[leaf * _LANES + i] = ids[first + i]
-    groups = (count + _LANES - 1) // _LANES
+        slots[leaf * LANES + i] = ids[first + i]
+    groups = (count + LANES - 1) // LANES
     if groups <= 1:
         return ~leaf
     for group in range(groups):
-        entry = node * _LANES + group
-        base = (node + group // _LANES) * 48 + group % _LANES
-        members = min(_LANES, count - group * _LANES)
+        entry = node * LANES + group
+        base = (node + group // LANES) * 48 + group % LANES
+        members = min(LANES, count - group * LANES)
         for axis in range(3):
             start = (leaf + group) * 24 + 8 * axis
             low = high = points[start]
@@ -278,15 +354,15 @@ def _build_sample(positions, dimensions, ids, first, count, leaf, node, tree):
             boxes[base + 8 * axis] = low
             boxes[base + 24 + 8 * axis] = high
         children[entry] = ~(leaf + group)
-        least[entry] = _least(slots, (leaf + group) * _LANES, members)
+        least[entry] = _least(slots, (leaf + group) * LANES, members)
     below = node
-    while groups > _LANES:
-        count, groups = groups, (groups + _LANES - 1) // _LANES
+    while groups > LANES:
+        count, groups = groups, (groups + LANES - 1) // LANES
         node = below + groups
         for group in range(groups):
-            entry = node * _LANES + group
-            base = (node + group // _LANES) * 48 + group % _LANES
-            members = min(_LANES, count - group * _LANES)
+            entry = node * LANES + group
+            base = (node + group // LANES) * 48 + group % LANES
+            members = min(LANES, count - group * LANES)
             for axis in range(3):
                 start = (below + group) * 48 + 8 * axis
                 low, high = boxes[start], boxes[start + 24]
@@ -296,7 +372,7 @@ def _build_sample(positions, dimensions, ids, first, count, leaf, node, tree):
                 boxes[base + 8 * axis] = low
                 boxes[base + 24 + 8 * axis] = high
             children[entry] = below + group
-            least[entry] = _least(least, (below + group) * _LANES, members)
+            least[entry] = _least(least, (below + group) * LANES, members)
         below = node
     return node
 
@@ -323,100 +399,104 @@ def _search(
     query, dimensions, rows, first_rows, last_rows, samples, limits, reach, tree, width, index,
     distance,
 ):  # fmt: skip
-    """Blocks of up to eight queries, `rows[first_rows[b]:last_rows[b]]` of one sample each."""
+    """Blocks of queries, `rows[first_rows[b]:last_rows[b]]` of one sample each."""
     blocks = len(samples)
     in_block = min(width, _MOST_IN_BLOCK)
     for chunk in numba.prange((blocks + _BLOCKS_PER_CHUNK - 1) // _BLOCKS_PER_CHUNK):
-        points, ids = pointer(tree[0]), pointer(tree[1])
         nodes = (
-            points,
-            ids,
+            pointer(tree[0]),
+            pointer(tree[1]),
             pointer(tree[2]),
             pointer(tree[3]),
             pointer(tree[4]),
             pointer(tree[5]),
         )
-        capacity = 64 + 128 * in_block + _LANES
-        place = allocate(3 * _LANES + _LANES + 2 * STACK + 2 * in_block * (1 + _LANES) + capacity)
-        squares = advance(place, 3 * _LANES)
-        lists = advance(squares, _LANES)
-        choice = advance(lists, in_block * _LANES)
-        gaps = advance(choice, in_block * _LANES)
+        candidates = allocate(
+            10 * _MOST_CANDIDATES + 64 + 2 * _MOST_LEAVES + 3 * _BLOCK + 2 * STACK + 2 * in_block
+        )
+        ids = as_int32(advance(candidates, 3 * _MOST_CANDIDATES))
+        keys = as_int64(advance(candidates, 4 * _MOST_CANDIDATES))
+        places, ranked = advance(keys, _MOST_CANDIDATES), advance(keys, 2 * _MOST_CANDIDATES)
+        squares = advance(candidates, 10 * _MOST_CANDIDATES)
+        leaves = as_int32(advance(squares, 64))
+        spare = advance(leaves, _MOST_LEAVES)
+        place = as_float32(advance(spare, _MOST_LEAVES))
+        gaps = advance(place, 3 * _BLOCK)
         stack = as_int32(advance(gaps, STACK))
         middle_distance = advance(gaps, 2 * STACK)
         middle_index = as_int32(advance(middle_distance, in_block))
-        candidates = as_int32(advance(middle_distance, 2 * in_block))
         scratch = (stack, gaps, squares)
+        memory = (ids, squares, keys, places, ranked)
         positions, found_rows, squared = pointer(query), pointer(index), pointer(distance)
+        last_sample = -1
         # The last position searched for, and the squared distance of its last neighbor.
-        last_sample, last, last_square = -1, (f32(0.0), f32(0.0), f32(0.0)), f32(0.0)
+        last = (f32(0.0), f32(0.0), f32(0.0), f32(np.inf))
+        farthest = f32(np.inf)  # of the neighbors of the block before
         for block in range(chunk * _BLOCKS_PER_CHUNK, min(blocks, (chunk + 1) * _BLOCKS_PER_CHUNK)):
             sample = samples[block]
             limit = limits[sample]
-            first, count = first_rows[block], last_rows[block] - first_rows[block]
+            count = last_rows[block] - first_rows[block]
+            own_rows = advance(pointer(rows), first_rows[block])
             for lane in range(count):
-                row = rows[first + lane]
-                for slot in range(row * width + limit, row * width + width):
-                    found_rows[slot] = -1
-                    squared[slot] = np.inf
-            if limit == 0:
-                continue
-            for lane in range(_LANES):
-                row = rows[first + min(lane, count - 1)]
+                row = own_rows[lane]
+                prefetch(squared, row * width)
+                prefetch(as_float32(found_rows), row * width)
                 for axis in range(dimensions):
-                    place[axis * _LANES + lane] = positions[row * dimensions + axis]
+                    place[axis * _BLOCK + lane] = positions[row * dimensions + axis]
             if sample != last_sample:
-                last_square = f32(np.inf)
+                last = (last[0], last[1], last[2], f32(np.inf))
+                farthest = f32(np.inf)
             last_sample = sample
-            found = -1
+            pending = (1 << count) - 1
             if limit <= _MOST_IN_BLOCK:
-                low, high = _bounding_box(place)
-                half = f32(0.5)
-                x, y, z = (
-                    half * low[0] + half * high[0],
-                    half * low[1] + half * high[1],
-                    half * low[2] + half * high[2],
-                )
-                # The middle is rounded.
-                dx, dy, dz = (
-                    max(high[0] - x, x - low[0]),
-                    max(high[1] - y, y - low[1]),
-                    max(high[2] - z, z - low[2]),
-                )
-                worst = _widen(last_square, x - last[0], y - last[1], z - last[2])
-                worst = min(worst, _widen(reach, dx, dy, dz))
-                middle_distance[limit - 1] = np.inf  # unless there are enough
-                _search_one(
-                    nodes, sample, limit, worst, x, y, z, scratch, middle_index, middle_distance
-                )
-                last, last_square = (x, y, z), middle_distance[limit - 1]
-                around = min(_widen(last_square, dx, dy, dz), _MARGIN * reach + _TINY)
-                # At even density this many points are in reach: rather not begin with too many.
-                if around * f32(limit) <= last_square * f32(capacity):
-                    found = _collect(
-                        nodes, sample, low, high, around, scratch[0], candidates, capacity
+                low, high = _bounding_box(place, count)
+                around = min(reach, farthest * _SAME_REACH)
+                number = _leaves_within(nodes, sample, low, high, around, leaves, spare)
+                if number < 0:
+                    half = f32(0.5)
+                    x, y, z = (
+                        half * low[0] + half * high[0],
+                        half * low[1] + half * high[1],
+                        half * low[2] + half * high[2],
                     )
-            if found >= 0:
-                _search_block(points, candidates, found, limit, reach, place, lists, choice)
-                for lane in range(count):
-                    own = rows[first + lane] * width
-                    for slot in range(limit):
-                        at = slot * _LANES + lane
-                        if lists[at] > reach:
-                            break
-                        found_rows[own + slot] = ids[candidates[np.int32(choice[at])]]
-                        squared[own + slot] = lists[at]
-                continue
-            for lane in range(count):
-                own = rows[first + lane] * width
-                x, y, z = place[lane], place[8 + lane], place[16 + lane]
-                worst = min(reach, _widen(last_square, x - last[0], y - last[1], z - last[2]))
+                    # The middle is rounded.
+                    dx, dy, dz = (
+                        max(high[0] - x, x - low[0]),
+                        max(high[1] - y, y - low[1]),
+                        max(high[2] - z, z - low[2]),
+                    )
+                    worst = _widen(last[3], x - last[0], y - last[1], z - last[2])
+                    worst = min(worst, _widen(reach, dx, dy, dz))
+                    middle_distance[limit - 1] = np.inf  # unless there are enough
+                    _search_one(
+                        nodes, sample, limit, worst, x, y, z, scratch, middle_index,
+                        middle_distance,
+                    )  # fmt: skip
+                    last = (x, y, z, middle_distance[limit - 1])
+                    around = min(_widen(last[3], dx, dy, dz), reach)
+                    if around <= _MOST_WIDENED * last[3]:  # rather not begin with too many
+                        number = _leaves_within(nodes, sample, low, high, around, leaves, spare)
+                if number >= 0:
+                    words = _copy_leaves(nodes, leaves, number, candidates, ids)
+                    pending, last, farthest = _search_together(
+                        candidates, words, memory, place, pending, limit, around, reach, last,
+                        f32(0.0), own_rows, width, found_rows, squared,
+                    )  # fmt: skip
+            while pending != 0:
+                lane = lowest_bit(pending)
+                pending &= pending - 1
+                own = own_rows[lane] * width
+                _write(ranked, 0, width, advance(found_rows, own), advance(squared, own))
+                x, y, z = place[lane], place[_BLOCK + lane], place[2 * _BLOCK + lane]
+                worst = min(reach, _widen(last[3], x - last[0], y - last[1], z - last[2]))
                 _search_one(
                     nodes, sample, limit, worst, x, y, z, scratch,
                     advance(found_rows, own), advance(squared, own),
                 )  # fmt: skip
-                last, last_square = (x, y, z), squared[own + limit - 1]
-        free(place)
+                if squared[own + limit - 1] < np.inf:
+                    last = (x, y, z, squared[own + limit - 1])
+                farthest = max(farthest, squared[own + limit - 1])
+        free(candidates)
 
 
 def offsets_of(sizes):
@@ -450,7 +530,7 @@ def curve_order(positions, sizes):
     keys, order = keys.numpy(), order.numpy()
     first = np.concatenate([[0], np.flatnonzero(keys[1:] != keys[:-1]) + 1, [rows]])
     run = np.diff(first)
-    crowded = (run > _LANES) & (run < lengths[sample[first[:-1]]])  # all of a sample: equal points
+    crowded = (run > LANES) & (run < lengths[sample[first[:-1]]])  # all of a sample: equal points
     if crowded.any():
         inside = np.repeat(crowded, run)
         again = order[inside]
@@ -460,14 +540,14 @@ def curve_order(positions, sizes):
 
 def plant_tree(points, ids, sizes):
     """The tree over points whose rows follow a curve in each sample."""
-    leaves = -(-np.asarray(sizes, np.int64) // _LANES)
+    leaves = -(-np.asarray(sizes, np.int64) // LANES)
     nodes = np.zeros_like(leaves)
     groups = leaves.copy()
     while (groups > 1).any():
-        groups = np.where(groups > 1, -(-groups // _LANES), 0)
+        groups = np.where(groups > 1, -(-groups // LANES), 0)
         nodes += groups
     first_leaf, first_node = offsets_of(leaves), offsets_of(nodes)
-    slots, entries = int(first_leaf[-1]) * _LANES, int(first_node[-1]) * _LANES
+    slots, entries = int(first_leaf[-1]) * LANES, int(first_node[-1]) * LANES
     tree = (
         np.full(3 * slots, np.nan, np.float32),
         np.full(slots, _LAST, np.int32),
@@ -493,9 +573,8 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, reach, along
     """See `pointformer.kernels.neighbors`."""
     points = points.detach().contiguous().numpy()
     query = points if query is None else query.detach().contiguous().numpy()
-    # Filled: a search around NaN, which traced graphs do not check for, finds nothing.
-    index = np.full((len(query), width), -1, np.int32)
-    distance = np.full((len(query), width), np.inf, np.float32)
+    index = np.empty((len(query), width), np.int32)
+    distance = np.empty((len(query), width), np.float32)
     if along_curve:
         ids = np.arange(len(points), dtype=np.int32)
         rows = np.arange(len(query))
@@ -505,16 +584,18 @@ def nearest(query, points, query_sizes, point_sizes, limits, width, reach, along
         rows = order if query is points else curve_order(query, query_sizes)
         ids, in_order = order.astype(np.int32), points[order]
     limits = np.minimum(np.asarray(limits, np.int64), np.asarray(point_sizes, np.int64))
-    blocks = -(-np.asarray(query_sizes, np.int64) // _LANES)
+    blocks = -(-np.asarray(query_sizes, np.int64) // _BLOCK)
     samples = np.repeat(np.arange(len(blocks)), blocks)
     ends = offsets_of(query_sizes)
     nth = np.arange(len(samples)) - offsets_of(blocks)[samples]
-    first_rows = ends[samples] + nth * _LANES
-    last_rows = np.minimum(first_rows + _LANES, ends[samples + 1])
+    first_rows = ends[samples] + nth * _BLOCK
+    last_rows = np.minimum(first_rows + _BLOCK, ends[samples + 1])
     tree = plant_tree(in_order, ids, point_sizes)
     _search(
         query.reshape(-1), query.shape[1], rows, first_rows, last_rows, samples, limits, f32(reach),
         tree, width, index.reshape(-1), distance.reshape(-1),
     )  # fmt: skip
-    index = shifted_copies(torch.from_numpy(index), copies, len(points))
-    return index, torch.from_numpy(distance).repeat(copies, 1)
+    found = torch.from_numpy(index), torch.from_numpy(distance)
+    if copies == 1:
+        return found
+    return shifted_copies(found[0], copies, len(points)), found[1].repeat(copies, 1)

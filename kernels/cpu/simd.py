@@ -1,4 +1,4 @@
-"""Explicit float32 vectors of 8 or 16 lanes for Numba kernels.
+"""Explicit vectors for Numba kernels: 8 or 16 lanes of float32, 8 of 64-bit integers.
 
 A `f32x8` value is an LLVM `<8 x float>`: one AVX register, or two NEON ones. A `f32x16` is one
 AVX-512 register, and two AVX registers where there are none as wide: the same source serves all.
@@ -188,6 +188,7 @@ def _cast(dtype, doc):
     return intrinsic(define)
 
 
+as_float32 = _cast(types.float32, "The same memory as float32, to copy by vectors.")
 as_int32 = _cast(types.int32, "The same memory as 32-bit integers.")
 as_int64 = _cast(types.int64, "The same memory as 64-bit integers.")
 
@@ -245,20 +246,6 @@ def float_bits(typingctx, value):
         return builder.sext(builder.bitcast(args[0], _INDEX), ir.IntType(64))
 
     return types.int64(value), codegen
-
-
-@intrinsic
-def next_float(typingctx, value):
-    """The least float32 above one that is not negative; infinite for infinite ones."""
-    if value != types.float32:
-        return None
-
-    def codegen(context, builder, sig, args):
-        above = builder.bitcast(builder.add(builder.bitcast(args[0], _INDEX), _INDEX(1)), _FLOAT)
-        infinite = ir.Constant(_FLOAT, np.inf)
-        return builder.select(builder.fcmp_ordered("<", args[0], infinite), above, infinite)
-
-    return types.float32(value), codegen
 
 
 @intrinsic
@@ -366,12 +353,12 @@ plus = vector_intrinsic(
 
 def _bits(relation):
     def define(typingctx, a, b):
-        if a != f32x8 or b != f32x8:
+        if not _same_vectors(a, b):
             return None
 
         def codegen(context, builder, sig, args):
-            lanes = builder.bitcast(builder.fcmp_ordered(relation, *args), ir.IntType(LANES))
-            return builder.zext(lanes, ir.IntType(64))
+            which = builder.fcmp_ordered(relation, *args)
+            return builder.zext(builder.bitcast(which, ir.IntType(a.lanes)), ir.IntType(64))
 
         return types.int64(a, b), codegen
 
@@ -381,6 +368,18 @@ def _bits(relation):
 
 bits_less = _bits("<")
 bits_less_equal = _bits("<=")
+
+
+@intrinsic
+def lowest_bit(typingctx, bits):
+    """The number of the lowest bit that is set in an int64; undefined for 0."""
+    if bits != types.int64:
+        return None
+
+    def codegen(context, builder, sig, args):
+        return builder.cttz(args[0], ir.IntType(1)(1))
+
+    return types.int64(bits), codegen
 
 
 def _round_scale(b, x):
@@ -614,3 +613,100 @@ interleave_pairs = _interleaver(
 interleave_quads = _interleaver(
     4, 1, "Eight floats each of four rows: one of every row, the next of every row, ..."
 )
+
+
+_LONGS = ir.VectorType(ir.IntType(64), LANES)
+
+
+class _Int64Vector(types.Type):
+    def __init__(self):
+        super().__init__(name=f"i64x{LANES}")
+
+
+@register_model(_Int64Vector)
+class _Int64VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, _LONGS)
+
+
+i64x8 = _Int64Vector()
+
+
+def _longs_at(context, builder, sig, args):
+    index = context.cast(builder, args[1], sig.args[1], types.intp)
+    return builder.bitcast(builder.gep(args[0], [index]), _LONGS.as_pointer())
+
+
+@intrinsic
+def load_longs(typingctx, pointer, index):
+    """Eight 64-bit integers from `index` of what `pointer` points to."""
+    if pointer != types.CPointer(types.int64) or not isinstance(index, types.Integer):
+        return None
+
+    def codegen(context, builder, sig, args):
+        value = builder.load(_longs_at(context, builder, sig, args))
+        value.align = 8
+        return value
+
+    return i64x8(pointer, index), codegen
+
+
+@intrinsic
+def store_longs(typingctx, pointer, index, value):
+    """Write eight 64-bit integers from `index` of what `pointer` points to."""
+    if pointer != types.CPointer(types.int64) or value != i64x8:
+        return None
+
+    def codegen(context, builder, sig, args):
+        builder.store(args[2], _longs_at(context, builder, sig, args)).align = 8
+        return context.get_dummy_value()
+
+    return types.void(pointer, index, value), codegen
+
+
+@intrinsic
+def splat_long(typingctx, scalar):
+    """Eight lanes that all hold the int64 `scalar`."""
+    if scalar != types.int64:
+        return None
+
+    def codegen(context, builder, sig, args):
+        undefined = ir.Constant(_LONGS, ir.Undefined)
+        one = builder.insert_element(undefined, args[0], _INDEX(0))
+        zeros = constant(ir.VectorType(_INDEX, LANES), 0)
+        return builder.shuffle_vector(one, undefined, zeros)
+
+    return i64x8(scalar), codegen
+
+
+@intrinsic
+def count_less(typingctx, counts, a, b):
+    """`counts`, one more in the lanes where a < b; all eight 64-bit integers."""
+    if not counts == a == b == i64x8:
+        return None
+
+    def codegen(context, builder, sig, args):
+        counts, a, b = args
+        return builder.sub(counts, builder.sext(builder.icmp_signed("<", a, b), _LONGS))
+
+    return i64x8(counts, a, b), codegen
+
+
+def _halves(shift, doc):
+    def define(typingctx, value):
+        if value != i64x8:
+            return None
+
+        def codegen(context, builder, sig, args):
+            integers = ir.VectorType(_INDEX, LANES)
+            shifted = builder.lshr(args[0], constant(_LONGS, shift))
+            return builder.bitcast(builder.trunc(shifted, integers), ir.VectorType(_FLOAT, LANES))
+
+        return f32x8(value), codegen
+
+    define.__doc__ = doc
+    return intrinsic(define)
+
+
+low_halves = _halves(0, "The lower 32 bits of eight 64-bit integers, as bits of float32")
+high_halves = _halves(32, "The upper 32 bits of eight 64-bit integers, as bits of float32")
