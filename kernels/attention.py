@@ -3,7 +3,7 @@
 `neighborhood_plan` makes what an implementation derives from the neighborhoods alone, so that all
 blocks of a stage share it: a list of int32 tensors, as long as the worst case needs. The attention
 ops take it as `plan` and make what is missing; an empty list will do. The CPU's plan are, for
-training, offsets (K + 1) and queries (Q * R): for each cluster the queries that attend to it.
+training, offsets (K + 1) and entries (Q * R): for each cluster its places in the flat lists.
 Triton's is in `kernels.triton.attention_plan`. No cluster may be twice in one neighborhood.
 Where the lists of all samples are those of the first one with clusters counted on, `copies` is the
 number of samples, else 1: it lets a plan be made of one of them.

@@ -63,7 +63,6 @@ from pointformer.kernels.cpu.simd import (
 
 BATCH = 64  # queries of a cluster that the backward pass takes at a time
 TILE_FLOATS = 1 << 16  # about how many weights and gradients of logits there are at a time
-MOST_TILES = 256  # each looks at all clusters
 
 
 @inlined
@@ -200,13 +199,11 @@ def partial_size(shape):
 
 
 @inlined
-def first_block(cluster_index, token, cluster, offsets, shape):
-    """Place of a cluster's first block in the list that `list_blocks` makes for a token."""
+def first_block(cluster_index, entry, offsets, shape):
+    """Place of the first block of a listed cluster in what `list_blocks` makes of the list."""
     place = 0
-    for slot in range(token * shape.per_query, (token + 1) * shape.per_query):
+    for slot in range(entry - entry % shape.per_query, entry):
         other = cluster_index[slot]
-        if other == cluster:
-            break
         if 0 <= other < shape.clusters:
             place += (offsets[other + 1] - offsets[other] + 7) // 8
     return place
@@ -214,7 +211,7 @@ def first_block(cluster_index, token, cluster, offsets, shape):
 
 @inlined
 def add_outer(
-    weights, weights_at, ahead, source, stride, source_at, first, count, queries, channels,
+    weights, weights_at, ahead, source, stride, source_at, queries, count, channels,
     target, target_at,
 ):  # fmt: skip
     """Add to eight rows of `target` the sum over queries of their eight weights times their row of
@@ -231,7 +228,7 @@ def add_outer(
         a6 = load(target, to + 6 * channels)
         a7 = load(target, to + 7 * channels)
         for i in range(count):
-            x = load(source, queries[first + i] * stride + at)
+            x = load(source, queries[i] * stride + at)
             w = weights_at[i] + ahead
             a0 = fma(splat(weights[w]), x, a0)
             a1 = fma(splat(weights[w + 1]), x, a1)
@@ -253,15 +250,16 @@ def add_outer(
 
 @njit(inline="always")
 def key_gradients(
-    cluster, grad, query, cluster_index, offsets, begin, end, inverse_queries, scale, shape,
-    tile_first, shared, grad_key, grad_value,
+    cluster, grad, query, cluster_index, offsets, begin, end, entries, scale, shape,
+    tile_first, shared, anew, grad_key, grad_value,
 ):  # fmt: skip
-    """Gradients of a cluster's keys and values from a tile's queries, added to those of tiles
-    before."""
+    """Gradients of a cluster's keys and values from a tile's queries, written `anew` or added to
+    those of tiles before."""
     size = shape.heads * shape.channels
-    key_sums = allocate(16 * size + 2 * BATCH)
+    key_sums = allocate(16 * size + 4 * BATCH)
     value_sums = advance(key_sums, 8 * size)
-    places = as_int64(advance(value_sums, 8 * size))
+    queries = as_int64(advance(value_sums, 8 * size))
+    places = advance(queries, BATCH)
     for part in range(shape.cluster_blocks):
         row = offsets[cluster] + 8 * part
         tokens = min(offsets[cluster + 1] - row, 8)
@@ -273,21 +271,22 @@ def key_gradients(
         for first in range(begin, end, BATCH):
             count = min(end - first, BATCH)
             for i in range(count):
-                token = inverse_queries[first + i]
-                block = first_block(cluster_index, token, cluster, offsets, shape) + part
-                places[i] = shared_at(token, tile_first, shape) + block * 8
+                entry = entries[first + i]
+                block = first_block(cluster_index, entry, offsets, shape) + part
+                queries[i] = entry // shape.per_query
+                places[i] = shared_at(queries[i], tile_first, shape) + block * 8
             for head in range(shape.heads):
                 own = head * shape.channels
                 weights = head * shared_size(shape)
                 add_outer(
                     shared, places, weights + shared_size(shape) // 2,
                     query.data, query.token_stride, head * query.head_stride,
-                    first, count, inverse_queries, shape.channels, key_sums, 8 * own,
+                    queries, count, shape.channels, key_sums, 8 * own,
                 )  # fmt: skip
                 add_outer(
                     shared, places, weights,
                     grad.data, grad.token_stride, head * grad.head_stride,
-                    first, count, inverse_queries, shape.channels, value_sums, 8 * own,
+                    queries, count, shape.channels, value_sums, 8 * own,
                 )  # fmt: skip
         for head in range(shape.heads):
             for token in range(tokens):
@@ -296,7 +295,7 @@ def key_gradients(
                 for channel in range(0, shape.channels, 8):
                     key_sum = load(key_sums, at + channel) * splat(scale)
                     value_sum = load(value_sums, at + channel)
-                    if tile_first > 0:
+                    if not anew:
                         key_sum = key_sum + load(grad_key, to + channel)
                         value_sum = value_sum + load(grad_value, to + channel)
                     store(grad_key, to + channel, key_sum)
@@ -305,27 +304,46 @@ def key_gradients(
 
 
 @inlined
-def end_of_tile(queries, begin, end, tile_end):
-    """The first of a cluster's queries, which ascend, that is beyond a tile."""
-    while begin < end and queries[begin] < tile_end:
-        begin += 1
-    return begin
+def clear_rows(first, last, size, grad_key, grad_value):
+    for n in range(first * size, last * size, 8):
+        store(grad_key, n, zero())
+        store(grad_value, n, zero())
+
+
+@inlined
+def list_active(cluster_index, first, last, shape, begins, ends, active):
+    """Write the clusters that entries `first` to `last` name, and move the end of each one's own
+    entries, which ascend, to the last of them; how many clusters."""
+    found = 0
+    for entry in range(first, last):
+        cluster = cluster_index[entry]
+        if 0 <= cluster < shape.clusters:
+            if begins[cluster] == ends[cluster]:
+                active[found] = cluster
+                found += 1
+            ends[cluster] += 1
+    return found
 
 
 @kernel
 def attend_backward(
     grad, query, key, value, query_positions, positions, cluster_index, offsets,
-    inverse_offsets, inverse_queries,
+    inverse_offsets, entries,
     bias, scale, log2_scale, shape, packed_key, key_rows, packed_value, points, normal,
-    grad_query, grad_key, grad_value, partial, tile_chunks, shared, begins,
+    grad_query, grad_key, grad_value, partial, tile_chunks, shared, begins, ends, active,
 ):  # fmt: skip
     for cluster in prange(shape.clusters):
-        ends = pointer(offsets)
-        pack(rows_of(key), cluster, ends, shape, pointer(packed_key), True)
-        pack(rows_of(key), cluster, ends, shape, pointer(key_rows), False)
-        pack(rows_of(value), cluster, ends, shape, pointer(packed_value), True)
-        pack_positions(pointer(positions), cluster, ends, shape, pointer(points))
-        begins[cluster] = inverse_offsets[cluster]
+        rows = pointer(offsets)
+        pack(rows_of(key), cluster, rows, shape, pointer(packed_key), True)
+        pack(rows_of(key), cluster, rows, shape, pointer(key_rows), False)
+        pack(rows_of(value), cluster, rows, shape, pointer(packed_value), True)
+        pack_positions(pointer(positions), cluster, rows, shape, pointer(points))
+        begins[cluster] = ends[cluster] = inverse_offsets[cluster]
+        if inverse_offsets[cluster] == inverse_offsets[cluster + 1]:
+            clear_rows(
+                rows[cluster], rows[cluster + 1], shape.heads * shape.channels,
+                pointer(grad_key), pointer(grad_value),
+            )  # fmt: skip
     chunks = (shape.tokens + CHUNK - 1) // CHUNK
     for first_chunk in range(0, chunks, tile_chunks):
         for chunk in prange(first_chunk, min(first_chunk + tile_chunks, chunks)):
@@ -336,35 +354,45 @@ def attend_backward(
                 pointer(normal), pointer(grad_query), pointer(partial), first_chunk * CHUNK,
                 pointer(shared),
             )  # fmt: skip
-        for cluster in prange(shape.clusters):
-            queries = pointer(inverse_queries)
-            begin, end = begins[cluster], inverse_offsets[cluster + 1]
-            end = end_of_tile(queries, begin, end, (first_chunk + tile_chunks) * CHUNK)
-            if begin < end or first_chunk == 0:
-                key_gradients(
-                    cluster, rows_of(grad), rows_of(query), pointer(cluster_index),
-                    pointer(offsets), begin, end, queries, scale, shape,
-                    first_chunk * CHUNK, pointer(shared), pointer(grad_key), pointer(grad_value),
-                )  # fmt: skip
-            begins[cluster] = end
+        # A tile's queries are near each other, and so are their clusters: threads that each took
+        # a range of all clusters would wait for the one that has these.
+        first = first_chunk * CHUNK * shape.per_query
+        last = min((first_chunk + tile_chunks) * CHUNK, shape.tokens) * shape.per_query
+        count = list_active(
+            pointer(cluster_index), first, last, shape, pointer(begins), pointer(ends),
+            pointer(active),
+        )  # fmt: skip
+        for n in prange(count):
+            cluster = active[n]
+            begin = begins[cluster]
+            key_gradients(
+                cluster, rows_of(grad), rows_of(query), pointer(cluster_index),
+                pointer(offsets), begin, ends[cluster], pointer(entries), scale, shape,
+                first_chunk * CHUNK, pointer(shared), begin == inverse_offsets[cluster],
+                pointer(grad_key), pointer(grad_value),
+            )  # fmt: skip
+            begins[cluster] = ends[cluster]
 
 
 def make_plan(cluster_index, cluster_offsets, cluster_size, training, copies=1):
     """See `pointformer.kernels.attention`; entries beyond the last list are 0."""
     if not training:
         return []
-    per_query = max(cluster_index.shape[1], 1)
     index = cluster_index.contiguous().view(-1).numpy()
-    clusters, rows = (cluster_offsets.shape[0] - 1) // copies, len(cluster_index) // copies
-    offsets, entries = inverse_lists(index[: len(index) // copies], clusters)
+    if index.size > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"neighborhoods: {index.size} listed clusters, more than 32 bits can count"
+        )
+    clusters, own = (cluster_offsets.shape[0] - 1) // copies, index.size // copies
+    offsets, entries = inverse_lists(index[:own], clusters)
+    offsets, entries = offsets.astype(np.int32), entries.astype(np.int32)
     ahead = np.arange(copies, dtype=np.int32)[:, None]
     begins = np.empty(copies * clusters + 1, np.int32)
-    begins[:-1] = (ahead * len(entries) + offsets[:-1].astype(np.int32)).ravel()
+    begins[:-1] = (ahead * len(entries) + offsets[:-1]).ravel()
     begins[-1] = copies * len(entries)
-    queries = np.zeros(len(index), np.int32)
-    listed = (entries // per_query).astype(np.int32)
-    queries[: copies * len(entries)] = (ahead * np.int32(rows) + listed).ravel()
-    return [torch.from_numpy(begins), torch.from_numpy(queries)]
+    listed = np.zeros(index.size, np.int32)
+    listed[: copies * len(entries)] = (ahead * own + entries).ravel()
+    return [torch.from_numpy(begins), torch.from_numpy(listed)]
 
 
 def backward(
@@ -382,12 +410,12 @@ def backward(
         position_weight, position_value,
     )  # fmt: skip
     inverse = plan or make_plan(cluster_index, cluster_offsets, cluster_size, True)
-    empty = torch.empty if shape.tokens else torch.zeros  # no query, and nothing is written
-    rows = [empty(x.shape, dtype=torch.float32) for x in (query, key, value)]
+    rows = [torch.empty(x.shape, dtype=torch.float32) for x in (query, key, value)]
     chunks = -(-shape.tokens // CHUNK)
     partial = np.empty((chunks, partial_size(shape)), np.float32)
     per_chunk = CHUNK * shape.heads * shared_size(shape)
-    tile_chunks = max(1, TILE_FLOATS // max(per_chunk, 1), -(-chunks // MOST_TILES))
+    tile_chunks = max(1, TILE_FLOATS // max(per_chunk, 1))
+    per_tile = min(shape.clusters, tile_chunks * CHUNK * shape.per_query)
     attend_backward(
         as_rows(grad),
         as_rows(query),
@@ -412,6 +440,8 @@ def backward(
         tile_chunks,
         torch.empty(min(tile_chunks, chunks) * per_chunk, dtype=torch.float32).numpy(),
         np.empty(shape.clusters, np.int64),
+        np.empty(shape.clusters, np.int64),
+        np.empty(per_tile, np.int64),
     )
     sums = torch.from_numpy(partial.sum(0, dtype=np.float64).astype(np.float32))
     moments = shape.feature_blocks * shape.features
