@@ -12,6 +12,7 @@ from numba import njit, prange
 from pointformer.kernels.cpu.attention_backward import backward, make_plan
 from pointformer.kernels.cpu.attention_blocks import (
     CHUNK,
+    FEW,
     GROUP,
     LOG2_E,
     SPARE,
@@ -28,18 +29,20 @@ from pointformer.kernels.cpu.attention_blocks import (
     flat,
     list_blocks,
     list_size,
+    listed_values,
     pack,
     pack_positions,
     phi_size,
     power8,
-    power16,
     prefetch_next,
     relate_all,
     rows_of,
     shape_of,
     sum_features,
     sum_rows,
+    weigh,
 )
+from pointformer.kernels.cpu.attention_lists import attend_lists
 from pointformer.kernels.cpu.runtime import kernel
 from pointformer.kernels.cpu.simd import (
     advance,
@@ -47,12 +50,9 @@ from pointformer.kernels.cpu.simd import (
     as_int64,
     f32,
     free,
-    hsum,
     load,
-    load16,
     pointer,
     splat,
-    splat16,
     store,
     where_positive,
     zero,
@@ -107,14 +107,7 @@ def attend_chunk(
             if bias.has_blank:
                 store(blank, 0, power8(load(blank, 0) - load(largest, 0)))
             for i in range(tokens):
-                shift = splat16(largest[i])
-                total = splat16(f32(0.0))
-                for pair in range((counts[i] + 1) // 2):
-                    at = i * length + pair * 16
-                    weight = power16(load16(logits, at) - shift)
-                    store(logits, at, weight)
-                    total = total + weight
-                mass[i] = hsum(total) + blank[i]
+                mass[i] = weigh(logits, i * length, counts[i], largest[i]) + blank[i]
                 if shape.feature_blocks:
                     blocks[i * width + counts[i]] = feature_block(head, shape)
                     sum_features(
@@ -171,7 +164,7 @@ def forward(
     )  # fmt: skip
     output = torch.empty(query.shape, dtype=torch.float32)
     normal = torch.empty((*query.shape[:2], 2), dtype=torch.float32)
-    attend(
+    arrays = (
         as_rows(query),
         as_rows(key),
         as_rows(value),
@@ -182,10 +175,16 @@ def forward(
         as_bias(position_weight, position_bias, blank_key, blank_value, *query.shape[1:]),
         f32(scale * LOG2_E),
         shape,
-        empty_packed(shape),
-        empty_packed_values(shape, position_value, columns=False),
-        empty_points(shape),
-        output.view(-1).numpy(),
-        normal.view(-1).numpy(),
     )
+    results = output.view(-1).numpy(), normal.view(-1).numpy()
+    if cluster_size <= FEW:
+        attend_lists(*arrays, listed_values(shape, position_value), *results)
+    else:
+        attend(
+            *arrays,
+            empty_packed(shape),
+            empty_packed_values(shape, position_value, columns=False),
+            empty_points(shape),
+            *results,
+        )
     return output.to(query.dtype), normal

@@ -12,16 +12,14 @@ from numba import njit, prange
 
 from pointformer.kernels.cpu.attention_blocks import (
     CHUNK,
+    FEW,
     GROUP,
     LOG2_E,
     SPARE,
-    add_bias,
-    add_features,
     as_bias,
     as_rows,
     bias_of,
     dot_blocks,
-    dot_rows,
     empty_packed,
     empty_packed_values,
     empty_points,
@@ -29,18 +27,28 @@ from pointformer.kernels.cpu.attention_blocks import (
     flat,
     list_blocks,
     list_size,
+    listed_values,
     pack,
     pack_positions,
     phi_size,
-    power8,
-    power16,
     prefetch_next,
     relate_all,
     rows_of,
     shape_of,
-    sum_features,
     sum_rows,
 )
+from pointformer.kernels.cpu.attention_gradients import (
+    BATCH,
+    add_weight_sums,
+    clear_partial,
+    clear_rows,
+    list_active,
+    partial_size,
+    row_gradients,
+    shared_at,
+    shared_size,
+)
+from pointformer.kernels.cpu.attention_lists import attend_lists_backward
 from pointformer.kernels.cpu.inverse import inverse_lists
 from pointformer.kernels.cpu.runtime import inlined, kernel
 from pointformer.kernels.cpu.simd import (
@@ -50,38 +58,14 @@ from pointformer.kernels.cpu.simd import (
     f32,
     fma,
     free,
-    hmax,
-    hsum,
     load,
-    load16,
     pointer,
     splat,
-    splat16,
     store,
     zero,
 )
 
-BATCH = 64  # queries of a cluster that the backward pass takes at a time
-TILE_FLOATS = 1 << 16  # about how many weights and gradients of logits there are at a time
-
-
-@inlined
-def add_scaled(weight, source, source_at, target, target_at, channels):
-    for channel in range(0, channels, 8):
-        total = fma(load(source, source_at + channel), weight, load(target, target_at + channel))
-        store(target, target_at + channel, total)
-
-
-@inlined
-def shared_size(shape):
-    """What the two loops share for a head of a token: twice `per_query` blocks, in whole pairs."""
-    return (shape.per_query * shape.cluster_blocks + 1) // 2 * 32
-
-
-@inlined
-def shared_at(token, tile_first, shape):
-    """Where the softmax's weights of a token's first head start; gradients of logits follow."""
-    return (token - tile_first) * shape.heads * shared_size(shape)
+TILE_FLOATS = 1 << 17  # at most how many weights and gradients of logits there are at a time
 
 
 @njit(inline="always")
@@ -101,14 +85,7 @@ def query_gradients(
     grad_logits = advance(logits, length)
     phi = advance(grad_logits, length)
     moments = advance(phi, GROUP * phi_size(width, shape))
-    # This chunk's sums: position_weight (H * F), position_bias (H), blank_key, blank_value (H * d),
-    # position_value (H * F * d).
-    bias_at = chunk * partial_size(shape) + shape.heads * shape.features
-    key_at = bias_at + shape.heads
-    value_at = key_at + shape.heads * shape.channels
-    features_at = value_at + shape.heads * shape.channels
-    for n in range(chunk * partial_size(shape), (chunk + 1) * partial_size(shape)):
-        partial[n] = f32(0.0)
+    clear_partial(chunk, shape, partial)
     end = min((chunk + 1) * CHUNK, shape.tokens)
     for group in range(chunk * CHUNK, end, GROUP):
         tokens = min(GROUP, end - group)
@@ -123,7 +100,6 @@ def query_gradients(
             token, count, first = group + i, counts[i], i * width
             at = token * grad.token_stride + head * grad.head_stride
             query_at = token * query.token_stride + head * query.head_stride
-            own = head * shape.channels
             features = i * phi_size(width, shape)
             weights = shared_at(token, tile_first, shape) + head * shared_size(shape)
             changes = weights + shared_size(shape) // 2
@@ -138,64 +114,19 @@ def query_gradients(
                 grad.data, at, packed_value, head, blocks, first, count + shape.feature_blocks,
                 shape, grad_logits, 0,
             )  # fmt: skip
-            add_bias(logits, 0, count, phi, features, head, log2_scale, bias, shape)
-            shift = normal[2 * (token * shape.heads + head)]
-            factor = normal[2 * (token * shape.heads + head) + 1]
-            blank = blank_grad = f32(0.0)
-            if bias.has_blank:
-                logit = dot_rows(query.data, query_at, bias.blank_key, own, shape.channels)
-                blank = hmax(power8(splat(logit * log2_scale) - splat(shift))) * factor
-                blank_grad = dot_rows(grad.data, at, bias.blank_value, own, shape.channels)
-            total = splat16(f32(0.0))
-            for pair in range((count + 1) // 2):
-                weight = power16(load16(logits, pair * 16) - splat16(shift)) * splat16(factor)
-                store(shared, weights + pair * 16, weight)
-                change = load16(grad_logits, pair * 16)
-                if shape.feature_blocks:
-                    x = features + pair * (1 + shape.features) * 16
-                    change = add_features(change, phi, x, grad_logits, count * 8, shape)
-                    store(grad_logits, pair * 16, change)
-                total = fma(weight, change, total)
-            if shape.feature_blocks:
-                sum_features(shared, weights, count, phi, features, shape, moments, 0)
-                for feature in range(shape.features):
-                    to = features_at + (head * shape.features + feature) * shape.channels
-                    moment = splat(moments[feature])
-                    add_scaled(moment, grad.data, at, partial, to, shape.channels)
-            mean = hsum(total) + blank * blank_grad
-            for pair in range((count + 1) // 2):
-                change = load16(grad_logits, pair * 16) - splat16(mean)
-                change = load16(shared, weights + pair * 16) * change
-                store(shared, changes + pair * 16, change)
-            for feature in range(shape.features):
-                to = (head * shape.features + feature) * 16
-                total = load16(weight_sums, to)
-                for pair in range((count + 1) // 2):
-                    x = load16(phi, features + (pair * (1 + shape.features) + 1 + feature) * 16)
-                    total = fma(load16(shared, changes + pair * 16), x, total)
-                store(weight_sums, to, total)
-            blank_change = blank * (blank_grad - mean)
-            if bias.has_blank:
-                # The gradients of a row's logits add up to 0: less rounding than their sum.
-                partial[bias_at + head] -= blank_change
-                scaled = splat(blank_change * scale)
-                add_scaled(scaled, query.data, query_at, partial, key_at + own, shape.channels)
-                add_scaled(splat(blank), grad.data, at, partial, value_at + own, shape.channels)
+            blank_change = row_gradients(
+                chunk, token, head, grad, query, bias, scale, log2_scale, shape, normal, count,
+                logits, grad_logits, grad_logits, count * 8, phi, features,
+                shared, weights, weight_sums, moments, partial,
+            )  # fmt: skip
             sum_rows(
                 shared, changes, key_rows, blocks, first, count, head,
                 bias.blank_key, blank_change, scale, shape,
                 grad_query, (token * shape.heads + head) * shape.channels,
             )  # fmt: skip
-    for n in range(shape.heads * shape.features):
-        partial[chunk * partial_size(shape) + n] = hsum(load16(weight_sums, n * 16))
+    add_weight_sums(chunk, shape, weight_sums, partial)
     free(lists)
     free(weight_sums)
-
-
-@inlined
-def partial_size(shape):
-    values = 2 + shape.feature_blocks * shape.features
-    return shape.heads * (shape.features + 1 + values * shape.channels)
 
 
 @inlined
@@ -303,28 +234,6 @@ def key_gradients(
     free(key_sums)
 
 
-@inlined
-def clear_rows(first, last, size, grad_key, grad_value):
-    for n in range(first * size, last * size, 8):
-        store(grad_key, n, zero())
-        store(grad_value, n, zero())
-
-
-@inlined
-def list_active(cluster_index, first, last, shape, begins, ends, active):
-    """Write the clusters that entries `first` to `last` name, and move the end of each one's own
-    entries, which ascend, to the last of them; how many clusters."""
-    found = 0
-    for entry in range(first, last):
-        cluster = cluster_index[entry]
-        if 0 <= cluster < shape.clusters:
-            if begins[cluster] == ends[cluster]:
-                active[found] = cluster
-                found += 1
-            ends[cluster] += 1
-    return found
-
-
 @kernel
 def attend_backward(
     grad, query, key, value, query_positions, positions, cluster_index, offsets,
@@ -414,9 +323,10 @@ def backward(
     chunks = -(-shape.tokens // CHUNK)
     partial = np.empty((chunks, partial_size(shape)), np.float32)
     per_chunk = CHUNK * shape.heads * shared_size(shape)
-    tile_chunks = max(1, TILE_FLOATS // max(per_chunk, 1))
+    # A power of two, for threads that share them evenly.
+    tile_chunks = 1 << max(TILE_FLOATS // max(per_chunk, 1), 1).bit_length() - 1
     per_tile = min(shape.clusters, tile_chunks * CHUNK * shape.per_query)
-    attend_backward(
+    arrays = (
         as_rows(grad),
         as_rows(query),
         as_rows(key),
@@ -430,10 +340,8 @@ def backward(
         f32(scale),
         f32(scale * LOG2_E),
         shape,
-        empty_packed(shape),
-        empty_packed(shape),
-        empty_packed_values(shape, position_value, columns=True),
-        empty_points(shape),
+    )
+    results = (
         normal.view(-1).numpy(),
         *(row.view(-1).numpy() for row in rows),
         partial.reshape(-1),
@@ -443,6 +351,17 @@ def backward(
         np.empty(shape.clusters, np.int64),
         np.empty(per_tile, np.int64),
     )
+    if cluster_size <= FEW:
+        attend_lists_backward(*arrays, listed_values(shape, position_value), *results)
+    else:
+        attend_backward(
+            *arrays,
+            empty_packed(shape),
+            empty_packed(shape),
+            empty_packed_values(shape, position_value, columns=True),
+            empty_points(shape),
+            *results,
+        )
     sums = torch.from_numpy(partial.sum(0, dtype=np.float64).astype(np.float32))
     moments = shape.feature_blocks * shape.features
     per_head = (shape.features, 1, shape.channels, shape.channels, moments * shape.channels)

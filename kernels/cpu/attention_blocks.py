@@ -53,6 +53,7 @@ CHUNK = 16  # tokens per unit of work; small, so that one small image still fill
 GROUP = 8  # tokens taken together, one head after the other
 LOG2_E = f32(1.4426950408889634)
 MISSING = f32(-1e30)
+FEW = 1  # clusters of so few tokens are taken apart, see `attention_lists`
 
 
 class Shape(NamedTuple):
@@ -65,7 +66,9 @@ class Shape(NamedTuple):
     features: int
     per_query: int  # clusters that one attends to
     clusters: int
+    cluster_size: int  # the most tokens of one
     cluster_blocks: int
+    blocks: int  # the most of a neighborhood
     feature_blocks: int  # of values: 1 if they have a term of the features, else 0
 
 
@@ -121,7 +124,7 @@ def feature_block(head, shape):
 @inlined
 def list_size(shape):
     """The most blocks of a neighborhood, that of the features included."""
-    return shape.per_query * shape.cluster_blocks + shape.feature_blocks
+    return shape.blocks + shape.feature_blocks
 
 
 @inlined
@@ -378,6 +381,24 @@ def add_bias(logits, at, count, phi, phi_first, head, scale, bias, shape):
 
 
 @inlined
+def weigh(logits, at, count, largest):
+    """Turn the logits of `count` blocks into weights, in place, 1 for the largest; their sum."""
+    total = splat16(f32(0.0))
+    for pair in range((count + 1) // 2):
+        weight = power16(load16(logits, at + pair * 16) - splat16(largest))
+        store(logits, at + pair * 16, weight)
+        total = total + weight
+    return hsum(total)
+
+
+@inlined
+def add_scaled(weight, source, source_at, target, target_at, channels):
+    for channel in range(0, channels, 8):
+        total = fma(load(source, source_at + channel), weight, load(target, target_at + channel))
+        store(target, target_at + channel, total)
+
+
+@inlined
 def power(x, low, nothing):
     """2**x, exactly 0 where it underflows: products with tiny numbers are slow."""
     return where_less(x, low, nothing, exp2(x))
@@ -422,13 +443,17 @@ def as_bias(position_weight, position_bias, blank_key, blank_value, heads, chann
 def shape_of(
     query, positions, cluster_index, cluster_offsets, cluster_size, position_weight, position_value
 ):  # fmt: skip
+    per_query, cluster_blocks = cluster_index.shape[1], -(-cluster_size // 8)
+    listed = cluster_size <= FEW
     return Shape(
         *query.shape,
         dimensions=positions.shape[1],
         features=0 if position_weight is None else position_weight.shape[1],
-        per_query=cluster_index.shape[1],
+        per_query=per_query,
         clusters=cluster_offsets.shape[0] - 1,
-        cluster_blocks=-(-cluster_size // 8),
+        cluster_size=cluster_size,
+        cluster_blocks=cluster_blocks,
+        blocks=-(-per_query * cluster_size // 8) if listed else per_query * cluster_blocks,
         feature_blocks=int(position_value is not None),
     )
 
@@ -452,6 +477,13 @@ def empty_packed_values(shape, position_value, columns):
         weights = weights.view(shape.heads, -1, 2, 4).transpose(1, 2)
     packed[tokens * shape.heads * shape.channels :] = weights.flatten()
     return packed.numpy()
+
+
+def listed_values(shape, position_value):
+    """Weights of values in positions, a row of channels for each feature of each head."""
+    if position_value is None:
+        return np.zeros(0, np.float32)
+    return flat(position_value.transpose(1, 2))
 
 
 def empty_points(shape):

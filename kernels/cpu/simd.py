@@ -544,6 +544,44 @@ add_neighbors = vector_intrinsic(
 )
 
 
+def _folder(width):
+    """Sums of neighboring groups of `width` lanes, in turns of x and of y.
+
+    Four of them, from the widest on, leave 16 vectors' sums: each takes a blend and one shuffle.
+    """
+
+    def emit(b, x, y):
+        lanes, count = ir.VectorType(_INDEX, x.type.count), x.type.count
+        kept, moved = [], []
+        for lane in range(count):
+            odd = lane // width % 2
+            kept.append(lane + odd * count)
+            moved.append(lane + (width if odd == 0 else count - width))
+        kept, moved = (b.shuffle_vector(x, y, ir.Constant(lanes, order)) for order in (kept, moved))
+        return b.fadd(kept, moved)
+
+    return vector_intrinsic(2, emit, f"Sums of x and y over pairs of groups of {width} lanes")
+
+
+fold8, fold4, fold2, fold1 = map(_folder, (8, 4, 2, 1))
+
+
+@intrinsic
+def load_low16(typingctx, array, index):
+    """Eight elements like `load`, then eight zeros."""
+    if not _is_flat_f32(array) or not isinstance(index, types.Integer):
+        return None
+
+    def codegen(context, builder, sig, args):
+        index = context.cast(builder, args[1], sig.args[1], types.intp)
+        value = builder.load(_address(context, builder, sig.args[0], args[0], index))
+        value.align = 4
+        mask = ir.Constant(ir.VectorType(_INDEX, 2 * LANES), list(range(2 * LANES)))
+        return builder.shuffle_vector(value, constant(value.type, 0.0), mask)
+
+    return f32x16(array, index), codegen
+
+
 @intrinsic
 def low8(typingctx, value):
     """The first eight of sixteen lanes."""
