@@ -53,7 +53,7 @@ CHUNK = 16  # tokens per unit of work; small, so that one small image still fill
 GROUP = 8  # tokens taken together, one head after the other
 LOG2_E = f32(1.4426950408889634)
 MISSING = f32(-1e30)
-FEW = 1  # clusters of so few tokens are taken apart, see `attention_lists`
+FEW = 4  # clusters of so few tokens are taken apart, see `attention_lists`
 
 
 class Shape(NamedTuple):

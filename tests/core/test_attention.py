@@ -31,6 +31,8 @@ from pointformer.ops import neighborhood_attention
 from pointformer.reference.attention import neighborhood_attention as reference_attention
 from pointformer.reference.relative_position import relative_position
 
+# Kernels on CPUs take small clusters apart, token by token, and larger ones in blocks.
+APART_AND_BLOCKS = pytest.mark.parametrize("cluster_size", [3, 8])
 PARITY = np.load(Path(__file__).parents[1] / "parity" / "ops.npz")
 
 
@@ -205,7 +207,7 @@ def token_sets(draw):
         dimensions=dimensions,
         heads=draw(st.integers(1, 3)),
         channels=draw(st.sampled_from([8, 16, 24, 32, 40])),
-        cluster_size=draw(st.sampled_from([3, 8, 24])),
+        cluster_size=draw(st.sampled_from([2, 4, 8, 24])),
         num_clusters=draw(st.integers(1, 9)),
         features=features,
         bias=draw(st.booleans()),
@@ -227,10 +229,10 @@ def listed_tokens(draw):
     return make_lists(
         tokens=draw(st.integers(1, 60)),
         queries=draw(st.sampled_from([None, 1, 7, 30])),
-        k=draw(st.integers(1, 20)),
+        k=draw(st.integers(1, 40)),
         dimensions=dimensions,
         heads=draw(st.integers(1, 3)),
-        channels=draw(st.sampled_from([8, 16, 24])),
+        channels=draw(st.sampled_from([8, 16, 24, 32, 40])),
         features=draw(st.sampled_from([0, dimensions, 2 * dimensions + 1])),
         blank=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
@@ -288,15 +290,21 @@ def test_lists_that_cannot_be(index, error, message):
         Neighborhoods.from_lists(torch.tensor(index), torch.zeros(3, 2))
 
 
+@APART_AND_BLOCKS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"blank": False}, {"value_features": 5}])
-def test_fused_half_precision(dtype, options):
-    check_against_float64(make_inputs(sizes=(90, 20), channels=32, **options), dtype)
+def test_fused_half_precision(dtype, options, cluster_size):
+    check_against_float64(
+        make_inputs(sizes=(90, 20), channels=32, cluster_size=cluster_size, **options), dtype
+    )
 
 
-def test_strided_key_and_value():
+@APART_AND_BLOCKS
+def test_strided_key_and_value(cluster_size):
     """Views of one projection, key and value side by side in every head."""
-    tensors, positions, neighborhoods = make_inputs(channels=16, dtype=torch.float32)
+    tensors, positions, neighborhoods = make_inputs(
+        channels=16, cluster_size=cluster_size, dtype=torch.float32
+    )
     both = torch.stack([tensors["key"], tensors["value"]], 2).requires_grad_()
     strided = dict(tensors, key=both[:, :, 0], value=both[:, :, 1])
     output = attend(strided, positions, neighborhoods, impl="cpu")
@@ -306,8 +314,11 @@ def test_strided_key_and_value():
     assert torch.equal(grad, torch.stack([grads["key"], grads["value"]], 2))
 
 
-def test_other_strides():
-    tensors, positions, neighborhoods = make_inputs(channels=16, dtype=torch.float32)
+@APART_AND_BLOCKS
+def test_other_strides(cluster_size):
+    tensors, positions, neighborhoods = make_inputs(
+        channels=16, cluster_size=cluster_size, dtype=torch.float32
+    )
     want = attend(tensors, positions, neighborhoods, impl="cpu")
     channels_first = {
         name: tensors[name].permute(2, 0, 1).contiguous().permute(1, 2, 0)
@@ -318,10 +329,12 @@ def test_other_strides():
     assert torch.equal(got, want)
 
 
+@APART_AND_BLOCKS
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("blank", [False, True])
-def test_empty_neighborhood(impl, blank):
+def test_empty_neighborhood(impl, blank, cluster_size):
     options = {"dtype": torch.float32, "blank": blank, "value_features": 5}
+    options["cluster_size"] = cluster_size
     tensors, positions, neighborhoods = make_inputs(**options)
     neighborhoods.cluster_index[3] = -1
     output, grads = gradients(
@@ -333,32 +346,38 @@ def test_empty_neighborhood(impl, blank):
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
+@APART_AND_BLOCKS
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 @pytest.mark.parametrize("sizes", [(), (0,), (0, 1), (1,)])
-def test_few_tokens(impl, sizes):
-    inputs = make_inputs(sizes=sizes, dtype=torch.float32, value_features=5)
+def test_few_tokens(impl, sizes, cluster_size):
+    inputs = make_inputs(
+        sizes=sizes, cluster_size=cluster_size, dtype=torch.float32, value_features=5
+    )
     output, grads = gradients(*inputs, torch.ones_like(inputs[0]["query"]), impl=impl)
     assert output.shape == inputs[0]["query"].shape
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
+@APART_AND_BLOCKS
 @pytest.mark.parametrize("name", ["query", "key", "value"])
-def test_nan_is_not_hidden(name):
-    check_nan(name, "cpu")
+def test_nan_is_not_hidden(name, cluster_size):
+    check_nan(name, "cpu", cluster_size=cluster_size)
 
 
-def test_large_logits():
-    check_large_logits("cpu")
+@APART_AND_BLOCKS
+def test_large_logits(cluster_size):
+    check_large_logits("cpu", cluster_size=cluster_size)
 
 
-def test_all_tokens_attend_to_one_cluster():
+@APART_AND_BLOCKS
+def test_all_tokens_attend_to_one_cluster(cluster_size):
     """More queries per cluster than the backward pass takes at a time."""
-    inputs = make_inputs(sizes=(150,), cluster_size=8)
+    inputs = make_inputs(sizes=(150,), cluster_size=cluster_size)
     inputs[2].cluster_index[:] = torch.tensor([4, 9, -1])
     check_against_float64(inputs)
 
 
-@pytest.mark.parametrize("cluster_size", [8, 12])
+@pytest.mark.parametrize("cluster_size", [1, 8, 12])
 def test_backward_pass_in_many_tiles_of_queries(monkeypatch, cluster_size):
     """Clusters with queries in several tiles, and clusters of which one tile sees nothing."""
     monkeypatch.setattr(attention_backward, "TILE_FLOATS", 1)
@@ -394,8 +413,14 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_bits_do_not_depend_on_threads(threads):
-    options = {"cluster_size": 8, "num_clusters": 6, "dtype": torch.float32, "value_features": 5}
+@APART_AND_BLOCKS
+def test_bits_do_not_depend_on_threads(threads, cluster_size):
+    options = {
+        "cluster_size": cluster_size,
+        "num_clusters": 6,
+        "dtype": torch.float32,
+        "value_features": 5,
+    }
     inputs = make_inputs(sizes=(150, 60), **options)
     results = []
     for count in (1, 2, 2):
@@ -406,10 +431,11 @@ def test_bits_do_not_depend_on_threads(threads):
         assert all(map(torch.equal, results[0], other))
 
 
+@APART_AND_BLOCKS
 @pytest.mark.parametrize("training", [True, False])
-def test_given_plan_changes_nothing(training):
+def test_given_plan_changes_nothing(training, cluster_size):
     tensors, positions, neighborhoods = make_inputs(
-        sizes=(50, 7), num_clusters=5, dtype=torch.float32
+        sizes=(50, 7), num_clusters=5, cluster_size=cluster_size, dtype=torch.float32
     )
     neighborhoods.cluster_index[::3, 2:] = -1
     cotangent = tensors["value"]
@@ -422,9 +448,10 @@ def test_given_plan_changes_nothing(training):
 @pytest.mark.parametrize(
     "options", [{"value_features": 5}, {"blank": False, "bias": False, "features": 0}]
 )
+@APART_AND_BLOCKS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(options, dtype):
-    tensors, positions, neighborhoods = make_inputs(**options)
+def test_opcheck(options, dtype, cluster_size):
+    tensors, positions, neighborhoods = make_inputs(cluster_size=cluster_size, **options)
     rows = ("query", "key", "value")
     tensors = {n: t.to(dtype if n in rows else torch.float32) for n, t in tensors.items()}
     tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
@@ -489,7 +516,8 @@ from helpers.attention import gradients, make_inputs
 
 def run(tokens, num_clusters):
     tensors, positions, neighborhoods = make_inputs(
-        sizes=(tokens,), num_clusters=num_clusters, channels=16, cluster_size=8, dtype=torch.float32
+        sizes=(tokens,), num_clusters=num_clusters, channels=16, cluster_size={cluster_size},
+        dtype=torch.float32,
     )
     neighborhoods = neighborhoods.with_plan()
     torch.ones(64 << 20)  # raise the peak beyond that of the preparation, and what was freed
@@ -503,15 +531,20 @@ print(run(4000, {num_clusters}))
 """
 
 
-def test_memory_does_not_grow_with_the_neighborhood():
+@pytest.mark.parametrize("cluster_size", [1, 8])
+def test_memory_does_not_grow_with_the_neighborhood(cluster_size):
     grown = {}
-    for num_clusters in (2, 40):
-        script = _PEAK.format(tests=str(Path(__file__).parents[1]), num_clusters=num_clusters)
+    for num_clusters in (16 // cluster_size, 320 // cluster_size):
+        script = _PEAK.format(
+            tests=str(Path(__file__).parents[1]),
+            num_clusters=num_clusters,
+            cluster_size=cluster_size,
+        )
         run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-        grown[num_clusters] = int(run.stdout)
-    # One (T, M) array of floats would be 5 MiB at the larger num_clusters.
-    assert grown[40] < grown[2] + 1024, grown
+        grown[num_clusters * cluster_size] = int(run.stdout)
+    # One (T, M) array of floats would be 5 MiB at the larger M.
+    assert grown[320] < grown[16] + 1024, grown
 
 
 class _Worker(torch.utils.data.Dataset):

@@ -239,18 +239,18 @@ def check_against_float64(
         assert error(ours, true) <= 2 * error(theirs, true) + floor, name
 
 
-def check_nan(name, impl):
+def check_nan(name, impl, **options):
     """A NaN reaches the outputs that the reference gives it to, and no others."""
-    tensors, positions, neighborhoods = make_inputs(dtype=torch.float32)
+    tensors, positions, neighborhoods = make_inputs(dtype=torch.float32, **options)
     tensors[name][0, 1, 3] = float("nan")
     expected = attend(tensors, positions, neighborhoods, impl="reference").isnan()
     assert expected.any()
     assert torch.equal(attend(tensors, positions, neighborhoods, impl=impl).isnan(), expected)
 
 
-def check_large_logits(impl):
+def check_large_logits(impl, **options):
     """Logits of several thousand: no overflow, the winner takes all."""
-    tensors, positions, neighborhoods = make_inputs(sizes=(40,))
+    tensors, positions, neighborhoods = make_inputs(sizes=(40,), **options)
     tensors["query"] *= 1000
     want = attend(tensors, positions, neighborhoods)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
