@@ -72,8 +72,30 @@ def _check_stride(patch_stride: int) -> None:
         raise ValueError(f"patch_stride: expected 1, 2 or 4, got {brief(patch_stride)}")
 
 
+class _MergingConfig(_Config):
+    """Of backbones whose stages merge a share of their tokens."""
+
+    rate: float | tuple[float, ...]
+
+    def _check_rates(self) -> None:
+        if isinstance(self.rate, list | tuple):
+            object.__setattr__(self, "rate", tuple(self.rate))
+            if len(self.rates) != len(self.dims) - 1:
+                raise ValueError(
+                    f"rate: expected one number, or one for each of {len(self.dims) - 1} merges, "
+                    f"got {brief(self.rate)}"
+                )
+        for rate in self.rates:
+            check_number("rate", rate, above=0, most=1)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Share of the tokens kept by each merge."""
+        return self.rate if isinstance(self.rate, tuple) else (self.rate,) * (len(self.dims) - 1)
+
+
 @dataclass(frozen=True)
-class AFFConfig(_Config):
+class AFFConfig(_MergingConfig):
     """Everything that defines an AutoFocusFormer backbone.
 
     Attributes:
@@ -136,15 +158,7 @@ class AFFConfig(_Config):
         super().__post_init__()
         self._check_heads()
         _check_stride(self.patch_stride)
-        if isinstance(self.rate, list | tuple):
-            object.__setattr__(self, "rate", tuple(self.rate))
-            if len(self.rates) != len(self.dims) - 1:
-                raise ValueError(
-                    f"rate: expected one number, or one for each of {len(self.dims) - 1} merges, "
-                    f"got {brief(self.rate)}"
-                )
-        for rate in self.rates:
-            check_number("rate", rate, above=0, most=1)
+        self._check_rates()
         if self.reserve_share is not None:
             check_number("reserve_share", self.reserve_share, above=0, most=1)
         check_number("drop_path", self.drop_path, least=0, most=1)
@@ -162,11 +176,6 @@ class AFFConfig(_Config):
                 f"neighborhood_size: {self.neighborhood_size} is less than one cluster of "
                 f"{self.cluster_size} tokens"
             )
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Share of the tokens kept by each merge."""
-        return self.rate if isinstance(self.rate, tuple) else (self.rate,) * (len(self.dims) - 1)
 
 
 @dataclass(frozen=True)
@@ -220,7 +229,7 @@ class SwinConfig(_Config):
 
 
 @dataclass(frozen=True)
-class PointConfig(_Config):
+class PointConfig(_MergingConfig):
     """Everything that defines a backbone of point sets; the fields of `AFFConfig` it shares mean
     the same.
 
@@ -242,7 +251,7 @@ class PointConfig(_Config):
     mlp_ratio: float = 2.0
     cluster_size: int = 8
     neighborhood_size: tuple[int, ...] = (48, 48, 48, 48)
-    rate: float = 0.25
+    rate: float | tuple[float, ...] = 0.25
     layer_scale: float = 0.0
     drop_path: float = 0.0
     in_channels: int = 0
@@ -259,7 +268,7 @@ class PointConfig(_Config):
         super().__post_init__()
         self._check_heads()
         check_count("dimensions", self.dimensions, least=2, most=3)
-        check_number("rate", self.rate, above=0, most=1)
+        self._check_rates()
         check_number("drop_path", self.drop_path, least=0, most=1)
         if self.unit is not None:
             check_number("unit", self.unit, above=0)

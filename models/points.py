@@ -173,7 +173,7 @@ class PointStage(nn.Module):
         if self.merge is None:
             return StageOutput(tokens, inputs, None, neighborhoods), None
         scores = self.merge.scores(tokens.features)
-        index, sizes = best_of_runs(scores, tokens.sizes, config.rate)
+        index, sizes = best_of_runs(scores, tokens.sizes, config.rates[self.index])
         merged = self.merge(tokens, neighborhoods, scores, index, sizes, impl)
         return StageOutput(tokens, inputs, scores, neighborhoods), merged
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from pointformer.data import Picture
 from pointformer.data.transforms import Resize, resized
 from pointformer.models import Model, Output
 from pointformer.models.inference import evaluating
-from pointformer.segmentation.regions import Regions, blend_regions
+from pointformer.segmentation.regions import Region, Regions, blend_regions
 from pointformer.segmentation.tiling import Tile, windows_of
 from pointformer.tasks import TASKS, Task
 
@@ -129,7 +129,14 @@ def predict(
     return found, tuple(sum(stage) for stage in zip(*tokens, strict=True))
 
 
-def predict_points(model: Model, task: Task, points: TokenSet, region: int | None = None) -> Any:
+def predict_points(
+    model: Model,
+    task: Task,
+    points: TokenSet,
+    region: int | None = None,
+    *,
+    progress: Callable[[Regions], Iterable[Region]] = iter,
+) -> Any:
     """Run a model, in eval mode, on a point set of one sample, whole or in regions.
 
     Args:
@@ -137,6 +144,7 @@ def predict_points(model: Model, task: Task, points: TokenSet, region: int | Non
         region: points that the model sees at once, if there are more: in overlapping `Regions`,
             whose scores are averaged. `None`: as in its training (`RandomRegion`); all, if it was
             not trained on regions.
+        progress: goes through the regions, for example with a bar (`tqdm`).
 
     Returns:
         The task's prediction for all points.
@@ -152,7 +160,8 @@ def predict_points(model: Model, task: Task, points: TokenSet, region: int | Non
         if size is None:
             return predict_sets(model, task, [points])[0]
         points = points.input_order()
-        regions = ((region, _seen(model, region.tokens)) for region in Regions(points, size))
+        parts = progress(Regions(points, size))
+        regions = ((part, _seen(model, part.tokens)) for part in parts)
         scores = blend_regions(points.num_tokens, regions)
         (found,) = task.decode(scores, [(points.num_tokens, 1)])
     return found

@@ -289,7 +289,7 @@ def reason(error: BaseException, about: object = "") -> str:
     """
     text = str(error) or type(error).__name__
     if is_out_of_memory(error):
-        text = "out of memory: use smaller pictures or --tile"
+        text = "out of memory: use smaller inputs, of pictures --tile"
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     elif not isinstance(error, (ValueError, TypeError, OSError, ImportError, FloatingPointError)):

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from pointformer._files import make_folder
 from pointformer.cli.common import (
+    CLOUD_MODEL,
+    DEFAULT_MODEL,
     add_model_arguments,
     add_picture_arguments,
     add_result_arguments,
@@ -105,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_result_arguments(parser)
     add_picture_arguments(parser)
-    add_model_arguments(parser)
+    add_model_arguments(parser, by_inputs=True)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -164,6 +166,9 @@ def _opened(
 
     if options.limit is not None and options.limit < 0:
         raise ValueError(f"--limit: expected at least 0, got {options.limit}")
+    if options.model is None:
+        likely = find_source(options.data, options.format, options.task, options.annotations)
+        options.model = CLOUD_MODEL if likely.is_of_clouds else DEFAULT_MODEL
     model = model_from(options)
     task = task_of(model, options.task)
     resize, crop = _seen(options, task)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import abc
 import argparse
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -139,7 +141,7 @@ class Pictures(Inputs):
     noun, key = "picture", "image"
     suffixes = endings = PICTURE_SUFFIXES
     only: ClassVar[Mapping[str, object]] = {
-        **dict.fromkeys(("tile", "overlap", "min_score", "diameter", "scale")),
+        **dict.fromkeys(("tile", "overlap", "min_score", "diameter")),
         **dict.fromkeys(("channel", "plane", "project")),
         "intensities": "percentiles",
         "max_pixels": 2**30,
@@ -245,16 +247,21 @@ class Clouds(Inputs):
     def open(self, path: Path) -> Any:
         from pointformer.segmentation.clouds import read_cloud
 
-        return read_cloud(path, self.model, self._features)
+        scale = getattr(self.options, "scale", None)
+        return read_cloud(path, self.model, self._features, 1.0 if scale is None else scale)
 
     def is_large(self, opened: Any) -> bool:
         return bool(opened.num_tokens > self._large)
 
     def segment(self, opened: Any, path: Path) -> Found:
+        from tqdm import tqdm
+
         from pointformer.cli.clouds import found
         from pointformer.segmentation.clouds import segment_points
 
-        return found(segment_points(self.model, opened), path)
+        # Of what takes long, where somebody sees it move.
+        bar: Any = partial(tqdm, unit="region", leave=False, delay=2, disable=None)
+        return found(segment_points(self.model, opened, progress=bar), path)
 
     def focus(self, path: Path) -> tuple[Image.Image, list[int]]:
         from pointformer.segmentation.cloud_drawing import focus_cloud
@@ -274,6 +281,15 @@ def model_for(options: argparse.Namespace, arguments: Sequence[str | Path]) -> M
     if options.model is None:
         clouds = all(_holds_clouds(Path(argument)) for argument in arguments)
         options.model = CLOUD_MODEL if clouds else DEFAULT_MODEL
+        for folder in () if clouds else (str(a) for a in arguments if Path(a).is_dir()):
+            others, _, _ = find_files([folder], Clouds.noun, Clouds.suffixes)
+            if others:
+                count = f"{len(others)} {Clouds.noun}{'s' * (len(others) > 1)}"
+                warnings.warn(
+                    f"{folder}: {count} left out, beside pictures; --model {CLOUD_MODEL} takes "
+                    "point clouds",
+                    stacklevel=2,
+                )
     return model_from(options)
 
 

@@ -88,7 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "knows them in (default: as they are)",
     )
     parser.add_argument(
-        "--scale", type=float, metavar="FACTOR", help="resize pictures for the network by this"
+        "--scale",
+        type=float,
+        metavar="FACTOR",
+        help="resize pictures for the network by this; of point clouds, what coordinates are "
+        "multiplied by: 0.3048 for feet and a model that was trained in meters",
     )
     add_picture_arguments(parser)
     add_feature_argument(parser)

@@ -186,6 +186,8 @@ class Dataset(Sequence[Annotation]):
             classes; with `skip_bad`, pictures ("site1/a") and single objects ("annotation 12") too.
     """
 
+    noun = "picture"
+
     def __init__(
         self,
         source: str | os.PathLike[str],
@@ -226,7 +228,7 @@ class Dataset(Sequence[Annotation]):
         if not self.entries:
             left_out = [f" ({len(problems)} skipped: {problem})" for problem in problems.values()]
             raise ValueError(
-                f"{source}: expected annotated pictures, found none{''.join(left_out[:1])}"
+                f"{source}: expected annotated {self.noun}s, found none{''.join(left_out[:1])}"
             )
         self.skipped = {**(skipped or {}), **problems}
 
@@ -254,8 +256,9 @@ class Dataset(Sequence[Annotation]):
             raise ValueError(f"val_share: expected a number between 0 and 1, got {share}")
         if len(self) < 2:
             raise ValueError(
-                f"{self.entries[0].image or self.entries[0].name}: is the only picture; expected "
-                "at least two, to learn from and to be scored on (data.val_share=0 keeps none)"
+                f"{self.entries[0].image or self.entries[0].name}: is the only {self.noun}; "
+                "expected at least two, to learn from and to be scored on (data.val_share=0 keeps "
+                "none)"
             )
         by_class: dict[int, list[int]] = defaultdict(list)
         ranks = [

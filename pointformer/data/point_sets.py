@@ -8,22 +8,27 @@ see `read_scenes`; an archive of one may have `split` (n,) with 0, 1, 2 for trai
 
 from __future__ import annotations
 
+import itertools
 import os
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
-from pointformer._checks import describe
+from pointformer._checks import brief, describe
 from pointformer.annotations import VOID, Category
 from pointformer.data.annotations import Annotation, Dataset, Entry, named_categories
 from pointformer.data.images import Reading
 from pointformer.data.points import read_points
-from pointformer.data.points.asprs import standard_name
+from pointformer.data.points.asprs import class_codes, standard_name
+from pointformer.data.points.columns import column_named
 from pointformer.tokens import TokenSet
 
 SPLITS = ("train", "val", "test")
@@ -78,6 +83,7 @@ class PointDataset(Dataset):
         channels: features of a point.
     """
 
+    noun = "point set"
     channels: int
 
     def __init__(
@@ -86,8 +92,10 @@ class PointDataset(Dataset):
         categories: Sequence[Category],
         entries: Iterable[Entry],
         channels: int,
+        problems: Mapping[str, str] | None = None,
+        skip_bad: bool = False,
     ) -> None:
-        super().__init__(source, categories, entries)
+        super().__init__(source, categories, entries, problems, skip_bad)
         self.channels = channels
 
 
@@ -174,7 +182,9 @@ def read_objects(
     start = f"{split}_" if split else ""
     xyz = _checked(archive.path, f"{start}xyz", archive[f"{start}xyz"], (None, None, 3))
     labels = _checked(archive.path, f"{start}label", archive[f"{start}label"], (len(xyz),))
-    named = _named(categories, _names(archive.classes(), [labels]))
+    listed = archive.classes()
+    named = _named(categories, _names(listed, [labels]), listed)
+    _warn_of_others(path, {archive.path: labels}, named)
     kept = _numbered(archive.path, labels, named)
     name = archive.path.stem
     entries = []
@@ -202,20 +212,37 @@ _LABELS = (
 
 class _Scene:
     """A file of points with a class each, read once for what is asked; another process reads it
-    again."""
+    again.
+
+    Attributes:
+        label: the column of the classes, "" if there is none.
+        problem: why the file cannot be read, "" if it can.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read: dict[tuple[str, ...], TokenSet] = {}
-        self.archive = _Archive(path) if path.suffix.lower() == ".npz" else None
-        if self.archive is not None:
-            names: Iterable[str] = self.archive.names
-        elif path.suffix.lower() in (".las", ".laz"):
-            names = ("classification",)  # all have it
-        else:
-            names = read_points(path).fields
-        self.label = next((name for name in _LABELS if name in names), "")
+        self.archive: _Archive | None = None
+        self.problem = ""
+        names: Iterable[str] = ()
+        try:
+            if path.suffix.lower() == ".npz":
+                self.archive = _Archive(path)
+                names = self.archive.names
+            elif path.suffix.lower() in (".las", ".laz"):
+                names = ("classification",)  # all have it
+            else:
+                names = read_points(path).fields
+        except (ValueError, OSError) as error:
+            self.problem = str(error)
+        names = [*names]
+        self.label = next(filter(None, (column_named(name, names) for name in _LABELS)), "")
         self.has_split = "split" in names
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether its labels are those of the LAS standard."""
+        return column_named("classification", [self.label]) is not None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_read": {}}
@@ -226,6 +253,8 @@ class _Scene:
             fields = [self.label, *["split"] * self.has_split]
             self._read = {features: read_points(self.path, fields=fields, features=features)}
             labels = self._read[features].fields[self.label]
+            if labels.ndim == 2 and labels.shape[1] == 1:
+                labels = labels[:, 0]
             if labels.ndim != 1 or not torch.equal(labels, labels.round()):
                 raise ValueError(
                     f"{self.path}: {self.label!r}: expected an integer for each point, got "
@@ -235,7 +264,11 @@ class _Scene:
 
     def labels(self) -> np.ndarray:
         """(T,) int64."""
-        return self.points(next(iter(self._read), ())).fields[self.label].long().numpy()
+        return self.labels_of(self.points(next(iter(self._read), ())))
+
+    def labels_of(self, points: TokenSet) -> np.ndarray:
+        """(T,) int64, of what `points` gave."""
+        return points.fields[self.label].flatten().long().numpy()
 
     def rows(self, split: str) -> torch.Tensor | None:
         """A mask of the points of a split, `None` for all."""
@@ -265,10 +298,11 @@ def scene_splits(path: Path) -> list[str]:
     try:
         found = _scenes(path)
         scenes = [scene for part in found.values() for scene in part]
-        if not scenes or not all(scene.label for scene in scenes):
+        if not any(scene.label for scene in scenes):
             return []
-        if any(s.archive is not None and s.archive[s.label].ndim != 1 for s in scenes):
+        if any(scene.archive is not None and _of_objects(scene.archive) for scene in scenes):
             return []
+        scenes = [scene for scene in scenes if scene.label]
         if not found.get(""):
             return [split for split, part in found.items() if part]
         if not all(scene.has_split for scene in scenes):
@@ -279,6 +313,13 @@ def scene_splits(path: Path) -> list[str]:
         return []
 
 
+def _of_objects(archive: _Archive) -> bool:
+    """Whether its labels are of something else than points."""
+    names = [name for name in _LABELS if name in archive.names]
+    shape = archive[names[0]].shape if names else (0,)
+    return len(shape) > 1 and shape[1:] != (1,)
+
+
 def read_scenes(
     path: Path,
     split: str,
@@ -286,19 +327,25 @@ def read_scenes(
     *,
     features: Sequence[str] = (),
     void: Sequence[int] | None = None,
+    skip_bad: bool = False,
 ) -> PointDataset:
     """Scenes whose points have a class each: files that `read_points` reads (.npz, .las, .laz,
     .ply, .xyz, .pts; in folders train, val and test, or all in one) with a column `label`, `labels`
     or `classification`.
 
     Classes are those that an archive names in `classes`; else the numbers found in any split, by
-    the LAS standard's names where all are `classification`.
+    the LAS standard's names where all are `classification`. A warning names classes of the points
+    that are not among given ones: these points are void.
 
     Args:
+        categories: classes, as a model has them, or names of the labels 0, 1, ... Classes are found
+            in the files by their names in `classes`; by the LAS codes that `segment` gives them
+            where all labels are `classification`; else by their ids.
         features: names of the columns that points have as features, in this order; see
             `read_points`.
         void: labels that are no classes; `None`: those that are named "ignored", "never classified"
             or the like.
+        skip_bad: leave out files that cannot be read, see `Dataset`.
 
     Raises:
         OSError, ValueError: naming the file, if it cannot be read, or arrays do not fit each other
@@ -306,37 +353,57 @@ def read_scenes(
         ImportError: a package of the extra `points` is missing.
     """
     found = _scenes(path)
-    scenes = [scene for part in found.values() for scene in part]
-    for scene in scenes:
-        if not scene.label:
-            raise ValueError(f"{scene.path}: has no classes, none of {', '.join(_LABELS)}")
+    labels: dict[Path, np.ndarray] = {}
+    problems: dict[str, str] = {}
+    scenes = []
+    for scene in (scene for part in found.values() for scene in part):
+        try:
+            if scene.problem:
+                raise ValueError(scene.problem)
+            if not scene.label:
+                raise ValueError(f"{scene.path}: has no classes, none of {', '.join(_LABELS)}")
+            labels[scene.path] = scene.labels()
+            scenes.append(scene)
+        except (ValueError, OSError) as error:
+            problems[scene.path.name] = str(error)
     archives = [scene.archive for scene in scenes if scene.archive is not None]
     listed = next((own for archive in archives if (own := archive.classes())), None)
-    labels = [scene.labels() for scene in scenes]
-    standard = all(scene.label == "classification" for scene in scenes)
-    names = _names(listed, labels, standard_name if standard else str)
+    standard = bool(scenes) and all(scene.has_codes for scene in scenes)
+    names = _names(listed, [*labels.values()], standard_name if standard else str)
     if void is None:
         void = [number for number, name in names.items() if name.lower() in _IGNORED]
-    named = _named(categories, names, void)
+    named = _named(categories, names, listed, standard, void)
+    if scenes and not named:
+        raise ValueError(
+            f"{path}: expected points with classes, found only {', '.join(names.values())}"
+        )
+    used = [scene for scene in found.get("") or found.get(split, []) if scene in scenes]
+    _warn_of_others(path, {scene.path: labels[scene.path] for scene in used}, named, names, void)
+    stems = Counter(scene.path.stem for scene in used)
     entries = []
-    for scene in found.get("") or found.get(split, []):
+    for scene in used:
         rows = scene.rows(split)
         if rows is not None and not rows.any():
             continue
-        read: Any = partial(_read_scene, scene, split, tuple(features), named)
-        entries.append(Entry(scene.path.stem, scene.path, None, read))
-    return PointDataset(path, named, entries, len(features))
+        name = scene.path.stem if stems[scene.path.stem] == 1 else scene.path.name
+        read: Any = partial(_read_scene, scene, name, split, tuple(features), named)
+        entries.append(Entry(name, scene.path, None, read))
+    return PointDataset(path, named, entries, len(features), problems, skip_bad)
 
 
 def _read_scene(
-    scene: _Scene, split: str, features: tuple[str, ...], categories: tuple[Category, ...]
+    scene: _Scene,
+    name: str,
+    split: str,
+    features: tuple[str, ...],
+    categories: tuple[Category, ...],
 ) -> PointAnnotation:
     tokens, rows = scene.points(features), scene.rows(split)
     if rows is not None:
         tokens = tokens.select(rows).with_origin(None)
-    numbers = _numbered(scene.path, tokens.fields[scene.label].long().numpy(), categories)
+    numbers = _numbered(scene.path, scene.labels_of(tokens), categories)
     tokens = TokenSet(tokens.positions, tokens.features, tokens.sizes, origin=tokens.origin)
-    return PointAnnotation(scene.path.stem, tokens, labels=numbers)
+    return PointAnnotation(name, tokens, labels=numbers)
 
 
 def _names(
@@ -354,11 +421,13 @@ def _names(
 def _named(
     given: Sequence[Category] | Sequence[str] | None,
     names: Mapping[int, str],
+    listed: Sequence[str] | None = None,
+    standard: bool = False,
     void: Sequence[int] = (),
 ) -> tuple[Category, ...]:
     """The classes, whose ids are the labels: given, or by the files."""
     if given is not None and all(isinstance(c, Category) for c in given):
-        return tuple(c for c in given if isinstance(c, Category))
+        return _labelled([c for c in given if isinstance(c, Category)], listed, standard)
     if given is not None:
         names = {number: str(name) for number, name in enumerate(given)}
     kept = [(number, name) for number, name in names.items() if number not in set(void)]
@@ -369,8 +438,54 @@ def _named(
     )
 
 
+def _labelled(
+    categories: Sequence[Category], listed: Sequence[str] | None, standard: bool
+) -> tuple[Category, ...]:
+    """Classes with the labels that files have for them as ids: those that no file has get free
+    ones."""
+    numbers: list[int | None] = [category.id for category in categories]
+    if listed is not None:
+        places = {name.lower(): number for number, name in enumerate(listed)}
+        by_name = [places.get(category.name.lower()) for category in categories]
+        if any(number is not None for number in by_name):
+            numbers = by_name
+    elif standard:
+        numbers = [*class_codes(categories)]
+    free = itertools.count(max([255, *(n for n in numbers if n is not None)], default=0) + 1)
+    return tuple(
+        replace(category, id=next(free) if number is None else number)
+        for category, number in zip(categories, numbers, strict=True)
+    )
+
+
+def _warn_of_others(
+    path: Path,
+    labels: Mapping[Path, np.ndarray],
+    categories: Sequence[Category],
+    names: Mapping[int, str] = MappingProxyType({}),
+    void: Sequence[int] = (),
+) -> None:
+    """Warn of labels that are neither of the classes nor void."""
+    found: Counter[int] = Counter()
+    for values in labels.values():
+        numbers, counts = np.unique(values, return_counts=True)
+        found.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+    known = {category.id for category in categories} | set(void)
+    others = {number: count for number, count in found.items() if number not in known}
+    if others:
+        words = brief([names.get(number, str(number)) for number in sorted(others)])
+        share = 100 * sum(others.values()) / sum(found.values())
+        warnings.warn(
+            f"{path}: {share:.2g}% have labels that are none of the classes, and count as void: "
+            f"{words}",
+            stacklevel=3,
+        )
+
+
 def _numbered(path: Path, labels: np.ndarray, categories: Sequence[Category]) -> np.ndarray:
     """Labels as places among the categories, int32; VOID where there is no such category."""
+    if not labels.size:
+        raise ValueError(f"{path}: has no points")
     values, places = np.unique(labels, return_inverse=True)
     known = {category.id: number for number, category in enumerate(categories)}
     table = np.array([known.get(int(value), VOID) for value in values], np.int32)

@@ -20,7 +20,7 @@ from pointformer.data.arrays import Columns, find_columns, read_arrays
 from pointformer.data.cityscapes import read_cityscapes
 from pointformer.data.classes import class_folders, read_class_folders
 from pointformer.data.coco import read_coco_instances, read_coco_panoptic
-from pointformer.data.discovery import pictures_in
+from pointformer.data.discovery import CLOUD_SUFFIXES, pictures_in
 from pointformer.data.folders import read_folder
 from pointformer.data.labels import found_classes, found_labels, paired_files, read_ade20k
 from pointformer.data.point_sets import object_splits, read_objects, read_scenes, scene_splits
@@ -53,6 +53,11 @@ class Source(NamedTuple):
     def lists_classes(self) -> bool:
         """Whether the files tell which classes there are, whatever else is known of them."""
         return FORMATS[self.format].lists_classes
+
+    @property
+    def is_of_clouds(self) -> bool:
+        """Whether it has point clouds with classes of their points."""
+        return "point_segmentation" in FORMATS[self.format].tasks
 
     def split(self, name: str) -> str | None:
         """The data set's own name of a split: "val" may be its "validation"."""
@@ -105,7 +110,8 @@ def find_source(
             f"{path}: looks like no data set of a known format{_lacking(path)}: expected "
             "SPLIT/images beside SPLIT/labels or SPLIT/instances, a folder of pictures for each "
             "class, COCO's JSON in annotations/, leftImg8bit/ beside gtFine/, ADE20K's images/ "
-            "beside annotations/, tar files of samples, or a .npz file of arrays or points"
+            "beside annotations/, tar files of samples, a .npz file of arrays or points, or "
+            "point clouds with a class per point"
         )
     hint = "; pass its JSON (--annotations)" if format.startswith("coco") else ""
     raise ValueError(f"{path}: expected {FORMATS[format].layout}, found none{hint}")
@@ -124,6 +130,11 @@ def _lacking(path: Path) -> str:
         return f" ({classes[0]} is the only folder of pictures: one class cannot be told apart)"
     if path.is_dir() and pictures_in(path):
         return " (pictures, but nothing that says what is in them)"
+    if path.is_dir() and pictures_in(path, suffixes=CLOUD_SUFFIXES | {".txt", ".csv"}):
+        return (
+            " (files, but none of points with a column label, labels or classification; columns of "
+            "text end in .xyz or .pts)"
+        )
     return ""
 
 
@@ -585,12 +596,16 @@ FORMATS: dict[str, _Format] = {
         ("point_classification",),
         object_splits,
         lambda r: read_objects(r.path, r.split, r.categories),
+        lists_classes=False,
     ),
     "scenes": _Format(
         "files of points (.npz, .las, .laz, .ply, .xyz) with a class each",
         ("point_segmentation",),
         scene_splits,
-        lambda r: read_scenes(r.path, r.split, r.categories, features=r.features, void=r.void),
+        lambda r: read_scenes(
+            r.path, r.split, r.categories, features=r.features, void=r.void, skip_bad=r.skip_bad
+        ),
+        lists_classes=False,
     ),
     "arrays": _Format(
         "a .npz file of arrays of pictures and labels",

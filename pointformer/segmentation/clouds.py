@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +14,20 @@ import torch
 from torch import Tensor
 
 from pointformer import TokenSet
-from pointformer._checks import describe
+from pointformer._checks import check_number, describe
 from pointformer.annotations import Category
-from pointformer.data.points import read_points
+from pointformer.data.points import coordinate_unit, read_points
+from pointformer.data.points.columns import AXES, spacing_of
 from pointformer.models import Model
 from pointformer.models.inference import evaluating
 from pointformer.prediction import predict_points, recipe_value, region_of
-from pointformer.segmentation.regions import Regions
+from pointformer.segmentation.regions import Region, Regions
 from pointformer.tasks import task_of
 from pointformer.tasks.points import PointSegmentation
 from pointformer.tasks.task import Size
+
+_ENOUGH = 100  # points, of which a feature tells something
+_APART = 30.0  # times the model's unit that points may be nearer or farther apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +59,19 @@ class SegmentedCloud:
         return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def segment_points(model: Model, tokens: TokenSet) -> SegmentedCloud:
+def segment_points(
+    model: Model,
+    tokens: TokenSet,
+    *,
+    progress: Callable[[Regions], Iterable[Region]] = iter,
+) -> SegmentedCloud:
     """Find the class of each point.
 
     Args:
         model: for point segmentation.
         tokens: one sample, with the features that the model was trained with, such as
             `read_cloud` gives.
+        progress: see `predict_points`.
 
     Raises:
         ValueError, TypeError: the model is made for another task, or the points do not fit it.
@@ -71,7 +82,7 @@ def segment_points(model: Model, tokens: TokenSet) -> SegmentedCloud:
     if len(tokens) != 1 or not tokens.num_tokens:
         raise ValueError(f"tokens: expected one sample with points, got {tokens}")
     start = time.perf_counter()
-    found = predict_points(model, _Scored(task.categories), tokens)
+    found = predict_points(model, _Scored(task.categories), tokens, progress=progress)
     seconds = time.perf_counter() - start
     return SegmentedCloud(tokens, found["class"], found["score"], task.categories, seconds)
 
@@ -143,17 +154,25 @@ def check_model(model: Model) -> PointSegmentation:
 
 
 def read_cloud(
-    path: str | os.PathLike[str], model: Model, features: Sequence[str] | None = None
+    path: str | os.PathLike[str],
+    model: Model,
+    features: Sequence[str] | None = None,
+    scale: float = 1.0,
 ) -> TokenSet:
     """A file of points as a model of points was trained to see it, see `read_points`.
 
+    A warning tells what the file lacks for that: features that are 0 at all points, and
+    coordinates in another unit, as degrees or feet, so far as that shows.
+
     Args:
         features: names of columns; `None`: those that the model's file says it was trained with.
+        scale: factor of the coordinates: 0.3048 for feet and a model that was trained in meters.
 
     Raises:
         OSError, ValueError, ImportError: it is no such file, has no points, or not the dimensions
             or the features that the model wants; the message names it.
     """
+    check_number("scale", scale, above=0)
     config: Any = model.config
     names = features_of(model) if features is None else tuple(features)
     if names is not None and len(names) != config.in_channels:
@@ -173,7 +192,51 @@ def read_cloud(
             f"{path}: {model.name} takes {config.in_channels} features for each point and does not "
             "say which; name them (--features), in the order of its training"
         )
+    if scale != 1:
+        origin = None if tokens.origin is None else tokens.origin * scale
+        tokens = TokenSet(tokens.positions * scale, tokens.features, tokens.sizes, origin=origin)
+    doubts = [
+        *_doubts_of_features(tokens, names or ()),
+        *_doubts_of_unit(coordinate_unit(path) if scale == 1 else "", tokens, config.unit),
+    ]
+    if doubts:
+        warnings.warn(f"{path}: {'; '.join(doubts)}", stacklevel=2)
     return tokens
+
+
+def _doubts_of_features(tokens: TokenSet, names: Sequence[str]) -> list[str]:
+    """In words, which features the file does not really have."""
+    if tokens.num_tokens < _ENOUGH or not names:
+        return []
+    zero = [n for n, some in zip(names, tokens.features.any(0).tolist(), strict=True) if not some]
+    if not zero:
+        return []
+    return [
+        f"{' and '.join(zero)} {'is' if len(zero) == 1 else 'are'} 0 at all points, as where a "
+        "file has none: the model was trained with it, expect worse classes"
+    ]
+
+
+def _doubts_of_unit(named: str, tokens: TokenSet, unit: float | None) -> list[str]:
+    """In words, why distances may not be those that the model knows.
+
+    Args:
+        named: see `coordinate_unit`.
+        unit: of the model, in the units of its training.
+    """
+    if unit is None:
+        return []
+    if named == "degrees":
+        return ["coordinates are in degrees, where the model knows lengths: project them before"]
+    if named:
+        return [f"coordinates are in {named}; of a model trained in meters use --scale 0.3048"]
+    apart = spacing_of(dict(zip(AXES, tokens.positions.numpy().T, strict=False)))
+    if tokens.num_tokens < _ENOUGH or not apart or unit / _APART <= apart <= unit * _APART:
+        return []
+    return [
+        f"points are about {apart:.2g} apart, where the model knows about {unit:g}: are "
+        "coordinates in another unit (--scale), or in degrees (project them before)?"
+    ]
 
 
 def features_of(model: Model) -> tuple[str, ...] | None:

@@ -205,7 +205,7 @@ class Run:
                     rate = pictures / worked
                     loss = self._log(logs, rate, pictures / loading, waited / worked)
                     bar.set_postfix_str(
-                        f"step {trainer.steps}, loss {loss:.3f}, {rate:.1f} images/s",
+                        f"step {trainer.steps}, loss {loss:.3f}, {rate:.1f} samples/s",
                         refresh=False,
                     )
                     logged_step, worked, waited, loading = trainer.steps, 0.0, 0.0, 0.0

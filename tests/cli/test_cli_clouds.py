@@ -36,7 +36,7 @@ def points_model(tmp_path_factory):
 def quick(monkeypatch):
     """A stand-in for the network: the class is the row modulo 3, the score the row over all."""
 
-    def predict(model, task, tokens):
+    def predict(model, task, tokens, progress):
         rows = np.arange(tokens.num_tokens)
         found = np.empty(len(rows), [("class", np.int32), ("score", np.float32)])
         found["class"], found["score"] = rows % 3, (rows + 1) / len(rows)
@@ -236,6 +236,70 @@ def test_the_other_kind_of_model(capsys, model, points_model, quick):
     code, _, error = run(capsys, "segment", "in", "--out", "o", "--model", whole)
     assert (code, error.count("\n")) == (1, 1)
     assert "made for 'point_classification' and finds no classes of points" in error
+
+
+def test_a_folder_of_both_kinds(capsys, points_model, quick):
+    """What is left out by the model that is chosen for them is told of."""
+    write_cloud("in/a.laz")
+    Image.new("RGB", (64, 64)).save("in/b.png")
+    code, text, error = run(capsys, "segment", "in", "--out", "o")
+    assert (code, error.count("\n")) == (0, 1)
+    assert "in: 1 point cloud left out, beside pictures; --model point_nano.lidar takes" in error
+    assert text.startswith("b.png: ")
+    assert run(capsys, "segment", "in", "--out", "o", "--model", points_model)[::2] == (0, "")
+
+
+def test_files_of_others_are_only_replaced_where_that_is_said(capsys, points_model, quick):
+    write_cloud("a.laz")
+    Path("o").mkdir()
+    Path("o/a_points.laz").write_text("mine")
+    arguments = ("segment", "a.laz", "--out", "o", "--model", points_model)
+    code, _, error = run(capsys, *arguments)
+    assert (code, error.count("\n")) == (1, 1)
+    assert "a_points.laz: is there, and not as this program wrote it" in error
+    assert Path("o/a_points.laz").read_text() == "mine"
+    assert run(capsys, *arguments, "--overwrite")[0] == 0
+    assert len(read_points("o/a_points.laz").fields["classification"]) == 60
+    # But never what is read, under any name.
+    shutil.copy("a.laz", "b_points.laz")
+    os.link("b_points.laz", "b.laz")
+    code, _, error = run(
+        capsys, "segment", "b.laz", "--out", ".", "--model", points_model, "--overwrite"
+    )
+    assert (code, error.count("\n")) == (1, 1)
+    assert "b_points.laz: is an input, and inputs are never replaced" in error
+
+
+def test_rates_of_a_model_of_points(capsys, points_model):
+    write_cloud("a.laz", 200)
+    kept = []
+    for rate in ("0.25", "0.5", "0.1"):
+        code, text, _ = run(
+            capsys, "focus", "a.laz", "--out", f"{rate}.png", "--model", points_model,
+            "--rate", rate,
+        )  # fmt: skip
+        assert code == 0
+        kept.append(text)
+    assert [f"200 -> {n}" in text for n, text in zip((50, 100, 20), kept, strict=True)] == [
+        True
+    ] * 3
+    code, _, error = run(
+        capsys, "segment", "a.laz", "--out", "o", "--model", points_model, "--rate", "0.5,0.5"
+    )
+    assert code == 1
+    assert "rate: expected one number, or one for each of 1 merges" in error
+
+
+def test_the_model_of_the_package_is_scored_on_clouds(capsys):
+    rng = np.random.default_rng(0)
+    world = CORNER + rng.random((300, 3)) * [20, 20, 0.1]
+    columns = {"return_number": 1, "number_of_returns": 1, "classification": 2}
+    np.savez(
+        "a.npz", xyz=world, intensity=rng.integers(1, 999, 300),
+        **{name: np.full(300, value) for name, value in columns.items()},
+    )  # fmt: skip
+    code, text, error = run(capsys, "evaluate", ".")
+    assert (code, "mIoU" in text) == (0, True), error
 
 
 def test_features_may_be_named(capsys, quick):

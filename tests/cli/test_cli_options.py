@@ -101,7 +101,7 @@ def seen(tmp_path, monkeypatch):
 
     dataset = Data(["first", "second"])
     spy(pointformer.data, "open_dataset", dataset)
-    spy(pointformer.data, "find_source", SimpleNamespace(lists_classes=True))
+    spy(pointformer.data, "find_source", SimpleNamespace(lists_classes=True, is_of_clouds=False))
     for run in ("run", "other"):
         (tmp_path / run).mkdir()
         (tmp_path / run / "recipe.yaml").write_text(write_recipe(Recipe()))

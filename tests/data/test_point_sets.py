@@ -8,9 +8,9 @@ import torch
 
 from helpers.clouds import write_objects, write_scenes
 from pointformer import TokenSet
-from pointformer.annotations import VOID
+from pointformer.annotations import VOID, Category
 from pointformer.data import find_source, open_dataset, open_splits
-from pointformer.data.point_sets import PointAnnotation
+from pointformer.data.point_sets import PointAnnotation, read_objects
 from pointformer.data.point_transforms import (
     RandomDrop,
     RandomJitter,
@@ -125,6 +125,90 @@ def test_a_cloud_without_classes_is_named(tmp_path):
     assert dataset[0].labels.tolist() == [0] * 9
     with pytest.raises(ValueError, match=r"b.las: expected labels of the 1 classes, found none"):
         dataset[1]
+
+
+def write_codes(path, codes, name="classification", count=60):
+    """A file whose points have these codes in turn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    classes = torch.tensor(codes, dtype=torch.uint8).repeat(count)[:count]
+    world = torch.from_numpy(rng.uniform(0, 50, (count, 3)))
+    write_points(path, TokenSet.from_world(world, fields={name: classes}))
+
+
+@pytest.mark.parametrize("suffix", [".las", ".xyz"])
+def test_classes_of_a_model_are_found_by_their_codes(tmp_path, suffix, recwarn):
+    """In files that lack some, or have others; numbers without a name in the standard too."""
+    write_codes(tmp_path / "a" / f"a{suffix}", (2, 6, 12, 200, 0))
+    trained = open_dataset(tmp_path / "a", task="point_segmentation").categories
+    assert [c.name for c in trained] == ["ground", "building", "12", "200"]
+    write_codes(tmp_path / "b" / f"b{suffix}", (200, 6, 0, 12))
+    other = open_dataset(tmp_path / "b", task="point_segmentation", categories=trained)
+    assert other.categories == trained
+    assert other[0].labels[:4].tolist() == [3, 1, VOID, 2]
+    assert not recwarn
+    # Of another model: by name, whatever the numbers of its training.
+    named = [Category(4, "Buildings"), Category(7, "other"), Category(1, "ground")]
+    with pytest.warns(UserWarning, match=r"a: 40% have labels .*: \['12', '200'\]"):
+        found = open_dataset(tmp_path / "a", task="point_segmentation", categories=named)
+    assert found[0].labels[:5].tolist() == [2, 0, VOID, VOID, VOID]
+    assert [c.name for c in found.categories] == ["Buildings", "other", "ground"]
+
+
+def test_classes_of_a_model_are_found_by_names_that_files_list(tmp_path):
+    xyz = np.random.default_rng(0).random((30, 3))
+    np.savez(tmp_path / "a.npz", xyz=xyz, label=np.arange(30) % 3, classes=["void", "Tree", "car"])
+    model = [Category(0, "car"), Category(1, "boat"), Category(2, "tree")]
+    found = open_dataset(tmp_path, task="point_segmentation", categories=model)
+    assert found[0].labels[:3].tolist() == [VOID, 2, 0]
+    assert [c.name for c in found.categories] == ["car", "boat", "tree"]
+
+
+def test_objects_are_scored_by_the_classes_of_the_model(tmp_path):
+    write_objects(tmp_path / "all.npz")
+    every = read_objects(tmp_path / "all.npz", "train").categories
+    few = np.zeros(4, np.int64)
+    np.savez(tmp_path / "few.npz", xyz=np.zeros((4, 5, 3)), label=few)
+    found = open_dataset(tmp_path / "few.npz", task="point_classification", categories=every)
+    assert len(found.categories) == len(every)
+
+
+def test_bad_clouds_are_named_or_left_out(tmp_path):
+    write_codes(tmp_path / "a.laz", (2, 6))
+    write_codes(tmp_path / "b.las", (2, 5))
+    write_codes(tmp_path / "a.las", (2, 5))
+    write_codes(tmp_path / "none.ply", (2,), "height")
+    (tmp_path / "cut.laz").write_bytes((tmp_path / "a.laz").read_bytes()[:700])
+    (tmp_path / "x.ply").write_bytes(b"ply\n")
+    with pytest.raises(
+        ValueError, match=r"(cut.laz|none.ply|x.ply): .* \(and 2 more such errors\)"
+    ):
+        open_dataset(tmp_path, task="point_segmentation")
+    found = open_dataset(tmp_path, task="point_segmentation", skip_bad=True)
+    assert [entry.name for entry in found.entries] == ["a.las", "a.laz", "b"]
+    assert [c.name for c in found.categories] == ["ground", "high vegetation", "building"]
+    assert sorted(found.skipped) == ["cut.laz", "none.ply", "x.ply"]
+
+
+def test_a_folder_without_classes_is_named(tmp_path):
+    write_codes(tmp_path / "a.ply", (1,), "height")
+    with pytest.raises(ValueError, match="none of points with a column label, labels or classif"):
+        open_dataset(tmp_path, task="point_segmentation")
+    write_codes(tmp_path / "b" / "a.las", (0,))
+    with pytest.raises(ValueError, match="expected points with classes, found only never class"):
+        open_dataset(tmp_path / "b", task="point_segmentation")
+    write_codes(tmp_path / "c" / "a.las", (2,))
+    with pytest.raises(ValueError, match=r"a.las: is the only point set"):
+        open_splits(tmp_path / "c", task="point_segmentation")
+
+
+@pytest.mark.parametrize("name", ["Classification", "scalar_Label"])
+def test_columns_of_classes_as_other_programs_call_them(tmp_path, name):
+    write_codes(tmp_path / "a.ply", (2, 6), name)
+    found = open_dataset(tmp_path, task="point_segmentation")
+    words = ["ground", "building"] if name == "Classification" else ["2", "6"]
+    assert [c.name for c in found.categories] == words
+    assert found[0].labels[:2].tolist() == [0, 1]
 
 
 def sample(points=300, seed=0):

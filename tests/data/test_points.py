@@ -11,7 +11,12 @@ import torch
 
 from pointformer import TokenSet
 from pointformer.annotations import Category
-from pointformer.data.points import read_points, write_classes, write_points
+from pointformer.data.points import (
+    coordinate_unit,
+    read_points,
+    write_classes,
+    write_points,
+)
 from pointformer.data.points.asprs import class_codes
 
 CORNER = np.array([651_000.0, 6_861_000.0, 30.0])  # of a tile in a map projection, in meters
@@ -177,6 +182,8 @@ TEXTS = {
     "other order": "z y x\n3 2 1\n6 5 4\n",
     "number of points": "2\n1 2 3\n4 5 6\n",
     "decimal commas": "x;y;z\n1,0;2,0;3,0\n4;5;6,00\n",
+    "decimal commas between spaces": "x y z\n1,0 2,0 3,0\n4 5 6,00\n",
+    "a sign after each column": "x,y,z,\n1,2,3,\n4,5,6,\n",
     "byte order mark": "\ufeffx y z\n1 2 3\n4 5 6\n",
 }
 
@@ -273,7 +280,7 @@ def damaged(tmp_path, kind):
         "prose": (b"To be, or not\nto be\n", "has no points"),
         "words": (b"x,y,z,class\n1,2,3,tree\n", "after line 1: could not convert string 'tree'"),
         "ragged text": (b"1 2 3\n1 2 3\n1 2\n", "the number of columns changed from 3 to 2"),
-        "decimal commas": (b"1,5 2,5 3,5\n", "could not convert string '5 2'"),
+        "commas of all kinds": (b"1,5, 2,5, 3,5, x\n", "could not convert string ' x'"),
         "text nan": (b"1 2 3\n1 nan 3\n", "sample 0 has a NaN .* row 1"),
         "infinite text": (b"1 2 3\n1 2 inf\n", "sample 0 has a NaN .* row 1"),
         "other names": (b"lon,lat,h\n1,2,3\n", "has no coordinates x, y and z, only lon, lat, h"),
@@ -289,7 +296,7 @@ BAD = (
     "cut off laz", "cut off laz start", "cut off las", "cut off las start", "las header",
     "ply without z", "ply without x", "ply without z text", "ply vertex", "ply nan", "ply nan text",
     "ply cut", "npz without points", "npz of clouds", "npz of objects", "npz of words", "npz cut",
-    "npz without y", "nothing", "picture", "prose", "words", "ragged text", "decimal commas",
+    "npz without y", "nothing", "picture", "prose", "words", "ragged text", "commas of all kinds",
     "text nan", "infinite text", "other names", "one column", "names", "twice",
 )  # fmt: skip
 
@@ -367,6 +374,7 @@ def test_features_of_points(tmp_path):
         (((0, "car"), (5, "tree")), 255, [0, 5]),  # no class of the standard: as in the data set
         (((3, "a"), (3, "b"), (900, "c")), 255, [3, 64, 65]),
         (((9, "road"), (65, "6"), (11, "road surface")), 255, [11, 65, 64]),
+        (((2, "ground"), (12, "12"), (200, "200"), (8, "keypoint")), 255, [2, 12, 200, 64]),
     ],
 )
 def test_codes_of_classes(classes, most, codes):
@@ -378,3 +386,87 @@ def test_more_classes_than_codes():
     assert class_codes(many[:32], 31) == list(range(32))
     with pytest.raises(ValueError, match="a file with codes from 0 to 31 cannot hold 33"):
         class_codes(many, 31)
+
+
+@pytest.mark.parametrize("suffix", ["ply", "npz", "csv"])
+def test_names_as_other_programs_write_them(tmp_path, suffix):
+    """PDAL's "ReturnNumber", CloudCompare's "scalar_Classification" and "X": the column of the
+    classes is the one that is replaced, under its name."""
+    rng = np.random.default_rng(0)
+    columns = {
+        **dict(zip("XYZ", rng.random((3, 20)).astype(np.float32), strict=True)),
+        "Intensity": np.arange(20, dtype=np.float32),
+        "ReturnNumber": (np.arange(20) % 3).astype(np.uint8),
+        "scalar_Classification": np.full(20, 2, np.float32),
+    }
+    path, copy = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    if suffix == "npz":
+        np.savez(path, **columns)
+    elif suffix == "csv":
+        header = ",".join(columns)
+        np.savetxt(path, np.stack([*columns.values()], 1), "%.8f", ",", header=header, comments="")
+    else:
+        table = np.empty(20, [(name, values.dtype) for name, values in columns.items()])
+        for name, values in columns.items():
+            table[name] = values
+        plyfile.PlyData([plyfile.PlyElement.describe(table, "vertex")]).write(str(path))
+    read = read_points(path, features=["intensity", "return_number"])
+    assert read.features[:, 1].tolist() == [i % 3 for i in range(20)]
+    assert read.features[:, 0].max() == 1
+    write_classes(copy, path, torch.arange(20))
+    fields = read_points(copy).fields
+    assert fields["scalar_Classification"].tolist() == [*range(20)]
+    assert [*fields] == [*read_points(path).fields]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("offset", [0.0, 6e6])
+def test_lost_digits_are_told(tmp_path, dtype, offset, recwarn):
+    rng = np.random.default_rng(0)
+    with np.errstate(over="ignore"):
+        xyz = rng.random((2000, 3)) * 20 + (offset if dtype != np.float16 else offset / 1e4)
+        np.savez(tmp_path / "a.npz", xyz=xyz.astype(dtype))
+    read_points(tmp_path / "a.npz")
+    lost = offset > 0 and dtype != np.float64
+    assert [
+        str(w.message) for w in recwarn if "digits are lost" in str(w.message)
+    ] != [] or not lost
+    assert len(recwarn) == lost
+
+
+METERS = 'PROJCS["a",GEOGCS["b",UNIT["degree",0.0174532925199433]],UNIT["metre",1]]'
+FEET = METERS.replace('"metre",1', '"US survey foot",0.3048006096012192')
+UNITS = {
+    METERS: "",
+    FEET: "feet",
+    'GEOGCS["WGS 84",DATUM["WGS_1984"],UNIT["degree",0.0174532925199433]]': "degrees",
+    f'COMPD_CS["c",{METERS},VERT_CS["d",UNIT["foot",0.3048]]]': "",
+    'GEOGCRS["WGS 84",ELLIPSOID["e",6378137,298.25,LENGTHUNIT["metre",1]],'
+    'CS[ellipsoidal,2],ANGLEUNIT["degree",0.0174532925199433]]': "degrees",
+    'PROJCRS["p",BASEGEOGCRS["b",ELLIPSOID["e",6378137,298.25,LENGTHUNIT["metre",1]]],'
+    'CS[Cartesian,2],LENGTHUNIT["foot",0.3048]]': "feet",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("text", UNITS)
+def test_units_of_coordinate_systems(tmp_path, text):
+    header = laspy.LasHeader(version="1.4", point_format=6)
+    if text:
+        header.vlrs.append(laspy.vlrs.known.WktCoordinateSystemVlr(text))
+    laspy.LasData(header).write(tmp_path / "a.laz")
+    assert coordinate_unit(tmp_path / "a.laz") == UNITS[text]
+
+
+@pytest.mark.parametrize(
+    ("keys", "unit"), [((1, 9001), ""), ((1, 9003), "feet"), ((2, 0), "degrees")]
+)
+def test_units_of_geotiff_keys(tmp_path, keys, unit):
+    header = laspy.LasHeader(version="1.2", point_format=3)
+    entries = [(1024, 0, 1, keys[0]), (3076, 0, 1, keys[1])]
+    numbers = np.array([(1, 1, 0, len(entries)), *entries], "<u2")
+    header.vlrs.append(laspy.VLR("LASF_Projection", 34735, "", numbers.tobytes()))
+    laspy.LasData(header).write(tmp_path / "a.las")
+    assert coordinate_unit(tmp_path / "a.las") == unit
+    (tmp_path / "a.xyz").write_text("1 2 3\n")
+    assert coordinate_unit(tmp_path / "a.xyz") == ""

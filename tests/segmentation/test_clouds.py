@@ -1,5 +1,7 @@
 """Clouds from above and from the side, and the points that a model keeps."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -114,3 +116,56 @@ def test_models_that_want_other_points(tmp_path):
     ]  # fmt: skip
     with pytest.raises(ValueError, match="point_nano takes 1 for each point, got x, y"):
         read_cloud(tmp_path / "a.xyz", model, ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda world, rows: (world, rows), None),
+        (lambda world, rows: (world, rows * 0), "intensity is 0 at all points"),
+        (
+            lambda world, rows: (world * [1e-5, 1e-5, 1], rows),
+            "points are about .*e-0. apart, .* or in degrees",
+        ),
+        (lambda world, rows: (world * 1000, rows), "points are about .* apart, where the model"),
+        (lambda world, rows: (world[:50] * 1000, rows[:50] * 0), None),  # too few to tell
+        (lambda world, rows: (world * [0, 1, 1], rows), None),  # a wall
+    ],
+)
+def test_what_a_cloud_lacks_for_a_model_is_told(tmp_path, recwarn, change, words):
+    model = load_model(write_point_model(tmp_path / "m.safetensors"))
+    rng = np.random.default_rng(0)
+    world, rows = change(rng.random((400, 3)) * [30, 30, 5], rng.random(400))
+    np.savez(tmp_path / "a.npz", xyz=world, intensity=rows)
+    read_cloud(tmp_path / "a.npz", model)
+    assert len(recwarn) == (words is not None)
+    for warning in recwarn:
+        assert re.search(rf"a.npz: {words}", str(warning.message))
+
+
+def test_coordinates_are_scaled_to_the_unit_of_the_model(tmp_path, recwarn):
+    model = load_model(write_point_model(tmp_path / "m.safetensors", features=()))
+    world = np.random.default_rng(0).random((300, 3)) * 30 + CORNER
+    np.savez(tmp_path / "meters.npz", xyz=world)
+    np.savez(tmp_path / "feet.npz", xyz=world / 0.3048)
+    meters = read_cloud(tmp_path / "meters.npz", model)
+    feet = read_cloud(tmp_path / "feet.npz", model, scale=0.3048)
+    torch.testing.assert_close(feet.world_positions(), meters.world_positions(), rtol=0, atol=1e-4)
+    assert not recwarn
+    with pytest.raises(ValueError, match="scale"):
+        read_cloud(tmp_path / "feet.npz", model, scale=0.0)
+
+
+def test_one_region_after_the_other_is_reported(tmp_path):
+    model = load_model(write_point_model(tmp_path / "m.safetensors", features=()))
+    model.trained = {"recipe": {"augmentation": {"points": {"region": {"points": 128}}}}}
+    seen = []
+
+    def progress(regions):
+        for region in regions:
+            seen.append(len(regions))
+            yield region
+
+    segment_points(model, cloud(300), progress=progress)
+    assert seen == [seen[0]] * seen[0]
+    assert seen[0] > 2

@@ -7,6 +7,7 @@ A format is a module with `read`, from a path to columns by name, `write`, the w
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pointformer.data.points.columns import (
     columns_of,
     feature_of,
     field_of,
+    lost_digits,
     positions_of,
     together,
 )
@@ -29,6 +31,7 @@ from pointformer.tokens import TokenSet
 
 __all__ = [
     "class_limit",
+    "coordinate_unit",
     "iterate_points",
     "points_suffix",
     "read_points",
@@ -67,7 +70,8 @@ def read_points(
       z in 2-D.
 
     `red`, `green`, `blue` are one field `color` (T, 3), `nx`, `ny`, `nz` one `normal`. Rows are in
-    the order of the file. Unsigned integers of 16 bits and more are int32 or int64.
+    the order of the file. Unsigned integers of 16 bits and more are int32 or int64. A warning says
+    where coordinates of fewer than 64 bits do not tell neighbors apart, as float32 far from 0.
 
     Args:
         path: a file.
@@ -76,7 +80,8 @@ def read_points(
         features: names of columns that become the features (T, C) float32, in this order, as
             models of points are trained with them: `intensity` is divided by its 99th percentile
             in the file and at most 1, others are as they are. Groups are not joined here: `red`.
-            `None`: the file's own.
+            Other spellings of a name are found too: `ReturnNumber` and `scalar_Return_Number`, as
+            PDAL and CloudCompare write it, for `return_number`. `None`: the file's own.
 
     Raises:
         OSError: the file is not there or cannot be read.
@@ -88,7 +93,9 @@ def read_points(
     _check_names("fields", fields)
     _check_names("features", features)
     try:
-        return _set_of(_format_of(path).read(path), fields, origin, features)
+        columns = _format_of(path).read(path)
+        _warn_of_digits(path, columns)
+        return _set_of(columns, fields, origin, features)
     except ValueError as error:
         raise ValueError(f"{path}: {_in_a_line(error)}") from None
 
@@ -112,14 +119,22 @@ def iterate_points(
     kind = _format_of(path)
     try:
         if kind is las:
-            for columns in las.iterate(path, size):
-                yield _set_of(columns, fields, origin)
+            for part in las.iterate(path, size):
+                yield _set_of(part, fields, origin)
             return
-        whole = _set_of(kind.read(path), fields, origin)
+        columns = kind.read(path)
+        _warn_of_digits(path, columns)
+        whole = _set_of(columns, fields, origin)
         for rows in torch.arange(whole.num_tokens).split(size):
             yield whole.select(rows, (len(rows),))
     except ValueError as error:
         raise ValueError(f"{path}: {_in_a_line(error)}") from None
+
+
+def _warn_of_digits(path: Path, columns: dict[str, np.ndarray]) -> None:
+    lost = lost_digits(columns) if {"x", "y"} <= set(columns) else ""
+    if lost:
+        warnings.warn(f"{path}: {lost}", stacklevel=3)
 
 
 def _check_names(argument: str, names: object) -> None:
@@ -218,7 +233,8 @@ def write_classes(
     *,
     overwrite: bool = False,
 ) -> None:
-    """A copy of a file of points with other classes, `classification`, in the format of the source.
+    """A copy of a file of points with other classes, `classification` as the file spells it (see
+    `read_points`), in the format of the source.
 
     * LAS and LAZ (where `path` ends in .laz): all else stays, header, coordinate system, other
       records and every other dimension of the points, bit for bit. A cloud-optimized LAZ becomes a
@@ -271,6 +287,18 @@ def class_limit(path: str | os.PathLike[str]) -> int:
     """
     path = _checked_path(path)
     return las.class_limit(path) if _format_of(path) is las else 255
+
+
+def coordinate_unit(path: str | os.PathLike[str]) -> str:
+    """The unit of the coordinates on the ground: "degrees" or "feet" where the file, of LAS, says
+    so; "" for meters, and where it says nothing.
+
+    Raises:
+        OSError, ValueError: the file cannot be read.
+        ImportError: a package of the extra `points` is missing.
+    """
+    path = _checked_path(path)
+    return las.coordinate_unit(path) if _format_of(path) is las else ""
 
 
 def points_suffix(path: str | os.PathLike[str]) -> str:

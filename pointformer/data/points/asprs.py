@@ -52,7 +52,8 @@ def class_codes(categories: Sequence[Category], most: int = 255) -> list[int]:
     singular or plural, with spaces, "_" or "-". Other classes keep the number that they have in the
     data set that they were learned from, unless another class has it or the standard gives it
     another meaning beside classes of it: these get codes from 64 on, or, where a file cannot hold
-    them, from `most` down.
+    them, from `most` down. A class that is called by its number, as those of files are for which
+    the standard has no name, keeps it.
 
     Args:
         most: see `class_limit`.
@@ -71,9 +72,12 @@ def class_codes(categories: Sequence[Category], most: int = 255) -> list[int]:
             codes[number] = code
     taken = {*codes.values(), *(_DEFINED if codes else ())}
     for number, category in enumerate(categories):
-        if number not in codes and 0 <= category.id <= most and category.id not in taken:
-            codes[number] = category.id
-            taken.add(category.id)
+        own = category.id if 0 <= category.id <= most else -1
+        # 12 is defined, as none, and what files call so nevertheless.
+        called = category.name == str(own) == standard_name(own) and own not in codes.values()
+        if number not in codes and own >= 0 and (called or own not in taken):
+            codes[number] = own
+            taken.add(own)
     taken = set(codes.values())
     free = [*(_USERS if most >= _USERS.stop - 1 else ()), *range(most, -1, -1)]
     rest = iter([code for code in dict.fromkeys(free) if code not in taken])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -16,6 +17,28 @@ AXES = ("x", "y", "z")
 # Columns that belong together, by the name of the field that they are.
 _GROUPS = {"color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}
 _AS_SIGNED = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64, "float128": np.float64}
+
+
+def column_named(name: str, names: Iterable[str]) -> str | None:
+    """Which of the names means this one; `None` if none does, or several.
+
+    What LAS files call return_number is ReturnNumber in files that PDAL wrote, and
+    scalar_Return_Number in CloudCompare's."""
+    names = [*names]
+    if name in names:
+        return name
+    same = [other for other in names if _plain(other) == _plain(name)]
+    return same[0] if len(same) == 1 else None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("scalar_"))
+
+
+def with_axes(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns, "X", "Y" and "Z" under the names of the axes unless there are such."""
+    named = {axis.upper(): axis for axis in AXES if axis not in columns}
+    return {named.get(name, name): values for name, values in columns.items()}
 
 
 def together(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -36,6 +59,38 @@ def positions_of(columns: dict[str, np.ndarray]) -> np.ndarray:
     return np.stack([columns.pop(axis).astype(np.float64) for axis in found], 1)
 
 
+def lost_digits(columns: Mapping[str, np.ndarray]) -> str:
+    """What is wrong with coordinates whose dtype does not resolve where the points are, in words;
+    nothing if it does."""
+    for axis in AXES:
+        values = np.asarray(columns.get(axis, 0.0))
+        if values.dtype.kind != "f" or values.dtype.itemsize >= 8 or values.size < 2:
+            continue
+        largest = np.abs(values).max()
+        if not np.isfinite(largest):
+            continue
+        step = float(np.spacing(largest))
+        apart = spacing_of(columns)
+        if apart and step > apart / 8:
+            return (
+                f"its {axis} is {values.dtype.name} of up to {float(largest):.7g}, in steps of "
+                f"{step:g}, and points are about {apart:.2g} apart: digits are lost; "
+                "write coordinates as float64, or subtract an offset before"
+            )
+    return ""
+
+
+def spacing_of(columns: Mapping[str, np.ndarray]) -> float:
+    """How far points are apart along the ground on average, 0 if they are not spread along x and
+    y. Of the middle half along each axis, so that strays do not count."""
+    sides = []
+    for axis in AXES[:2]:
+        values = np.asarray(columns[axis], np.float64)
+        low, high = np.percentile(values, (25, 75)) if len(values) else (0.0, 0.0)
+        sides.append(2 * float(high - low))
+    return math.sqrt(sides[0] * sides[1] / max(len(values), 1))
+
+
 def field_of(name: str, values: np.ndarray) -> Tensor:
     """A tensor of a dtype with all of torch's functions, in a memory of its own."""
     values = np.asarray(values)
@@ -47,12 +102,16 @@ def field_of(name: str, values: np.ndarray) -> Tensor:
 
 def feature_of(name: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """(n,) float32 of a column as models of points see it: see `read_points`."""
-    if name not in columns:
+    column = column_named(name, columns)
+    if column is None:
         have = ", ".join(other for other in columns if other not in AXES)
         raise ValueError(
-            f"has no {brief(name)}, which the model wants of each point, only {have or 'x, y, z'}"
+            f"has no {brief(name)}, which the model wants of each point, only {have or 'x, y, z'}; "
+            "if it has another name, name all in the order of the training (--features)"
         )
-    values = np.asarray(columns[name])
+    values = np.asarray(columns[column])
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
     if values.ndim != 1 or values.dtype.kind not in "fiub":
         raise ValueError(f"{name}: expected a number for each point, got {brief(values)}")
     values = values.astype(np.float32)

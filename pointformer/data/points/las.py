@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from pointformer.data.points.columns import AXES, resolution_of
 
 _CHUNK = 2_000_000  # points at once
 _INDEX = "copc"  # records of cloud-optimized files with places of points within the file
+_WKT, _GEO_KEYS = 2112, 34735  # records with the coordinate system
+_MODEL_TYPE, _LINEAR_UNIT = 1024, 3076  # keys of GeoTIFF
+_GEOGRAPHIC, _FEET = 2, range(9002, 9006)
 _EXTRA = {"bool": np.dtype(np.uint8), "float16": np.dtype(np.float32)}  # dtypes that LAS has not
 
 
@@ -82,6 +86,39 @@ def write(path: Path, columns: dict[str, np.ndarray]) -> None:
         if not np.array_equal(np.asarray(cloud[name]), values, equal_nan=values.dtype.kind == "f"):
             raise ValueError(f"field {name} does not fit the dimension {name} of LAS files")
     cloud.write(path)
+
+
+def coordinate_unit(path: Path) -> str:
+    laspy = _laspy()
+    try:
+        with laspy.open(path) as reader:
+            records = [*reader.header.vlrs, *(reader.evlrs or ())]
+    except OSError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from None
+    for record in records:
+        text = getattr(record, "string", "")
+        if record.record_id == _WKT and isinstance(text, str) and text:
+            return _unit_of_text(text)
+    for record in records:
+        if record.record_id == _GEO_KEYS:
+            keys = {key.id: key.value_offset for key in getattr(record, "geo_keys", ())}
+            if keys.get(_MODEL_TYPE) == _GEOGRAPHIC:
+                return "degrees"
+            return "feet" if keys.get(_LINEAR_UNIT) in _FEET else ""
+    return ""
+
+
+def _unit_of_text(text: str) -> str:
+    """Of a coordinate system in OGC's well-known text, of the part for the ground."""
+    ground = re.split(r"\b(?:VERT_CS|VERTCRS|VERTICALCRS|VCRS)\b", text, flags=re.IGNORECASE)[0]
+    if not re.search(r"\b(?:PROJCS|PROJCRS|PROJECTEDCRS|LOCAL_CS|ENGCRS)\b", ground, re.IGNORECASE):
+        geographic = r"\b(?:GEOGCS|GEOGCRS|GEOGRAPHICCRS)\b"
+        return "degrees" if re.search(geographic, ground, re.IGNORECASE) else ""
+    units = re.findall(r"UNIT\s*\[\s*\"([^\"]*)\"\s*,\s*([0-9.eE+-]+)", ground, re.IGNORECASE)
+    feet = any(abs(float(size) - 0.3048) < 1e-5 for _, size in units)
+    return "feet" if feet else ""
 
 
 def class_limit(path: Path) -> int:

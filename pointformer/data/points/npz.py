@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pointformer._checks import brief
-from pointformer.data.points.columns import AXES
+from pointformer.data.points.columns import AXES, column_named, with_axes
 
 _POSITIONS = ("positions", "xyz", "points", "coord", "pos", "xyz_cm")
 
@@ -34,6 +34,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
                 positions = positions + origin.astype(np.float64)
             arrays |= dict(zip(AXES, positions.T, strict=False))
             break
+    arrays = with_axes(arrays)
     if "x" not in arrays:
         raise ValueError(f"has no array {', '.join(_POSITIONS)} or x, only {brief([*arrays])}")
     rows = arrays["x"].shape[:1]
@@ -61,4 +62,6 @@ def write_classes(path: Path, source: Path, codes: np.ndarray) -> None:
     count = len(read(source)["x"])
     if len(codes) != count:
         raise ValueError(f"classes: expected those of {count} points, got {len(codes)}")
-    write(path, {**_arrays(source), "classification": codes})
+    arrays = _arrays(source)
+    classes = column_named("classification", arrays) or "classification"
+    write(path, {**arrays, classes: codes})

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pointformer.data.points.columns import AXES, as_table
+from pointformer.data.points.columns import AXES, as_table, column_named, with_axes
 
 _NARROWER = {"bool": np.uint8, "int64": np.int32, "float16": np.float32}
 
@@ -39,9 +39,10 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"has no element vertex, only {elements or 'nothing'}")
     rows = content["vertex"].data
     names = [name for name in rows.dtype.names or () if rows.dtype[name].kind != "O"]  # lists
-    if not set(AXES) <= set(names):
+    columns = with_axes({name: np.asarray(rows[name]) for name in names})
+    if not set(AXES) <= set(columns):
         raise ValueError(f"has no coordinates x, y and z, only {', '.join(names[:12])}")
-    return {name: np.asarray(rows[name]) for name in names}
+    return columns
 
 
 def write(path: Path, columns: dict[str, np.ndarray]) -> None:
@@ -62,11 +63,12 @@ def write_classes(path: Path, source: Path, codes: np.ndarray) -> None:
     if len(codes) != vertex.count:
         raise ValueError(f"classes: expected those of {vertex.count} points, got {len(codes)}")
     old = vertex.data
-    kinds = [(name, old.dtype[name]) for name in old.dtype.names if name != "classification"]
-    rows = np.empty(len(old), [*kinds, ("classification", np.uint8)])
-    for name, _ in kinds:
-        rows[name] = old[name]
-    rows["classification"] = codes
+    kinds = {name: old.dtype[name] for name in old.dtype.names}
+    classes = column_named("classification", kinds) or "classification"
+    kinds[classes] = np.dtype(np.uint8)
+    rows = np.empty(len(old), [*kinds.items()])
+    for name in kinds:
+        rows[name] = codes if name == classes else old[name]
     plyfile = _plyfile()
     lists = [p for p in vertex.properties if isinstance(p, plyfile.PlyListProperty)]
     element = plyfile.PlyElement.describe(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from pointformer.data.points.columns import AXES, as_table, resolution_of
+from pointformer.data.points.columns import AXES, as_table, column_named, resolution_of
 
 _COMMENTS = ("#", "//")
 _LINES = 100  # of comments, at most, before the first point
@@ -18,6 +19,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
         lines = list(itertools.islice(file, _LINES))
     if any("\0" in line or "\ufffd" in line for line in lines):
         raise ValueError("is neither LAS, LAZ, PLY nor NPZ, nor text")
+    if not any(line.strip() for line in lines):
+        raise ValueError("is empty, has no points")
     noted: list[str] = []  # names in the last comment, or none
     names: list[str] = []
     skipped = 0
@@ -26,7 +29,12 @@ def read(path: Path) -> dict[str, np.ndarray]:
         comment = next((sign for sign in _COMMENTS if words.startswith(sign)), "")
         words = words[len(comment) :].strip()
         delimiter = next((sign for sign in ";\t," if sign in words), None)
-        decimal = "," if delimiter in (";", "\t") else "."  # where a column has one
+        if delimiter == "," and _decimal_commas(words):
+            delimiter, decimal = None, ","
+        else:
+            decimal = "," if delimiter in (";", "\t") else "."  # where a column has one
+        closed = delimiter in (";", ",") and words.endswith(delimiter)  # after each column
+        words = words[:-1] if closed else words
         parts = [part.strip().strip("\"'") for part in words.split(delimiter)]
         parts = [part.lower() if part.lower() in AXES else part for part in parts]
         if comment and words:
@@ -40,7 +48,11 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise ValueError("has no points: expected lines of numbers, x, y and z first")
     try:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
-            rows = (line.replace(decimal, ".") for line in file) if decimal == "," else file
+            rows: Iterable[str] = file
+            if decimal == ",":
+                rows = (line.replace(decimal, ".") for line in rows)
+            if closed:
+                rows = (line.rstrip().removesuffix(delimiter or "") for line in rows)
             table = np.loadtxt(
                 rows, delimiter=delimiter, skiprows=skipped, comments=_COMMENTS, ndmin=2
             )
@@ -55,6 +67,14 @@ def read(path: Path) -> dict[str, np.ndarray]:
     if len(set(names)) != width:
         raise ValueError(f"has two columns of one name: {', '.join(names[:12])}")
     return {name: _whole(column) for name, column in zip(names, table.T, strict=True)}
+
+
+def _decimal_commas(words: str) -> bool:
+    """Whether numbers with decimal commas stand between spaces: "1,5 2,5 3", not "1, 2, 3"."""
+    parts = words.split()
+    return len(parts) > 1 and all(
+        part[-1] != "," and _is_number(part.replace(",", ".")) for part in parts
+    )
 
 
 def _is_number(word: str) -> bool:
@@ -94,4 +114,5 @@ def write_classes(path: Path, source: Path, codes: np.ndarray) -> None:
     count = len(columns["x"])
     if len(codes) != count:
         raise ValueError(f"classes: expected those of {count} points, got {len(codes)}")
-    write(path, {**columns, "classification": codes})
+    classes = column_named("classification", columns) or "classification"
+    write(path, {**columns, classes: codes})
