@@ -5,9 +5,11 @@
 For each cloud (3-D, even density and five dense blobs) and number of tokens a process of its own
 makes clusters of eight, neighborhoods of six of these, attention (16 channels, one head, with
 position bias) and a merge around every fourth token, without gradients, and writes a line per step:
-CPU seconds of all threads, the largest resident memory during it (of the whole process, inputs and
-interpreter included), both in `results/scale.jsonl`. What is there already is not measured again.
-Then exponents are fitted, of time over tokens, and `results/scale.png` is drawn.
+CPU seconds of all threads, those that the system took among them (for memory: virtual machines take
+long for what no process had before), and the largest resident memory meanwhile (of the whole
+process, inputs and interpreter included), all in `results/scale.jsonl`. What is there already is
+not measured again. Then exponents are fitted, of time over tokens, with and without the system's,
+and `results/scale.png` is drawn.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
 COUNTS = [count for power in (4, 5, 6) for count in (10**power, 3 * 10**power)] + [10**7]
@@ -47,14 +49,14 @@ def measure(cloud: str, count: int) -> Iterator[dict]:
     net = {"weight": torch.randn(4, 7), "bias": torch.randn(4)}
     net |= {"norm_weight": torch.randn(4), "norm_bias": torch.randn(4)}
 
-    def steps(positions: torch.Tensor) -> Iterator[tuple[str, float, int]]:
-        clusters, seconds, most = spent(lambda: balanced_cluster(positions))
-        yield "cluster", seconds, most
+    def steps(positions: torch.Tensor) -> Iterator[tuple[str, Spent]]:
+        clusters, used = spent(lambda: balanced_cluster(positions))
+        yield "cluster", used
         ordered = positions[clusters.order]
-        neighborhoods, seconds, most = spent(lambda: nearest_clusters(ordered, clusters))
-        yield "neighborhoods", seconds, most
+        neighborhoods, used = spent(lambda: nearest_clusters(ordered, clusters))
+        yield "neighborhoods", used
         inputs = [*torch.randn(3, len(ordered), 1, CHANNELS)]
-        attended, seconds, most = spent(
+        attended, used = spent(
             lambda: neighborhood_attention(
                 inputs[0],
                 inputs[1],
@@ -64,14 +66,14 @@ def measure(cloud: str, count: int) -> Iterator[dict]:
                 position_weight=torch.ones(1, 7),
             )
         )
-        yield "attention", seconds, most
+        yield "attention", used
         inputs.clear()
         features, scores = attended[:, 0], torch.rand(len(ordered))
         every_fourth = torch.arange(0, len(ordered), 4)
-        _, seconds, most = spent(
+        _, used = spent(
             lambda: scored_merge(features, scores, ordered, every_fourth, neighborhoods, **net)
         )
-        yield "merge", seconds, most
+        yield "merge", used
 
     for _ in steps(positions[:10_000]):  # kernels are compiled or loaded
         pass
@@ -82,32 +84,42 @@ def measure(cloud: str, count: int) -> Iterator[dict]:
             "cloud": cloud,
             "tokens": count,
             "step": step[0][0],
-            "seconds": round(sum(seconds for _, seconds, _ in step) / rounds, 5),
-            "peak_gib": round(max(peak for *_, peak in step) / 2**30, 3),
+            "seconds": round(sum(used.seconds for _, used in step) / rounds, 5),
+            "system_seconds": round(sum(used.system for _, used in step) / rounds, 5),
+            "peak_gib": round(max(used.peak for _, used in step) / 2**30, 3),
         }
 
 
-def spent(work: Callable[[], T]) -> tuple[T, float, int]:
-    """The result, CPU seconds of all threads, and the largest resident bytes meanwhile."""
+class Spent(NamedTuple):
+    """CPU seconds of all threads, the system's among them, and the largest resident bytes."""
+
+    seconds: float
+    system: float
+    peak: int
+
+
+def spent(work: Callable[[], T]) -> tuple[T, Spent]:
+    """The result, and what it took."""
     Path("/proc/self/clear_refs").write_text("5")  # the largest so far is forgotten
     start = resource.getrusage(resource.RUSAGE_SELF)
     result = work()
     end = resource.getrusage(resource.RUSAGE_SELF)
     status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
-    seconds = end.ru_utime - start.ru_utime + end.ru_stime - start.ru_stime
-    return result, seconds, 1024 * int(status.split()[0])
+    system = end.ru_stime - start.ru_stime
+    seconds = end.ru_utime - start.ru_utime + system
+    return result, Spent(seconds, system, 1024 * int(status.split()[0]))
 
 
 def known() -> list[dict]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()]
 
 
-def exponent(lines: list[dict], cloud: str, step: str) -> float:
+def exponent(lines: list[dict], cloud: str, step: str, system: bool = True) -> float:
     import numpy as np
 
     chosen = [line for line in lines if (line["cloud"], line["step"]) == (cloud, step)]
-    tokens, seconds = (np.log([line[name] for line in chosen]) for name in ("tokens", "seconds"))
-    return float(np.polyfit(tokens, seconds, 1)[0])
+    seconds = [line["seconds"] - (0 if system else line["system_seconds"]) for line in chosen]
+    return float(np.polyfit(np.log([line["tokens"] for line in chosen]), np.log(seconds), 1)[0])
 
 
 def draw(lines: list[dict]) -> None:
@@ -161,29 +173,34 @@ def main() -> None:
             with RESULTS.open("a") as file:
                 file.write(made.stdout)
     lines = known()
-    print(f"{'':24s} exponent   GiB at {max(line['tokens'] for line in lines):,}")
+    most = max(line["tokens"] for line in lines)
+    print(f"{'':24s} exponent, without the system   GiB at {most:,}")
     for cloud in CLOUDS:
         for step in STEPS:
             peak = max(
                 line["peak_gib"] for line in lines if (line["cloud"], line["step"]) == (cloud, step)
             )
-            fitted = exponent(lines, cloud, step)
-            print(f"{cloud:8s}{step:16s}{fitted:9.3f}{'*' if fitted > GOAL else ' '}{peak:8.2f}")
-        total = [
-            {"cloud": cloud, "step": "all", "tokens": count, "seconds": seconds}
-            for count, seconds in sums(lines, cloud).items()
-        ]
-        print(f"{cloud:8s}{'all':16s}{exponent(total, cloud, 'all'):9.3f}")
+            print_exponents(lines, cloud, step, f"{peak:14.2f}")
+        print_exponents(sums(lines, cloud), cloud, "all")
     draw(lines)
 
 
-def sums(lines: list[dict], cloud: str) -> dict[int, float]:
-    """By number of tokens the seconds of all steps."""
-    total: dict[int, float] = {}
-    for line in lines:
-        if line["cloud"] == cloud:
-            total[line["tokens"]] = total.get(line["tokens"], 0) + line["seconds"]
-    return total
+def print_exponents(lines: list[dict], cloud: str, step: str, more: str = "") -> None:
+    both = (exponent(lines, cloud, step, system) for system in (True, False))
+    marked = (f"{fitted:9.3f}{'*' if fitted > GOAL else ' '}" for fitted in both)
+    print(f"{cloud:8s}{step:16s}{'     '.join(marked)}{more}")
+
+
+def sums(lines: list[dict], cloud: str) -> list[dict]:
+    """Lines of all steps together."""
+    total: dict[int, dict] = {}
+    for line in (line for line in lines if line["cloud"] == cloud):
+        none: dict = {"cloud": cloud, "step": "all", "tokens": line["tokens"]}
+        none |= {"seconds": 0.0, "system_seconds": 0.0}
+        sum_ = total.setdefault(line["tokens"], none)
+        for name in ("seconds", "system_seconds"):
+            sum_[name] += line[name]
+    return list(total.values())
 
 
 if __name__ == "__main__":
