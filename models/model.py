@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -261,6 +262,16 @@ class Model(nn.Module):
                 f"reconfigure: the tokens of {self.name} are a grid, nothing can change"
             )
         self.backbone.reconfigure(**changes)
+
+    @contextlib.contextmanager
+    def reconfigured(self, **changes: object) -> Iterator[None]:
+        """`reconfigure` for the calls within this context only."""
+        before = self.backbone.config
+        self.reconfigure(**changes)
+        try:
+            yield
+        finally:
+            self.backbone.config = before  # type: ignore[assignment]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps only the inputs of the backbone's blocks, and runs each again in

@@ -452,6 +452,7 @@ CALLS = {
             "min_score": 0.5,
             "scale": 1.0,
             "diameter": None,
+            "budget": None,
             "channel": (0, 1, 2),
             "plane": 0,
             "project": "max",

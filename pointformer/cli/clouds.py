@@ -43,6 +43,7 @@ def found(result: SegmentedCloud, source: Path) -> Found:
         {
             "points": total,
             "seconds": round(result.seconds, 4),
+            "rates": [round(rate, 4) for rate in result.rates],
             "classes": {
                 str(code): c.name for code, c in zip(codes, result.categories, strict=True)
             },

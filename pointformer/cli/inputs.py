@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from pointformer.models import Model
+    from pointformer.rates import TimeBudget
 
 _SUMMARY = "summary.json"
 _ALL = PICTURE_SUFFIXES | CLOUD_SUFFIXES
@@ -42,6 +43,7 @@ class Inputs(abc.ABC):
         key: what summaries and progress bars call one.
         suffixes: of those in folders.
         endings: what the names of results leave out.
+        budget: time for each, once `prepare` has been called, if there is one.
         only: options of the commands that are for this kind alone, with their defaults.
         summary: the kind of result that lists the others.
     """
@@ -52,6 +54,7 @@ class Inputs(abc.ABC):
     endings: ClassVar[frozenset[str]]
     only: ClassVar[Mapping[str, object]]
     summary = _SUMMARY
+    budget: TimeBudget | None = None
 
     def __init__(self, model: Model, options: argparse.Namespace) -> None:
         self.model, self.options = model, options
@@ -108,6 +111,14 @@ class Inputs(abc.ABC):
     def prepare(self) -> None:
         """Check for `segment` what the user asks of the model."""
 
+    def _allow_time(self) -> None:
+        from pointformer.rates import TimeBudget
+
+        if self.options.budget is not None:
+            if self.options.rate is not None:
+                raise ValueError("--rate, --budget: only one of them can be given")
+            self.budget = TimeBudget(self.model, self.options.budget)
+
     @abc.abstractmethod
     def are_small(self, paths: Sequence[Path]) -> bool:
         """Whether each is so small that one thread is enough (or cannot be read)."""
@@ -157,6 +168,7 @@ class Pictures(Inputs):
         from pointformer.segmentation.segment import check_options
 
         check_options(self.model, **self._segmenting())
+        self._allow_time()
 
     def are_small(self, paths: Sequence[Path]) -> bool:
         from pointformer.data.images import image_size
@@ -193,7 +205,7 @@ class Pictures(Inputs):
         from pointformer.cli.pictures import found
         from pointformer.segmentation.segment import segment
 
-        return found(segment(self.model, opened, **self._segmenting()))
+        return found(segment(self.model, opened, budget=self.budget, **self._segmenting()))
 
     def focus(self, path: Path) -> tuple[Image.Image, list[int]]:
         import torch
@@ -228,6 +240,7 @@ class Clouds(Inputs):
         from pointformer.segmentation.clouds import check_model
 
         check_model(self.model)
+        self._allow_time()
 
     def are_small(self, paths: Sequence[Path]) -> bool:
         def is_small(path: Path) -> bool:
@@ -261,7 +274,8 @@ class Clouds(Inputs):
 
         # Of what takes long, where somebody sees it move.
         bar: Any = partial(tqdm, unit="region", leave=False, delay=2, disable=None)
-        return found(segment_points(self.model, opened, progress=bar), path)
+        result = segment_points(self.model, opened, progress=bar, budget=self.budget)
+        return found(result, path)
 
     def focus(self, path: Path) -> tuple[Image.Image, list[int]]:
         from pointformer.segmentation.cloud_drawing import focus_cloud

@@ -33,6 +33,7 @@ def found(result: Segmentation) -> Found:
             "count": result.num_objects,
             "seconds": round(result.seconds, 4),
             "tokens": list(result.tokens),
+            "rates": [round(rate, 4) for rate in result.rates],
         },
         f"{result.num_objects} objects in {result.seconds:.2f} s, tokens {tokens}",
     )

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -94,9 +95,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="resize pictures for the network by this; of point clouds, what coordinates are "
         "multiplied by: 0.3048 for feet and a model that was trained in meters",
     )
+    parser.add_argument(
+        "--budget",
+        type=_seconds,
+        metavar="TIME",
+        help="for each input, as 50ms or 2s: the largest rate that fits is found by measuring, on "
+        "the first one of each size",
+    )
     add_picture_arguments(parser)
     add_feature_argument(parser)
     add_model_arguments(parser, by_inputs=True)
+
+
+def _seconds(text: str) -> float:
+    """Of a time with its unit."""
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(ms|s)\s*", text)
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a time such as 50ms or 2s, got {text!r:.40}")
+    return float(match[1]) / (1000 if match[2] == "ms" else 1)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -215,15 +231,15 @@ def _looking(paths: Sequence[Path], inputs: Inputs) -> Generator[tuple[Executor,
 
     With two or three threads, small inputs are looked at side by side, by a thread each: in
     threads that share one input, one waits while the other does what cannot be shared. Large
-    ones, and more threads, are for one input after the other, in this thread, which can be
-    interrupted.
+    ones, more threads, and what is to be done in a time, are for one input after the other, in
+    this thread, which can be interrupted.
     """
     import torch
 
     threads = torch.get_num_threads()
     sample = paths[:: len(paths) // 16 + 1]
     few = len(paths) == 1 or not 1 < threads < 4 or inputs.options.device != "cpu"
-    if few or not inputs.are_small(sample):
+    if few or inputs.budget is not None or not inputs.are_small(sample):
         yield _InThisThread(), 1
         return
     try:

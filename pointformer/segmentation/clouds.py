@@ -21,6 +21,7 @@ from pointformer.data.points.columns import AXES, spacing_of
 from pointformer.models import Model
 from pointformer.models.inference import evaluating
 from pointformer.prediction import predict_points, recipe_value, region_of
+from pointformer.rates import TimeBudget, check_budget
 from pointformer.segmentation.regions import Region, Regions
 from pointformer.tasks import task_of
 from pointformer.tasks.points import PointSegmentation
@@ -40,6 +41,7 @@ class SegmentedCloud:
         scores: (T,) float32 probability of that class.
         categories: names and colors of the classes.
         seconds: time for the network and for reading its output.
+        rates: shares of the tokens that the model's merges kept.
     """
 
     tokens: TokenSet
@@ -47,6 +49,7 @@ class SegmentedCloud:
     scores: np.ndarray
     categories: tuple[Category, ...]
     seconds: float
+    rates: tuple[float, ...] = ()
 
     def counts(self) -> np.ndarray:
         """(K,) int64 points of each class."""
@@ -64,6 +67,7 @@ def segment_points(
     tokens: TokenSet,
     *,
     progress: Callable[[Regions], Iterable[Region]] = iter,
+    budget: TimeBudget | None = None,
 ) -> SegmentedCloud:
     """Find the class of each point.
 
@@ -72,19 +76,29 @@ def segment_points(
         tokens: one sample, with the features that the model was trained with, such as
             `read_cloud` gives.
         progress: see `predict_points`.
+        budget: see `segment`.
 
     Raises:
-        ValueError, TypeError: the model is made for another task, or the points do not fit it.
+        ValueError, TypeError: the model is made for another task, the points do not fit it, or they
+            take more time than the budget.
     """
     task = check_model(model)
+    check_budget(budget, model)
     if not isinstance(tokens, TokenSet):
         raise TypeError(f"tokens: expected a TokenSet, got {describe(tokens)}")
     if len(tokens) != 1 or not tokens.num_tokens:
         raise ValueError(f"tokens: expected one sample with points, got {tokens}")
-    start = time.perf_counter()
-    found = predict_points(model, _Scored(task.categories), tokens, progress=progress)
-    seconds = time.perf_counter() - start
-    return SegmentedCloud(tokens, found["class"], found["score"], task.categories, seconds)
+
+    def look() -> SegmentedCloud:
+        start = time.perf_counter()
+        found = predict_points(model, _Scored(task.categories), tokens, progress=progress)
+        seconds = time.perf_counter() - start
+        rates = getattr(model.config, "rates", ())
+        return SegmentedCloud(
+            tokens, found["class"], found["score"], task.categories, seconds, rates
+        )
+
+    return look() if budget is None else budget.run(tokens.num_tokens, look)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from pointformer.annotations import Category
 from pointformer.data.images import Picture, Reading, open_picture
 from pointformer.models import Model
 from pointformer.prediction import predict, windows_for
+from pointformer.rates import TimeBudget, check_budget
 from pointformer.segmentation.tiling import windows_of
 from pointformer.tasks import MapTask, task_of
 
@@ -53,6 +55,8 @@ class Segmentation:
     """The confidence of each object, by id - 1; 1 where the model has none."""
     categories: tuple[Category, ...] | None = None
     """Names and colors of the classes, if the model has them."""
+    rates: tuple[float, ...] = ()
+    """Shares of the tokens that the model's merges kept, if it chooses them."""
 
     @cached_property
     def image(self) -> np.ndarray:
@@ -98,6 +102,7 @@ def segment(
     min_score: float | None = None,
     scale: float | None = None,
     diameter: float | None = None,
+    budget: TimeBudget | None = None,
     **reading: Unpack[Reading],
 ) -> Segmentation:
     """Find the objects, or the regions, in one picture.
@@ -117,34 +122,51 @@ def segment(
             training are missed without it. `None`: 1.
         diameter: typical diameter of the objects in pixels, in the place of `scale`, for models
             that know what they were trained on (`model.object_diameter`).
+        budget: of this model: it is run at the largest rate at which `Segmentation.seconds` are no
+            more than those of the budget. The first picture of a size takes several times as long.
         reading: how the picture is read: channel, plane, projection, intensities; see `Reading`.
 
     Raises:
-        ValueError, TypeError: the image is unreadable or no picture, it needs a choice or more
-            memory than there is, or the model is made for another task.
+        ValueError, TypeError: the image is unreadable or no picture, it needs a choice, more
+            memory than there is or more time than the budget, or the model is made for another
+            task.
     """
     task, factor = check_options(
         model, tile=tile, overlap=overlap, min_score=min_score, scale=scale, diameter=diameter
     )
+    check_budget(budget, model)
     picture = open_picture(image, **reading)
     seen = picture.scaled(factor)
     windows = windows_for(model, seen, tile, overlap)
     if tile is None:
         picture = picture.loaded()
         seen = picture.scaled(factor)
-    start = time.perf_counter()
-    prediction, tokens = predict(model, task, seen, windows, min_score=min_score)
-    found = task.shown(prediction, min_score)
-    labels = found.ids
-    classes = [segment.category for segment in found.segments]
-    scores = [segment.score for segment in found.segments]
-    if seen.shape != picture.shape:
-        labels, kept = _resized(labels, picture.shape)
-        classes, scores = [classes[n - 1] for n in kept], [scores[n - 1] for n in kept]
-    seconds = time.perf_counter() - start
-    return Segmentation(
-        picture, labels, tokens, seconds, tuple(classes), tuple(scores), model.categories
-    )
+
+    def look() -> Segmentation:
+        start = time.perf_counter()
+        prediction, tokens = predict(model, task, seen, windows, min_score=min_score)
+        found = task.shown(prediction, min_score)
+        labels = found.ids
+        classes = [segment.category for segment in found.segments]
+        scores = [segment.score for segment in found.segments]
+        if seen.shape != picture.shape:
+            labels, kept = _resized(labels, picture.shape)
+            classes, scores = [classes[n - 1] for n in kept], [scores[n - 1] for n in kept]
+        seconds = time.perf_counter() - start
+        return Segmentation(
+            picture,
+            labels,
+            tokens,
+            seconds,
+            tuple(classes),
+            tuple(scores),
+            model.categories,
+            getattr(model.config, "rates", ()),
+        )
+
+    if budget is None:
+        return look()
+    return budget.run(sum(math.prod(window.size) for window in windows), look)
 
 
 def check_options(

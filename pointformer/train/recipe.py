@@ -36,6 +36,7 @@ from pointformer.data.transforms import (
     Resize,
 )
 from pointformer.models.heads import TASK_NAMES
+from pointformer.rates import Rates
 from pointformer.tasks import TASKS
 from pointformer.train.optimization import Budget, Optimizer, Schedule
 
@@ -199,6 +200,9 @@ class Recipe:
         score_weight: of `pointformer.tasks.scores.score_loss` beside the task's loss: the scores by
             which merges keep tokens learn where the annotation has outlines. 0: they learn from the
             task's loss only, through what they weight.
+        rates: from which a step draws the share of the tokens that merges keep, for a model that
+            can be used at each of them; it is scored at that of `options.rate`. `None`: always at
+            that.
         batch: pictures per step, over all processes.
         accumulate: in how many parts a batch is worked through, for less memory.
         precision: of the network's layers where they can do with less; weights stay float32.
@@ -227,6 +231,7 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     budget: Budget = field(default_factory=Budget, metadata=_FREE)
     score_weight: float = 0.0
+    rates: Rates | None = None
     batch: int = 8
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -379,6 +379,8 @@ def _made(recipe: Recipe, training: Dataset, processes: Processes) -> tuple[Mode
         )
     channels = training.channels if isinstance(training, PointDataset) else None
     model = make_model(recipe, training.categories, channels)
+    if recipe.rates is not None:
+        recipe.rates.check(model)
     fast = processes.device.type == "cpu" and model.backbone.impl != "reference"
     if recipe.strategy == "fsdp" and processes.world > 1 and fast:
         # They hold weights as NumPy arrays, whose memory fully_shard could not free.

@@ -8,6 +8,7 @@ kind of machine: torch's sums depend on these.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from pointformer.train.optimization import Average, clip_gradients
 from pointformer.train.recipe import Recipe
 
 _FORMAT = 1  # of `Trainer.state`
+_RATES = 2  # what random numbers are for, besides those of `loading`
 
 
 class Trainer:
@@ -120,7 +122,8 @@ class Trainer:
             group["lr"] = group["rate"] * factor
         self.optimizer.zero_grad()
         try:
-            total = self._gradients(batch)
+            with self._drawn_rates():
+                total = self._gradients(batch)
         except ValueError as error:
             self.check()  # weights of a step before that went wrong are no fault of these pictures
             self._check_weights()
@@ -135,6 +138,14 @@ class Trainer:
         self.steps += 1
         if self.average is not None:
             self.average.update(self.model, self.steps)
+
+    def _drawn_rates(self) -> contextlib.AbstractContextManager[None]:
+        """The model at the rates of this step, the same in all processes."""
+        if self.recipe.rates is None:
+            return contextlib.nullcontext()
+        seeds = np.random.SeedSequence(self.recipe.seed, spawn_key=(_RATES, self.steps))
+        rates = self.recipe.rates.draw(self.model, np.random.default_rng(seeds))
+        return self.model.reconfigured(rate=rates)
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
         """The loss and its terms, and their gradients in the parameters."""

@@ -84,6 +84,7 @@ def seen(tmp_path, monkeypatch):
     spy(torch, "set_num_threads")
     spy(pointformer.segmentation.segment, "segment", stop)
     spy(pointformer.segmentation.segment, "check_options")
+    spy(pointformer.rates, "TimeBudget", "allowed")
     spy(pointformer.evaluation, "evaluate", draw)
     spy(
         pointformer.tasks,
@@ -195,6 +196,8 @@ TABLE = {
         (["b.png"], lambda seen: seen["output"].count(" of 2 pictures"), 1),
         (["--out", "p"], lambda seen: seen["exists"]("p"), True),
         (["--tile", "256"], option("segment", "tile"), 256),
+        (["--budget", "50ms"], argument("TimeBudget", 1), "0.05"),
+        (["--budget", "2s"], option("segment", "budget"), "allowed"),
         (["--overlap", "32"], option("segment", "overlap"), 32),
         (["--resume"], lambda seen: "_is_done" in seen, True),
         (["--min-score", "0"], option("segment", "min_score"), 0.0),

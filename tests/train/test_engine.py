@@ -21,8 +21,10 @@ from pointformer.data import read_folder
 from pointformer.data.statistics import PictureFacts, Statistics, examine
 from pointformer.evaluation import evaluate
 from pointformer.models import AFFConfig, create_model, save_model
+from pointformer.models.aff import AFF
 from pointformer.models.config import CONFIGS
 from pointformer.models.released import to_released
+from pointformer.rates import Rates
 from pointformer.train import run
 from pointformer.train.checkpoints import list_checkpoints
 from pointformer.train.initial import make_model
@@ -100,10 +102,12 @@ def one_thread():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_at_random_equals_one_that_is_not(folder, tmp_path, kills):
-    """Bit for bit, with drop path and the average; it writes checkpoints most of the time."""
+    """Bit for bit, with drop path, drawn rates and the average; it writes checkpoints most of the
+    time."""
     recipe = recipe_of(
         folder, "budget.steps=16", "average=0.9", "options.drop_path=0.3", "log_every=3",
-        "checkpoints.steps=1", "validation.times=1", "validation.pictures=1",
+        "rates={least: 0.1, most: 0.9}", "checkpoints.steps=1", "validation.times=1",
+        "validation.pictures=1",
     )  # fmt: skip
     train(recipe, tmp_path / "whole", say=silent)
     killed_at_random(lambda: train(recipe, tmp_path / "killed", say=silent), kills, seed=kills)
@@ -113,6 +117,40 @@ def test_a_run_that_is_killed_at_random_equals_one_that_is_not(folder, tmp_path,
     assert len(rows(tmp_path / "whole/log.csv")) == 6
     left = [path.name for path in (tmp_path / "killed").rglob(".pointformer-*")]
     assert left == []
+
+
+def test_rates_are_drawn_in_training_only(folder, tmp_path, monkeypatch):
+    """Each step has its own, which depends on its number; scores are at the model's, and the file
+    of the model knows the range."""
+    drawn, scored = [], []
+    forward = AFF.forward
+
+    def recorded(self, images):
+        (drawn if torch.is_grad_enabled() else scored).append(self.config.rates)
+        return forward(self, images)
+
+    monkeypatch.setattr(AFF, "forward", recorded)
+    rates = {"least": 0.1, "most": 0.9, "merges": "first"}
+    recipe = recipe_of(folder, "budget.steps=3", "accumulate=2", "average=0", "seed=5", rates=rates)
+    train(recipe, tmp_path / "run", say=silent)
+    assert drawn[::2] == drawn[1::2]  # of the parts of a batch
+    assert len(set(drawn)) == 3
+    assert all(0.1 <= rate[0] <= 0.9 and rate[1:] == (0.25,) * 2 for rate in drawn)
+    assert set(scored) == {(0.25,) * 3}
+    model = create_model(tmp_path / "run/model.safetensors")
+    assert Rates.of(model) == Rates(**rates)
+    assert model.config.rate == 0.25
+    first, drawn[:] = list(drawn), []
+    train(replace(recipe, workers=1), tmp_path / "again", say=silent)
+    assert drawn == first
+    narrow = {"dims": [16, 16], "depths": [1, 1], "heads": [2, 2]}
+    for changes, message in (
+        ({"options": {"rate": 0.05}}, "rates: expected a range with the model's own rate in it"),
+        ({"model": "swin_mini", "options": narrow}, "swin_mini has no merges"),
+    ):
+        recipe = recipe_of(folder, "budget.steps=3", rates=rates, **changes)
+        with pytest.raises(ValueError, match=message):
+            train(recipe, tmp_path / "no")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

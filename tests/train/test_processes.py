@@ -116,7 +116,10 @@ def test_pictures_of_any_size_are_shared(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("task", "changes"),
-    [("semantic", []), ("instance", ["head=mask2former", *MASKS])],
+    [
+        ("semantic", ["rates={least: 0.1, most: 0.9, merges: apart}"]),
+        ("instance", ["head=mask2former", *MASKS]),
+    ],
 )
 def test_each_loss_is_that_of_the_whole_batch(folder, tmp_path, task, changes):
     for world, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):

@@ -1,5 +1,7 @@
 """The recipes of the package: each makes its model, and trains."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from pointformer.data.transforms import (
     Resize,
 )
 from pointformer.models import load_model
+from pointformer.rates import Rates
 from pointformer.train.initial import make_model
 from pointformer.train.loading import Batches
 from pointformer.train.recipe import RECIPES, read_recipe, write_recipe
@@ -181,7 +184,8 @@ def test_recipes_of_points_train(name, tmp_path):
         write_scenes(tmp_path)
         own = ["data.features=[intensity]", "augmentation.points.region.points=80"]
     out = tmp_path / "run"
-    small = [*SMALL, *own, "budget.epochs=null", "validation.times=1"]
+    rates = Rates(0.1, 0.9, "apart")
+    small = [*SMALL, *own, "budget.epochs=null", "validation.times=1", f"rates={asdict(rates)}"]
     recipe = read_recipe(name, [*small, f"data.path={tmp_path}", "budget.steps=2"])
     lines = []
     first = train(recipe, out, say=lines.append)
@@ -191,6 +195,7 @@ def test_recipes_of_points_train(name, tmp_path):
     }
     model = load_model(out / "model.safetensors")
     assert model.task == recipe.task
+    assert Rates.of(model) == rates
     assert [c.name for c in model.categories] == (
         ["long", "flat"] if objects else ["ground", "box"]
     )

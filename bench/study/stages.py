@@ -1,0 +1,142 @@
+"""How much the scores of each merge matter: a model's score with those of one merge changed.
+
+    python bench/study/stages.py MODEL RECIPE DATA [field=value ...]
+    python bench/study/stages.py                     (the table only)
+
+"shuffled": dealt anew among the tokens of each sample, "constant": all the same. What is kept is
+then chance, or the prior's choice alone, and what is merged is weighted so. If that costs nothing,
+the merge might as well keep any tokens. A line for each merge and change is added to the results,
+unless it is there, and stages.md is made of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import RESULTS, read_lines
+from tables import markdown, spread
+from torch import Tensor, nn
+from trained import Trained, add_arguments, add_line
+
+from pointformer.models import Model
+from pointformer.nn import ScoredMerge
+
+CHANGES = ("shuffled", "constant")
+STAGES = RESULTS.with_name("stages.jsonl")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_arguments(parser, STAGES)
+    parser.add_argument("--seeds", type=int, default=3, help="how often scores are shuffled")
+    options = parser.parse_intermixed_args(arguments)
+    if options.recipe is not None:
+        torch.set_num_threads(1)
+        measure(Trained.open(options), options.seeds, options.results)
+    elif options.model is not None:
+        parser.error("MODEL needs a RECIPE")
+    table = page(read_lines(options.results))
+    options.results.with_suffix(".md").write_text(table, "utf-8")
+
+
+def measure(trained: Trained, seeds: int, results: Path) -> None:
+    """Add the lines that are not there yet."""
+    keys = [("none", None, 0)]
+    for merge in range(len(merges_of(trained.model))):
+        keys += [("shuffled", merge, seed) for seed in range(seeds)]
+        keys += [("constant", merge, 0)]
+    about = trained.about()
+    same = ("model", "weights", "data", "pictures")
+    done = {
+        (line["change"], line["merge"], line["seed"])
+        for line in read_lines(results)
+        if all(line[name] == about[name] for name in same)
+    }
+    for change, merge, seed in keys:
+        if (change, merge, seed) not in done:
+            with changed_scores(trained.model, merge, change, seed):
+                scores = trained.scores()
+            line = {"change": change, "merge": merge, "seed": seed}
+            add_line(results, {**about, **line, "scores": scores})
+
+
+def merges_of(model: Model) -> list[tuple[nn.Module, ScoredMerge]]:
+    """The stages whose merges score their tokens, and these."""
+    stages: Any = model.backbone.stages
+    return [(stage, stage.merge) for stage in stages if isinstance(stage.merge, ScoredMerge)]
+
+
+@contextlib.contextmanager
+def changed_scores(model: Model, merge: int | None, change: str, seed: int = 0) -> Iterator[None]:
+    """Within it the scores of one merge, numbered from 0, are not what the model computes.
+
+    Args:
+        merge: `None` changes nothing.
+        change: see above.
+        seed: of the shuffling.
+    """
+    if merge is None:
+        yield
+        return
+    stage, scored = merges_of(model)[merge]
+    sizes: list[int] = []
+
+    def remember(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        sizes[:] = inputs[0].sizes
+
+    def replace(module: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
+        return torch.cat([changes[change](part) for part in logits.split(sizes)])
+
+    generator = torch.Generator().manual_seed(seed)
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "shuffled": lambda x: x[torch.randperm(len(x), generator=generator)],
+        "constant": lambda x: x.mean(0, keepdim=True).expand_as(x),
+    }
+    handles = [
+        stage.register_forward_pre_hook(remember),
+        scored.score.register_forward_hook(replace),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def page(lines: Sequence[dict[str, Any]]) -> str:
+    """The table, in Markdown: what each change costs, in points."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for line in lines:
+        about = tuple(str(line[name]) for name in ("model", "weights", "data", "pictures", "score"))
+        groups.setdefault(about, []).append(line)
+    rows = []
+    for (model, _, data, pictures, score), group in groups.items():
+        whole = [line["scores"][score] or 0.0 for line in group if line["merge"] is None]
+        if not whole:
+            continue
+        for merge in sorted({line["merge"] for line in group} - {None}):
+            row = [model, f"{data} ({pictures})", score, f"{100 * whole[-1]:.1f}", str(merge + 1)]
+            for change in CHANGES:
+                lost = {
+                    line["seed"]: 100 * (whole[-1] - (line["scores"][score] or 0.0))
+                    for line in group
+                    if (line["merge"], line["change"]) == (merge, change)
+                }
+                row.append(spread([*lost.values()]) if lost else "")
+            rows.append(row)
+    names = ("model", "data (samples)", "score", "as it is, %", "merge",
+             "shuffled, points lost", "constant, points lost")  # fmt: skip
+    return (
+        "# How much the scores of each merge matter\n\n"
+        "Made by `python bench/study/stages.py`; see ../study/README.md. Mean (standard deviation) "
+        f"of the seeds of shuffling.\n\n{markdown(names, rows)}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""A trained model and the data that it is scored on, for what the study asks of models it has."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import pointformer
+from pointformer.data import Dataset
+from pointformer.evaluation import evaluate
+from pointformer.models import Model, complexity_of, create_model
+from pointformer.prediction import to_tensor
+from pointformer.segmentation.regions import Regions
+from pointformer.tasks import Task, task_of
+from pointformer.train.pictures import open_data
+from pointformer.train.recipe import Recipe, read_recipe
+from pointformer.train.run import validation_region, validation_tile
+
+MAIN = {  # scores, by task
+    "semantic": "mIoU",
+    "instance": "AP at IoU 0.5 (TP / (TP + FP + FN))",
+    "point_segmentation": "mIoU",
+}
+_TIMED = 16  # pictures whose time is measured
+_TYPICAL = 8192  # points, where the recipe has no regions
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model, what it is scored on, and how.
+
+    Attributes:
+        name: for tables.
+        weights: digest of the weights and buffers.
+    """
+
+    name: str
+    weights: str
+    model: Model
+    task: Task
+    validation: Dataset
+    recipe: Recipe
+
+    @classmethod
+    def open(cls, options: argparse.Namespace) -> Trained:
+        """What the arguments of `add_arguments` say."""
+        data = [] if options.data is None else [f"data.path={options.data}"]
+        recipe = read_recipe(options.recipe, [*data, *options.changes])
+        model = create_model(options.model, pretrained=True).eval()
+        _, validation = open_data(recipe)
+        if validation is None:
+            raise ValueError(f"{recipe.data.path}: nothing to be scored on")
+        if options.limit is not None:
+            validation = validation.subset(range(min(options.limit, len(validation))))
+        task = task_of(model, recipe.task, validation.categories)
+        digest = hashlib.sha256()
+        for value in model.state_dict().values():
+            digest.update(value.numpy().tobytes())
+        path = Path(options.model)
+        name = options.name or (path.resolve().parent.name if path.is_file() else options.model)
+        return cls(name, digest.hexdigest()[:16], model, task, validation, recipe)
+
+    def about(self) -> dict[str, Any]:
+        """Of each line of the results."""
+        return {
+            "model": self.name,
+            "weights": self.weights,
+            "data": Path(self.recipe.data.path or "").resolve().name,
+            "pictures": len(self.validation),
+            "score": MAIN[self.task.name],
+            "machine": f"{platform.machine()} CPU, 1 thread",
+            "versions": {"pointformer": pointformer.__version__, "torch": torch.__version__},
+        }
+
+    def scores(self) -> dict[str, float | None]:
+        """By name, of all that it is scored on."""
+        seen = self.recipe.validation
+        found = evaluate(
+            self.model,
+            self.validation,
+            self.task,
+            tile=validation_tile(self.recipe, self.task),
+            resize=seen.resize,
+            crop=seen.crop,
+            region=validation_region(self.recipe, self.task),
+        ).scores
+        return {name: None if score != score else round(score, 4) for name, score in found.items()}
+
+    def multiply_adds(self) -> int:
+        """Of a picture of the first one's size, or of a region of points."""
+        if self.model.of_points:
+            points = validation_region(self.recipe, self.task) or _TYPICAL
+            return complexity_of(self.model, points=points).total
+        return complexity_of(self.model, *self.validation[0].read_image().shape[:2]).total
+
+    def cpu_seconds(self) -> float:
+        """Of the network on a picture, or on a region of points: the median of some."""
+        inputs = [self._input(number) for number in range(min(len(self.validation), _TIMED))]
+        times = []
+        with torch.inference_mode():
+            for each in [inputs[0], *inputs]:  # the first one warms up
+                start = time.process_time()
+                self.model(each)
+                times.append(time.process_time() - start)
+        return round(median(times[1:]), 4)
+
+    def _input(self, number: int) -> Any:
+        annotation: Any = self.validation[number]
+        if self.model.of_points:
+            size = validation_region(self.recipe, self.task) or annotation.tokens.num_tokens
+            return self.model.preprocess(next(iter(Regions(annotation.tokens, size))).tokens)
+        return self.model.preprocess(to_tensor(annotation.read_image()))[None]
+
+
+def add_arguments(parser: argparse.ArgumentParser, results: Path) -> None:
+    parser.add_argument("model", nargs="?", help="NAME.TAG or file")
+    parser.add_argument("recipe", nargs="?", help="how the data are read and scored: file or name")
+    parser.add_argument("data", nargs="?", help="data set (default: the recipe's)")
+    parser.add_argument("changes", nargs="*", metavar="field=value", help="of the recipe")
+    parser.add_argument("--name", help="of the model in tables (default: its own, or its folder's)")
+    parser.add_argument("--limit", type=int, help="score only the first so many pictures")
+    parser.add_argument("--results", type=Path, default=results, help="file of the lines")
+
+
+def add_line(results: Path, line: dict[str, Any]) -> None:
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
