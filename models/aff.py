@@ -134,6 +134,7 @@ class Stage(nn.Module):
         neighborhoods = tokens.neighborhoods(
             round(size / config.cluster_size),
             scope=config.scope,
+            include_own=config.include_own,
             check_values=False,  # the positions are a lattice's
             impl=impl,
         )

@@ -114,6 +114,7 @@ class AFFConfig(_MergingConfig):
         in_channels: channels of the image.
         curve, anchors, remainder: see `balanced_cluster`.
         scope: neighborhoods per "token" or per "tile"; see `nearest_clusters`.
+        include_own: the cluster that a token is in is always among these; see `nearest_clusters`.
         prior: "adaptive" (the paper), "grid" (multiples of the stage's stride) or `None`.
         reserve: always keep the tokens on each stage's coarse grid.
         reserve_share: at most this share of the kept tokens, with a coarser grid where it takes
@@ -145,6 +146,7 @@ class AFFConfig(_MergingConfig):
     anchors: bool = True
     remainder: str = "spread"
     scope: str = "token"
+    include_own: bool = False
     prior: str | None = "adaptive"
     reserve: bool = True
     reserve_share: float | None = 0.5

@@ -1,7 +1,11 @@
-"""Cells of the study: which there are, in which order, and the recipe of each. See README.md."""
+"""Cells of the study: which there are, in which order, and the recipe of each. See README.md.
+
+Those of the arms are here, `CELLS`; those of the ablations in ablations.py.
+"""
 
 from __future__ import annotations
 
+import abc
 import itertools
 import json
 import math
@@ -52,8 +56,40 @@ MASKS = {  # of the head mask2former: as many queries as crops have objects, sma
 }
 
 
+class TrainingRun(abc.ABC):
+    """What a line of the results is of.
+
+    Attributes:
+        data: name of the data set's folder.
+    """
+
+    data: str
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str: ...
+
+    @abc.abstractmethod
+    def recipe(self, root: Path, changes: Sequence[str] = ()) -> Recipe:
+        """The run.
+
+        Args:
+            root: folder with the data sets.
+            changes: of fields, as `field=value`.
+        """
+
+    def as_dict(self) -> dict[str, Any]:
+        """What lines call it."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    def is_done(self, root: Path, changes: Sequence[str], lines: Sequence[dict[str, Any]]) -> bool:
+        """Whether there is a line of the cell, made by the `recipe` of these arguments."""
+        own = [line["recipe"] for line in lines if line["cell"] == self.as_dict()]
+        return any(not self.recipe(root, changes).differences(recipe) for recipe in own)
+
+
 @dataclass(frozen=True)
-class Cell:
+class Cell(TrainingRun):
     """One training run.
 
     Attributes:
@@ -73,13 +109,6 @@ class Cell:
         return f"{self.data}-{self.head}-{self.budget}-{self.arm}-{self.seed}"
 
     def recipe(self, root: Path, changes: Sequence[str] = ()) -> Recipe:
-        """The run.
-
-        Args:
-            root: folder with the data sets.
-            changes: of fields, as `field=value`.
-        """
-        own, upright = DATA[self.data][self.head], self.data in UPRIGHT
         options: dict[str, Any] = {
             "dims": [32, 96],
             "depths": [1, 4],
@@ -97,42 +126,57 @@ class Cell:
                 "reserve_share": 0.25,
                 "ranking": {"gradient": "gradient", "grid": "lattice"}.get(self.arm, "scores"),
             }
-        if self.head == "dense":
-            loss = LOSSES.get((self.data, self.head), {})
-            options |= {"channels": 48, "pixel_channels": 8, "detail": False}
-        else:
-            options |= {**MASKS, "token_queries": own["task"] == "instance"}
-            loss = {"points": 2048, "stride": 4, "weights": {"no_object": 1.0}}
-        return read_recipe(
-            None,
+        return recipe_of(
+            root / self.data,
+            self.head,
             changes,
-            task=own["task"],
             model="swin_mini" if self.arm == "swin" else "aff_nano",
-            head=self.head,
             options=options,
-            loss=loss,
-            data={**own["data"], "path": str(root / self.data)},
-            augmentation={
-                "crop": {"size": 256, "beyond": "mirror"},
-                "flip": {"horizontal": 0.5},
-                "turn": None if upright else {},
-            },
-            optimizer={"learning_rate": 1.5e-3, "weight_decay": 0.05, "betas": [0.9, 0.98]},
-            schedule={"kind": "cosine", "warmup": 0.05},
-            budget={"steps": STEPS[self.head]},
             score_weight=1.0 if self.arm == "supervised" else 0.0,
-            batch=4,
-            precision="bfloat16",
-            average=0.99,
             seed=self.seed,
-            checkpoints={"minutes": 2.0, "keep": 1},
-            validation={"times": 4, "pictures": 32, "token_maps": 1},
         )
 
-    def is_done(self, root: Path, changes: Sequence[str], lines: Sequence[dict[str, Any]]) -> bool:
-        """Whether there is a line of the cell, made by the `recipe` of these arguments."""
-        own = [line["recipe"] for line in lines if line["cell"] == asdict(self)]
-        return any(not self.recipe(root, changes).differences(recipe) for recipe in own)
+
+def recipe_of(
+    data: Path, head: str, changes: Sequence[str], *, options: dict[str, Any], **values: Any
+) -> Recipe:
+    """The recipe that all cells of a data set and a head share.
+
+    Args:
+        data: folder of the data set.
+        options: of the backbone.
+        values: fields.
+    """
+    own = DATA[data.name][head]
+    if head == "dense":
+        loss = LOSSES.get((data.name, head), {})
+        options = {**options, "channels": 48, "pixel_channels": 8, "detail": False}
+    else:
+        options = {**options, **MASKS, "token_queries": own["task"] == "instance"}
+        loss = {"points": 2048, "stride": 4, "weights": {"no_object": 1.0}}
+    return read_recipe(
+        None,
+        changes,
+        task=own["task"],
+        head=head,
+        options=options,
+        loss=loss,
+        data={**own["data"], "path": str(data)},
+        augmentation={
+            "crop": {"size": 256, "beyond": "mirror"},
+            "flip": {"horizontal": 0.5},
+            "turn": None if data.name in UPRIGHT else {},
+        },
+        optimizer={"learning_rate": 1.5e-3, "weight_decay": 0.05, "betas": [0.9, 0.98]},
+        schedule={"kind": "cosine", "warmup": 0.05},
+        budget={"steps": STEPS[head]},
+        batch=4,
+        precision="bfloat16",
+        average=0.99,
+        checkpoints={"minutes": 2.0, "keep": 1},
+        validation={"times": 4, "pictures": 32, "token_maps": 1},
+        **values,
+    )
 
 
 def read_lines(results: Path) -> list[dict[str, Any]]:

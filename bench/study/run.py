@@ -1,6 +1,7 @@
 """Run the cells of the study that are not done yet, one after the other. See README.md.
 
-    python bench/study/run.py DATA_ROOT --out DIR [--only PATTERN] [--minutes N] [field=value ...]
+    python bench/study/run.py DATA_ROOT --out DIR [--cells ablations] [--only PATTERN] [--minutes N]
+                              [field=value ...]
 
 A finished cell is a line in the results; the same command again skips it. A cell that was
 interrupted goes on from its last checkpoint in DIR, which can go when all is done. Cells are run on
@@ -28,7 +29,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from cells import BACKGROUND, CELLS, RESULTS, Cell, read_lines
+from ablations import ABLATION_RESULTS, ABLATIONS
+from cells import BACKGROUND, CELLS, RESULTS, TrainingRun, read_lines
 from torch import nn
 
 import pointformer
@@ -41,6 +43,10 @@ from pointformer.train.pictures import open_data
 from pointformer.train.recipe import Recipe
 from pointformer.train.run import WEIGHTS, train, validation_tile
 
+QUEUES: dict[str, tuple[Sequence[TrainingRun], Path]] = {
+    "arms": (CELLS, RESULTS),
+    "ablations": (ABLATIONS, ABLATION_RESULTS),
+}
 SIDES = (16, 32, 96)  # pixels: limits between the groups of sizes
 TIMED = 16  # pictures whose time is measured
 
@@ -50,17 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("root", type=Path, help="folder with the data sets, see cells.py")
     parser.add_argument("changes", nargs="*", metavar="field=value", help="of the recipes")
     parser.add_argument("--out", type=Path, help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the lines")
+    parser.add_argument("--cells", choices=QUEUES, default="arms", help="default: %(default)s")
+    parser.add_argument("--results", type=Path, help="file of the lines (default: the study's)")
     parser.add_argument(
         "--only", action="append", help="pattern of names of cells; can be repeated"
     )
     parser.add_argument("--minutes", type=float, help="end then; the same command goes on")
     parser.add_argument("--list", action="store_true", help="show what is to be done, in order")
     options = parser.parse_intermixed_args(arguments)
-    chosen = [c for c in CELLS if any(fnmatch.fnmatch(c.name, p) for p in options.only or ["*"])]
+    cells, results = QUEUES[options.cells]
+    results = options.results or results
+    chosen = [c for c in cells if any(fnmatch.fnmatch(c.name, p) for p in options.only or ["*"])]
     if not chosen:
         parser.error(f"--only: no cell is called like {', '.join(options.only)}")
-    before = read_lines(options.results)
+    before = read_lines(results)
     if options.list:
         due = [c for c in chosen if not c.is_done(options.root, options.changes, before)]
         print("\n".join(cell.name for cell in due))
@@ -84,14 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{cell.name}: {error}", file=sys.stderr, flush=True)
             failed += 1
             continue
-        with options.results.open("a") as file:
+        with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
     if timer is not None:
         timer.cancel()
     return int(failed > 0)
 
 
-def run(cell: Cell, recipe: Recipe, out: Path) -> dict[str, Any]:
+def run(cell: TrainingRun, recipe: Recipe, out: Path) -> dict[str, Any]:
     """Train, or go on, and score: a line of the results."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # bars
         train(recipe, out, say=lambda text: None)
@@ -102,7 +111,7 @@ def run(cell: Cell, recipe: Recipe, out: Path) -> dict[str, Any]:
     plain = asdict(recipe)
     plain["data"]["path"] = cell.data
     return {
-        "cell": asdict(cell),
+        "cell": cell.as_dict(),
         "scores": scores_of(model, task, validation, recipe),
         "parameters": sum(p.numel() for p in model.parameters()),
         **costs_of(model, validation, recipe),

@@ -2,7 +2,8 @@
 
     python bench/study/tables.py [--results FILE] [--out DIR]
 
-writes study.md and study_DATA.png beside the results, or into DIR.
+writes study.md and study_DATA.png beside the results, or into DIR; and ablations.md of the lines in
+ablations.jsonl, where it is beside the results.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ablations import ABLATION_RESULTS, BASE, CHANGES
 from cells import ARMS, DATA, HEADS, RESULTS, read_lines
 
 Line = dict[str, Any]
-MAIN = {"semantic": "mIoU", "instance": "AP at IoU 0.5 (TP / (TP + FP + FN))"}  # scores, by task
+MAIN = {  # scores, by task
+    "semantic": "mIoU",
+    "instance": "AP at IoU 0.5 (TP / (TP + FP + FN))",
+    "point_segmentation": "mIoU",
+}
 FLAT = 0.97  # of a curve whose last tenth has at least this share of the loss of the one before
 _COLUMNS = (
     "head", "budget", "arm", "seeds", "small found, %", "main score, %", "found by size, %",
@@ -39,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         own = [line for line in lines if line["cell"]["data"] == data]
         if own:
             plot(own, out / f"study_{data}.png")
+    ablations = newest(read_lines(options.results.with_name(ABLATION_RESULTS.name)))
+    if ablations:
+        (out / "ablations.md").write_text(ablation_page(ablations), "utf-8")
 
 
 def newest(lines: Sequence[Line]) -> list[Line]:
@@ -103,6 +112,39 @@ def table(lines: Sequence[Line], score: str) -> str:
         ]
         rows.append(cells)
     return markdown(_COLUMNS, rows)
+
+
+def ablation_page(lines: Sequence[Line]) -> str:
+    """A row for each change of the base, in Markdown."""
+    score = MAIN[lines[0]["recipe"]["task"]]
+    by_change: dict[str, dict[int, Line]] = defaultdict(dict)
+    for line in lines:
+        by_change[line["cell"]["change"]][line["cell"]["seed"]] = line
+    base, rows = by_change[BASE], []
+    for change in (change for change in CHANGES if by_change.get(change)):
+        group = [*by_change[change].values()]
+        pairs = [(line, base[seed]) for seed, line in by_change[change].items() if seed in base]
+        cells = [change, str(len(group))]
+        for of in (lambda s: s["small"], lambda s: s[score] or 0.0):
+            cells.append(spread([100 * of(line["scores"]) for line in group]))
+            cells.append(spread(points(pairs, of)) if pairs and change != BASE else "")
+        rows.append(
+            [
+                *cells,
+                f"{mean(line['multiply_adds'] for line in group) / 1e6:.0f}",
+                f"{1e3 * mean(line['cpu_seconds'] for line in group):.0f}",
+                f"{sum(is_flat(line['curve']['loss']) for line in group)} of {len(group)}",
+            ]
+        )
+    names = (
+        "change", "seeds", "small found, %", "points over the base", f"{score}, %",
+        "points over the base", "M multiply-adds", "CPU ms", "flat",
+    )  # fmt: skip
+    return (
+        "# Results of the ablations\n\nMade by `python bench/study/tables.py`; see "
+        "../study/README.md and ../study/ablations.py. Mean (standard deviation) of the seeds.\n\n"
+        f"{markdown(names, rows)}\n"
+    )
 
 
 def is_flat(losses: Sequence[float]) -> bool:

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from tables import MAIN
 
 import pointformer
 from pointformer.data import Dataset
@@ -25,11 +26,6 @@ from pointformer.train.pictures import open_data
 from pointformer.train.recipe import Recipe, read_recipe
 from pointformer.train.run import validation_region, validation_tile
 
-MAIN = {  # scores, by task
-    "semantic": "mIoU",
-    "instance": "AP at IoU 0.5 (TP / (TP + FP + FN))",
-    "point_segmentation": "mIoU",
-}
 _TIMED = 16  # pictures whose time is measured
 _TYPICAL = 8192  # points, where the recipe has no regions
 

@@ -282,11 +282,25 @@ class Recipe:
         others = _flat({name: other.get(name) for name in fixed})
         for name in ("data.path", "data.skip_bad"):  # what is in it counts, not where it lies
             own.pop(name, None), others.pop(name, None)
+
+        def value(values: dict[str, Any], name: str) -> Any:
+            """`None` of an option is not its default; of a field that a recipe lacks it is."""
+            free = name.startswith(("options.", "loss."))
+            return _plain(values.get(name, _NOT_GIVEN if free else None))
+
         return [
-            f"{name} {others.get(name)!r}, now {own.get(name)!r}"
+            f"{name} {before!r}, now {now!r}"
             for name in dict.fromkeys((*own, *others))
-            if _plain(own.get(name)) != _plain(others.get(name))
+            if (now := value(own, name)) != (before := value(others, name))
         ]
+
+
+class _NotGiven:
+    def __repr__(self) -> str:
+        return "not given"
+
+
+_NOT_GIVEN = _NotGiven()
 
 
 def _flat(values: Mapping[str, Any], start: str = "") -> dict[str, Any]:

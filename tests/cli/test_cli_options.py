@@ -196,7 +196,7 @@ TABLE = {
         (["b.png"], lambda seen: seen["output"].count(" of 2 pictures"), 1),
         (["--out", "p"], lambda seen: seen["exists"]("p"), True),
         (["--tile", "256"], option("segment", "tile"), 256),
-        (["--budget", "50ms"], argument("TimeBudget", 1), "0.05"),
+        (["--budget", "50ms"], lambda seen: seen.get("TimeBudget", ((0, 0),))[0][1], 0.05),
         (["--budget", "2s"], option("segment", "budget"), "allowed"),
         (["--overlap", "32"], option("segment", "overlap"), 32),
         (["--resume"], lambda seen: "_is_done" in seen, True),

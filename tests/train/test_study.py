@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from helpers.training import ROOT, write_folder
+from pointformer import TokenSet
 from pointformer.data import Category
 from pointformer.metrics import InstanceAP, SemanticIoU
+from pointformer.models import create_model, save_model
 from pointformer.train.initial import make_model
 
 FOLDER = ROOT / "bench" / "study"
@@ -31,7 +33,7 @@ QUICK = (
 def loaded(name, monkeypatch):
     """A module of the study, which finds the others by their names."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for other in ("cells", "tables"):
+    for other in ("cells", "ablations", "tables", "trained"):
         monkeypatch.delitem(sys.modules, other, raising=False)
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -110,6 +112,121 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
     assert (tmp_path / "study.md").read_text() == page
     assert (tmp_path / "study_hit_uav.png").stat().st_size > 10_000
     assert not (tmp_path / "study_camvid.png").exists()
+
+
+def test_ablations_change_one_thing(monkeypatch):
+    """And what they change is another recipe, and a model that can be made."""
+    ablations = loaded("ablations", monkeypatch)
+    first = ablations.ABLATIONS[: len(ablations.CHANGES)]
+    assert [cell.change for cell in first] == list(ablations.CHANGES)
+    assert len({cell.name for cell in ablations.ABLATIONS}) == 3 * len(first)
+    base = first[0].recipe(Path("data"))
+    for cell in first[1:]:
+        recipe = cell.recipe(Path("data"))
+        names = {text.split()[0] for text in recipe.differences(asdict(base))}
+        changed = ablations.CHANGES[cell.change]
+        assert names == {
+            f"{name}.{part}" if isinstance(value, dict) else name
+            for name, value in changed.items()
+            for part in (value if isinstance(value, dict) else [name])
+        }
+        model = make_model(recipe, [Category(n, str(n)) for n in range(5)])
+        assert model.config.dims == (32, 64, 96)
+        if recipe.rates is not None:
+            recipe.rates.check(model)
+
+
+def test_the_table_of_ablations(monkeypatch, tmp_path):
+    cells, ablations = loaded("cells", monkeypatch), loaded("ablations", monkeypatch)
+    tables = loaded("tables", monkeypatch)
+
+    def of(change, seed, **values):
+        cell = ablations.Ablation("hit_uav", change, seed)
+        return {**line(cells, **values), "cell": cell.as_dict()}
+
+    lines = [
+        of("alpha_0", 0, small=0.3, main=0.38),
+        of("alpha_0", 1, small=0.4, main=0.41, loss=(1.0, 0.9)),
+        of("base", 0, small=0.4, main=0.40),
+        of("base", 1, small=0.6, main=0.40),
+        of("center", 2, small=0.7),
+    ]
+    (tmp_path / "ablations.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    tables.main(["--results", str(tmp_path / "study.jsonl")])
+    rows = [
+        re.split(r" *\| *", row)[1:-1]
+        for row in (tmp_path / "ablations.md").read_text().splitlines()
+        if row.startswith("| ")
+    ]
+    assert rows[2:] == [
+        ["base", "2", "50.0 (14.1)", "", "40.0 (0.0)", "", "2000", "250", "2 of 2"],
+        ["alpha_0", "2", "35.0 (7.1)", "-15.0 (7.1)", "39.5 (2.1)", "-0.5 (2.1)", "2000", "250",
+         "1 of 2"],
+        ["center", "1", "70.0", "", "40.0", "", "2000", "250", "1 of 1"],
+    ]  # fmt: skip
+
+
+SMALL = {"dims": (8, 8, 8), "depths": 1, "heads": 1, "neighborhood_size": 16}
+
+
+def test_scores_of_a_merge_are_changed_within_samples(monkeypatch):
+    """And only there, and only within the context; of pictures and of points."""
+    stages = loaded("stages", monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    pictures = create_model("aff_nano", **SMALL).eval()
+    points = create_model("point_nano", **SMALL, num_classes=2).eval()
+    places = torch.rand(300, 3, generator=generator)
+    for model, inputs in (
+        (pictures, torch.randn(2, 3, 48, 64, generator=generator)),
+        (points, points.preprocess(TokenSet(places, sizes=(100, 200)))),
+    ):
+        with torch.no_grad():
+            plain = model.backbone(inputs)
+            for change in stages.CHANGES:
+                with stages.changed_scores(model, 1, change, seed=1):
+                    found = model.backbone(inputs)
+                assert torch.equal(found[0].scores, plain[0].scores)
+                sizes = plain[1].tokens.sizes
+                for before, after in zip(
+                    plain[1].scores.split(sizes), found[1].scores.split(sizes), strict=True
+                ):
+                    if change == "shuffled":
+                        assert torch.equal(before.sort()[0], after.sort()[0])
+                        assert not torch.equal(before, after)
+                    else:
+                        assert len(after.unique()) == 1
+            again = model.backbone(inputs)
+        assert torch.equal(again[1].scores, plain[1].scores)
+
+
+def test_a_trained_model_is_looked_at_again(monkeypatch, tmp_path):
+    """At budgets, and with scores of merges changed: lines, tables, and what is done is skipped."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    data = write_folder(tmp_path / "nuclei")
+    model = create_model("aff_nano", head="dense", num_classes=3, task="instance", **SMALL)
+    model.trained = {"recipe": {"rates": {"least": 1 / 32, "most": 1 / 2, "merges": "alike"}}}
+    (tmp_path / "run").mkdir()
+    save_model(model, tmp_path / "run" / "model.safetensors")
+    about = [str(tmp_path / "run/model.safetensors"), "nuclei.yaml", str(data), "--limit", "1"]
+    for name, many in (("budgets", 5), ("stages", 1 + 2 * (2 + 1))):
+        script, results = loaded(name, monkeypatch), tmp_path / f"{name}.jsonl"
+        more = ["--seeds", "2"] if name == "stages" else []
+        for _ in range(2):
+            script.main([*about, "--results", str(results), *more])
+            lines = [json.loads(text) for text in results.read_text().splitlines()]
+            assert len(lines) == many
+        assert {(line["model"], line["data"], line["pictures"]) for line in lines} == {
+            ("run", "nuclei", 1)
+        }
+        table = results.with_suffix(".md").read_text()
+        assert str(tmp_path) not in table + results.read_text()
+        assert table.count("| run | nuclei (1) |") == (5 if name == "budgets" else 2)
+        if name == "budgets":
+            assert [line["rates"] for line in lines] == [[1 / n] * 2 for n in (2, 4, 8, 16, 32)]
+            work = [line["multiply_adds"] for line in lines]
+            assert work == sorted(work, reverse=True)
+            assert len(set(work)) > 3
+            assert results.with_suffix(".png").stat().st_size > 10_000
 
 
 def command(root, *more):
