@@ -271,7 +271,7 @@ class Model(nn.Module):
         try:
             yield
         finally:
-            self.backbone.config = before  # type: ignore[assignment]
+            self.backbone.config = before
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps only the inputs of the backbone's blocks, and runs each again in

@@ -85,6 +85,7 @@ AFF = {
     "anchors": True,
     "remainder": "spread",
     "scope": "token",
+    "include_own": False,
     "prior": "grid",
     "reserve": True,
     "reserve_share": 0.5,

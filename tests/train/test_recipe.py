@@ -155,6 +155,8 @@ def test_what_may_change_within_a_run():
     older = asdict(recipe)
     del older["seed"]  # of a version that had no such field
     assert recipe.differences(older) == ["seed None, now 0"]
+    chosen = asdict(replace(recipe, options={**recipe.options, "prior": None}))
+    assert recipe.differences(chosen) == ["options.prior None, now not given"]
 
 
 def test_all_fields_are_described():
