@@ -46,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(trained: Trained, seeds: int, results: Path) -> None:
     """Add the lines that are not there yet."""
-    keys = [("none", None, 0)]
-    for merge in range(len(merges_of(trained.model))):
-        keys += [("shuffled", merge, seed) for seed in range(seeds)]
-        keys += [("constant", merge, 0)]
+    keys: list[tuple[str, int | None, int]] = [("none", None, 0)]
+    for number in range(len(merges_of(trained.model))):
+        keys += [("shuffled", number, seed) for seed in range(seeds)]
+        keys += [("constant", number, 0)]
     about = trained.about()
     same = ("model", "weights", "data", "pictures")
     done = {
