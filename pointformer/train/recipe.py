@@ -285,13 +285,15 @@ class Recipe:
 
         def value(values: dict[str, Any], name: str) -> Any:
             """`None` of an option is not its default; of a field that a recipe lacks it is."""
+            if name in ("options", "loss"):  # there are none in one of the two
+                return values.get(name, {})
             free = name.startswith(("options.", "loss."))
-            return _plain(values.get(name, _NOT_GIVEN if free else None))
+            return values.get(name, _NOT_GIVEN if free else None)
 
         return [
             f"{name} {before!r}, now {now!r}"
             for name in dict.fromkeys((*own, *others))
-            if (now := value(own, name)) != (before := value(others, name))
+            if _plain(now := value(own, name)) != _plain(before := value(others, name))
         ]
 
 
