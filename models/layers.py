@@ -6,8 +6,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from pointformer import TokenSet
+from pointformer import TokenSet, batch_from_sizes
 from pointformer._checks import check_option
+from pointformer.clusters import offsets_of
 from pointformer.nn.blocks import FeedForward
 
 POSITION_NORMS = ("image", "batch")
@@ -96,13 +97,20 @@ def pad_samples(rows: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor | 
     """Packed rows (T, C) as (B, N, C), and which of them are there, (B, N), if not all."""
     if len(set(sizes)) <= 1:
         return rows.view(len(sizes), -1, *rows.shape[1:]), None
-    padded = nn.utils.rnn.pad_sequence(rows.split(sizes), batch_first=True)
-    there = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    return padded, nn.utils.rnn.pad_sequence(there.split(sizes), batch_first=True)
+    places, shape = _places(sizes, rows.device), (len(sizes), max(sizes))
+    padded = rows.new_zeros(shape[0] * shape[1], *rows.shape[1:]).index_copy(0, places, rows)
+    there = torch.zeros(len(padded), dtype=torch.bool, device=rows.device)
+    return padded.unflatten(0, shape), there.index_fill(0, places, True).unflatten(0, shape)
 
 
 def pack_samples(padded: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Undo `pad_samples`: (B, N, C) to (T, C)."""
     if len(set(sizes)) <= 1:
         return padded.flatten(0, 1)
-    return torch.cat([rows[:size] for rows, size in zip(padded, sizes, strict=True)])
+    return padded.flatten(0, 1).index_select(0, _places(sizes, padded.device))
+
+
+def _places(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """(T,): where rows are in a table of as many for each sample as the largest one has."""
+    sample, starts = batch_from_sizes(sizes, device), offsets_of(sizes, device)
+    return torch.arange(len(sample), device=device) + (sample * max(sizes) - starts[sample])

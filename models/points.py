@@ -8,15 +8,13 @@ is taken from the order along the curve: a merge keeps the best-scored token of 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pointformer import TokenSet, interpolate
+from pointformer import TokenSet, best_of_runs, interpolate
 from pointformer._checks import check_number, describe
-from pointformer.clusters import offsets_of, sample_of_rows
 from pointformer.models.backbone import Backbone, StageOutput
 from pointformer.models.config import PointConfig
 from pointformer.nn import (
@@ -110,41 +108,6 @@ class PointEmbed(nn.Module):
         return x.with_features(self.norm2(x.features + self.conv(x, impl).features))
 
 
-def best_of_runs(
-    scores: Tensor, sizes: Sequence[int], rate: float
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Of each sample's rows, in ceil(n * rate) runs as equal as can be, the best-scored of each.
-
-    Args:
-        scores: (T,), rows along a curve.
-        sizes: rows per sample.
-
-    Returns:
-        Rows, (T',) int64 ascending, and how many there are per sample.
-    """
-    # 70 * 0.1 is a little more than 7 in binary numbers, and not meant so.
-    counts: tuple[int, ...]
-    if isinstance(sizes, Tensor):
-        counts = (sizes.double() * rate - 1e-6).ceil().long()
-    else:
-        counts = tuple(math.ceil(size * rate - 1e-6) for size in sizes)
-    longest = math.ceil(1 / rate)
-    if not torch.compiler.is_compiling():
-        longest = min(longest, max(sizes, default=0))
-    longest = max(longest, 1)
-    device = scores.device
-    sample = sample_of_rows(counts, device)
-    runs, rows = offsets_of(counts, device), offsets_of(sizes, device)
-    size, count = rows.diff()[sample], runs.diff()[sample]
-    run = torch.arange(len(sample), device=device) - runs[sample]
-    start = rows[sample]
-    first, end = start + run * size // count, start + (run + 1) * size // count
-    row = first[:, None] + torch.arange(longest, device=device)
-    inside = row < end[:, None]
-    found = scores.detach()[torch.where(inside, row, 0)].masked_fill(~inside, -torch.inf)
-    return first + found.argmax(1), counts
-
-
 class PointStage(nn.Module):
     """Cluster once, attend in every block, then merge into the next stage's tokens."""
 
@@ -173,7 +136,7 @@ class PointStage(nn.Module):
         if self.merge is None:
             return StageOutput(tokens, inputs, None, neighborhoods), None
         scores = self.merge.scores(tokens.features)
-        index, sizes = best_of_runs(scores, tokens.sizes, config.rates[self.index])
+        index, sizes = best_of_runs(scores, sizes=tokens.sizes, rate=config.rates[self.index])
         merged = self.merge(tokens, neighborhoods, scores, index, sizes, impl)
         return StageOutput(tokens, inputs, scores, neighborhoods), merged
 

@@ -10,6 +10,7 @@ from pointformer.clusters import Clusters, Neighborhoods
 from pointformer.geometry import (
     Voxels,
     balanced_cluster,
+    best_of_runs,
     curve_sample,
     farthest_point_sample,
     knn,
@@ -55,6 +56,7 @@ __all__ = [
     "add_norm",
     "balanced_cluster",
     "batch_from_sizes",
+    "best_of_runs",
     "collate",
     "curve_sample",
     "deformable_attention",

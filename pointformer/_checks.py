@@ -177,12 +177,23 @@ def check_query_sizes(
     """Tokens and queries per sample, of equally many samples."""
     sizes = check_sizes("sizes", sizes, total, batch)
     query_sizes = check_sizes("query_sizes", query_sizes, queries, query_batch)
+    vectors = batch is not None, query_batch is not None
     if isinstance(sizes, Tensor) or isinstance(query_sizes, Tensor):  # while compiling
-        sizes, query_sizes = map(torch.as_tensor, (sizes, query_sizes))
-    # A batch vector cannot tell how many of the last samples are empty.
-    if batch is not None:
+        sizes, query_sizes = on_host(sizes), on_host(query_sizes)
+        if certain(len(sizes) == len(query_sizes)):
+            return sizes, query_sizes
+        return _untraced_same_samples(sizes, query_sizes, *vectors)
+    return _same_samples(sizes, query_sizes, *vectors)
+
+
+def _same_samples(
+    sizes: tuple[int, ...], query_sizes: tuple[int, ...], batch: bool, query_batch: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes of equally many samples. Those that are from a `batch` vector, which cannot tell how
+    many of the last samples are empty, may have fewer."""
+    if batch:
         sizes += (0,) * (len(query_sizes) - len(sizes))
-    if query_batch is not None:
+    if query_batch:
         query_sizes += (0,) * (len(sizes) - len(query_sizes))
     if len(query_sizes) != len(sizes):
         raise ValueError(
@@ -191,9 +202,30 @@ def check_query_sizes(
     return sizes, query_sizes
 
 
+@torch.library.custom_op("pointformer::same_samples", mutates_args=())
+def _untraced_same_samples(
+    sizes: Tensor, query_sizes: Tensor, batch: bool, query_batch: bool
+) -> tuple[Tensor, Tensor]:
+    """`_same_samples` within compiled code."""
+    given = tuple(sizes.tolist()), tuple(query_sizes.tolist())
+    same, of_queries = _same_samples(*given, batch, query_batch)
+    return torch.tensor(same, dtype=torch.int64), torch.tensor(of_queries, dtype=torch.int64)
+
+
+@_untraced_same_samples.register_fake
+def _fake_same_samples(sizes, query_sizes, batch, query_batch):
+    samples = torch.library.get_ctx().new_dynamic_size()
+    return sizes.new_empty(samples), sizes.new_empty(samples)
+
+
 def check_batch(name: str, batch: object, batch_size: int | None = None) -> tuple[int, ...]:
-    """Tokens per sample, from the sample of each token in ascending order. Waits for the device."""
+    """Tokens per sample, from the sample of each token in ascending order. Waits for the device.
+
+    While compiling they are a tensor on the host, see `PerSample`.
+    """
     batch = check_tensor(name, batch, ("T",), _BATCH_DTYPES).long()
+    if torch.compiler.is_compiling():
+        return _untraced_batch(name, batch, batch_size)
     if len(batch):
         if bool((batch.diff() < 0).any()):
             raise ValueError(
@@ -209,6 +241,18 @@ def check_batch(name: str, batch: object, batch_size: int | None = None) -> tupl
         if last > MOST_ROWS:
             raise ValueError(f"{name}: expected at most {MOST_ROWS} samples, got {last}")
     return tuple(batch.bincount(minlength=batch_size or 0).tolist())
+
+
+@torch.library.custom_op("pointformer::sizes_from_batch", mutates_args=())
+def _untraced_batch(name: str, batch: Tensor, batch_size: int | None) -> Tensor:
+    """`check_batch` within compiled code."""
+    return torch.tensor(check_batch(name, batch, batch_size), dtype=torch.int64)
+
+
+@_untraced_batch.register_fake
+def _fake_batch(name, batch, batch_size):
+    samples = torch.library.get_ctx().new_dynamic_size() if batch_size is None else batch_size
+    return torch.empty(samples, dtype=torch.int64)
 
 
 def _index(value: object) -> int:
@@ -332,6 +376,11 @@ def certain(condition: bool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
+
+
+def on_host(numbers: int | Sequence[int] | Tensor) -> Tensor:
+    """A tensor of integers of the host; `torch.as_tensor` would compile for these alone."""
+    return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.int64)
 
 
 def alike(numbers: Sequence) -> bool:

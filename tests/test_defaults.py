@@ -53,6 +53,7 @@ DEFAULTS = {
         "lattice": True,
         "along_curve": False,
     },
+    "best_of_runs": {},
     "interpolate": {
         "query_sizes": None,
         "neighbor_index": None,

@@ -486,6 +486,10 @@ CALLS = {
             **R,
         },
     ),
+    "best_of_runs": (
+        pointformer.best_of_runs,
+        {"scores": torch.rand(32), "sizes": (16, 16), "batch": None, "rate": 0.25},
+    ),
     "select_centers (free)": (
         lambda stride: pointformer.select_centers(
             FEATURES[:, 0], POSITIONS, rate=0.5, stride=stride, lattice=False, **R

@@ -161,6 +161,7 @@ def _opened(
 ) -> tuple[Model, Dataset, dict[str, Any], Results]:
     """Model and data for all processes, after all that can be known to be wrong before."""
     from pointformer.data import find_source, open_dataset
+    from pointformer.prediction import recipe_value
     from pointformer.segmentation.clouds import features_of
     from pointformer.tasks import task_of
 
@@ -182,6 +183,7 @@ def _opened(
         annotations=options.annotations,
         segments=options.segments,
         categories=None if source.lists_classes else model.categories,
+        void=recipe_value(model, "data.void"),
         skip_bad=options.skip_bad,
         features=features_of(model) or (),
     )

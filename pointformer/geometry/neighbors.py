@@ -21,6 +21,7 @@ from pointformer._checks import (
     check_sizes,
     check_tensor,
     describe,
+    on_host,
 )
 from pointformer._dispatch import choose, lacks_nothing
 from pointformer.clusters import Clusters, Neighborhoods, check_order, offsets_of
@@ -314,31 +315,17 @@ def radius(
     check_number("r", r, least=0)
     if k is not None:
         check_count("k", k)
-    bound = torch.tensor(r, dtype=torch.float32)
-    width = _FIRST_WIDTH if k is None else k
-    while True:
-        found = _search(
-            "radius", positions, width, float(bound * bound), query_positions, sizes, batch,
-            query_sizes, query_batch, include_self, return_distance, along_curve, same_positions,
-            check_values, impl,
-        )  # fmt: skip
-        if k is not None:
-            return found
-        index = found[0] if isinstance(found, tuple) else found
-        longest = int((index >= 0).sum(1).amax()) if len(index) else 0
-        if longest < width or width >= len(positions):
-            break
-        width = min(4 * width, len(positions))
-    if isinstance(found, tuple):
-        return found[0][:, :longest], found[1][:, :longest]
-    return found[:, :longest]
+    return _search(
+        "radius", positions, k, r, query_positions, sizes, batch, query_sizes, query_batch,
+        include_self, return_distance, along_curve, same_positions, check_values, impl,
+    )  # fmt: skip
 
 
 def _search(
     op: str,
     positions: Tensor,
-    k: int,
-    reach: float,
+    k: int | None,
+    r: float,
     query_positions: Tensor | None,
     sizes: Sequence[int] | None,
     batch: Tensor | None,
@@ -351,7 +338,7 @@ def _search(
     check_values: bool,
     impl: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`knn`, without what is beyond the squared distance `reach`."""
+    """`knn`, without what is beyond the distance `r`; `k` is `None` for all."""
     learned = check_positions("positions", positions), query_positions
     positions = positions.detach()
     if query_positions is None:
@@ -387,9 +374,10 @@ def _search(
             check_finite("query_positions", query_positions, query_sizes)
         if same_positions:
             check_same_positions("query_positions", query_positions, query_sizes, check_values)
-    options = k, reach, include_self, along_curve, same_positions, impl
-    if isinstance(sizes, Tensor):
-        found = _untraced_lists(op, query_positions, positions, query_sizes, sizes, *options)
+    options = k, r, include_self, along_curve, same_positions, impl
+    if isinstance(sizes, Tensor) or (k is None and torch.compiler.is_compiling()):
+        counts = on_host(query_sizes), on_host(sizes)
+        found = _untraced_lists(op, query_positions, positions, *counts, *options)
     else:
         found = _lists(op, query_positions, positions, query_sizes, sizes, *options)
     index, distance = found
@@ -407,14 +395,28 @@ def _lists(
     positions: Tensor,
     query_sizes: tuple[int, ...],
     sizes: tuple[int, ...],
-    k: int,
-    reach: float,
+    k: int | None,
+    r: float,
     include_self: bool,
     along_curve: bool,
     same_positions: bool,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows (Q, k) and squared distances of arguments that are checked."""
+    """Rows (Q, k) and squared distances of arguments that are checked; without `k`, in as many
+    columns as the longest list has."""
+    if k is None:
+        k = _FIRST_WIDTH
+        options = r, include_self, along_curve, same_positions, impl
+        while True:
+            found = _lists(op, query_positions, positions, query_sizes, sizes, k, *options)
+            longest = int((found[0] >= 0).sum(1).amax()) if len(found[0]) else 0
+            if longest < k or k >= len(positions):
+                return found[0][:, :longest], found[1][:, :longest]
+            k = min(4 * k, len(positions))
+    reach = torch.inf
+    if r < torch.inf:
+        bound = torch.tensor(r, dtype=torch.float32)
+        reach = float(bound * bound)
     width = k if include_self else k + 1
     limits = (width,) * len(sizes)
     chosen = choose(op, impl, _fast(positions, width, "positions", "k"), positions.device)
@@ -442,8 +444,8 @@ def _untraced_lists(
     points: Tensor,
     query_sizes: Tensor,
     sizes: Tensor,
-    k: int,
-    reach: float,
+    k: int | None,
+    r: float,
     include_self: bool,
     along_curve: bool,
     same_positions: bool,
@@ -451,14 +453,16 @@ def _untraced_lists(
 ) -> tuple[Tensor, Tensor]:
     """`_lists` within compiled code."""
     counts = tuple(query_sizes.tolist()), tuple(sizes.tolist())
-    return _lists(
-        op, query, points, *counts, k, reach, include_self, along_curve, same_positions, impl
+    index, distance = _lists(
+        op, query, points, *counts, k, r, include_self, along_curve, same_positions, impl
     )
+    return index.contiguous(), distance.contiguous()
 
 
 @_untraced_lists.register_fake
 def _fake_lists(op, query, points, query_sizes, sizes, k, *options):
-    shape = (points if query is None else query).shape[0], k
+    width = torch.library.get_ctx().new_dynamic_size() if k is None else k
+    shape = (points if query is None else query).shape[0], width
     return points.new_empty(shape, dtype=torch.int32), points.new_empty(shape)
 
 

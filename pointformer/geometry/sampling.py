@@ -19,9 +19,10 @@ from pointformer._checks import (
     check_positions,
     check_sizes,
     describe,
+    on_host,
 )
 from pointformer._dispatch import choose, lacks_nothing
-from pointformer.clusters import offsets_of
+from pointformer.clusters import offsets_of, total_of
 from pointformer.geometry.clustering import balanced_cluster
 from pointformer.graph.batch import batch_from_sizes
 from pointformer.kernels.sampling import fused_farthest_points
@@ -72,8 +73,22 @@ def farthest_point_sample(
     if check_values:
         check_finite("positions", positions, sizes)
     counts = _counts(sizes, rate, count)
-    first = _first_picks(sizes, start, generator)
+    if isinstance(sizes, Tensor):
+        _check_generator(generator)
+        if generator is not None:
+            raise ValueError("generator: expected None in compiled code; draw start outside")
+        rows = _untraced(positions, sizes, counts, on_host(start), total_of(counts), impl)
+        return rows, counts
+    return _picks(positions, sizes, counts, _first_picks(sizes, start, generator), impl), counts
 
+
+def _picks(
+    positions: Tensor,
+    sizes: tuple[int, ...],
+    counts: tuple[int, ...],
+    first: tuple[int, ...],
+    impl: str | None,
+) -> Tensor:
     def torch_cluster_lacks() -> str | None:
         return "start is not row 0 of all samples" if any(first) else None
 
@@ -81,8 +96,23 @@ def farthest_point_sample(
     implementations["torch_cluster"] = torch_cluster_lacks  # type: ignore[assignment]
     chosen = choose("farthest_point_sample", impl, implementations, positions.device)
     if chosen == "reference":
-        return farthest_points(positions, sizes, counts, first), counts
-    return fused_farthest_points(positions, sizes, counts, first, chosen), counts
+        return farthest_points(positions, sizes, counts, first)
+    return fused_farthest_points(positions, sizes, counts, first, chosen)
+
+
+@torch.library.custom_op("pointformer::ragged_farthest_points", mutates_args=())
+def _untraced(
+    positions: Tensor, sizes: Tensor, counts: Tensor, start: Tensor, total: int, impl: str | None
+) -> Tensor:
+    """The rows of `farthest_point_sample` within compiled code."""
+    points = tuple(sizes.tolist())
+    first = _first_picks(points, start.tolist(), None)
+    return _picks(positions, points, tuple(counts.tolist()), first, impl)
+
+
+@_untraced.register_fake
+def _fake(positions, sizes, counts, start, total, impl):
+    return positions.new_empty(total, dtype=torch.int64)
 
 
 def curve_sample(
@@ -147,9 +177,14 @@ def random_sample(
     sizes, device = check_sizes("sizes", sizes, None), check_device(device)
     counts = _counts(sizes, rate, count)
     _check_generator(generator)
+    if isinstance(sizes, Tensor) and generator is not None:
+        raise ValueError("generator: expected None in compiled code; use torch.manual_seed outside")
     if device is None and generator is not None:
         device = generator.device
-    shuffled = torch.randperm(sum(sizes), generator=generator, device=device)
+    if isinstance(sizes, Tensor):  # while compiling, when there is no permutation of unknown length
+        shuffled = torch.rand(total_of(sizes), dtype=torch.float64, device=device).argsort()
+    else:
+        shuffled = torch.randperm(sum(sizes), generator=generator, device=device)
     sample = batch_from_sizes(sizes, device)
     order = shuffled[torch.sort(sample[shuffled], stable=True).indices]
     taken = batch_from_sizes(counts, device)
@@ -165,6 +200,14 @@ def _counts(
         raise ValueError(f"rate, count: expected one of them, got {given}")
     if rate is not None:
         check_number("rate", rate, above=0, most=1)
+    if isinstance(sizes, Tensor):  # while compiling
+        if rate is not None:
+            return torch.minimum(sizes, (sizes.double() * rate).long().clamp(min=1))
+        wanted = on_host(count)
+        if wanted.dim():
+            torch._check(len(wanted) == len(sizes), lambda: "count: expected one for each sample")
+        return torch.minimum(sizes, wanted)
+    if rate is not None:
         return tuple(min(size, max(1, int(size * rate))) for size in sizes)
     return tuple(map(min, sizes, _per_sample("count", count, len(sizes))))
 

@@ -218,6 +218,56 @@ def select_centers(
     return reference.select(ranking, reserved, sizes, keep, even), keep
 
 
+def best_of_runs(
+    scores: Tensor,
+    *,
+    sizes: Sequence[int] | None = None,
+    batch: Tensor | None = None,
+    rate: float,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Of each sample's rows, in ceil(n * rate) runs as equal as can be, the best-scored of each.
+
+    Of rows along a space-filling curve, as in cluster order, it keeps the density, whatever the
+    extent, with a say of the scores.
+
+    Args:
+        scores: (T,) floating, importance of each row; NaN is above all.
+        sizes: rows per sample, B host integers; `None` for one sample.
+        batch: in place of `sizes` the sample of each row, see `sizes_from_batch`.
+        rate: share of the rows to keep, in (0, 1].
+
+    Returns:
+        Rows, (T',) int64 ascending, the first of equal ones, and how many there are per sample.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or value does not fit.
+    """
+    scores = check_tensor("scores", scores, ("T",), FLOATS).detach()
+    sizes = check_sizes("sizes", sizes, len(scores), batch)
+    check_number("rate", rate, above=0, most=1)
+    # 70 * 0.1 is a little more than 7 in binary numbers, and not meant so.
+    counts: tuple[int, ...]
+    if isinstance(sizes, Tensor):
+        counts = (sizes.double() * rate - 1e-6).ceil().long()
+    else:
+        counts = tuple(math.ceil(size * rate - 1e-6) for size in sizes)
+    longest = math.ceil(1 / rate)
+    if not torch.compiler.is_compiling():
+        longest = min(longest, max(sizes, default=0))
+    longest = max(longest, 1)
+    device = scores.device
+    sample = sample_of_rows(counts, device)
+    runs, rows = offsets_of(counts, device), offsets_of(sizes, device)
+    size, count = rows.diff()[sample], runs.diff()[sample]
+    run = torch.arange(len(sample), device=device) - runs[sample]
+    start = rows[sample]
+    first, end = start + run * size // count, start + (run + 1) * size // count
+    row = first[:, None] + torch.arange(longest, device=device)
+    inside = row < end[:, None]
+    found = scores[torch.where(inside, row, 0)].masked_fill(~inside, -torch.inf)
+    return first + found.argmax(1), counts
+
+
 def _of_rows(
     rows: Sequence[tuple[float, ...]], sizes: tuple[int, ...], positions: Tensor
 ) -> Tensor:

@@ -99,15 +99,18 @@ def voxel_pool(
     columns = (*cells.unbind(1), sample)
     for column in columns:  # the last one counts most
         order = order[torch.sort(column[order], stable=True).indices]
-    fresh = torch.ones(points, dtype=torch.bool, device=positions.device)
-    fresh[1:] = torch.stack([column[order].diff() != 0 for column in columns]).any(0)[: points - 1]
+    ordered = [column[order] for column in columns]
+    fresh = torch.stack([column != column.roll(1) for column in ordered]).any(0)
+    fresh[:1] = True
     voxel = fresh.cumsum(0) - 1
     assignment = torch.empty_like(order).index_copy_(0, order, voxel)
     first = fresh.nonzero()[:, 0]
     offsets = torch.cat([first, first.new_full((1,), points)])
-    counts = sample[order[first]].bincount(minlength=len(sizes)).tolist()
+    counts = torch.zeros(len(sizes), dtype=torch.int64, device=positions.device)
+    counts = counts.index_add(0, sample[order[first]], torch.ones_like(first)).cpu()
     pool = partial(segment_reduce, offsets=offsets, check_values=False, impl=impl)
     if features is not None:
         features = pool(features.index_select(0, order), reduce)
     means = pool(positions.index_select(0, order), "mean")
-    return Voxels(means, features, tuple(counts), assignment)
+    kept = counts if isinstance(sizes, Tensor) else tuple(counts.tolist())
+    return Voxels(means, features, kept, assignment)

@@ -50,6 +50,8 @@ def sizes_from_ptr(ptr: Tensor | Sequence[int]) -> tuple[int, ...]:
     Raises:
         TypeError, ValueError: `ptr` are no such integers.
     """
+    if isinstance(ptr, Tensor) and torch.compiler.is_compiling():
+        return ptr.diff().cpu()  # type: ignore[return-value]  # unread, see `PerSample`
     starts = check_integers("ptr", ptr, "the row where each sample starts, and the end")
     if not starts or starts[0] != 0:
         raise ValueError(f"ptr: expected the rows where samples start, from 0 on, got {brief(ptr)}")

@@ -30,9 +30,8 @@ def to_edge_index(neighbor_index: Tensor, *, flow: str = "source_to_target") -> 
     """
     neighbor_index = check_tensor("neighbor_index", neighbor_index, ("Q", "k"), INTEGERS)
     check_option("flow", flow, _FLOWS)
-    queries = torch.arange(len(neighbor_index), device=neighbor_index.device)
-    known = neighbor_index >= 0
-    edges = neighbor_index[known].long(), queries[:, None].expand_as(known)[known]
+    query, place = (neighbor_index >= 0).nonzero().unbind(1)
+    edges = neighbor_index[query, place].long(), query
     return torch.stack(edges if flow == "source_to_target" else edges[::-1])
 
 

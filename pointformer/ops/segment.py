@@ -185,6 +185,8 @@ def _in_segments(
 
     chosen = choose(op, impl, dict.fromkeys(("cpu", "triton", "torch_scatter"), lacks), device)
     checked = check_values and can_read(values)
+    if isinstance(sizes, Tensor) and torch.compiler.is_compiling():
+        return offsets_of(sizes, device), None, chosen  # unread, see `PerSample`
     if sizes is not None:
         sizes = check_integers("sizes", sizes, "the number of rows of each segment")
         if any(size < 0 for size in sizes):
@@ -209,6 +211,8 @@ def _in_segments(
         )
     if count is not None:
         check_count("count", count, least=0)
+    if count is None and torch.compiler.is_compiling():
+        count = torch.nn.functional.pad(index + 1, (1, 0)).amax().item()  # type: ignore[assignment]
     if count is None or checked:
         least, most = (int(x) for x in index.aminmax()) if rows else (0, -1)
         count = most + 1 if count is None else count

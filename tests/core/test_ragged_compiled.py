@@ -7,13 +7,22 @@ import torch
 
 from pointformer import (
     TokenSet,
+    batch_from_sizes,
+    best_of_runs,
+    curve_sample,
+    farthest_point_sample,
     interpolate,
     knn,
     neighborhood_attention,
+    radius,
+    radius_graph,
+    random_sample,
     scored_merge,
+    segment_reduce,
+    segment_softmax,
     select_centers,
+    voxel_pool,
 )
-from pointformer.models.points import best_of_runs
 
 NET = {
     "weight": torch.randn(4, 7, generator=torch.Generator().manual_seed(0)),
@@ -50,6 +59,47 @@ def merge_and_back(tokens):
     coarse = fine.select(index, sizes, features=merged)
     sizes = {"sizes": coarse.sizes, "query_sizes": fine.sizes}
     return interpolate(coarse.features, coarse.positions, fine.positions, **sizes)
+
+
+def sample(tokens):
+    places, sizes = tokens.positions, {"sizes": tokens.sizes}
+    far, counts = farthest_point_sample(places, rate=0.25, **sizes)
+    random, _ = random_sample(**sizes, count=5)
+    return (
+        batch_from_sizes(counts),
+        far,
+        farthest_point_sample(places, count=3, **sizes)[0],
+        curve_sample(places, rate=0.1, **sizes)[0],
+        tokens.sample_index[random],
+        torch.zeros(len(places)).index_add(0, random, torch.ones_like(random).float())
+        > 1,  # none twice
+    )
+
+
+def pool(tokens):
+    voxels = voxel_pool(tokens.positions, tokens.features, 0.25, sizes=tokens.sizes)
+    share = segment_softmax(tokens.features, sizes=tokens.sizes)
+    of_samples = segment_reduce(share, "max", sizes=tokens.sizes)
+    back = segment_reduce(tokens.features, "max", index=voxels.assignment)
+    return (*voxels[:2], torch.as_tensor(voxels.sizes), voxels.assignment, of_samples, back)
+
+
+def within(tokens):
+    lists, distance = radius(tokens.positions, 0.2, sizes=tokens.sizes, return_distance=True)
+    graph = radius_graph(tokens.positions, 0.2, 8, sizes=tokens.sizes)
+    return lists, distance, graph, radius(tokens.positions, 0.2)
+
+
+def given_batches(places, features, batch, query_batch):
+    """With `batch` in the place of `sizes`; that of the queries may end with an earlier sample."""
+    tokens = TokenSet(places, features, batch=batch).cluster(8)
+    some = tokens.select(tokens.features[:, 0] > 0.5)
+    query = places[: len(query_batch)]
+    back = interpolate(
+        features, places, query, batch=batch, query_batch=query_batch, check_values=False
+    )
+    kept = some.positions, torch.as_tensor(some.sizes)
+    return attend(tokens, tokens.neighborhoods(6)), kept, back
 
 
 def batch(step, sizes=None):
@@ -101,6 +151,9 @@ def around(tokens):
     [
         search,
         cluster,
+        sample,
+        pool,
+        within,
         pytest.param(around, marks=pytest.mark.long),
         pytest.param(merge_and_back, marks=pytest.mark.long),
     ],
@@ -117,8 +170,18 @@ def test_any_number_of_samples_of_any_sizes(function):
     assert counts[-1] <= 5, counts
 
 
+def test_batch_vectors():
+    def given_(step):
+        tokens = batch(step)
+        vector = tokens.sample_index
+        return tokens.positions, tokens.features, vector, vector[: len(vector) // 2]
+
+    counts = compilations(given_batches, (given_(step) for step in range(6)))
+    assert counts[-1] <= 2, counts
+
+
 def every_fourth(tokens):
-    index, sizes = best_of_runs(tokens.features[:, 0], tokens.sizes, 0.25)
+    index, sizes = best_of_runs(tokens.features[:, 0], sizes=tokens.sizes, rate=0.25)
     return tokens.select(index, sizes)
 
 

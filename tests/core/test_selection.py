@@ -1,16 +1,17 @@
 """Selection of merging centers: the stated tokens in the stated order, in every implementation."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers.strategies import KINDS, UNEVEN, full_lattice, tokens
-from pointformer import balanced_cluster, knn, select_centers
+from pointformer import balanced_cluster, best_of_runs, knn, select_centers
 from pointformer.kernels.selection import fused_select_on_lattice
 from pointformer.reference import selection as reference
 
@@ -495,3 +496,19 @@ def test_wrong_arguments_are_named(arguments, message):
     }
     with pytest.raises(ValueError, match=message):
         select_centers(**{**good, **arguments})
+
+
+@example([70], 0.1)  # 7 and a little more, in binary numbers
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=4), st.floats(0.05, 1.0))
+def test_best_of_runs(sizes, rate):
+    generator = torch.Generator().manual_seed(sum(sizes))
+    scores = torch.rand(sum(sizes), generator=generator)
+    index, counts = best_of_runs(scores, sizes=sizes, rate=rate)
+    expected, start = [], 0
+    for size, count in zip(sizes, counts, strict=True):
+        assert count - 1 < size * rate - 1e-6 <= count
+        ends = [start + run * size // max(count, 1) for run in range(count + 1)]
+        for first, end in pairwise(ends):
+            expected.append(first + int(scores[first:end].argmax()))
+        start += size
+    assert index.tolist() == expected

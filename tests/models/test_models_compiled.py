@@ -1,7 +1,10 @@
 """Whole models in one graph: compiled without breaks, exported, free of waits on a GPU."""
 
+import shutil
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from helpers.fake_gpu import fake_gpu
 from pointformer import TokenSet
@@ -29,6 +32,7 @@ def make(head="classification", config=TINY, impl=None):
 @pytest.fixture(autouse=True)
 def _forget_graphs():
     torch.compiler.reset()
+    counters.clear()
 
 
 def test_training_step_compiles_without_graph_breaks():
@@ -55,16 +59,36 @@ def test_another_image_size_compiles_anew():
             torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "head", ["point_segmentation", pytest.param("point_classification", marks=pytest.mark.long)]
-)
-def test_training_on_point_sets_of_any_sizes_compiles_twice(head):
+def point_model(head):
     config = PointConfig(
         dims=(16, 32), depths=(1, 1), heads=(2, 2), neighborhood_size=(16, 16), embed_neighbors=4
     )
     torch.manual_seed(0)
-    model = Model("tiny", config, head, 3).eval()  # nothing is dropped
-    graphs = []
+    return Model("tiny", config, head, 3).eval()  # nothing is dropped
+
+
+def check_training(model, compiled, sizes):
+    """The same output and gradients for samples of these sizes."""
+    tokens = model.preprocess(TokenSet(torch.rand(sum(sizes), 3), sizes=sizes))
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        output = run(tokens)
+        output.square().sum().backward()
+        results.append((output.detach(), [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(results[1][1], results[0][1], strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-6
+    with torch.no_grad():
+        output = compiled(tokens)
+    torch.testing.assert_close(output, results[0][0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "head", ["point_segmentation", pytest.param("point_classification", marks=pytest.mark.long)]
+)
+def test_training_on_point_sets_of_any_sizes_compiles_twice(head):
+    model, graphs = point_model(head), []
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -72,17 +96,30 @@ def test_training_on_point_sets_of_any_sizes_compiles_twice(head):
 
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for sizes in ((40, 90), (1, 70, 2, 30), (5, 5, 5), (200, 3)):
-        tokens = model.preprocess(TokenSet(torch.rand(sum(sizes), 3), sizes=sizes))
-        results = []
-        for run in (model, compiled):
-            model.zero_grad()
-            output = run(tokens)
-            output.square().sum().backward()
-            results.append((output.detach(), [p.grad.clone() for p in model.parameters()]))
-        torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-5)
-        for ours, theirs in zip(results[1][1], results[0][1], strict=True):
-            assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-6
-    assert len(graphs) == 2
+        check_training(model, compiled, sizes)
+    assert len(graphs) == 4  # with gradients and without
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(
+                not any(map(shutil.which, ("c++", "g++", "clang++"))),
+                reason="Inductor needs a C++ compiler",
+            ),
+        ),
+    ],
+)
+def test_point_models_by_backends(backend):
+    model = point_model("point_segmentation")
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
+    for sizes in ((40, 90), (1, 70, 2, 30)):
+        check_training(model, compiled, sizes)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("head", ["mask2former", "hcformer"])

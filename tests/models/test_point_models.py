@@ -1,11 +1,7 @@
 """Models of point sets: what they depend on and what not, and their files."""
 
-from itertools import pairwise
-
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from pointformer import TokenSet
 from pointformer.models import (
@@ -17,7 +13,6 @@ from pointformer.models import (
     load_model,
     save_model,
 )
-from pointformer.models.points import best_of_runs
 
 TINY = {
     "dims": (16, 16, 24),
@@ -126,22 +121,6 @@ def test_clustered_points_come_back_in_their_order():
     clustered = model.preprocess(points).cluster(8)
     with torch.no_grad():
         assert torch.equal(model(clustered), run(model, points))
-
-
-@example([70], 0.1)  # 7 and a little more, in binary numbers
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=4), st.floats(0.05, 1.0))
-def test_best_of_runs(sizes, rate):
-    generator = torch.Generator().manual_seed(sum(sizes))
-    scores = torch.rand(sum(sizes), generator=generator)
-    index, counts = best_of_runs(scores, sizes, rate)
-    expected, start = [], 0
-    for size, count in zip(sizes, counts, strict=True):
-        assert count - 1 < size * rate - 1e-6 <= count
-        ends = [start + run * size // max(count, 1) for run in range(count + 1)]
-        for first, end in pairwise(ends):
-            expected.append(first + int(scores[first:end].argmax()))
-        start += size
-    assert index.tolist() == expected
 
 
 @pytest.mark.parametrize("head", ["point_classification", "point_segmentation"])
