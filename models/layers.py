@@ -96,7 +96,7 @@ def sine_encoding(
 def pad_samples(rows: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
     """Packed rows (T, C) as (B, N, C), and which of them are there, (B, N), if not all."""
     if len(set(sizes)) <= 1:
-        return rows.view(len(sizes), -1, *rows.shape[1:]), None
+        return rows.view(len(sizes), sizes[0] if sizes else 0, *rows.shape[1:]), None
     places, shape = _places(sizes, rows.device), (len(sizes), max(sizes))
     padded = rows.new_zeros(shape[0] * shape[1], *rows.shape[1:]).index_copy(0, places, rows)
     there = torch.zeros(len(padded), dtype=torch.bool, device=rows.device)

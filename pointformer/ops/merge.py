@@ -213,7 +213,7 @@ def _check_weight_net(
     device: torch.device,
 ) -> None:
     check_tensor("weight", weight, ("M", "F"), FLOATS, device)
-    if weight.shape[1] not in (dimensions, 2 * dimensions + 1):
+    if weight.shape[1] != dimensions and weight.shape[1] != 2 * dimensions + 1:
         raise ValueError(
             f"weight: expected shape (M, {2 * dimensions + 1}), or (M, {dimensions}) to use only "
             f"the differences of {dimensions}-D positions, got {describe(weight)}"

@@ -9,7 +9,7 @@ import torch
 from pointformer import TokenSet, deformable_attention, interpolate, knn
 from pointformer.models import create_model, load_model, save_model
 from pointformer.models.hcformer import SoftAssignment, decode
-from pointformer.models.layers import sine_encoding
+from pointformer.models.layers import pack_samples, pad_samples, sine_encoding
 from pointformer.models.losses import Targets, segmentation_loss
 from pointformer.models.mask2former import MaskDecoder, Spotlight, TokenQueries
 from pointformer.models.pixel_decoder import PixelDecoder
@@ -488,3 +488,17 @@ def test_stages_that_a_head_does_not_read(head):
     assert torch.equal(a, b)
     with pytest.raises(ValueError, match=r"first_stage: expected at most \d, got 4"):
         create_model("aff_nano", head=head, num_classes=3, first_stage=4)
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 5, 1), (2, 2), (0, 0), (4,)])
+def test_padded_samples(sizes):
+    rows = torch.arange(2.0 * sum(sizes)).view(-1, 2) + 1
+    padded, there = pad_samples(rows, sizes)
+    assert padded.shape == (len(sizes), max(sizes), 2)
+    if there is None:
+        there = torch.ones(padded.shape[:2], dtype=torch.bool)
+    for sample, own, held in zip(padded, rows.split(sizes), there, strict=True):
+        assert torch.equal(sample[: len(own)], own)
+        assert not sample[len(own) :].any()
+        assert held.tolist() == [True] * len(own) + [False] * (max(sizes) - len(own))
+    assert torch.equal(pack_samples(padded, sizes), rows)
