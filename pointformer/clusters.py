@@ -160,7 +160,7 @@ def _taken(tensor: Tensor, rows: np.ndarray) -> np.ndarray:
     return tensor.detach()[torch.from_numpy(rows).to(tensor.device)].cpu().numpy()
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class Clusters:
     """Tokens of a packed batch sorted so that every cluster is a contiguous range of rows.
 
@@ -168,9 +168,8 @@ class Clusters:
         order: (T,) int64, `order[r]` is the input row that stands in row r.
         offsets: (K+1,) int32, cluster c is rows `offsets[c]` to `offsets[c+1]`.
         centers: (K, D) float32, mean position of each cluster's tokens.
-        tokens_of: tokens per sample, B host integers, read as `sizes`.
-        clusters_of: clusters per sample, B host integers, read as `counts`; an empty sample has
-            none.
+        sizes: tokens per sample, B host integers.
+        counts: clusters per sample, B host integers; an empty sample has none.
         cluster_size: no cluster has more tokens than this.
         global_size: neighborhoods in samples of at most this many tokens are all their clusters.
         same_positions: promises that all samples have the clusters of the first one.
@@ -179,24 +178,42 @@ class Clusters:
     order: Tensor
     offsets: Tensor
     centers: Tensor
-    tokens_of: PerSample | tuple[int, ...]
-    clusters_of: PerSample | tuple[int, ...]
+    sizes: tuple[int, ...]
+    counts: tuple[int, ...]
     cluster_size: int
-    global_size: int = 0
-    same_positions: bool = False
+    global_size: int
+    same_positions: bool
 
-    def __post_init__(self) -> None:
-        for name in ("tokens_of", "clusters_of"):
-            numbers = PerSample.of(getattr(self, name), self.same_positions)
-            object.__setattr__(self, name, numbers)
+    def __init__(
+        self,
+        order: Tensor,
+        offsets: Tensor,
+        centers: Tensor,
+        sizes: tuple[int, ...],
+        counts: tuple[int, ...],
+        cluster_size: int,
+        global_size: int = 0,
+        same_positions: bool = False,
+    ) -> None:
+        for name, value in (
+            ("order", order),
+            ("offsets", offsets),
+            ("centers", centers),
+            ("_sizes", PerSample.of(sizes, same_positions)),
+            ("_counts", PerSample.of(counts, same_positions)),
+            ("cluster_size", cluster_size),
+            ("global_size", global_size),
+            ("same_positions", same_positions),
+        ):
+            object.__setattr__(self, name, value)
 
-    @property
+    @property  # type: ignore[no-redef]
     def sizes(self) -> tuple[int, ...]:
-        return self.tokens_of.read()  # type: ignore[union-attr]
+        return self._sizes.read()  # type: ignore[attr-defined]
 
-    @property
+    @property  # type: ignore[no-redef]
     def counts(self) -> tuple[int, ...]:
-        return self.clusters_of.read()  # type: ignore[union-attr]
+        return self._counts.read()  # type: ignore[attr-defined]
 
     @property
     def num_tokens(self) -> int:
@@ -370,8 +387,8 @@ _NAMES = tuple(field.name for field in fields(Clusters))
 
 
 def _flatten(clusters: Clusters) -> list:
-    values = [getattr(clusters, name) for name in _NAMES]
-    return [given.leaves() if isinstance(given, PerSample) else given for given in values]
+    stored = {"sizes": clusters._sizes.leaves(), "counts": clusters._counts.leaves()}  # type: ignore[attr-defined]
+    return [stored[name] if name in stored else getattr(clusters, name) for name in _NAMES]
 
 
 pytree.register_pytree_node(

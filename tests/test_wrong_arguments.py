@@ -488,7 +488,11 @@ CALLS = {
     ),
     "best_of_runs": (
         pointformer.best_of_runs,
-        {"scores": torch.rand(32), "sizes": (16, 16), "batch": None, "rate": 0.25},
+        {"scores": torch.rand(32), "batch": None, "rate": 0.25},
+    ),
+    "best_of_runs (sizes)": (
+        lambda sizes: pointformer.best_of_runs(torch.rand(32), sizes=sizes, rate=0.25),
+        {"sizes": (16, 16)},
     ),
     "select_centers (free)": (
         lambda stride: pointformer.select_centers(
@@ -664,6 +668,8 @@ ACCEPTED = {
     "TokenSet.interpolate_to": "power fraction",
     "voxel_pool": "side fraction, features None",
     "random_sample": "sizes numbers",
+    "best_of_runs": "scores tensor",  # of any length
+    "best_of_runs (sizes)": "sizes None",
     "radius": "r fraction",
     "radius_graph": "r fraction",
     "interpolate (learned power)": "power fraction, power shape",

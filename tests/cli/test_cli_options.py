@@ -36,7 +36,7 @@ class FakeModel:
     """Tells a record of calls what is done with it."""
 
     name, head_name, task, categories, num_classes, backbone = "fake", "dense", None, None, 3, None
-    of_points = False
+    of_points, trained = False, None
     config = image_config = SimpleNamespace(image_size=64, in_channels=3, patch_stride=4)
 
     def __init__(self, seen):
