@@ -1,17 +1,14 @@
-"""`evaluate`: which classes a data set has is known by the model where its files do not tell."""
+"""`evaluate`: what a data set holds is read as it was in the training of the model."""
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from helpers.models import SMALL
-from helpers.tiles import write_point_model
 from helpers.training import KINDS, write_folder
-from pointformer import TokenSet, cli, evaluation
+from pointformer import cli, evaluation
 from pointformer.annotations import VOID
-from pointformer.data.points import write_points
-from pointformer.models import Model, load_model, save_model
+from pointformer.models import Model, save_model
 
 
 @pytest.fixture
@@ -29,18 +26,6 @@ def scored(monkeypatch):
 
 def run(*arguments):
     assert cli.main(["evaluate", *map(str, arguments)]) == 0
-
-
-def test_scenes_without_some_classes_and_with_others(tmp_path, scored):
-    """As many as the model has, so that their number tells nothing."""
-    model = write_point_model(tmp_path / "model.safetensors")
-    codes = torch.tensor([3, 9, 1, 12], dtype=torch.uint8).repeat(5)
-    fields = {"classification": codes, "intensity": torch.arange(20, dtype=torch.int32)}
-    points = TokenSet.from_world(torch.rand(20, 3, dtype=torch.float64), fields=fields)
-    write_points(tmp_path / "tiles.las", points)
-    run(tmp_path / "tiles.las", "--model", model)
-    assert scored[0].categories == load_model(model).categories
-    assert scored[0][0].labels.tolist() == [2, VOID, 0, VOID] * 5
 
 
 def test_void_is_what_it_was_in_training(tmp_path, scored):
