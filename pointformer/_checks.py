@@ -130,7 +130,8 @@ def check_sizes(
     if isinstance(sizes, Tensor) and torch.compiler.is_compiling():
         return sizes  # unread, see `PerSample`
     sizes = check_integers(name, sizes, "the number of tokens of each sample")
-    if any(s < 0 for s in sizes):
+    compiling = torch.compiler.is_compiling()  # each size has a guard of its own then
+    if any(s < 0 for s in sizes) if compiling else min(sizes, default=0) < 0:
         raise ValueError(f"{name}: sizes must not be negative, got {brief(sizes)}")
     added = sum(sizes)
     if total is None:
@@ -158,6 +159,8 @@ def check_integers(name: str, values: object, meaning: str) -> tuple[int, ...]:
     try:
         if not isinstance(numbers, list | tuple | range | Sequence):  # the first ones are fast
             raise TypeError
+        if not torch.compiler.is_compiling() and set(map(type, numbers)) == {int}:
+            return tuple(numbers)
         integers: tuple = tuple(
             n if type(n) is int or isinstance(n, torch.SymInt) else _index(n) for n in numbers
         )

@@ -40,8 +40,9 @@ from pointformer.kernels.tables import from_host, plain_levels
 from pointformer.reference import clustering as reference
 
 _REMAINDERS = ("spread", "last")
-# Cells per axis and sides of a cell, D numbers per sample, and the longest axis of each canvas.
-_Grids = tuple[list[int], list[float], list[int]]
+# Cells per axis and sides of a cell, D numbers per sample, and the longest axis of each canvas:
+# arrays where no graph is traced, which thousands of samples need not be copied from.
+_Grids = tuple[list[int] | np.ndarray, list[float] | np.ndarray, list[int] | np.ndarray]
 _MAX_CELLS = 1 << 20  # per axis: the curves' codes hold 21 bits of each coordinate
 _MOST_TOKENS = 1 << 28  # on GPUs: places along the walk are counted in 32 bits
 _CROWDED = 4  # a cell with more clusters than this is divided; even density makes hardly any
@@ -180,7 +181,7 @@ def balanced_cluster(
     chosen = choose(
         "balanced_cluster", impl, {"cpu": lacks_nothing, "triton": triton_lacks}, device
     )
-    counts = tuple(-(-size // cluster_size) for size in sizes)
+    counts = _cluster_counts(sizes, cluster_size)
     in_order = [size <= global_size for size in sizes]
     if all(in_order):
         order = torch.arange(positions.shape[0], device=device)
@@ -232,6 +233,13 @@ def balanced_cluster(
     return Clusters(
         order, offsets, centers, sizes, counts, cluster_size, global_size, same_positions
     )
+
+
+def _cluster_counts(sizes: tuple[int, ...], cluster_size: int) -> tuple[int, ...]:
+    """Clusters of each sample."""
+    if torch.compiler.is_compiling():
+        return tuple(-(-size // cluster_size) for size in sizes)
+    return tuple((-(-np.array(sizes, np.int64) // cluster_size)).tolist())
 
 
 def _parts(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -286,8 +294,8 @@ def _cut_pairs(
     start, end = _parts(counts, positions.device)
     first = own - (own - start) % 2
     last = end.minimum(first + 2)
-    crowded = torch.zeros_like(own, dtype=torch.bool)
-    crowded[torch.searchsorted(offsets, places.int(), right=True) - 1] = True
+    before = torch.searchsorted(places, offsets.long())
+    crowded = before[1:] > before[:-1]
     either = crowded[first] | crowded[last - 1]
     first, last = first.where(either, own), last.where(either, own + 1)
     keys, _ = kd_keys(positions, order, offsets, first, last, torch.zeros_like(own))
@@ -309,14 +317,16 @@ def _divided(
     the longest side of a box is at least halved, so that the range of float32 bounds the number of
     rounds.
     """
+    rows = order.index_select(0, places)
+    part = positions.index_select(0, rows)
     while sizes:
-        rows = order.index_select(0, places)
-        part = positions.index_select(0, rows)
         canvas, still = _measured_canvas(part, sizes), [False] * len(sizes)
         keys, again = along_curve(part, sizes, canvas, still)
-        order[places] = rows.index_select(0, again)
+        rows = rows.index_select(0, again)
+        order[places] = rows
         inside, sizes = _crowded(keys >> ratio_bits, sizes, most, [True] * len(sizes))
-        places = places.index_select(0, inside)
+        places, rows = places.index_select(0, inside), rows.index_select(0, inside)
+        part = part.index_select(0, again.index_select(0, inside))
     return order
 
 
@@ -337,8 +347,7 @@ def _along_curve(
     """
     corners, sides = canvas
     if anchors or curve == "snake":
-        counts = tuple(-(-size // cluster_size) for size in sizes)
-        grids = _anchor_grids(counts, sides, in_order)
+        grids = _anchor_grids(_cluster_counts(sizes, cluster_size), sides, in_order)
     else:
         grids = _fine_grids(sides, positions.shape[1], in_order, curve)
     keys = _sort_keys(positions, sizes, corners, grids, curve, anchors, impl)
@@ -410,7 +419,7 @@ def _anchor_grids(counts: tuple[int, ...], sides: list[float], in_order: Sequenc
         cells, lengths = _anchor_grid_arrays(canvases, np.array(counts))
         cells[still], lengths[still] = 1, math.inf
         lengths = np.maximum(lengths, tiny)
-        return cells.ravel().tolist(), lengths.ravel().tolist(), canvases.argmax(1).tolist()
+        return cells.ravel(), lengths.ravel(), canvases.argmax(1)
     shape, cell, longest = [], [], []  # NumPy's operations would become a part of the graph
     for row, count, keeps in zip(_rows(sides, samples), counts, in_order, strict=True):
         grid = ([1] * dimensions, [math.inf] * dimensions) if keeps else _anchor_grid(row, count)
@@ -432,18 +441,18 @@ def _anchor_grid_arrays(sides: np.ndarray, clusters: np.ndarray) -> tuple[np.nda
     rounded = np.zeros((samples, dimensions))
     length = np.ones(samples)
     axes = sides > 0
-    open_ = axes.any(1)
+    open_ = reduce(np.logical_or, axes.T)  # quicker than NumPy along an axis of two or three
     with np.errstate(all="ignore"):
         for _ in range(dimensions):
-            volume = np.where(axes, sides, 1.0).prod(1) / np.maximum(clusters, 1)
-            of_axes = axes.sum(1)
+            volume = math.prod(np.where(axes, sides, 1.0).T) / np.maximum(clusters, 1)
+            of_axes = sum(axes.T.astype(np.int64))
             roots = np.where(of_axes == 2, np.sqrt(volume), volume)
             cubes = open_ & (of_axes == 3)  # NumPy's own power is rounded otherwise
             roots[cubes] = [value ** (1 / 3) for value in volume[cubes].tolist()]
             length = np.where(open_, roots, length)
             rounded = np.where(axes, np.rint(sides / length[:, None]), rounded)
             kept = axes & (rounded > 0)
-            open_ &= (kept != axes).any(1) & kept.any(1)
+            open_ &= reduce(np.logical_or, (kept != axes).T) & reduce(np.logical_or, kept.T)
             axes = np.where(open_[:, None], kept, axes)
     shape = np.where(axes, rounded, 1).clip(1, _MAX_CELLS)
     return shape.astype(np.int64), np.where(sides > 0, sides / shape, length[:, None])
@@ -471,7 +480,7 @@ def _sort_keys(
 ) -> Tensor:
     """Integers (T,) int64 that sort into the order of the curve."""
     if chosen == "triton":
-        shape, cell_size, longest = grids
+        shape, cell_size, longest = (x.tolist() if isinstance(x, np.ndarray) else x for x in grids)
         return fused_curve_keys(
             positions, sizes, corners, cell_size, shape, longest, curve, anchors, chosen
         )
@@ -495,7 +504,10 @@ def _anchor_walk(
     """Arguments of `reference.cluster_keys`, which turns positions into keys."""
     cells_of, sides_of, longest = grids
     samples = len(longest)
-    volumes = list(map(math.prod, _rows(cells_of, samples)))
+    if isinstance(cells_of, np.ndarray):
+        volumes = math.prod(cells_of.reshape(samples, -1).T).tolist()
+    else:
+        volumes = list(map(math.prod, _rows(cells_of, samples)))
     first_cell, total = offsets_of(volumes, device), sum(volumes)
     bits = _bits_of(cells_of)
     shape = from_host(cells_of, torch.int64, device).view(samples, -1)
@@ -528,10 +540,10 @@ def _anchor_walk(
     return origin, cell_size, unit, shape, first_cell[:-1], anchor_of_cell, anchors
 
 
-def _bits_of(cells: list[int]) -> int:
+def _bits_of(cells: list[int] | np.ndarray) -> int:
     """Bits of the largest of these numbers of cells."""
-    if not torch.compiler.is_compiling():
-        return max(cells).bit_length()
+    if isinstance(cells, np.ndarray):
+        return int(cells.max()).bit_length()
     largest = reduce(torch.sym_max, cells, 1)  # what is compiled is for all that have as many bits
     return next(bits for bits in range(1, _MAX_CELLS.bit_length() + 1) if largest < 1 << bits)
 
