@@ -14,7 +14,9 @@ def starts_of(sizes: Sequence[int]) -> list[int]:
     return [0, *itertools.accumulate(sizes)]
 
 
-def from_host(values: Sequence, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+def from_host(
+    values: Sequence | np.ndarray, dtype: torch.dtype, device: torch.device | None
+) -> torch.Tensor:
     """A tensor of host numbers. A GPU is not waited for: the copy is from pinned memory.
 
     While a CUDA graph is captured nothing is copied: see `from_arguments`.

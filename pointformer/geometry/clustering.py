@@ -505,7 +505,7 @@ def _anchor_walk(
     cells_of, sides_of, longest = grids
     samples = len(longest)
     if isinstance(cells_of, np.ndarray):
-        volumes = math.prod(cells_of.reshape(samples, -1).T).tolist()
+        volumes = reduce(np.multiply, cells_of.reshape(samples, -1).T).tolist()
     else:
         volumes = list(map(math.prod, _rows(cells_of, samples)))
     first_cell, total = offsets_of(volumes, device), sum(volumes)
