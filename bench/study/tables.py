@@ -18,7 +18,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ablations import ABLATION_RESULTS, BASE, CHANGES
-from cells import ARMS, DATA, HEADS, RESULTS, read_lines
+from cells import ARMS, DATA, HEADS, RESULTS, SEEDS, read_lines
 
 Line = dict[str, Any]
 MAIN = {  # scores, by task
@@ -27,6 +27,10 @@ MAIN = {  # scores, by task
     "point_segmentation": "mIoU",
 }
 FLAT = 0.97  # of a curve whose last tenth has at least this share of the loss of the one before
+LEAST, MOST_LOST = (
+    2.0,
+    1.0,
+)  # points won of small objects, and lost of the main score, at which it pays
 _COLUMNS = (
     "head", "budget", "arm", "seeds", "small found, %", "main score, %", "found by size, %",
     "M multiply-adds after the first stage", "in all", "M parameters", "CPU ms", "flat",
@@ -160,19 +164,31 @@ def differences(lines: Sequence[Line], score: str) -> str:
         pairs = [(line, grid[seed]) for line in group if (seed := line["cell"]["seed"]) in grid]
         if arm == "grid" or not pairs:
             continue
-        cells = [head, f"1/{budget}", arm, str(len(pairs))]
-        for of in (lambda s: s["small"], lambda s: s[score] or 0.0):
-            cells.append(spread(points(pairs, of)))
-        rows.append(cells)
+        small = points(pairs, lambda s: s["small"])
+        whole = points(pairs, lambda s: s[score] or 0.0)
+        rows.append(
+            [head, f"1/{budget}", arm, str(len(pairs)), spread(small), spread(whole),
+             verdict(small, whole)]
+        )  # fmt: skip
     names = (
-        "head",
-        "budget",
-        "arm",
-        "seeds",
-        "small found, points over grid",
-        f"{score}, points over grid",
-    )
+        "head", "budget", "arm", "seeds", "small found, points over grid",
+        f"{score}, points over grid", "by the rule",
+    )  # fmt: skip
     return markdown(names, rows) if rows else "No arm has a grid beside it yet."
+
+
+def verdict(small: Sequence[float], whole: Sequence[float]) -> str:
+    """Whether an arm pays, by the rule of the protocol.
+
+    Args:
+        small, whole: its points over the grid, of each seed.
+    """
+    if len(small) < len(SEEDS):
+        return "open: too few seeds"
+    if mean(small) < LEAST:
+        return "does not pay"
+    error = stdev(small) / math.sqrt(len(small))
+    return "pays" if mean(small) >= 2 * error and mean(whole) >= -MOST_LOST else "open"
 
 
 def points(pairs: Sequence[tuple[Line, Line]], of: Callable[[Line], float]) -> list[float]:

@@ -101,9 +101,13 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
     ]  # fmt: skip
     assert by_arm["grid"][1] == "55.0 (7.1)"
     assert by_arm["gradient"][:2] == ["1", "90.0"]
-    assert [row for row in rows if len(row) == 6] == [
-        ["dense", "1/16", "learned", "2", "15.0 (14.1)", "0.5 (0.7)"]
+    assert [row for row in rows if len(row) == 7] == [
+        ["dense", "1/16", "learned", "2", "15.0 (14.1)", "0.5 (0.7)", "open: too few seeds"]
     ]
+    assert tables.verdict([2, 3, 4], [0, -1, -2]) == "pays"
+    assert tables.verdict([2, 3, 4], [0, -1, -2.1]) == "open"
+    assert tables.verdict([-4, 3, 8], [1, 1, 1]) == "open"  # less than twice its error
+    assert tables.verdict([1, 2, 2.9], [1, 1, 1]) == "does not pay"
     scores = {**SemanticIoU(2).compute(), **InstanceAP().compute()}
     assert set(tables.MAIN.values()) <= set(scores)
     results = tmp_path / "study.jsonl"
@@ -112,6 +116,22 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
     assert (tmp_path / "study.md").read_text() == page
     assert (tmp_path / "study_hit_uav.png").stat().st_size > 10_000
     assert not (tmp_path / "study_camvid.png").exists()
+
+
+def test_the_page_has_the_tables_of_the_results(monkeypatch, tmp_path):
+    """Of today's lines, and those are what makes the tables."""
+    evidence, tables = loaded("evidence", monkeypatch), loaded("tables", monkeypatch)
+    text, results = evidence.PAGE.read_text("utf-8"), ROOT / "bench" / "results"
+    assert evidence.renewed(text, results) == text
+    tables.main(["--results", str(results / "study.jsonl"), "--out", str(tmp_path)])
+    for made in tmp_path.glob("*.md"):
+        assert made.read_text("utf-8") == (results / made.name).read_text("utf-8")
+    (tmp_path / "study.md").write_text("# Title\n\nMade by x.\n\n## A\n\n| 1 |\n\n## B\n")
+    page = "1\n<!-- study.md -->\nold\n<!-- end -->\n2\n<!-- no.md -->\nold\n<!-- end -->\n"
+    assert evidence.renewed(page, tmp_path) == (
+        "1\n<!-- study.md -->\n### A\n\n| 1 |\n\n### B\n<!-- end -->\n2\n<!-- no.md -->\n"
+        "*Not measured yet.*\n<!-- end -->\n"
+    )
 
 
 def test_ablations_change_one_thing(monkeypatch):
