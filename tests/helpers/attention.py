@@ -235,7 +235,14 @@ def check_against_float64(
             if "position_value" in tensors and name in through_logits:
                 term *= max(1.0, farthest * tensors["position_value"].abs().max().item())
         size = true.abs().max().item() if true.numel() else 0.0
-        floor = 4 * torch.finfo(torch.float32).eps * max(size, term)
+        if "position_value" in tensors and name == "output" and size:
+            # A sum of what differences of places are worth, which cancel.
+            size = max(size, farthest * tensors["position_value"].abs().max().item())
+        terms = 4 * max(size, term)
+        if "position_weight" in tensors and len(tensors["query"]):
+            # And a weight errs by a rounding of its logit, which far places make large.
+            terms += size * farthest * tensors["position_weight"].abs().max().item()
+        floor = torch.finfo(torch.float32).eps * terms
         assert error(ours, true) <= 2 * error(theirs, true) + floor, name
 
 
