@@ -543,8 +543,9 @@ def test_memory_does_not_grow_with_the_neighborhood(cluster_size):
         run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         grown[num_clusters * cluster_size] = int(run.stdout)
-    # One (T, M) array of floats would be 5 MiB at the larger M.
-    assert grown[320] < grown[16] + 1024, grown
+    # One (T, M) array of floats would be 5 MiB at the larger M; each thread's own sums are 1 MiB,
+    # and which threads get to touch theirs is chance.
+    assert grown[320] < grown[16] + 2560, grown
 
 
 class _Worker(torch.utils.data.Dataset):
