@@ -90,6 +90,7 @@ def save_model(
         "num_classes": inner.num_classes,
         "config": dataclasses.asdict(config),
         "object_diameter": inner.object_diameter,
+        "min_score": inner.min_score,
     }
     if isinstance(inner.preprocess, Preprocess):  # that of points is in the configuration
         description["preprocess"] = {
@@ -228,7 +229,7 @@ def untrained_model(path: str | os.PathLike, **changes: Any) -> Model:
     _, metadata = read_safetensors(path)
     description = _Description.read(metadata.get(_METADATA, "{}"), path)
     model, _ = description.make(path, **changes)
-    model.object_diameter = model.trained = None
+    model.object_diameter = model.min_score = model.trained = None
     return model
 
 
@@ -245,6 +246,7 @@ class _Description:
     categories: tuple[Category, ...] | None
     preprocess: Preprocess | None
     object_diameter: float | None
+    min_score: float | None
     trained: dict[str, Any] | None
 
     @classmethod
@@ -270,12 +272,14 @@ class _Description:
         head, classes, rows = values["head"], values["num_classes"], values.get("categories")
         normalization, diameter = values.get("preprocess"), values.get("object_diameter")
         task, options = values.get("task"), values.get("head_options", {})
-        trained = values.get("trained")
+        least, trained = values.get("min_score"), values.get("trained")
         check_option("head", head, tuple(HEADS))
         check_option("task", task, (*TASK_NAMES, None))
         check_count("num_classes", classes)
         if diameter is not None:
             check_number("object_diameter", diameter, above=0)
+        if least is not None:
+            check_number("min_score", least, least=0, most=1)
         for name, value, expected in (
             ("name", values["name"], str),
             ("head_options", options, dict),
@@ -299,6 +303,7 @@ class _Description:
             categories=None if rows is None else tuple(map(_category, rows)),
             preprocess=None if normalization is None else Preprocess(**normalization),
             object_diameter=diameter,
+            min_score=least,
             trained=trained,
         )
 
@@ -344,7 +349,8 @@ class _Description:
             return model, tuple(f"head.{name}." for name in CLASSIFIERS[head])
         if options != self.head_options:
             return model, ()
-        model.object_diameter, model.trained = self.object_diameter, self.trained
+        model.object_diameter, model.min_score = self.object_diameter, self.min_score
+        model.trained = self.trained
         return model, None
 
 

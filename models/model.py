@@ -168,6 +168,8 @@ class Model(nn.Module):
         preprocess: normalization of raw images, see `Preprocess`; not applied by `forward`. For
             other values: `model.preprocess = Preprocess(mean, std)`.
         object_diameter: typical diameter in pixels of the objects in the training data, or `None`.
+        min_score: confidence from which objects are shown, the best one on the pictures that the
+            trained model was scored on; `None`: 0.5.
         trained: how it was trained, as `save_model` was told, or `None`.
     """
 
@@ -237,6 +239,7 @@ class Model(nn.Module):
         else:
             self.preprocess = Preprocess.of_channels(self.config.in_channels)
         self.object_diameter: float | None = None
+        self.min_score: float | None = None
         self.trained: dict[str, Any] | None = None
 
     @property

@@ -197,6 +197,7 @@ def _made_with(
         "model": weights.hexdigest(),
         "data set": pictures.hexdigest(),
         "task": task.name,
+        "shown from": task.min_score,
         "metrics": [type(metric).__name__ for metric in metrics],
         **{name: repr(value) for name, value in options.items()},
     }

@@ -126,7 +126,8 @@ def scores_of(model: Model, task: Task, validation: Dataset, recipe: Recipe) -> 
     """Scores by name; found and annotated objects by class and size."""
 
     def metrics() -> list[Metric]:
-        return [*task.metrics(), RecallBySize(validation.categories, SIDES)]
+        by_size = RecallBySize(validation.categories, SIDES, task.min_score)
+        return [*task.metrics(), by_size]
 
     tile = validation_tile(recipe, task)
     result = evaluate(model, validation, task, metrics=metrics, tile=tile)

@@ -116,6 +116,7 @@ def _described(model: Model) -> dict[str, object]:
         "categories": categories or None,
         **_inputs(model),
         "diameter of objects": model.object_diameter and f"{model.object_diameter:g} pixels",
+        "objects are shown from a score of": model.min_score,
         "trained": model.trained or "not said",
     }
 

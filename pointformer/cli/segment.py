@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-score",
         type=float,
-        help="of mask models' objects (default: 0.5) and panoptic segments (default: 0.8)",
+        help="of objects (default: the model's own, or 0.5) and panoptic segments (default: 0.8)",
     )
     parser.add_argument(
         "--diameter",

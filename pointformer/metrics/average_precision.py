@@ -80,29 +80,40 @@ class InstanceAP:
 
     Args:
         thresholds: IoU thresholds in (0, 1].
+        min_scores: from which objects are shown. Of several, scores are those of the best one: with
+            the highest AP at the first threshold, of equals the one nearest to 0.5.
     """
 
-    def __init__(self, thresholds: Sequence[float] = IOU_THRESHOLDS) -> None:
-        self.thresholds = tuple(thresholds)
-        self.counts: list[np.ndarray] = []  # one of `match_instances` for each picture
+    def __init__(
+        self,
+        thresholds: Sequence[float] = IOU_THRESHOLDS,
+        min_scores: Sequence[float] = (0.5,),
+    ) -> None:
+        self.thresholds, self.min_scores = tuple(thresholds), tuple(min_scores)
+        # Of each picture, those of `match_instances` for each of the scores.
+        self.counts: list[np.ndarray] = []
 
     def update(self, predicted: SegmentMap | Objects, annotation: Annotation) -> None:
-        """Add one picture. Of objects, those with a score of at least 0.5 count, drawn as a map;
-        on crowds none do.
+        """Add one picture. Of objects, those that are shown count, drawn as a map; on crowds none
+        do.
 
         Raises:
             ValueError: if the sizes differ.
         """
-        if isinstance(predicted, Objects):
-            predicted = predicted.confident().segment_map()
         truth, crowd = annotation.instances()
-        if predicted.ids.shape != truth.shape:
-            raise ValueError(
-                f"predicted: expected the map of {annotation.name} to be of shape {truth.shape}, "
-                f"got {predicted.ids.shape}"
-            )
-        found = np.where(crowd, 0, predicted.ids)
-        self.counts.append(match_instances(found, truth, self.thresholds))
+        counts = []
+        for least in self.min_scores:
+            shown = predicted
+            if isinstance(shown, Objects):
+                shown = shown.confident(least).segment_map()
+            if shown.ids.shape != truth.shape:
+                raise ValueError(
+                    f"predicted: expected the map of {annotation.name} to be of shape "
+                    f"{truth.shape}, got {shown.ids.shape}"
+                )
+            found = np.where(crowd, 0, shown.ids)
+            counts.append(match_instances(found, truth, self.thresholds))
+        self.counts.append(np.stack(counts))
 
     def merge(self, other: InstanceAP) -> None:
         """Add the pictures of another part of the data set."""
@@ -117,8 +128,15 @@ class InstanceAP:
         self.counts = list(state["counts"])
 
     def _stacked(self) -> np.ndarray:
-        """(pictures, len(thresholds), 3) int64."""
-        return np.stack([np.zeros((len(self.thresholds), 3), np.int64), *self.counts])[1:]
+        """(pictures, len(min_scores), len(thresholds), 3) int64."""
+        none = np.zeros((len(self.min_scores), len(self.thresholds), 3), np.int64)
+        return np.stack([none, *self.counts])[1:]
+
+    def best_min_score(self) -> float:
+        """That of `min_scores` with which scores are best."""
+        precision = _precision(self._stacked().sum(0))[:, 0]
+        best = [s for s, p in zip(self.min_scores, precision, strict=True) if p == max(precision)]
+        return min(best, key=lambda score: abs(score - 0.5))
 
     def compute(self) -> dict[str, float]:
         """The pooled scores by name: at the first threshold, and the mean."""
@@ -134,7 +152,7 @@ class InstanceAP:
         Where neither map of a picture has an instance, the picture's own score is 1. So is the
         pooled score if there are no instances at all.
         """
-        stacked = self._stacked()
+        stacked = self._stacked()[:, self.min_scores.index(self.best_min_score())]
         total = stacked.sum(0)
         per_image = _precision(stacked).mean(0) if self.counts else np.ones(len(self.thresholds))
         return AveragePrecision(
@@ -154,7 +172,7 @@ def average_precision(
     """Score (predicted, annotated) instance maps of a data set; see `InstanceAP.scores` and
     `match_instances`."""
     metric = InstanceAP(thresholds)
-    metric.counts = [match_instances(*pair, metric.thresholds) for pair in pairs]
+    metric.counts = [match_instances(*pair, metric.thresholds)[None] for pair in pairs]
     return metric.scores()
 
 

@@ -48,21 +48,26 @@ class RecallBySize:
     Args:
         categories: of what is annotated.
         sides: where groups of sizes end, ascending.
+        min_score: from which `Objects` are shown.
     """
 
-    def __init__(self, categories: Sequence[Category], sides: Sequence[float] = SIDES) -> None:
-        self.categories, self.sides = tuple(categories), tuple(sides)
+    def __init__(
+        self,
+        categories: Sequence[Category],
+        sides: Sequence[float] = SIDES,
+        min_score: float = 0.5,
+    ) -> None:
+        self.categories, self.sides, self.min_score = tuple(categories), tuple(sides), min_score
         self.counts = np.zeros((2, len(self.categories), len(self.sides) + 1), np.int64)
 
     def update(self, predicted: Any, annotation: Annotation) -> None:
         """Add one picture.
 
         Args:
-            predicted: `Objects`, of which those with a score of at least 0.5 are shown, a
-                `SegmentMap`, classes (H, W) or scores (K,).
+            predicted: `Objects`, a `SegmentMap`, classes (H, W) or scores (K,).
         """
         if isinstance(predicted, Objects):
-            predicted = predicted.confident().segment_map()
+            predicted = predicted.confident(self.min_score).segment_map()
         if isinstance(predicted, SegmentMap):
             self._add_segments(predicted, annotation)
         elif predicted.ndim == 2:

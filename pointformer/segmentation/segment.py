@@ -115,8 +115,8 @@ def segment(
             than memory; objects are joined across windows. `None`: the whole picture at once.
         overlap: of the windows, in pixels: at least the size of an object. `None`: 64, or half a
             window if that is less.
-        min_score: confidence that mask models' objects (default 0.5) and panoptic segments (default
-            0.8, as published) need.
+        min_score: confidence that objects (default: the model's own, or 0.5) and panoptic segments
+            (default 0.8, as published) need.
         scale: the network sees the picture with sides `scale` times as long; ids are those of the
             picture's own pixels again. Objects that are much larger or smaller than those of the
             training are missed without it. `None`: 1.

@@ -44,7 +44,7 @@ def task_of(
     """The task that a model is made for.
 
     Args:
-        model: its `output` and the name of its task choose.
+        model: its `output` and the name of its task choose; the task takes its `min_score`.
         name: of the task that it must be.
         categories: of what is found, in the place of the model's. `None`, of a model that has none:
             countable classes that are called by their numbers.
@@ -79,4 +79,7 @@ def task_of(
             f"unknown option {', '.join(unknown)}; known options of the task: "
             f"{', '.join(known) or 'none'}"
         )
-    return made[0](categories, **options)
+    task = made[0](categories, **options)
+    if model.min_score is not None:
+        task.min_score = model.min_score
+    return task

@@ -37,15 +37,24 @@ class Instance(MapTask):
         kept = tuple(s for s in annotation.segments if s.crowd or s.category in things)
         return replace(annotation, segments=kept)
 
-    def metrics(self) -> list[Metric]:
+    def metrics(self, min_scores: Sequence[float] = ()) -> list[Metric]:
         """AP of what is shown, regardless of class; that of COCO and, for its classes, that of
-        Cityscapes, where their packages are installed."""
-        metrics: list[Metric] = [InstanceAP()]
+        Cityscapes, where their packages are installed.
+
+        Args:
+            min_scores: to choose from, see `InstanceAP`; none: the task's own.
+        """
+        metrics: list[Metric] = [InstanceAP(min_scores=min_scores or (self.min_score,))]
         if importlib.util.find_spec("pycocotools"):
             metrics.append(CocoAP(self.categories))
         if self.categories == CITYSCAPES_THINGS and importlib.util.find_spec("cityscapesscripts"):
             metrics.append(CityscapesAP(self.categories))
         return metrics
+
+    def shown(self, prediction: Any, min_score: float | None = None) -> SegmentMap:
+        least = self.min_score if min_score is None else min_score
+        found: SegmentMap = prediction.confident(least).segment_map()
+        return found
 
 
 class InstanceBorders(Instance):
@@ -161,9 +170,6 @@ class InstanceStars(Instance):
     def join(self, shape: Size, windows: Sequence[Tile], parts: Iterable[Objects]) -> Objects:
         return stitch_objects(shape, list(zip(windows, parts, strict=True)))
 
-    def shown(self, prediction: Objects, min_score: float | None = None) -> SegmentMap:
-        return prediction.confident(0.5 if min_score is None else min_score).segment_map()
-
 
 class InstanceMasks(MaskTask, Instance):
     """Of a head that gives queries classes and masks. Predictions are `Objects` with all scores."""
@@ -180,6 +186,3 @@ class InstanceMasks(MaskTask, Instance):
 
     def join(self, shape: Size, windows: Sequence[Tile], parts: Iterable[Objects]) -> Objects:
         return stitch_objects(shape, list(zip(windows, parts, strict=True)))
-
-    def shown(self, prediction: Objects, min_score: float | None = None) -> SegmentMap:
-        return prediction.confident(0.5 if min_score is None else min_score).segment_map()

@@ -50,12 +50,14 @@ class Task(abc.ABC):
         counts: what of the annotations is counted for each class, see `examine`.
         averages: whether predictions of scaled and mirrored copies can be averaged.
         categories: the classes of what is found.
+        min_score: confidence from which objects that may overlap are shown.
     """
 
     name: ClassVar[str]
     output: ClassVar[Output]
     counts: ClassVar[Counts]
     averages: ClassVar[bool] = False
+    min_score: float = 0.5
 
     def __init__(self, categories: Sequence[Category]) -> None:
         self.categories = tuple(categories)
@@ -128,7 +130,7 @@ class MapTask(Task):
         """The prediction as a map of segments; an uncountable class is one region.
 
         Args:
-            min_score: that objects which may overlap need to be shown; `None`: 0.5.
+            min_score: that objects which may overlap need to be shown; `None`: the task's.
         """
 
 

@@ -21,6 +21,7 @@ from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.evaluation import predictions
 from pointformer.metrics import RecallBySize, SemanticIoU, size_names
 from pointformer.models import Model
+from pointformer.models.inference import evaluating
 from pointformer.prediction import to_tensor
 from pointformer.segmentation.drawing import focus_picture, outline, panels
 from pointformer.tasks import MapTask, Task, task_of
@@ -43,12 +44,10 @@ def draw_token_maps(model: Model, pictures: Sequence[Annotation], run: Path, ste
         pictures: what to look at, each the middle `512 x 512` pixels.
         run: folder, in which tokens/STEP-NUMBER.jpg are written.
     """
-    import torch
-
     device = next(model.parameters()).device
     for number, annotation in enumerate(pictures):
         image = _middle(annotation.read_image())
-        with torch.inference_mode():
+        with evaluating(model):
             stages = model.backbone(model.preprocess(to_tensor(image).to(device))[None])
         drawn = focus_picture(image, stages, model.image_config.patch_stride)
         (run / TOKEN_MAPS).mkdir(parents=True, exist_ok=True)
@@ -174,7 +173,7 @@ def _examined(
     """
     order = np.random.default_rng(0).permutation(len(dataset))[:pictures].tolist()
     bar = tqdm(order, "looking at pictures", leave=False)
-    sizes = RecallBySize(task.categories)
+    sizes = RecallBySize(task.categories, min_score=task.min_score)
     cases: list[_Case] = []
     whole = task.metrics()[0]
     for annotation, image, prediction in predictions(model, task, dataset, bar, **seen):

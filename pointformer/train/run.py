@@ -22,10 +22,11 @@ from pointformer.data import Dataset
 from pointformer.data.point_sets import PointDataset
 from pointformer.data.statistics import samples_in_words
 from pointformer.evaluation import evaluate
+from pointformer.metrics import InstanceAP
 from pointformer.models import Model, Output, save_model
 from pointformer.processes import Processes, started_processes
 from pointformer.tasks import Task, task_of
-from pointformer.tasks.instance import Instance
+from pointformer.tasks.instance import Instance, InstanceMasks, InstanceStars
 from pointformer.train.checkpoints import (
     list_checkpoints,
     newest_checkpoint,
@@ -51,6 +52,7 @@ from pointformer.train.trainer import Trainer
 
 RECIPE, WEIGHTS, CHECKPOINTS = "recipe.yaml", "model.safetensors", "checkpoints"
 """Files that a run writes into its folder, besides its logs."""
+MIN_SCORES = tuple(n / 20 for n in range(4, 20))  # from which objects may be shown, to choose from
 
 
 class Run:
@@ -84,6 +86,7 @@ class Run:
         self.ending = trainer.ending
         self.validations = 0  # that were due on the way
         self.scores: dict[str, float] | None = None  # of the end, once it is reached
+        self.min_score: float | None = None  # chosen with the last ones
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that can be read, if there is any.
@@ -111,6 +114,7 @@ class Run:
                     "start from the weights of this run"
                 )
             self.validations, self.scores = state["validations"], state["scores"]
+            self.min_score = state["min_score"]
             self.say(f"goes on from {path.name}")
 
     def finish(self) -> dict[str, float]:
@@ -133,6 +137,7 @@ class Run:
                     self.scores = self._score(logs, final=True)
                     self.save()
             averaged = trainer.averaged
+            averaged.min_score = self.min_score
             if self.main:
                 save_model(averaged, self.out / WEIGHTS, trained=self._trained())
                 save_curves(self.out)
@@ -155,6 +160,7 @@ class Run:
             "pictures": self._pictures(),
             "validations": self.validations,
             "scores": self.scores,
+            "min_score": self.min_score,
         }
         if self.main:
             keep = self.recipe.checkpoints.keep
@@ -258,32 +264,39 @@ class Run:
         return row["loss"]
 
     def _score(self, logs: Logs, final: bool = False) -> dict[str, float]:
-        """Score the averaged weights: at the end on all pictures, before on some."""
+        """Score the averaged weights, on the way on some pictures, at the end on all; objects are
+        shown from the score on that is best there."""
         if self.validation is None:
             return {}
         trainer, some = self.trainer, list(range(len(self.validation)))
-        processes, averaged = trainer.processes, trainer.averaged
+        processes, averaged, task = trainer.processes, trainer.averaged, trainer.task
+        scored = isinstance(task, InstanceStars | InstanceMasks)
+        metrics = partial(task.metrics, MIN_SCORES) if scored else None
         if not final:
             order = np.random.default_rng(0).permutation(len(some))
             some = order[: self.recipe.validation.pictures].tolist()
         result = evaluate(
             averaged,
             self.validation.subset(some),
-            trainer.task,
+            task,
+            metrics=metrics,
             progress=partial(tqdm, desc="validation", leave=False, disable=not self.main),
-            tile=validation_tile(self.recipe, trainer.task),
+            tile=validation_tile(self.recipe, task),
             resize=self.recipe.validation.resize,
             crop=self.recipe.validation.crop,
-            region=validation_region(self.recipe, trainer.task),
+            region=validation_region(self.recipe, task),
             processes=processes,
         )
+        for metric in result.metrics:
+            if scored and isinstance(metric, InstanceAP):
+                self.min_score = metric.best_min_score()
         row = {"final": int(final), "pictures": result.pictures, **result.scores}
         logs.add_scores(trainer.steps, row)
         shown = [self.validation[index] for index in some[: self.recipe.validation.token_maps]]
         if self.main and not trainer.model.of_points:
             draw_token_maps(averaged, shown, self.out, trainer.steps)
         first = ", ".join(f"{name} {value:.3f}" for name, value in list(result.scores.items())[:3])
-        many = samples_in_words(result.pictures, trainer.task.counts)
+        many = samples_in_words(result.pictures, task.counts)
         self.say(f"step {trainer.steps}, {many}: {first}")
         return result.scores
 

@@ -113,7 +113,7 @@ def test_models_shows_what_a_file_says(capsys, tmp_path):
     path = tmp_path / "a model of a long\nname.safetensors"
     categories = [Category(1, "cell"), Category(2, "glass", False)]
     model = Model("small", SMALL, "dense", 2, task="semantic", categories=categories, channels=8)
-    model.object_diameter = 12.5
+    model.object_diameter, model.min_score = 12.5, 0.7
     trained = {"steps": 7, "scores": {"AP": 0.5}, "data": "a\x1b[2Jb"}
     save_model(model, path, trained=trained)
     code, text, error = run(capsys, "models", path, "--size", 64)
@@ -126,6 +126,7 @@ def test_models_shows_what_a_file_says(capsys, tmp_path):
         "  model: small", "    name: dense", "    classes: 2", "    channels: 8",
         "  task: semantic", '  categories: ["cell", "glass (uncountable)"]',
         "  mean of inputs: [0.485, 0.456, 0.406]", "  diameter of objects: 12.5 pixels",
+        "  objects are shown from a score of: 0.7",
         "  trained:", "    steps: 7", "    scores:", "      AP: 0.5", "    data: a\\x1b[2Jb",
     ):  # fmt: skip
         assert line in lines, line

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pointformer.metrics import IOU_THRESHOLDS, average_precision, match_instances
+from pointformer.annotations import Objects, Segment
+from pointformer.data import Annotation
+from pointformer.metrics import IOU_THRESHOLDS, InstanceAP, average_precision, match_instances
 
 MAPS = hnp.arrays(np.int32, (6, 6), elements=st.integers(0, 4))
 
@@ -59,6 +61,30 @@ def test_nothing_to_find():
     full = np.ones((3, 4), int)
     assert average_precision([(empty, full)]).mean == 0
     assert average_precision([(full, empty)]).mean == 0
+
+
+@given(
+    pictures=st.lists(
+        st.tuples(MAPS, st.lists(st.floats(0, 1), min_size=4, max_size=4)), max_size=3
+    ),
+    min_scores=st.lists(st.floats(0, 1), min_size=1, max_size=4, unique=True),
+)
+def test_the_best_score_to_show_objects_from(pictures, min_scores):
+    """All that several give is what the best of them alone gives; that one has no better."""
+    truth = row((1, 9), (2, 9), (0, 9), (3, 9)).reshape(6, 6)
+    segments = tuple(Segment(n, 0, 9) for n in (1, 2, 3))
+    several = InstanceAP(min_scores=min_scores)
+    alone = {least: InstanceAP(min_scores=(least,)) for least in min_scores}
+    for ids, scores in pictures:
+        masks = [ids == n for n in range(1, 5)]
+        found = Objects(masks, np.zeros(4, int), np.array(scores), (6, 6))
+        for metric in (several, *alone.values()):
+            metric.update(found, Annotation("a", None, (6, 6), "a", ids=truth, segments=segments))
+    best = several.best_min_score()
+    assert several.scores() == alone[best].scores()
+    first = {least: metric.scores().pooled[0] for least, metric in alone.items()}
+    equal = [least for least in min_scores if first[least] == max(first.values())]
+    assert abs(best - 0.5) == min(abs(least - 0.5) for least in equal)
 
 
 @given(MAPS)

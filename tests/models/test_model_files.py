@@ -129,7 +129,7 @@ def test_a_file_says_all_of_its_model(tmp_path, head, task):
     model = small(head, 3, task=task, categories=table, **options)
     if isinstance(model.preprocess, Preprocess):
         model.preprocess = Preprocess((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    model.trained, model.object_diameter = {"steps": 3}, 4.5
+    model.trained, model.object_diameter, model.min_score = {"steps": 3}, 4.5, 0.7
     save_model(torch.optim.swa_utils.AveragedModel(model), tmp_path / "m.safetensors")
     loaded = create_model(tmp_path / "m.safetensors")
     known = {h: h for h in HEADS if tasks_of(h, 3) == [h]}
@@ -137,7 +137,7 @@ def test_a_file_says_all_of_its_model(tmp_path, head, task):
     assert loaded.task == model.task == (task or known.get(head))
     assert loaded.categories == tuple(table)
     assert repr(loaded.preprocess) == repr(model.preprocess)
-    assert (loaded.trained, loaded.object_diameter) == ({"steps": 3}, 4.5)
+    assert (loaded.trained, loaded.object_diameter, loaded.min_score) == ({"steps": 3}, 4.5, 0.7)
     assert (loaded.output, loaded.training) == (model.output, False)
 
 
@@ -288,7 +288,7 @@ def fine_tuned(tmp_path):
 def test_fine_tuning(fine_tuned):
     """What fits is kept, but for what told other classes; the file says nothing of the rest."""
     model = small(task="instance", channels=24, categories=[Category(1, "cell")])
-    model.object_diameter, model.trained = 7.0, {"steps": 3}
+    model.object_diameter, model.min_score, model.trained = 7.0, 0.6, {"steps": 3}
     changed, said = fine_tuned(model, num_classes=5)
     assert said.split(": ", 1)[1] == (
         "kept: the backbone and 22 of 24 weights of the head; fresh in small: 2 "
@@ -297,7 +297,7 @@ def test_fine_tuning(fine_tuned):
     )
     assert (changed.num_classes, changed.task, changed.categories) == (5, "semantic", None)
     assert changed.head_options == {"channels": 24}
-    assert (changed.object_diameter, changed.trained) == (None, None)
+    assert (changed.object_diameter, changed.min_score, changed.trained) == (None, None, None)
     for name, value in changed.head.state_dict().items():
         if not name.startswith("classify.1"):
             assert torch.equal(value, model.head.state_dict()[name]), name
@@ -481,7 +481,7 @@ def test_a_description_that_cannot_be_read(tmp_path):
         "head_options": ([], None, {"queries": 3}), "task": ("boxes", 3),
         "categories": (3, [3], [{"id": 1}], [{"id": 1, "name": "a", "color": 3}]),
         "preprocess": (3, {"mean": [1]}, {"mean": [0.5], "std": [0]}),
-        "object_diameter": ("a", -1, True), "trained": (3, [1]),
+        "object_diameter": ("a", -1, True), "min_score": ("a", -1, 1.5), "trained": (3, [1]),
     }  # fmt: skip
     row = {"id": 1, "name": "a", "is_thing": True, "color": [1, 2, 3]}
     rows = {"id": ("a", 1.5), "name": (3, None), "is_thing": (1,), "color": ([1, 2], [1, 2, 256])}

@@ -122,7 +122,8 @@ def test_ellipses_come_back(seed, height, width):
 
 
 def _convex(mask):
-    return mask.sum() >= 0.93 * convex_hull_image(mask).sum()
+    """Where a neighbor's bite is deeper, not all of the object can be seen from its middle."""
+    return mask.sum() >= 0.96 * convex_hull_image(mask).sum()
 
 
 def test_disks_that_touch_and_tiny_ones():

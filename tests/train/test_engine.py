@@ -25,6 +25,7 @@ from pointformer.models.aff import AFF
 from pointformer.models.config import CONFIGS
 from pointformer.models.released import to_released
 from pointformer.rates import Rates
+from pointformer.tasks import task_of
 from pointformer.train import run
 from pointformer.train.checkpoints import list_checkpoints
 from pointformer.train.initial import make_model
@@ -494,6 +495,28 @@ def test_learns_real_pictures_by_heart(tmp_path, task, head, steps, share, score
     scores = evaluate(trainer.averaged, dataset, trainer.task).scores
     (found,) = [value for name, value in scores.items() if name.startswith(score[0])][:1]
     assert found >= score[1]
+
+
+@pytest.mark.parametrize("changes", [["head=stars"], ["head=mask2former", *MASKS]])
+def test_how_sure_shown_objects_must_be_is_chosen_on_what_is_scored(folder, tmp_path, changes):
+    """The file knows it, so that evaluating gives the scores of the end of training, also where
+    the model is saved after an interruption."""
+    recipe = recipe_of(folder, "budget.steps=12", "optimizer.learning_rate=5e-3", *changes)
+    scores = train(recipe, tmp_path, say=silent)
+    model = create_model(tmp_path / "model.safetensors")
+    assert model.min_score in run.MIN_SCORES
+    dataset = read_folder(folder, "val", "instance")
+    tile = run.validation_tile(recipe, task_of(model))
+    assert evaluate(model, dataset, tile=tile).scores == pytest.approx(scores, nan_ok=True)
+    picture = dataset[0].image
+    shown = segment(model, picture, tile=tile)
+    assert np.array_equal(
+        shown.labels, segment(model, picture, tile=tile, min_score=model.min_score).labels
+    )
+    assert all(score >= model.min_score for score in shown.scores)
+    (tmp_path / "model.safetensors").unlink()
+    train(recipe, tmp_path, say=silent)
+    assert create_model(tmp_path / "model.safetensors").min_score == model.min_score
 
 
 def test_stages_of_other_weights():
