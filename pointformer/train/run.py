@@ -270,8 +270,9 @@ class Run:
             return {}
         trainer, some = self.trainer, list(range(len(self.validation)))
         processes, averaged, task = trainer.processes, trainer.averaged, trainer.task
-        scored = isinstance(task, InstanceStars | InstanceMasks)
-        metrics = partial(task.metrics, MIN_SCORES) if scored else None
+        metrics = None
+        if isinstance(task, InstanceStars | InstanceMasks):
+            metrics = partial(task.metrics, MIN_SCORES)
         if not final:
             order = np.random.default_rng(0).permutation(len(some))
             some = order[: self.recipe.validation.pictures].tolist()
@@ -288,7 +289,7 @@ class Run:
             processes=processes,
         )
         for metric in result.metrics:
-            if scored and isinstance(metric, InstanceAP):
+            if metrics is not None and isinstance(metric, InstanceAP):
                 self.min_score = metric.best_min_score()
         row = {"final": int(final), "pictures": result.pictures, **result.scores}
         logs.add_scores(trainer.steps, row)
