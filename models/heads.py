@@ -30,6 +30,7 @@ from pointformer.nn import init_linear
 Images = Tensor | Sequence[Tensor]
 STAR_CELL = 2  # pixels
 _STAR_RADIUS = 8.0  # pixels, of objects at the start of training
+_STAR_PRIOR = 0.01  # score of every cell then
 
 
 class Output(Enum):
@@ -293,9 +294,11 @@ class StarHead(_MapHead):
                 nn.init.zeros_(module.bias)
         self.classify = nn.Conv2d(hidden, num_classes, 1)
         self.lengths = nn.Conv2d(hidden, rays, 1)
-        for layer, value in ((self.classify, -2.0), (self.lengths, math.log(_STAR_RADIUS))):
+        # Most cells are background, which would outweigh objects at first (Lin et al. 2017).
+        rare = math.log(_STAR_PRIOR / (1 - _STAR_PRIOR))
+        for layer, value in ((self.classify, rare), (self.lengths, math.log(_STAR_RADIUS))):
             assert layer.bias is not None
-            nn.init.constant_(layer.bias, value)  # most cells are background
+            nn.init.constant_(layer.bias, value)
 
     def _pixels(self, maps: Tensor, images: Tensor) -> Tensor:
         height, width = (-(-side // STAR_CELL) for side in images.shape[-2:])

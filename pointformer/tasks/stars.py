@@ -167,11 +167,15 @@ def star_loss(
     num_classes: int,
     part: BatchPart = WHOLE,
 ) -> dict[str, Tensor]:
-    """Cross-entropy of the scores, and how little the stars overlap.
+    """How far off the scores are, and how little the stars overlap.
+
+    The first is the quality focal loss (Li et al. 2020), |y - p|^2 times the cross-entropy of the
+    probability p and the wanted score y: where few cells belong to objects, as in pictures from the
+    air, the many others would otherwise decide it. Both are over the sum of the wanted scores.
 
     The second is the logarithm of sum_k max(r_k, r'_k) / sum_k min(r_k, r'_k) of the rays r and the
-    wanted ones r' (the polar IoU loss of PolarMask, Xie et al. 2020), a mean over cells with scores
-    as weights: other than a difference in pixels it is the same for small objects and large ones.
+    wanted ones r' (the polar IoU loss of PolarMask, Xie et al. 2020), with the wanted scores as
+    weights: other than a difference in pixels it is the same for small objects and large ones.
 
     Args:
         output: of B images, each (K + R, h, w).
@@ -185,7 +189,6 @@ def star_loss(
         "score" and "shape", whose sum is the loss.
     """
     entropy = shape = weight = output[0].new_zeros((), dtype=torch.float32)
-    count = 0
     for maps, target, category, counts in zip(output, targets, classes, known, strict=True):
         device, maps = maps.device, maps.float()
         logits, logarithms = maps[:num_classes].flatten(1), maps[num_classes:].flatten(1)
@@ -193,9 +196,10 @@ def star_loss(
         wanted = torch.zeros(num_classes, rows.numel())
         wanted[rows, torch.arange(rows.numel())] = torch.from_numpy(target.scores.ravel())
         cells_weight = torch.from_numpy((target.weights * counts).ravel()).to(device)
-        bits = F.binary_cross_entropy_with_logits(logits, wanted.to(device), reduction="none")
+        wanted = wanted.to(device)
+        bits = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+        bits = bits * (wanted - logits.sigmoid()).square()
         entropy = entropy + (bits * cells_weight).sum()
-        count += int(np.count_nonzero(counts))
         chosen = target.cells[counts.ravel()[target.cells]]
         rays = target.rays[counts.ravel()[target.cells]]
         places = torch.from_numpy(chosen).to(device)
@@ -205,11 +209,9 @@ def star_loss(
         share = torch.from_numpy(target.scores.ravel()[chosen]).to(device) * cells_weight[places]
         shape = shape + (ratio.log() * share).sum()
         weight = weight + share.sum()
-    sums = part.total(torch.stack([entropy, entropy.new_tensor(count), shape, weight]))
-    entropy, cells, shape, weight = sums
-    # Where no cell is known, or in no object, the sum is 0, and no mean a number.
-    tiny = torch.finfo(weight.dtype).tiny
-    return {"score": entropy / cells.clamp(min=1), "shape": shape / weight.clamp(min=tiny)}
+    entropy, shape, weight = part.total(torch.stack([entropy, shape, weight]))
+    weight = weight.clamp(min=1)  # there may be no object
+    return {"score": entropy / weight, "shape": shape / weight}
 
 
 def stars_to_objects(

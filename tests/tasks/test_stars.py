@@ -256,13 +256,15 @@ def test_loss_is_of_the_whole_batch():
     outputs = [torch.randn(33, 20, 26, generator=g), torch.randn(33, 16, 10, generator=g)]
     together = TASK.loss(outputs, [annotated(first), annotated(second)])
     alone = [TASK.loss([o], [annotated(i)]) for o, i in zip(outputs, (first, second), strict=True)]
-    cells = np.array([20 * 26, 16 * 10])
-    expected = np.dot([terms["score"].item() for terms in alone], cells) / cells.sum()
-    assert together["score"].item() == pytest.approx(expected, rel=1e-5)
     targets = [star_targets(ids, 32) for ids in (first, second)]
     shares = [float((t.scores * t.weights).ravel()[t.cells].sum()) for t in targets]
-    expected = np.dot([terms["shape"].item() for terms in alone], shares) / sum(shares)
-    assert together["shape"].item() == pytest.approx(expected, rel=1e-5)
+    for name, term in together.items():
+        expected = np.dot([terms[name].item() for terms in alone], shares) / sum(shares)
+        assert term.item() == pytest.approx(expected, rel=1e-5), name
+    target, p = targets[0], outputs[0][0].double().sigmoid().numpy()
+    bits = -(target.scores * np.log(p) + (1 - target.scores) * np.log(1 - p))
+    expected = ((target.scores - p) ** 2 * bits * target.weights).sum() / shares[0]
+    assert alone[0]["score"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_classes_and_crowds():
