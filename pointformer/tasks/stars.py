@@ -171,7 +171,8 @@ def star_loss(
 
     The first is the quality focal loss (Li et al. 2020), |y - p|^2 times the cross-entropy of the
     probability p and the wanted score y: where few cells belong to objects, as in pictures from the
-    air, the many others would otherwise decide it. Both are over the sum of the wanted scores.
+    air, the many others would otherwise decide it. Both are over the sum of the wanted scores, or
+    over 64 where that is less.
 
     The second is the logarithm of sum_k max(r_k, r'_k) / sum_k min(r_k, r'_k) of the rays r and the
     wanted ones r' (the polar IoU loss of PolarMask, Xie et al. 2020), with the wanted scores as
@@ -210,7 +211,7 @@ def star_loss(
         shape = shape + (ratio.log() * share).sum()
         weight = weight + share.sum()
     entropy, shape, weight = part.total(torch.stack([entropy, shape, weight]))
-    weight = weight.clamp(min=1)  # there may be no object
+    weight = weight.clamp(min=_FULL)  # there may be no object
     return {"score": entropy / weight, "shape": shape / weight}
 
 
