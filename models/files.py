@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from pointformer._checks import (
@@ -112,7 +112,8 @@ def save_model(
         for key, value in state.items()
     }
     with atomic_path(path) as temporary:
-        save_file(copies, temporary, metadata=metadata)
+        # Not `save_file`, whose files only their owner can read.
+        temporary.write_bytes(serialized(copies, metadata))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

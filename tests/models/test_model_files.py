@@ -18,6 +18,7 @@ from pointformer.models import (
     Model,
     Preprocess,
     create_model,
+    list_models,
     load_model,
     load_state,
     save_model,
@@ -146,13 +147,19 @@ def test_a_file_for_other_classes():
     name = "aff_nano.nuclei"
     path = Path(pointformer.models.__file__).parent / f"weights/{name}.safetensors"
     trained = create_model(name)
-    with pytest.warns(UserWarning, match="kept: the backbone and 22 of 24 weights of the head"):
+    with pytest.warns(UserWarning, match="kept: the backbone and 32 of 34 weights of the head"):
         changed = create_model(path, num_classes=10)
-    assert (changed.num_classes, changed.task, changed.categories) == (10, "semantic", None)
+    assert (changed.num_classes, changed.task, changed.categories) == (10, "instance", None)
     assert changed.trained is None
     assert changed.preprocess.mean == trained.preprocess.mean
     own = trained.backbone.state_dict()
     assert all(torch.equal(own[k], v) for k, v in changed.backbone.state_dict().items())
+
+
+def test_who_may_read_other_files_may_read_a_model(tmp_path):
+    (tmp_path / "other").write_text("")
+    save_model(small(), tmp_path / "m.safetensors")
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_what_save_model_takes(tmp_path):
@@ -498,16 +505,26 @@ def test_a_description_that_cannot_be_read(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_the_weights_of_the_package(tmp_path):
-    """Their file is what `save_model` makes of the model, to the last byte."""
-    path = Path(pointformer.models.__file__).parent / "weights/aff_nano.nuclei.safetensors"
-    model = create_model("aff_nano.nuclei")
+@pytest.mark.parametrize("name", list_models(pretrained=True))
+def test_the_weights_of_the_package(tmp_path, name):
+    """Their file is what `save_model` makes of the model, to the last byte, and says how the model
+    was trained; the card beside it is of each."""
+    folder = Path(pointformer.models.__file__).parent / "weights"
+    path, model = folder / f"{name}.safetensors", create_model(name)
     save_model(model, tmp_path / "m.safetensors")
     assert (tmp_path / "m.safetensors").read_bytes() == path.read_bytes()
-    assert (model.task, model.training) == ("instance", False)
-    assert [category.name for category in model.categories] == ["nucleus"]
-    assert model.trained["steps"] == 5900
-    assert model.trained["scores"] == {"AP50": 0.697, "AP": 0.422}
+    assert path.stat().st_size <= 10 * 2**20
+    assert not model.training
+    assert None not in (model.task, model.categories)
+    assert model.trained["recipe"]
+    assert f"# Model card: {name}\n" in (folder / "README.md").read_text("utf-8")
+
+
+def test_classes_of_the_weights_of_the_package():
+    nuclei, air = create_model("aff_nano.nuclei"), create_model("aff_nano.uav")
+    assert [category.name for category in nuclei.categories] == ["nucleus"]
+    assert [category.name for category in air.categories] == ["person", "car", "bicycle", "other"]
+    assert (nuclei.task, air.task) == ("instance", "instance")
 
 
 def test_normalization_belongs_to_the_file(tmp_path):
@@ -527,7 +544,7 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("pointformer.models.files.save_file", fail)
+    monkeypatch.setattr("pointformer.models.files.serialized", fail)
     with pytest.raises(OSError, match="disk full"):
         save_model(Model("small", SMALL, "dense", 3), tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []

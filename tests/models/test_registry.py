@@ -27,7 +27,8 @@ def trained():
 
 def test_a_tag_is_a_trained_model(trained, tmp_path, monkeypatch):
     """By its name, as the only one of its model, and as a file, wherever that is."""
-    assert (trained.head_name, trained.num_classes, trained.task) == ("dense", 3, "instance")
+    assert (trained.head_name, trained.num_classes, trained.task) == ("stars", 1, "instance")
+    assert same(create_model("point_nano", True), create_model("point_nano.lidar"))
     assert not trained.training
     monkeypatch.chdir(tmp_path)
     save_model(trained, "m.safetensors")
@@ -35,30 +36,31 @@ def test_a_tag_is_a_trained_model(trained, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name, pretrained in (
-            ("aff_nano", True), ("aff_nano.nuclei", True), (FILE, None), (str(FILE), True),
+            ("aff_nano.nuclei", True), (FILE, None), (str(FILE), True),
             ("m.safetensors", None), ("weights", None), ("./weights", None),
         ):  # fmt: skip
-            model = create_model(name, pretrained, rate=0.5, num_classes=3, head="dense")
+            model = create_model(name, pretrained, rate=0.5, num_classes=1, head="stars")
             assert same(model, trained), name
             assert (model.trained, model.config.rate) == (trained.trained, 0.5)
         for name in ("aff_nano.nuclei", FILE):
             random = create_model(name, False)
             assert not same(random.backbone, trained.backbone)
-            assert (random.head_name, random.task) == ("dense", "instance")
+            assert (random.head_name, random.task) == ("stars", "instance")
             assert (random.trained, random.object_diameter, random.training) == (None, None, True)
+            assert random.min_score is None
         assert create_model("aff_nano").head_name == "classification"
 
 
 def test_other_classes_keep_the_backbone(trained):
-    with pytest.warns(UserWarning, match=r"aff_nano\.nuclei.*: kept: the backbone and 22 of 24 .*"
-                      r"fresh in aff_nano: 2 \(head\.classify\.1\.") as caught:  # fmt: skip
+    with pytest.warns(UserWarning, match=r"aff_nano\.nuclei.*: kept: the backbone and 32 of 34 .*"
+                      r"fresh in aff_nano: 2 \(head\.classify\.") as caught:  # fmt: skip
         model = create_model("aff_nano.nuclei", num_classes=10)
     (warning,) = caught
     assert warning.filename == __file__
     assert model.num_classes == 10
     assert same(model.backbone, trained.backbone)
     assert same(model.head.mix, trained.head.mix)
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10, 32, 32)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10 + 32, 16, 16)
     with pytest.warns(UserWarning, match="the backbone and 0 of "):
         other = create_model("aff_nano.nuclei", head="classification", num_classes=10)
     assert same(other.backbone, trained.backbone)
@@ -72,11 +74,12 @@ def test_names_that_stand_for_nothing(tmp_path, monkeypatch):
         (("aff_huge.nuclei",), ValueError, "name: unknown model 'aff_huge'; known"),
         (("",), ValueError, "name: unknown model ''; known"),
         (("aff_nano.cells",), ValueError,
-         "aff_nano.cells: there are no such weights; those of aff_nano: aff_nano.nuclei"),
+         "aff_nano.cells: there are no such weights; those of aff_nano: aff_nano.nuclei, "
+         "aff_nano.uav"),
         (("aff_nano.",), ValueError, "aff_nano.: there are no such weights"),
         (("aff_mini", True), ValueError,
-         "aff_mini: has no weights in the package, which are of aff_nano.nuclei, point_nano.lidar; "
-         ".*load_released"),
+         "aff_mini: has no weights in the package, which are of aff_nano.nuclei, aff_nano.uav, "
+         "point_nano.lidar; .*load_released"),
         (("aff_mini.nuclei",), ValueError, "aff_mini: has no weights in the package"),
         (("aff_nano", "nuclei"), TypeError,
          "pretrained: expected .*; a tag is part of the name: aff_nano.nuclei"),
@@ -105,12 +108,12 @@ def test_models_are_listed_by_patterns():
     names = list_models()
     assert names == sorted(names)
     assert {"aff_nano", "swin_mini"} <= set(names)
-    assert list_models(pretrained=True) == ["aff_nano.nuclei", "point_nano.lidar"]
+    assert list_models(pretrained=True) == ["aff_nano.nuclei", "aff_nano.uav", "point_nano.lidar"]
     for pattern, pretrained, expected in (
         ("*nano*", False, ["aff_nano", "point_nano"]),
         (["swin_t*", "aff_nano"], False, ["aff_nano", "swin_tiny"]),
-        ("aff_*", True, ["aff_nano.nuclei"]),
-        ("aff_nano", True, ["aff_nano.nuclei"]),
+        ("aff_*", True, ["aff_nano.nuclei", "aff_nano.uav"]),
+        ("aff_nano", True, ["aff_nano.nuclei", "aff_nano.uav"]),
         ("*.nuclei", True, ["aff_nano.nuclei"]),
         ("*.nuclei", False, []),
         ("point_*", True, ["point_nano.lidar"]),
