@@ -114,7 +114,7 @@ def test_a_warning_is_a_line(capsys, folder, tmp_path):
     assert code == 0
     (line,) = [line for line in error.replace("\r", "\n").splitlines() if "warning" in line]
     assert line.startswith("pointformer: warning: ")
-    assert "kept: the backbone and 22 of 24 weights of the head" in line
+    assert "kept: the backbone and 0 of 24 weights of the head" in line
 
 
 def test_unknown_options_are_refused(capsys, folder):

@@ -742,7 +742,7 @@ def test_pictures_travel_to_other_processes(tmp_path, monkeypatch, example):
 
 @pytest.mark.parametrize(("side", "low", "high"), [(1024, 66, 74), (64, 66, 76)])
 def test_objects_of_other_sizes_than_the_trained(model, example, side, low, high):
-    """By factor, and by diameter: the nuclei's median is 9.8 pixels. Without, small ones are lost."""
+    """By factor, and by diameter: the nuclei's median is 9.8. Without, small ones are lost."""
     resized = np.asarray(Image.fromarray(example).resize((side, side), Image.Resampling.BICUBIC))
     if side < example.shape[0]:
         assert segment(model, resized).num_objects < COUNT / 2

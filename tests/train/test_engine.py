@@ -522,7 +522,7 @@ def test_how_sure_shown_objects_must_be_is_chosen_on_what_is_scored(folder, tmp_
 def test_stages_of_other_weights():
     trained = create_model("aff_nano.nuclei").backbone
     (nucleus,) = create_model("aff_nano.nuclei").categories
-    recipe = read_recipe(task="instance", init="aff_nano.nuclei", init_stages=2)
+    recipe = read_recipe(task="instance", head="stars", init="aff_nano.nuclei", init_stages=2)
     with pytest.warns(UserWarning, match="weights of the backbone and 0 of 34 weights of the head"):
         started = make_model(recipe, [nucleus]).backbone
     fresh = make_model(replace(recipe, init=None, init_stages=None, model="aff_nano"), [nucleus])
