@@ -168,7 +168,7 @@ def differences(lines: Sequence[Line], score: str) -> str:
         whole = points(pairs, lambda s: s[score] or 0.0)
         rows.append(
             [head, f"1/{budget}", arm, str(len(pairs)), spread(small), spread(whole),
-             verdict(small, whole)]
+             verdict(small, whole, rising(pairs))]
         )  # fmt: skip
     names = (
         "head", "budget", "arm", "seeds", "small found, points over grid",
@@ -177,18 +177,26 @@ def differences(lines: Sequence[Line], score: str) -> str:
     return markdown(names, rows) if rows else "No arm has a grid beside it yet."
 
 
-def verdict(small: Sequence[float], whole: Sequence[float]) -> str:
-    """Whether an arm pays, by the rule of the protocol.
+def rising(pairs: Sequence[tuple[Line, Line]]) -> int:
+    """Number of cells whose curves are not flat."""
+    return sum(not is_flat(line["curve"]["loss"]) for pair in pairs for line in pair)
+
+
+def verdict(small: Sequence[float], whole: Sequence[float], rising: int = 0) -> str:
+    """Whether an arm pays, by the rule of the protocol: a claim needs flat curves.
 
     Args:
         small, whole: its points over the grid, of each seed.
+        rising: number of the cells whose curves are not flat.
     """
     if len(small) < len(SEEDS):
         return "open: too few seeds"
     if mean(small) < LEAST:
         return "does not pay"
     error = stdev(small) / math.sqrt(len(small))
-    return "pays" if mean(small) >= 2 * error and mean(whole) >= -MOST_LOST else "open"
+    if mean(small) < 2 * error or mean(whole) < -MOST_LOST:
+        return "open"
+    return f"would pay, but {rising} of {2 * len(small)} curves are not flat" if rising else "pays"
 
 
 def points(pairs: Sequence[tuple[Line, Line]], of: Callable[[Line], float]) -> list[float]:

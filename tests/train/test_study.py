@@ -106,6 +106,7 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
     ]
     assert tables.verdict([2, 3, 4], [0, -1, -2]) == "pays"
     assert tables.verdict([2, 3, 4], [0, -1, -2.1]) == "open"
+    assert tables.verdict([2, 3, 4], [0, -1, -2], 1) == "would pay, but 1 of 6 curves are not flat"
     assert tables.verdict([-4, 3, 8], [1, 1, 1]) == "open"  # less than twice its error
     assert tables.verdict([1, 2, 2.9], [1, 1, 1]) == "does not pay"
     scores = {**SemanticIoU(2).compute(), **InstanceAP().compute()}
