@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from skimage.draw import polygon
 from torch import Tensor
 
 from pointformer.annotations import Mask, Objects
@@ -27,6 +26,9 @@ _STEP = 0.5  # pixels between samples of a ray near an outline
 _LENGTHS = 2.0**-6, 2.0**14  # pixels, that rays can have
 LEARNED = 0.2  # score from which on a cell's rays are learned: others lie in no object's middle
 _FULL = 64  # cells of an object that counts no more than others
+_VOTERS = 64  # polygons that vote for an outline, at most
+_CANDIDATES = 128  # looked at together, most of which will turn out to be covered
+_AT_ONCE = 2**21  # pixels and ends of rows in memory
 
 
 class StarTargets(NamedTuple):
@@ -221,57 +223,151 @@ def stars_to_objects(
     size: tuple[int, int],
     scale: tuple[float, float] = (1.0, 1.0),
     *,
-    min_score: float = LEARNED,
     overlap: float = 0.4,
 ) -> Objects:
-    """Objects of the best cells, by non-maximum suppression.
+    """Objects of the best cells, by non-maximum suppression; their outlines by vote.
 
     From the highest score down, of equals from the first on, a cell whose center no object covers
-    yet gives one, unless objects cover more than a share `overlap` of its polygon.
+    yet gives one, unless objects cover more than a share `overlap` of its polygon. Later cells
+    whose center this polygon is the first to cover vote with it, if they have at least half of its
+    score. The object has the pixels whose centers lie in more than half of their polygons, weighted
+    by score; of more than 64 polygons some vote.
 
     Args:
-        scores: (K, h, w) floats from 0 to 1.
+        scores: (K, h, w) floats from 0 to 1; cells below 0.2 do not count.
         rays: (R, h, w) their lengths, in pixels of what the model saw.
         size: (H, W) of the picture in which the objects are wanted.
         scale: height and width of a pixel of what the model saw, in pixels of the picture.
-        min_score: of an object.
         overlap: see above.
 
     Returns:
         Objects, best first, of at least one pixel each, which may overlap.
     """
     best = scores.max(0, initial=0)
-    rows, columns = np.nonzero(best >= min_score)
+    rows, columns = np.nonzero(best >= LEARNED)
     values = best[rows, columns]
     order = np.argsort(-values, kind="stable")
     rows, columns, values = rows[order], columns[order], values[order]
     classes = scores[:, rows, columns].argmax(0) if len(scores) else rows
     # Pixels are points at whole numbers.
-    y = (rows + 0.5) * STAR_CELL * scale[0] - 0.5
-    x = (columns + 0.5) * STAR_CELL * scale[1] - 0.5
-    cosines, sines = ray_directions(len(rays))
+    middles = [
+        (place + 0.5) * STAR_CELL * unit - 0.5
+        for place, unit in zip((rows, columns), scale, strict=True)
+    ]
     lengths = rays[:, rows, columns].T.clip(*_LENGTHS)
-    corners_y = y[:, None] + lengths * sines * scale[0]
-    corners_x = x[:, None] + lengths * cosines * scale[1]
-    center_y, center_x = (
-        np.rint(middle).astype(np.int64).clip(0, side - 1)
-        for middle, side in zip((y, x), size, strict=True)
-    )
-    covered = np.zeros(size, bool)
-    masks, kept = [], []
-    for n in range(len(values)):
-        at = center_y[n], center_x[n]
-        if covered[at]:
-            continue
-        inside = polygon(corners_y[n], corners_x[n], size)
-        if not len(inside[0]):
-            inside = np.array([at[0]]), np.array([at[1]])
-        if np.count_nonzero(covered[inside]) > overlap * len(inside[0]):
-            continue
-        covered[inside] = True
-        top, left = inside[0].min(), inside[1].min()
-        pixels = np.zeros((inside[0].max() - top + 1, inside[1].max() - left + 1), bool)
-        pixels[inside[0] - top, inside[1] - left] = True
-        masks.append(Mask(int(top), int(left), pixels))
-        kept.append(n)
+    cosines, sines = ray_directions(len(rays))
+    corners = np.stack([
+        middle[:, None] + lengths * direction * unit
+        for middle, direction, unit in zip(middles, (sines, cosines), scale, strict=True)
+    ])  # fmt: skip
+    last = np.array(size)[:, None] - 1
+    centers = np.rint(middles).astype(np.int64).reshape(2, -1).clip(0, last)
+    kept, cover = _kept(corners, centers, size, overlap)
+    choice = cover[*centers]
+    choice[kept] = np.arange(len(kept))  # a center may be beyond the pixels of a small polygon
+    voters = _voters(values, choice, kept)
+    masks = _outlines(corners[:, voters], choice[voters], values[voters], centers[:, kept], size)
     return Objects(masks, classes[kept], values[kept].astype(np.float32), size)
+
+
+def _kept(
+    corners: np.ndarray, centers: np.ndarray, size: tuple[int, int], overlap: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the polygons (2, n, R), best first, give an object: (objects,) indices, ascending;
+    and (H, W) which object covers a pixel first, -1 where none does."""
+    cover = np.full(size, -1)
+    kept: list[int] = []
+    start, end = 0, centers.shape[1]
+    while start < end:
+        some = start + np.flatnonzero(cover[*centers[:, start:]] < 0)[:_CANDIDATES]
+        start = some[-1] + 1 if len(some) else end
+        numbers = np.arange(len(some))
+        masks = _outlines(corners[:, some], numbers, numbers + 1, centers[:, some], size)
+        for n, mask in zip(some.tolist(), masks, strict=True):
+            if cover[*centers[:, n]] >= 0:
+                continue
+            before = cover[mask.window]
+            free = mask.pixels & (before < 0)
+            if mask.area - np.count_nonzero(free) <= overlap * mask.area:
+                before[free] = len(kept)
+                kept.append(n)
+    return np.array(kept, np.int64), cover
+
+
+def _voters(scores: np.ndarray, choice: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Which polygons vote, by the object that they are for, best first; of the many of a large
+    object every second, or third, ..., so that they are from all over it."""
+    voters = np.flatnonzero(choice >= 0)
+    best = kept[choice[voters]]
+    voters = voters[(voters >= best) & (scores[voters] >= scores[best] / 2)]
+    voters = voters[np.argsort(choice[voters], kind="stable")]
+    counts = np.bincount(choice[voters], minlength=len(kept))
+    rank = np.arange(len(voters)) - np.repeat(counts.cumsum() - counts, counts)
+    return voters[rank % -(-counts // _VOTERS)[choice[voters]] == 0]
+
+
+def _outlines(
+    corners: np.ndarray,
+    choice: np.ndarray,
+    scores: np.ndarray,
+    centers: np.ndarray,
+    size: tuple[int, int],
+) -> list[Mask]:
+    """The pixels in more than half of the polygons that vote for an object, weighted by score.
+
+    On a row of pixels a star begins at an edge that goes up and ends at one that goes down: it does
+    not fold over. So a running sum along rows of what begins and what ends is all votes at once.
+
+    Args:
+        corners: (2, n, R) y and x of n polygons.
+        choice: (n,) which object each is for, ascending; each has at least one.
+        scores: (n,).
+        centers: (2, objects), the one pixel of those that would have none.
+        size: (H, W) of the picture.
+    """
+    if not len(choice):
+        return []
+    # Whole numbers, so that what begins and what ends cancels to the last bit.
+    weights = np.rint(scores * 2**20).astype(np.int64)
+    starts = np.searchsorted(choice, np.arange(centers.shape[1] + 1))
+    halves = np.add.reduceat(weights, starts[:-1]) / 2
+    bounds = np.stack([np.minimum.reduceat(corners.min(2), starts[:-1], 1),
+                       np.maximum.reduceat(corners.max(2), starts[:-1], 1)])  # fmt: skip
+    low, high = np.ceil(bounds).astype(np.int64).clip(0, np.array(size)[:, None])
+    heights, widths = high - low + [[0], [1]]  # a column more, in which all has ended
+    memory = (heights * widths + 2 * heights * np.diff(starts)).cumsum()
+    masks = []
+    for some in np.split(np.arange(len(halves)), np.flatnonzero(np.diff(memory // _AT_ONCE)) + 1):
+        polygons = np.s_[starts[some[0]] : starts[some[-1] + 1]]
+        own = choice[polygons]
+        places = (heights * widths)[some].cumsum()
+        votes = np.zeros(places[-1], np.int64)
+        places -= (heights * widths)[some]
+        polygon, row, column, sign = _crossings(corners[:, polygons], size)
+        which = own[polygon]
+        column = column.clip(low[1, which], high[1, which]) - low[1, which]
+        place = places[which - some[0]] + (row - low[0, which]) * widths[which] + column
+        np.add.at(votes, place, sign * weights[polygons][polygon])
+        for n, place in zip(some.tolist(), places.tolist(), strict=True):
+            box = votes[place : place + heights[n] * widths[n]].reshape(heights[n], widths[n])
+            mask = Mask.of(box.cumsum(1)[:, :-1] > halves[n], *low[:, n].tolist())
+            if not mask.pixels.size:
+                mask = Mask(*centers[:, n].tolist(), np.ones((1, 1), bool))
+            masks.append(mask)
+    return masks
+
+
+def _crossings(
+    corners: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Where the edges of polygons (2, n, R) cross the H rows of pixels: the polygon, the row, the
+    first column that is not left of the edge, and 1 where the polygon begins, -1 where it ends."""
+    ends = np.roll(corners, -1, 2)
+    rows = np.ceil(np.stack([corners[0], ends[0]])).astype(np.int64).clip(0, size[0])
+    crossed = np.abs(rows[1] - rows[0]).ravel()
+    edge = np.repeat(np.arange(crossed.size), crossed)
+    row = rows.min(0).ravel()[edge] + np.arange(len(edge))
+    row -= np.repeat(crossed.cumsum() - crossed, crossed)
+    (y, x), (next_y, next_x) = (v.reshape(2, -1)[:, edge] for v in (corners, ends))
+    column = np.ceil(x + (row - y) * (next_x - x) / (next_y - y)).astype(np.int64)
+    return edge // corners.shape[2], row, column, np.where(next_y < y, 1, -1)
