@@ -22,7 +22,7 @@ from pointformer._checks import (
     describe,
 )
 from pointformer._files import atomic_path
-from pointformer.annotations import Category
+from pointformer.annotations import OBJECT, Category
 from pointformer.models.backbone import Backbone
 from pointformer.models.config import GridConfig, ModelConfig, PointConfig, config_from
 from pointformer.models.grid import GridBackbone
@@ -181,7 +181,8 @@ def load_model(
         num_classes: outputs of the head; default: those of the file, or as many as `categories`.
         task: default: that of the file, if the head can serve it.
         categories: default: those of the file, if there are as many classes. Other names than the
-            file's are other classes.
+            file's are other classes; but not where either is the one class "object", which nobody
+            has named.
 
     Raises:
         CheckpointError: the file is unreadable, of a newer version, says nothing of its model, or
@@ -345,7 +346,7 @@ class _Description:
         if head != self.head:
             return model, WHOLE_HEAD
         names = [[c.name for c in table or ()] for table in (self.categories, model.categories)]
-        renamed = all(names) and names[0] != names[1]
+        renamed = all(names) and names[0] != names[1] and [OBJECT] not in names
         if renamed or (num_classes, kinds) != (self.num_classes, own_kinds):
             return model, tuple(f"head.{name}." for name in CLASSIFIERS[head])
         if options != self.head_options:

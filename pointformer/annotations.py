@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 VOID = -1
+OBJECT = "object"  # the one class of objects whose class nobody has named
 
 
 @dataclass(frozen=True)

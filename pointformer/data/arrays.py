@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pointformer.annotations import Category
+from pointformer.annotations import OBJECT, Category
 from pointformer.data.annotations import (
     CategoryTable,
     Dataset,
@@ -330,7 +330,7 @@ def read_arrays(
             look = partial(read_label_file, title, image, path, values)
             entries.append(Entry(title, image, path, look))
     else:
-        table = table or named_categories(("object",))
+        table = table or named_categories((OBJECT,))
         ids = CategoryTable(table).numbers()
         for title, image, path in zip(titles, images, maps, strict=True):
             find = partial(read_objects, title, image, path, None, ids, void or ())

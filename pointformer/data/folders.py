@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pointformer._files import path_inside
-from pointformer.annotations import VOID, Category, Objects, Segment
+from pointformer.annotations import OBJECT, VOID, Category, Objects, Segment
 from pointformer.data.annotations import (
     Annotation,
     CategoryTable,
@@ -84,7 +84,7 @@ def read_folder(
         classes, segments = _read_segments(source)
         table, listed = table or classes, (source, segments)
     table = tuple(c for c in table or () if c.name.lower() != "background")
-    table = table or named_categories(("object",))
+    table = table or named_categories((OBJECT,))
     numbers = CategoryTable(table).numbers()
     maps: dict[str, Path] = {}
     if listed is None and len(table) > 1 and (base / "labels").is_dir():

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from pointformer._files import atomic_path, cache_folder
-from pointformer.annotations import Category
+from pointformer.annotations import OBJECT, Category
 from pointformer.data.annotations import (
     Annotation,
     CategoryTable,
@@ -496,7 +496,7 @@ def read_shards(
         table = category_table(categories) or found_classes(maps, source, void)
         entries = _semantic_entries(samples, table, void)
     else:
-        table = category_table(categories) or named_categories(("object",))
+        table = category_table(categories) or named_categories((OBJECT,))
         entries = _instance_entries(samples, table, void or ())
     for sample in samples:
         if sample.problem is not None:

@@ -352,7 +352,8 @@ def _outlines(
             box = votes[place : place + heights[n] * widths[n]].reshape(heights[n], widths[n])
             mask = Mask.of(box.cumsum(1)[:, :-1] > halves[n], *low[:, n].tolist())
             if not mask.pixels.size:
-                mask = Mask(*centers[:, n].tolist(), np.ones((1, 1), bool))
+                y, x = centers[:, n].tolist()
+                mask = Mask(y, x, np.ones((1, 1), bool))
             masks.append(mask)
     return masks
 

@@ -377,6 +377,20 @@ def test_other_classes_have_fresh_scores(fine_tuned, head, categories, changes, 
             assert same, name
 
 
+@pytest.mark.parametrize(
+    ("own", "given", "fresh"),
+    [("nucleus", "object", False), ("object", "nucleus", False), ("nucleus", "car", True)],
+)
+def test_objects_that_nobody_has_named_are_of_the_class_at_hand(fine_tuned, own, given, fresh):
+    """As where training on one's own masks goes on from the weights of the package."""
+    changed, said = fine_tuned(
+        small("stars", 1, task="instance", categories=[Category(1, own)]),
+        categories=[Category(1, given)],
+    )
+    assert [category.name for category in changed.categories] == [given]
+    assert bool(said) == fresh
+
+
 def test_a_dense_map_of_three_classes_is_no_map_of_borders(fine_tuned):
     changed, said = fine_tuned(small(), task="semantic")
     assert "fresh in small: 2 (head.classify.1.bias" in said
