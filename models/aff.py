@@ -142,10 +142,13 @@ class Stage(nn.Module):
         inputs = tokens
         tokens = run_blocks(self.blocks, tokens, [(neighborhoods,)] * len(self.blocks), impl)
         if isinstance(self.merge, AdaptiveMerge):
-            scores = self.merge.scores(tokens.features)
-            ranking = tokens.fields.get(_RANKING, scores)
+            logits = self.merge.logits(tokens.features)
+            scores = logits.sigmoid()
+            ranking = tokens.fields.get(_RANKING)
+            learned = ranking is None
+            ranking = scores if ranking is None else ranking
             merged = self.merge(tokens, neighborhoods, scores, ranking, config, impl)
-            return StageOutput(tokens, inputs, ranking), merged
+            return StageOutput(tokens, inputs, ranking, logits=logits if learned else None), merged
         merged = None if self.merge is None else self.merge(tokens)
         return StageOutput(tokens, inputs, None), merged
 

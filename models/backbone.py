@@ -25,12 +25,14 @@ class StageOutput:
         scores: (T,) importance of each token, in [0, 1], by which it is kept; `None` in a stage
             that scores none.
         neighborhoods: of the tokens, where a decoder attends to them again.
+        logits: (T,) of the scores, where these are learned: a score may be 1 to the last bit.
     """
 
     tokens: TokenSet
     inputs: TokenSet
     scores: Tensor | None
     neighborhoods: Neighborhoods | None = None
+    logits: Tensor | None = None
 
 
 class PatchEmbed(nn.Module):

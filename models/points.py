@@ -135,10 +135,11 @@ class PointStage(nn.Module):
         tokens = run_blocks(self.blocks, tokens, [(neighborhoods,)] * len(self.blocks), impl)
         if self.merge is None:
             return StageOutput(tokens, inputs, None, neighborhoods), None
-        scores = self.merge.scores(tokens.features)
+        logits = self.merge.logits(tokens.features)
+        scores = logits.sigmoid()
         index, sizes = best_of_runs(scores, sizes=tokens.sizes, rate=config.rates[self.index])
         merged = self.merge(tokens, neighborhoods, scores, index, sizes, impl)
-        return StageOutput(tokens, inputs, scores, neighborhoods), merged
+        return StageOutput(tokens, inputs, scores, neighborhoods, logits), merged
 
 
 def _block(config: PointConfig, stage: int, drop_path_rate: float) -> Block:

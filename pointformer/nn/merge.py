@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypedDict, cast
 
-import torch
 from torch import Tensor, nn
 
 from pointformer._checks import check_count, check_flags
@@ -136,9 +135,10 @@ class ScoredMerge(nn.Module):
         if center:
             self.center = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, out_dim, bias=False))
 
-    def scores(self, x: Tensor) -> Tensor:
-        """(T,) importance of features (T, C) in (0, 1), float32."""
-        return torch.sigmoid(self.score(x).float())[:, 0]
+    def logits(self, x: Tensor) -> Tensor:
+        """(T,) float32 of features (T, C), whose sigmoid is the tokens' importance."""
+        logits: Tensor = self.score(x).float()[:, 0]
+        return logits
 
     def forward(
         self,

@@ -54,7 +54,7 @@ def score_loss(
     Raises:
         ValueError: no stage has learned scores.
     """
-    scored = [stage for stage in stages if stage.scores is not None and stage.scores.requires_grad]
+    scored = [(s.tokens, s.logits) for s in stages if s.logits is not None]
     if not scored:
         raise ValueError(
             "score_weight: expected a backbone that ranks its tokens by learned scores"
@@ -64,12 +64,12 @@ def score_loss(
         found = torch.from_numpy(outlines(annotation)).float()[None]
         cells.append(F.max_pool2d(found, stride, ceil_mode=True)[0])
     sums = []
-    for stage in scored:
-        assert stage.scores is not None
-        places = [p.long().cpu() for p in stage.tokens.positions.split(stage.tokens.sizes)]
+    for tokens, logits in scored:
+        places = [p.long().cpu() for p in tokens.positions.split(tokens.sizes)]
         wanted = torch.cat([cell[p[:, 1], p[:, 0]] for cell, p in zip(cells, places, strict=True)])
-        wanted = wanted.to(stage.scores.device)
-        entropy = F.binary_cross_entropy(stage.scores.float(), wanted, reduction="none")
+        wanted = wanted.to(logits.device)
+        # Not of the scores: of one that is 1 to the last bit, the gradient would be 0.
+        entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         sums += [(entropy * of).sum() for of in (wanted, 1 - wanted)]
         sums += [wanted.sum(), (1 - wanted).sum()]
     with_outline, without, many, others = part.total(torch.stack(sums)).view(-1, 4).unbind(1)

@@ -111,7 +111,7 @@ def test_scored_merge_is_the_op(expanded):
     tokens = tokens_of()
     neighborhoods = tokens.neighborhoods(2)
     layer = ScoredMerge(16, 24, dimensions=3, expanded_position=expanded)
-    scores = layer.scores(tokens.features)
+    scores = layer.logits(tokens.features).sigmoid()
     assert scores.shape == (29,)
     assert ((scores > 0) & (scores < 1)).all()
     index = torch.tensor([0, 7, 8, 22, 21])

@@ -273,7 +273,7 @@ def test_merges_add_the_centers_own_features():
     model = tiny("features", merge_center=True)
     merge, tokens = model.backbone.stages[0].merge, model.backbone(images((40, 56)))[0].tokens
     index, around = torch.tensor([3, 0, 77]), tokens.neighborhoods(6)
-    scores = merge.scores(tokens.features)
+    scores = merge.logits(tokens.features).sigmoid()
     merged = partial(ScoredMerge.forward, merge, tokens, around, scores, index, [3])
     own = merge.center[1](merge.center[0](tokens.features[index]))
     both = merged().features

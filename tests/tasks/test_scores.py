@@ -83,6 +83,18 @@ def test_it_is_the_mean_of_both_kinds_of_cells_in_the_whole_batch():
     assert score_loss(stages, nothing, 4).isfinite()
 
 
+def test_scores_that_are_all_1_still_learn():
+    """As those of a merge that no head has read for long."""
+    model = scored()
+    for stage in model.backbone.stages[:2]:
+        torch.nn.init.constant_(stage.merge.score.bias, 50.0)
+    stages = model.backbone(torch.randn(1, 3, SIDE, SIDE))
+    assert all((stage.scores == 1).all() for stage in stages[:2])
+    score_loss(stages, [of_classes(np.eye(SIDE) > 0)], 4).backward()
+    for stage in model.backbone.stages[:2]:
+        assert stage.merge.score.bias.grad > 0
+
+
 def test_processes_share_it(monkeypatch):
     """Counts and sums are of the whole batch: parts of few outlines count as many cells as they
     have."""
