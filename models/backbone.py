@@ -35,8 +35,19 @@ class StageOutput:
     logits: Tensor | None = None
 
 
+def whole_cells(maps: Tensor, cell: int) -> Tensor:
+    """Maps (B, C, H, W) whose last row and column are repeated until cells divide their sides."""
+    down, right = (-side % cell for side in maps.shape[-2:])
+    return nn.functional.pad(maps, (0, right, 0, down), mode="replicate")
+
+
 class PatchEmbed(nn.Module):
-    """Two 3x3 convolutions from an image to one token per `patch_stride` pixels (rounded up)."""
+    """Two 3x3 convolutions from an image to one token per `patch_stride` pixels (rounded up).
+
+    Where that does not divide a side, the last pixels are repeated: convolutions would see gray
+    beyond them, as they do nowhere else at the end of a side, and as of no picture in training
+    whose crops are whole patches.
+    """
 
     def __init__(self, config: AFFConfig | SwinConfig) -> None:
         super().__init__()
@@ -47,6 +58,7 @@ class PatchEmbed(nn.Module):
         self.act = GELU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, second, 1)
         self.norm = nn.LayerNorm(dim)
+        self.stride = config.patch_stride
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> TokenSet:
         """Tokens of a batch (B, C, H, W), or of a list of (C, H, W) images of any sizes."""
@@ -63,6 +75,7 @@ class PatchEmbed(nn.Module):
         return tokens.with_features(self.norm(tokens.features))
 
     def _convolve(self, images: Tensor) -> Tensor:
+        images = whole_cells(images, self.stride)
         return self.conv2(self.act(self.bn(self.conv1(images))))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pointformer import TokenSet, interpolate
 from pointformer._checks import brief, check_count, check_flags, check_number, check_option
-from pointformer.models.backbone import StageOutput
+from pointformer.models.backbone import StageOutput, whole_cells
 from pointformer.models.config import AFFConfig, PointConfig
 from pointformer.models.hcformer import Encoder, SoftAssignment, decode
 from pointformer.models.layers import POSITION_NORMS, at_least_float32
@@ -302,17 +302,11 @@ class StarHead(_MapHead):
 
     def _pixels(self, maps: Tensor, images: Tensor) -> Tensor:
         height, width = (-(-side // STAR_CELL) for side in images.shape[-2:])
-        mixed = _whole_cells(self.mix(maps), self.tokens_across)
+        mixed = whole_cells(self.mix(maps), self.tokens_across)
         coarse = self.to_cells(mixed)[..., :height, :width]
-        cells = coarse + self.detail(_whole_cells(images, STAR_CELL))
+        cells = coarse + self.detail(whole_cells(images, STAR_CELL))
         cells = self.hidden(cells + self.refine(cells))
         return torch.cat([self.classify(cells), self.lengths(cells)], 1)
-
-
-def _whole_cells(maps: Tensor, cell: int) -> Tensor:
-    """Maps (B, C, H, W) whose last row and column are repeated until cells divide their sides."""
-    down, right = (-side % cell for side in maps.shape[-2:])
-    return nn.functional.pad(maps, (0, right, 0, down), mode="replicate")
 
 
 class Mask2FormerHead(Head):

@@ -5,6 +5,7 @@ import itertools
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -610,8 +611,11 @@ def test_patches_are_two_convolutions():
         torch.nn.init.normal_(layer.weight)
     patch.bn.running_mean.normal_()
     image = torch.randn(2, 3, 21, 34)
+    whole = np.pad(image, ((0, 0), (0, 0), (0, 3), (0, 2)), "edge")  # to whole patches
     with torch.no_grad():
-        x = torch.nn.functional.conv2d(image, patch.conv1.weight, patch.conv1.bias, 2, 1)
+        x = torch.nn.functional.conv2d(
+            torch.from_numpy(whole), patch.conv1.weight, patch.conv1.bias, 2, 1
+        )
         x = torch.nn.functional.gelu(patch.bn(x))
         x = torch.nn.functional.conv2d(x, patch.conv2.weight, patch.conv2.bias, 2, 1)
         expected = patch.norm(x.movedim(1, -1).flatten(0, 2))
@@ -619,6 +623,23 @@ def test_patches_are_two_convolutions():
     torch.testing.assert_close(tokens.features, expected)
     assert tokens.extent == ((9, 6),) * 2
     assert tokens.positions[10].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("side", [60, 61, 62, 63])
+def test_the_end_of_a_side_is_as_everywhere(side):
+    """Of a uniform picture the tokens of the last rows and columns are those of the first: it does
+    not matter whether a side is whole patches. (The weights of the package saw a line of nuclei
+    along every side of odd length.)"""
+    patch = create_model("aff_nano.nuclei").backbone.patch_embed
+    with torch.no_grad():
+        whole, part = (
+            patch(torch.full((1, 3, 64, 64), -1.0)),
+            patch(torch.full((1, 3, side, 64), -1.0)),
+        )
+    rows = -(-side // 4)
+    torch.testing.assert_close(
+        part.features.view(rows, 16, -1)[-1], whole.features.view(16, 16, -1)[-1]
+    )
 
 
 def test_a_merge_is_its_parts():
