@@ -106,7 +106,7 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
             x = [unit * line[key] for line in group]
             y = [100 * (line["scores"][score] or 0.0) for line in group]
             axis.plot(x, y, marker="o", label=f"{model}, {data}")
-        axis.set(xscale="log", xlabel=label, ylabel="score, %")
+        axis.set(xlabel=label, ylabel="score, %")
         axis.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -253,6 +253,8 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                     axis.errorbar(x, [*map(mean, y)], error, marker="o", capsize=3, label=arm)
             axis.set(xscale="log", title=f"{head}: {name}, %")
             axis.set_xlabel("million multiply-adds after the first stage")
+            for formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+                formatter("{x:g}")  # not as powers of ten
             axis.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)

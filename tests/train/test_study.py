@@ -10,7 +10,9 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -218,6 +220,52 @@ def test_scores_of_a_merge_are_changed_within_samples(monkeypatch):
                         assert len(after.unique()) == 1
             again = model.backbone(inputs)
         assert torch.equal(again[1].scores, plain[1].scores)
+
+
+def test_small_objects_and_their_tokens(monkeypatch, tmp_path):
+    """Found, seen as another class, and missed; with two tokens, one, and none."""
+    objects = loaded("objects", monkeypatch)
+    classes = torch.zeros(64, 64, dtype=torch.long)
+    predicted = classes.clone()
+    classes[2:10, 2:8] = predicted[2:10, 2:8] = 1
+    classes[20:24, 20:28], predicted[20:24, 20:28] = 1, 2
+    classes[10:14, 40:50] = 2
+    classes[30:64, :40] = 2  # not small
+    names = ("background", "a", "b")
+    positions = torch.tensor([[0, 0], [1, 1], [0, 1], [5, 5], [15, 15], [4, 10]])
+    tokens = TokenSet(positions.float(), torch.zeros(6, 1))
+    scores = torch.nn.functional.one_hot(predicted, 3).movedim(-1, 0).float()
+
+    class Network:
+        config = SimpleNamespace(patch_stride=4)
+        preprocess = staticmethod(lambda picture: picture)
+
+        def __call__(self, image, with_stages):
+            return scores[None], [SimpleNamespace(tokens=tokens)]
+
+    picture = SimpleNamespace(
+        classes=classes.numpy, read_image=lambda: np.zeros((64, 64, 3), np.uint8)
+    )
+    categories = [Category(n, name) for n, name in enumerate(names)]
+    task = SimpleNamespace(categories=categories, decode=lambda output, sizes: list(output))
+    about = {"model": "m", "weights": "w", "data": "d", "pictures": 1}
+    trained = SimpleNamespace(
+        model=Network(), task=task, validation=[picture], about=lambda: dict(about)
+    )
+    # Middles of the tokens' cells: (2, 2), (6, 6), (2, 6), (22, 22), (62, 62), (18, 42).
+    expected = [(3, True, True), (1, False, True), (0, False, False)]
+    assert objects.small(trained, 0) == expected
+    results = tmp_path / "objects.jsonl"
+    for _ in range(2):
+        objects.measure(trained, results)
+    (line,) = objects.read_lines(results)
+    assert (line["objects"], line["found"], line["seen"]) == (
+        [1, 1, 1, 0], [0, 0, 1, 0], [0, 1, 1, 0]
+    )  # fmt: skip
+    row = objects.page([line]).splitlines()[-1]
+    assert row == (
+        "| m | d (1) | 3 | 1.3 | 33 / 33 / 33 / 0 | 67 / 0 / 100 / 100 / 0 | 33 / 0 / 0 / 100 / 0 |"
+    )
 
 
 def test_a_trained_model_is_looked_at_again(monkeypatch, tmp_path):
