@@ -38,6 +38,8 @@ class StageOutput:
 def whole_cells(maps: Tensor, cell: int) -> Tensor:
     """Maps (B, C, H, W) whose last row and column are repeated until cells divide their sides."""
     down, right = (-side % cell for side in maps.shape[-2:])
+    if down == right == 0:
+        return maps
     return nn.functional.pad(maps, (0, right, 0, down), mode="replicate")
 
 
