@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pointformer import TokenSet
 from pointformer._checks import check_tensor, describe
-from pointformer.models.backbone import StageOutput
+from pointformer.models.backbone import StageOutput, whole_cells
 from pointformer.models.config import GridConfig
 
 
@@ -90,7 +90,7 @@ def by_shape(
 class GridBackbone(nn.Module):
     """Any module that gives feature maps of strides 4, 8, 16, 32, as a backbone for heads.
 
-    Images are padded with zeros on the right and at the bottom to multiples of the last stride, and
+    The last row and column of images are repeated until the last stride divides their sides, and
     the maps cut to ceil(side / stride): the image's own part. What enters a stage is not known of
     a foreign module, so `inputs` of a stage are its features, and there are no scores.
 
@@ -131,7 +131,7 @@ class GridBackbone(nn.Module):
         dims = self.config.dims
         strides = [4 * 2**i for i in range(len(dims))]
         height, width = images.shape[-2:]
-        padded = nn.functional.pad(images, (0, -width % strides[-1], 0, -height % strides[-1]))
+        padded = whole_cells(images, strides[-1])
         maps = self.module(padded)
         maps = list(maps.values()) if isinstance(maps, Mapping) else list(maps)
         if len(maps) != len(dims):
