@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from cells import RESULTS, read_lines
+from cells import RESULTS
 from tables import markdown
-from trained import Trained, add_arguments, add_line
+from trained import Trained, add_arguments, add_line, measured
 
 from pointformer.rates import Rates
 
@@ -29,23 +28,17 @@ PARTS = (2, 4, 8, 16, 32)  # one token in so many is kept
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_arguments(parser, BUDGETS)
-    options = parser.parse_intermixed_args(arguments)
-    if options.recipe is not None:
-        torch.set_num_threads(1)
-        measure(Trained.open(options), options.results)
-    elif options.model is not None:
-        parser.error("MODEL needs a RECIPE")
-    lines = read_lines(options.results)
-    options.results.with_suffix(".md").write_text(page(lines), "utf-8")
+    results, lines = measured(
+        parser, arguments, lambda trained, options: measure(trained, options.results), page
+    )
     if lines:
-        plot(lines, options.results.with_suffix(".png"))
+        plot(lines, results.with_suffix(".png"))
 
 
 def measure(trained: Trained, results: Path) -> None:
     """Add the lines that are not there yet."""
     about, model = trained.about(), trained.model
-    same = ("model", "weights", "data", "pictures")
-    done = [line for line in read_lines(results) if all(line[n] == about[n] for n in same)]
+    done = trained.lines(results)
     for part in PARTS:
         rates = Rates.of(model).at(model, 1 / part)
         if any(line["rates"] == list(rates) for line in done):

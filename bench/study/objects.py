@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from cells import BACKGROUND, RESULTS, read_lines
+from cells import BACKGROUND, RESULTS
 from scipy import ndimage
 from tables import markdown
-from trained import Trained, add_arguments, add_line
+from trained import Trained, add_arguments, add_line, measured
 
 from pointformer.annotations import VOID
 from pointformer.prediction import to_tensor
@@ -34,22 +34,14 @@ LEAST = (0, 1, 2, 4)  # tokens, from which on a group of objects has them
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_arguments(parser, OBJECTS)
-    options = parser.parse_intermixed_args(arguments)
-    if options.recipe is not None:
-        torch.set_num_threads(1)
-        measure(Trained.open(options), options.results)
-    elif options.model is not None:
-        parser.error("MODEL needs a RECIPE")
-    table = page(read_lines(options.results))
-    options.results.with_suffix(".md").write_text(table, "utf-8")
+    measured(parser, arguments, lambda trained, options: measure(trained, options.results), page)
 
 
 def measure(trained: Trained, results: Path) -> None:
     """Add the line, if it is not there yet."""
-    about = {**trained.about(), "score": "small objects"}
-    same = ("model", "weights", "data", "pictures")
-    if any(all(line[n] == about[n] for n in same) for line in read_lines(results)):
+    if trained.lines(results):
         return
+    about = {**trained.about(), "score": "small objects"}
     rows = [row for number in range(len(trained.validation)) for row in small(trained, number)]
     tokens, found, seen = np.array(rows, np.int64).reshape(-1, 3).T
     group = np.searchsorted(LEAST, tokens, "right") - 1

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, read_lines
+from cells import RESULTS
 from tables import markdown, spread
 from torch import Tensor, nn
-from trained import Trained, add_arguments, add_line
+from trained import Trained, add_arguments, add_line, measured
 
 from pointformer.models import Model
 from pointformer.nn import ScoredMerge
@@ -34,14 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_arguments(parser, STAGES)
     parser.add_argument("--seeds", type=int, default=3, help="how often scores are shuffled")
-    options = parser.parse_intermixed_args(arguments)
-    if options.recipe is not None:
-        torch.set_num_threads(1)
-        measure(Trained.open(options), options.seeds, options.results)
-    elif options.model is not None:
-        parser.error("MODEL needs a RECIPE")
-    table = page(read_lines(options.results))
-    options.results.with_suffix(".md").write_text(table, "utf-8")
+    measured(
+        parser,
+        arguments,
+        lambda trained, options: measure(trained, options.seeds, options.results),
+        page,
+    )
 
 
 def measure(trained: Trained, seeds: int, results: Path) -> None:
@@ -51,12 +49,7 @@ def measure(trained: Trained, seeds: int, results: Path) -> None:
         keys += [("shuffled", number, seed) for seed in range(seeds)]
         keys += [("constant", number, 0)]
     about = trained.about()
-    same = ("model", "weights", "data", "pictures")
-    done = {
-        (line["change"], line["merge"], line["seed"])
-        for line in read_lines(results)
-        if all(line[name] == about[name] for name in same)
-    }
+    done = {(line["change"], line["merge"], line["seed"]) for line in trained.lines(results)}
     for change, merge, seed in keys:
         if (change, merge, seed) not in done:
             with changed_scores(trained.model, merge, change, seed):

@@ -7,12 +7,14 @@ import hashlib
 import json
 import platform
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from cells import read_lines
 from tables import MAIN
 
 import pointformer
@@ -77,6 +79,14 @@ class Trained:
             "versions": {"pointformer": pointformer.__version__, "torch": torch.__version__},
         }
 
+    def lines(self, results: Path) -> list[dict[str, Any]]:
+        """Those of this model on these data that are in a file already."""
+        about = self.about()
+        same = ("model", "weights", "data", "pictures")
+        return [
+            line for line in read_lines(results) if all(line[name] == about[name] for name in same)
+        ]
+
     def scores(self) -> dict[str, float | None]:
         """By name, of all that it is scored on."""
         seen = self.recipe.validation
@@ -125,6 +135,25 @@ def add_arguments(parser: argparse.ArgumentParser, results: Path) -> None:
     parser.add_argument("--name", help="of the model in tables (default: its own, or its folder's)")
     parser.add_argument("--limit", type=int, help="score only the first so many pictures")
     parser.add_argument("--results", type=Path, default=results, help="file of the lines")
+
+
+def measured(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    measure: Callable[[Trained, argparse.Namespace], None],
+    page: Callable[[Sequence[dict[str, Any]]], str],
+) -> tuple[Path, list[dict[str, Any]]]:
+    """What a script does whose parser has `add_arguments`: it adds lines, where a model is named,
+    and writes the page of all beside them. Returns the file of the lines, and these."""
+    options = parser.parse_intermixed_args(arguments)
+    if options.recipe is not None:
+        torch.set_num_threads(1)
+        measure(Trained.open(options), options)
+    elif options.model is not None:
+        parser.error("MODEL needs a RECIPE")
+    lines = read_lines(options.results)
+    options.results.with_suffix(".md").write_text(page(lines), "utf-8")
+    return options.results, lines
 
 
 def add_line(results: Path, line: dict[str, Any]) -> None:

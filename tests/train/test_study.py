@@ -252,13 +252,14 @@ def test_small_objects_and_their_tokens(monkeypatch, tmp_path):
     trained = SimpleNamespace(
         model=Network(), task=task, validation=[picture], about=lambda: dict(about)
     )
+    trained.lines = lambda results: objects.Trained.lines(trained, results)
     # Middles of the tokens' cells: (2, 2), (6, 6), (2, 6), (22, 22), (62, 62), (18, 42).
     expected = [(3, True, True), (1, False, True), (0, False, False)]
     assert objects.small(trained, 0) == expected
     results = tmp_path / "objects.jsonl"
     for _ in range(2):
         objects.measure(trained, results)
-    (line,) = objects.read_lines(results)
+    (line,) = trained.lines(results)
     assert (line["objects"], line["found"], line["seen"]) == (
         [1, 1, 1, 0], [0, 0, 1, 0], [0, 1, 1, 0]
     )  # fmt: skip
