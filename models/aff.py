@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pointformer import Neighborhoods, TokenSet, select_centers
+from pointformer import Neighborhoods, TokenSet, select_centers, spread_scores
 from pointformer.models.backbone import Backbone, PatchEmbed, PatchMerge, StageOutput
 from pointformer.models.config import AFFConfig
 from pointformer.nn import Block, NeighborhoodAttention, ScoredMerge
@@ -70,6 +70,17 @@ class AdaptiveMerge(ScoredMerge):
         prior = config.prior if config.ranking != "lattice" else None
         if self.stride == 2 and prior == "adaptive":
             prior = "grid"  # on the full grid of the first stage both are the same
+        check_values = not scores.is_cuda  # which would wait for it
+        if config.spread:
+            ranking = spread_scores(
+                ranking,
+                tokens.positions,
+                sizes=tokens.sizes,
+                spread=config.spread,
+                along_curve=True,
+                check_values=check_values,
+                impl=impl,
+            )
         index, sizes = select_centers(
             ranking.detach(),
             tokens.positions,
@@ -82,7 +93,7 @@ class AdaptiveMerge(ScoredMerge):
             reserve=config.reserve,
             reserve_share=config.reserve_share,
             along_curve=True,
-            check_values=not scores.is_cuda,  # which would wait for it
+            check_values=check_values,
             impl=impl,
         )
         return super().forward(tokens, neighborhoods, scores, index, sizes, impl)
@@ -157,8 +168,8 @@ class AFF(Backbone):
     """The backbone: images to one `StageOutput` per stage.
 
     Args:
-        config: see `AFFConfig`; `rate`, `alpha` and `neighborhood_size` may be changed later with
-            `reconfigure`, on trained weights too.
+        config: see `AFFConfig`; `rate`, `alpha`, `spread` and `neighborhood_size` may be changed
+            later with `reconfigure`, on trained weights too.
         impl: see `Backbone`.
 
     Shapes:
@@ -173,12 +184,14 @@ class AFF(Backbone):
         super().__init__(config, Stage, PatchEmbed(config), impl)
 
     def reconfigure(self, **changes: object) -> None:
-        """Change `rate`, `alpha` or `neighborhood_size`, which no weight's shape depends on."""
-        fixed = sorted(set(changes) - {"rate", "alpha", "neighborhood_size"})
+        """Change `rate`, `alpha`, `spread` or `neighborhood_size`, on which no weight's shape
+        depends."""
+        free = ("rate", "alpha", "spread", "neighborhood_size")
+        fixed = sorted(set(changes) - set(free))
         if fixed:
             raise ValueError(
                 f"reconfigure: {', '.join(fixed)} cannot change after the model was made; "
-                "rate, alpha and neighborhood_size can"
+                f"{', '.join(free)} can"
             )
         self.config = self.config.override(**changes)
 

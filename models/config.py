@@ -126,6 +126,8 @@ class AFFConfig(_MergingConfig):
             Without learning, for comparison: "gradient", the picture's in a token's cell, or
             "lattice", a regular grid at any rate and whatever `alpha` and `prior`. The learned
             scores weight what is merged in all three.
+        spread: share of a token's rank that each of the 8 nearest takes which ranks higher, so
+            that the kept tokens lie on more places; see `spread_scores`. 0 in the paper.
         merge_center: add the chosen token's own features in adaptive merges; see `ScoredMerge`.
     """
 
@@ -154,6 +156,7 @@ class AFFConfig(_MergingConfig):
     blank_token: bool = True
     merge: str = "adaptive"
     ranking: str = "scores"
+    spread: float = 0.0
     merge_center: bool = False
 
     def __post_init__(self) -> None:
@@ -164,6 +167,7 @@ class AFFConfig(_MergingConfig):
         if self.reserve_share is not None:
             check_number("reserve_share", self.reserve_share, above=0, most=1)
         check_number("drop_path", self.drop_path, least=0, most=1)
+        check_number("spread", self.spread, least=0, most=1)
         for name, known in (
             ("curve", CURVES),
             ("remainder", ("spread", "last")),
@@ -173,6 +177,8 @@ class AFFConfig(_MergingConfig):
             ("ranking", ("scores", "gradient", "lattice")),
         ):
             check_option(name, getattr(self, name), known)
+        if self.spread and self.ranking == "lattice":
+            raise ValueError("spread: a lattice is even already; leave it at 0")
         if min(self.neighborhood_size) < self.cluster_size:
             raise ValueError(
                 f"neighborhood_size: {self.neighborhood_size} is less than one cluster of "

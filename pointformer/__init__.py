@@ -18,6 +18,7 @@ from pointformer.geometry import (
     radius,
     random_sample,
     select_centers,
+    spread_scores,
     voxel_pool,
 )
 from pointformer.graph import (
@@ -78,6 +79,7 @@ __all__ = [
     "select_centers",
     "sizes_from_batch",
     "sizes_from_ptr",
+    "spread_scores",
     "to_edge_index",
     "voxel_pool",
     "weighted_gather",

@@ -54,6 +54,7 @@ DEFAULTS = {
         "along_curve": False,
     },
     "best_of_runs": {},
+    "spread_scores": {"neighbors": 8, "along_curve": False},
     "interpolate": {
         "query_sizes": None,
         "neighbor_index": None,

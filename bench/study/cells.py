@@ -17,10 +17,12 @@ from typing import Any
 from pointformer.train.recipe import Recipe, read_recipe
 
 RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
-ARMS = ("learned", "grid", "gradient", "supervised", "swin")
+ARMS = ("learned", "grid", "gradient", "supervised", "swin", "spread")
+SUPERVISED = ("supervised", "spread")
 HEADS = ("dense", "mask2former")
 BUDGETS = (4, 8, 16, 32, 64)  # one token in so many is kept
 SEEDS = (0, 1, 2)
+SPREAD = 0.05  # of the arm "spread"
 
 # The tasks, by data set and head; a head of masks counts objects where there are any.
 _CLASSES = {"format": "folder", "void": [255]}
@@ -126,13 +128,15 @@ class Cell(TrainingRun):
                 "reserve_share": 0.25,
                 "ranking": {"gradient": "gradient", "grid": "lattice"}.get(self.arm, "scores"),
             }
+            if self.arm == "spread":
+                options["spread"] = SPREAD
         return recipe_of(
             root / self.data,
             self.head,
             changes,
             model="swin_mini" if self.arm == "swin" else "aff_nano",
             options=options,
-            score_weight=1.0 if self.arm == "supervised" else 0.0,
+            score_weight=1.0 if self.arm in SUPERVISED else 0.0,
             seed=self.seed,
         )
 

@@ -5,7 +5,7 @@ from pointformer.geometry.clustering import balanced_cluster
 from pointformer.geometry.curves import hilbert_code, morton_code, peano_code, snake_code
 from pointformer.geometry.neighbors import knn, nearest_clusters, radius
 from pointformer.geometry.sampling import curve_sample, farthest_point_sample, random_sample
-from pointformer.geometry.selection import best_of_runs, select_centers
+from pointformer.geometry.selection import best_of_runs, select_centers, spread_scores
 from pointformer.geometry.voxel import Voxels, voxel_pool
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "random_sample",
     "select_centers",
     "snake_code",
+    "spread_scores",
     "voxel_pool",
 ]

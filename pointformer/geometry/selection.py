@@ -16,6 +16,7 @@ from pointformer._checks import (
     alike,
     brief,
     can_read,
+    check_count,
     check_finite,
     check_flags,
     check_number,
@@ -216,6 +217,62 @@ def select_centers(
     reserved = _nodes_of(positions, sizes, sides, coarse, lattice)
     ranking = has_prior.float() + alpha * scores
     return reference.select(ranking, reserved, sizes, keep, even), keep
+
+
+def spread_scores(
+    scores: Tensor,
+    positions: Tensor,
+    *,
+    sizes: Sequence[int] | None = None,
+    batch: Tensor | None = None,
+    spread: float,
+    neighbors: int = 8,
+    along_curve: bool = False,
+    check_values: bool = True,
+    impl: str | None = None,
+) -> Tensor:
+    """Scores whose best lie on more places: s * (1 - spread)^r for a token with a score of s, of
+    whose nearest tokens r score higher.
+
+    To rank by, where few tokens are kept (`select_centers`). Scores that say what is worth a closer
+    look are high side by side: the best of them crowd on the clearest objects, and others get none.
+    A further token on the same object tells less than the first one on another.
+
+    Args:
+        scores: (T,) floating, finite, at least 0.
+        positions: (T, D) float32, D = 2 or 3, samples one after the other.
+        sizes: tokens per sample, B host integers; `None` for one sample.
+        batch: in place of `sizes` the sample of each token, see `sizes_from_batch`.
+        spread: share of a score that each better neighbor takes, in [0, 1].
+        neighbors: how many tokens are looked at, the nearest in the sample; of fewer all.
+        along_curve, impl: see `knn`, which finds them.
+        check_values: whether to look for scores and positions that do not fit, which waits for the
+            device. Never done under `torch.compile` and while a CUDA graph is captured.
+
+    Returns:
+        (T,) float32 without gradients; a score that no neighbor exceeds is as it was.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, a score is NaN, infinite or negative, or a
+            position is NaN or infinite.
+    """
+    positions = check_positions("positions", positions).detach()
+    scores = check_tensor("scores", scores, positions.shape[:1], FLOATS, positions.device)
+    scores = scores.detach().float()
+    check_number("spread", spread, least=0, most=1)
+    check_count("neighbors", neighbors)
+    check_flags(check_values=check_values)
+    if check_values:
+        _check_scores(scores)
+        if can_read(scores) and not bool(((scores >= 0) & scores.isfinite()).all()):
+            raise ValueError("scores: expected finite numbers of at least 0")
+    nearest = knn(
+        positions, neighbors, sizes=sizes, batch=batch, include_self=False, along_curve=along_curve,
+        check_values=check_values, impl=impl,
+    )  # fmt: skip
+    assert isinstance(nearest, Tensor)
+    better = (scores[nearest.clamp(min=0).long()] > scores[:, None]) & (nearest >= 0)
+    return scores * (1 - spread) ** better.sum(1)
 
 
 def best_of_runs(

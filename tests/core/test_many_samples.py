@@ -14,6 +14,7 @@ from pointformer import (
     neighborhood_attention,
     scored_merge,
     select_centers,
+    spread_scores,
 )
 
 
@@ -61,6 +62,7 @@ def cases(samples):
         "nearest_clusters": lambda: nearest_clusters(places, clustered.clusters, 2),
         "attention": lambda: neighborhood_attention(heads, heads, heads, places, around),
         "select_centers": lambda: select_centers(scores, places, **selecting),
+        "spread_scores": lambda: spread_scores(scores, places, sizes=sizes, spread=0.1),
         "select": lambda: clustered.select(index, counts),
         "select mask": lambda: clustered.select(scores > 0.5),
         "merge": lambda: scored_merge(clustered.features, scores, places, index, around, **net),

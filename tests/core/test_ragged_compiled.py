@@ -21,6 +21,7 @@ from pointformer import (
     segment_reduce,
     segment_softmax,
     select_centers,
+    spread_scores,
     voxel_pool,
 )
 
@@ -50,6 +51,7 @@ def cluster(tokens):
 def merge_and_back(tokens):
     fine = tokens.cluster(8)
     scores = fine.features[:, 0]
+    scores = spread_scores(scores.sigmoid(), fine.positions, sizes=fine.sizes, spread=0.1)
     index, sizes = select_centers(
         scores, fine.positions, sizes=fine.sizes, extent=fine.extent, rate=0.25, stride=0.25,
         lattice=False, along_curve=True, reserve=False,

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers.strategies import KINDS, UNEVEN, full_lattice, tokens
-from pointformer import balanced_cluster, best_of_runs, knn, select_centers
+from pointformer import balanced_cluster, best_of_runs, knn, select_centers, spread_scores
 from pointformer.kernels.selection import fused_select_on_lattice
 from pointformer.reference import selection as reference
 
@@ -512,3 +512,67 @@ def test_best_of_runs(sizes, rate):
             expected.append(first + int(scores[first:end].argmax()))
         start += size
     assert index.tolist() == expected
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@given(
+    sample=tokens(max_size=40),
+    spread=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    neighbors=st.integers(1, 12),
+)
+def test_better_neighbors_take_their_share_of_a_score(impl, sample, spread, neighbors):
+    """As defined, of one token after the other: of its nearest, ties to the lowest row."""
+    scores = scores_of(sample)
+    found = spread_scores(
+        scores, sample.positions, sizes=sample.sizes, spread=spread, neighbors=neighbors, impl=impl
+    )
+    start, expected = 0, []
+    for size in sample.sizes:
+        of, places = scores[start : start + size], sample.positions[start : start + size]
+        for row in range(size):
+            squares = torch.zeros(size)
+            for axis in places.T:
+                squares += (axis - axis[row]).square()
+            others = sorted((float(squares[n]), n) for n in range(size) if n != row)[:neighbors]
+            better = sum(bool(of[n] > of[row]) for _, n in others)
+            expected.append(float(of[row]) * (1 - spread) ** better)
+        start += size
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_spread_scores_keep_more_objects():
+    """Of an even lattice with two bright squares, one brighter, the best 16 are all on that one;
+    spread they are on both, and the brightest of each stay the best."""
+    scores, places = torch.full((32, 32), 0.1), full_lattice((32, 32))
+    bright = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)) / 100
+    scores[4:10, 4:10], scores[20:26, 20:26] = 0.9 + bright[0], 0.88 + bright[1]
+    scores = scores.flatten()
+
+    def on_second(ranking):
+        kept = places[ranking.topk(16).indices]
+        return int((kept.amin(1) >= 20).sum())
+
+    spread = spread_scores(scores, places, spread=0.05)
+    assert on_second(scores) == 0
+    assert 3 <= on_second(spread) <= 13
+    assert spread.argmax() == scores.argmax()
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -0.1])
+def test_spread_scores_are_finite_and_not_negative(score):
+    scores = torch.rand(16)
+    scores[3] = score
+    with pytest.raises(ValueError, match="scores: expected"):
+        spread_scores(scores, full_lattice((4, 4)), spread=0.5)
+
+
+def test_spread_scores_of_a_batch_and_of_low_precision():
+    generator = torch.Generator().manual_seed(0)
+    scores, places = torch.rand(30, generator=generator), torch.rand(30, 3, generator=generator)
+    sizes = (10, 0, 1, 19)
+    batch = torch.arange(4).repeat_interleave(torch.tensor(sizes))
+    found = spread_scores(scores, places, sizes=sizes, spread=0.3)
+    assert torch.equal(spread_scores(scores, places, batch=batch, spread=0.3), found)
+    assert found[10] == scores[10]  # alone
+    assert spread_scores(scores.bfloat16(), places, spread=0.3).dtype == torch.float32
+    assert spread_scores(scores[:0], places[:0], spread=0.3).shape == (0,)

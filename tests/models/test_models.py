@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pointformer import TokenSet, nearest_clusters
+from pointformer import TokenSet, nearest_clusters, spread_scores
 from pointformer.models import (
     AFFConfig,
     Model,
@@ -197,6 +197,7 @@ def test_alpha_zero_is_a_uniform_grid():
         {"prior": "grid"},
         {"ranking": "gradient"},
         {"ranking": "lattice"},
+        {"spread": 0.2},
         {"merge_center": True},
         {"expanded_position": False},
         {"blank_token": False},
@@ -316,6 +317,25 @@ def test_ranked_by_gradient_the_steepest_cells_are_kept():
     assert cells[y, x].sum() == 32
     assert first.scores is not None
     assert (first.scores.isfinite() & (first.scores >= 0) & (first.scores < 1)).all()
+
+
+def test_spread_models_keep_the_first_of_the_spread_ranking():
+    model = tiny("features", spread=0.3, prior=None, reserve=False)
+    torch.nn.init.normal_(model.backbone.stages[0].merge.score.weight)
+    with torch.no_grad():
+        first, second = model.backbone(torch.randn(2, 3, 64, 96))[:2]
+    ranking = spread_scores(
+        first.scores, first.tokens.positions, sizes=first.tokens.sizes, spread=0.3
+    )
+    rows = ranking.unflatten(0, (2, -1)).topk(second.tokens.sizes[0]).indices
+    places = first.tokens.positions.unflatten(0, (2, -1))
+    for kept, all_places, own in zip(second.tokens, places, rows, strict=True):
+        assert set(map(tuple, kept.positions.tolist())) == set(map(tuple, all_places[own].tolist()))
+
+
+def test_a_lattice_is_not_spread():
+    with pytest.raises(ValueError, match="spread: a lattice is even already"):
+        tiny("features", ranking="lattice", spread=0.1)
 
 
 def test_aff_base_384_uses_larger_clusters():
@@ -489,7 +509,7 @@ def test_merges_keep_the_best_by_alpha(alpha):
 
 
 @pytest.mark.parametrize(
-    "change", [{"rate": 0.5}, {"alpha": 0.5}, {"neighborhood_size": 16}], ids=str
+    "change", [{"rate": 0.5}, {"alpha": 0.5}, {"spread": 0.2}, {"neighborhood_size": 16}], ids=str
 )
 def test_a_reconfigured_model_is_one_made_so(change):
     image = torch.randn(1, 3, 96, 132, generator=torch.Generator().manual_seed(1))
