@@ -17,12 +17,12 @@ from typing import Any
 from pointformer.train.recipe import Recipe, read_recipe
 
 RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
-ARMS = ("learned", "grid", "gradient", "supervised", "swin", "spread")
+ARMS = ("learned", "grid", "gradient", "supervised", "swin", "spread", "learned_spread")
 SUPERVISED = ("supervised", "spread")
+SPREAD = {"spread": 0.05, "learned_spread": 0.2}  # of the others 0
 HEADS = ("dense", "mask2former")
 BUDGETS = (4, 8, 16, 32, 64)  # one token in so many is kept
 SEEDS = (0, 1, 2)
-SPREAD = 0.05  # of the arm "spread"
 
 # The tasks, by data set and head; a head of masks counts objects where there are any.
 _CLASSES = {"format": "folder", "void": [255]}
@@ -128,8 +128,8 @@ class Cell(TrainingRun):
                 "reserve_share": 0.25,
                 "ranking": {"gradient": "gradient", "grid": "lattice"}.get(self.arm, "scores"),
             }
-            if self.arm == "spread":
-                options["spread"] = SPREAD
+            if self.arm in SPREAD:
+                options["spread"] = SPREAD[self.arm]
         return recipe_of(
             root / self.data,
             self.head,
