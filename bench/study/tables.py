@@ -27,10 +27,7 @@ MAIN = {  # scores, by task
     "point_segmentation": "mIoU",
 }
 FLAT = 0.97  # of a curve whose last tenth has at least this share of the loss of the one before
-LEAST, MOST_LOST = (
-    2.0,
-    1.0,
-)  # points won of small objects, and lost of the main score, at which it pays
+LEAST, MOST_LOST = 2.0, 1.0  # points of small objects won, and of the main score lost, if it pays
 _COLUMNS = (
     "head", "budget", "arm", "seeds", "small found, %", "main score, %", "found by size, %",
     "M multiply-adds after the first stage", "in all", "M parameters", "CPU ms", "flat",
@@ -242,7 +239,8 @@ def plot(lines: Sequence[Line], path: Path) -> None:
         task = next(line["recipe"]["task"] for line in lines if line["cell"]["head"] == head)
         score = MAIN[task]
         for axis, (name, key) in zip(row, (("small found", "small"), (score, score)), strict=True):
-            for arm in ARMS:
+            budgets = set()
+            for number, arm in enumerate(ARMS):  # of the same color in all plots
                 own = [
                     group for (of, _, whose), group in groups.items() if (of, whose) == (head, arm)
                 ]
@@ -250,11 +248,13 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                 y = [[100 * (line["scores"][key] or 0.0) for line in group] for group in own]
                 error = [stdev(v) if len(v) > 1 else math.nan for v in y]
                 if own:
-                    axis.errorbar(x, [*map(mean, y)], error, marker="o", capsize=3, label=arm)
+                    means, color = [*map(mean, y)], f"C{number}"
+                    axis.errorbar(x, means, error, marker="o", capsize=3, color=color, label=arm)
+                budgets |= set(x)
             axis.set(xscale="log", title=f"{head}: {name}, %")
             axis.set_xlabel("million multiply-adds after the first stage")
-            for formatter in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-                formatter("{x:g}")  # not as powers of ten
+            axis.set_xticks(sorted(budgets), [f"{x:.0f}" for x in sorted(budgets)])
+            axis.set_xticks([], minor=True)
             axis.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)
