@@ -64,6 +64,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     # What is merged, how scores learn, and whether they matter.
     "center": {"options": {"merge_center": True}},
     "supervised": {"score_weight": 1.0},
+    "spread": {"options": {"spread": 0.05}},
+    "supervised_spread": {"options": {"spread": 0.05}, "score_weight": 1.0},
     "lattice": {"options": {"ranking": "lattice"}},
     "gradient": {"options": {"ranking": "gradient"}},
     # One model for all budgets, see budgets.py.

@@ -28,7 +28,7 @@ from pointformer.models import create_model
 EXAMPLE = Path(__file__).parents[2] / "docs/nuclei.png"
 CASES = Path(__file__).parents[1] / "cases/pictures"
 EXPECTED = json.loads((CASES / "expected.json").read_text())
-COUNT = 72  # objects in docs/nuclei.png
+COUNT = 71  # objects in docs/nuclei.png
 
 
 @pytest.fixture(scope="module")
@@ -745,7 +745,7 @@ def test_objects_of_other_sizes_than_the_trained(model, example, side, low, high
     """By factor, and by diameter: the nuclei's median is 9.8. Without, small ones are lost."""
     resized = np.asarray(Image.fromarray(example).resize((side, side), Image.Resampling.BICUBIC))
     if side < example.shape[0]:
-        assert segment(model, resized).num_objects < 2 * COUNT / 3
+        assert segment(model, resized).num_objects < COUNT / 2
     for size in ({"scale": 256 / side}, {"diameter": 9.8 * side / 256}):
         result = segment(model, resized, **size)
         assert low <= result.num_objects <= high
