@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from helpers.fake_gpu import dirty_memory, fake_gpu
 from helpers.strategies import KINDS, UNEVEN, full_lattice, tokens
-from pointformer import select_centers
+from pointformer import select_centers, spread_scores
 from pointformer.kernels.selection import fused_select_from_nearest
 from pointformer.kernels.triton import neighbors, selection
 from pointformer.kernels.triton.runtime import INTERPRETED
@@ -163,3 +163,12 @@ def test_a_side_too_long_is_an_error():
             torch.zeros(1), torch.zeros(1, 2), extent=(2**31 + 1, 1), rate=1, stride=1,
             impl="triton",
         )  # fmt: skip
+
+
+@given(sample=tokens(kinds=KINDS, max_size=40, max_samples=3), neighbors=st.integers(1, 9))
+def test_spread_scores_are_those_of_the_reference(sample, neighbors):
+    generator = torch.Generator().manual_seed(neighbors)
+    scores = torch.randint(0, 16, (len(sample.positions),), generator=generator) / 16
+    options = {"sizes": sample.sizes, "spread": 0.3, "neighbors": neighbors}
+    found = spread_scores(scores, sample.positions, impl="triton", **options)
+    assert torch.equal(found, spread_scores(scores, sample.positions, impl="reference", **options))
