@@ -11,7 +11,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers.strategies import KINDS, UNEVEN, full_lattice, tokens
-from pointformer import balanced_cluster, best_of_runs, knn, select_centers, spread_scores
+from pointformer import (
+    TokenSet,
+    balanced_cluster,
+    best_of_runs,
+    knn,
+    select_centers,
+    spread_scores,
+)
 from pointformer.kernels.selection import fused_select_on_lattice
 from pointformer.reference import selection as reference
 
@@ -114,7 +121,8 @@ def node_players(positions, side, extent):
     for row, p in enumerate(positions.numpy()):
         node, square = [], f32(0)
         for x, length in zip(p, extent, strict=True):
-            last = max(math.ceil(f32(length) / f32(side[row])) - 1, 0)
+            # Exact, as sides are powers of two: in float32 it is infinite for the least of them.
+            last = max(math.ceil(float(f32(length)) / float(side[row])) - 1, 0)
             node.append(min(max(int(np.floor(x / f32(side[row]) + f32(0.5))), 0), last))
             difference = x - f32(node[-1]) * f32(side[row])
             square = square + difference * difference
@@ -133,6 +141,10 @@ def every_second_first(positions):
     return [ties[row] for row in range(len(order))]
 
 
+@example(  # two tokens at the origin: the spacing is the least that there is
+    TokenSet(torch.tensor([[1.0, 4.0], [0.0, 0.0], [0.0, 0.0]]), extent=[(2.0, 13.0)]),
+    {"rate": 0.5, "alpha": 0.0, "stride": 1, "prior": "adaptive", "reserve": False},
+)
 @given(sample=tokens(kinds=("uniform", "lattice", "blob", *UNEVEN), max_samples=1), options=options)
 def test_selection_off_a_lattice_is_the_stated_one(sample, options):
     if len(sample.positions) == 0:
