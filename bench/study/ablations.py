@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import RESULTS, SEEDS, TrainingRun, recipe_of
+from cells import RESULTS, SEEDS, SPREAD, TrainingRun, recipe_of
 
 from pointformer.train.recipe import Recipe
 
@@ -64,8 +64,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     # What is merged, how scores learn, and whether they matter.
     "center": {"options": {"merge_center": True}},
     "supervised": {"score_weight": 1.0},
-    "spread": {"options": {"spread": 0.05}},
-    "supervised_spread": {"options": {"spread": 0.05}, "score_weight": 1.0},
+    "spread": {"options": {"spread": SPREAD["spread"]}},
+    "supervised_spread": {"options": {"spread": SPREAD["spread"]}, "score_weight": 1.0},
     "lattice": {"options": {"ranking": "lattice"}},
     "gradient": {"options": {"ranking": "gradient"}},
     # One model for all budgets, see budgets.py.

@@ -262,10 +262,8 @@ def spread_scores(
     check_number("spread", spread, least=0, most=1)
     check_count("neighbors", neighbors)
     check_flags(check_values=check_values)
-    if check_values:
-        _check_scores(scores)
-        if can_read(scores) and not bool(((scores >= 0) & scores.isfinite()).all()):
-            raise ValueError("scores: expected finite numbers of at least 0")
+    if check_values and can_read(scores) and not bool(((scores >= 0) & scores.isfinite()).all()):
+        raise ValueError("scores: expected finite numbers of at least 0")
     nearest = knn(
         positions, neighbors, sizes=sizes, batch=batch, include_self=False, along_curve=along_curve,
         check_values=check_values, impl=impl,
