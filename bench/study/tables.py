@@ -29,7 +29,7 @@ MAIN = {  # scores, by task
 FLAT = 0.97  # of a curve whose last tenth has at least this share of the loss of the one before
 LEAST, MOST_LOST = 2.0, 1.0  # points of small objects won, and of the main score lost, if it pays
 _COLUMNS = (
-    "head", "budget", "arm", "seeds", "small found, %", "main score, %", "found by size, %",
+    "head", "budget", "steps", "arm", "seeds", "small found, %", "main score, %", "found by size, %",
     "M multiply-adds after the first stage", "in all", "M parameters", "CPU ms", "flat",
 )  # fmt: skip
 
@@ -88,9 +88,9 @@ def page(lines: Sequence[Line]) -> str:
 
 
 def table(lines: Sequence[Line], score: str) -> str:
-    """A row for each head, budget and arm."""
+    """A row for each head, budget, number of steps and arm."""
     rows = []
-    for (head, budget, arm), group in grouped(lines).items():
+    for (head, budget, steps, arm), group in grouped(lines).items():
         sizes = [
             sum(map(sum, ([row[i] for row in line["scores"]["found"]] for line in group)))
             / max(1, sum(sum(row[i] for row in line["scores"]["annotated"]) for line in group))
@@ -100,6 +100,7 @@ def table(lines: Sequence[Line], score: str) -> str:
         cells = [
             head,
             f"1/{budget}",
+            str(steps),
             arm,
             str(len(group)),
             spread([100 * line["scores"]["small"] for line in group]),
@@ -156,19 +157,20 @@ def is_flat(losses: Sequence[float]) -> bool:
 def differences(lines: Sequence[Line], score: str) -> str:
     """Of each arm and the grid, seed by seed, in points."""
     groups, rows = grouped(lines), []
-    for (head, budget, arm), group in groups.items():
-        grid = {line["cell"]["seed"]: line for line in groups.get((head, budget, "grid"), [])}
+    for (head, budget, steps, arm), group in groups.items():
+        alike = groups.get((head, budget, steps, "grid"), [])
+        grid = {line["cell"]["seed"]: line for line in alike}
         pairs = [(line, grid[seed]) for line in group if (seed := line["cell"]["seed"]) in grid]
         if arm == "grid" or not pairs:
             continue
         small = points(pairs, lambda s: s["small"])
         whole = points(pairs, lambda s: s[score] or 0.0)
         rows.append(
-            [head, f"1/{budget}", arm, str(len(pairs)), spread(small), spread(whole),
+            [head, f"1/{budget}", str(steps), arm, str(len(pairs)), spread(small), spread(whole),
              verdict(small, whole, rising(pairs))]
         )  # fmt: skip
     names = (
-        "head", "budget", "arm", "seeds", "small found, points over grid",
+        "head", "budget", "steps", "arm", "seeds", "small found, points over grid",
         f"{score}, points over grid", "by the rule",
     )  # fmt: skip
     return markdown(names, rows) if rows else "No arm has a grid beside it yet."
@@ -200,15 +202,15 @@ def points(pairs: Sequence[tuple[Line, Line]], of: Callable[[Line], float]) -> l
     return [100 * (of(own["scores"]) - of(grid["scores"])) for own, grid in pairs]
 
 
-def grouped(lines: Sequence[Line]) -> dict[tuple[str, int, str], list[Line]]:
-    """Lines of all seeds by head, budget and arm, in the order of the protocol."""
-    groups: dict[tuple[str, int, str], list[Line]] = defaultdict(list)
+def grouped(lines: Sequence[Line]) -> dict[tuple[str, int, int, str], list[Line]]:
+    """Lines of all seeds by head, budget, steps and arm, in the order of the protocol."""
+    groups: dict[tuple[str, int, int, str], list[Line]] = defaultdict(list)
     for line in lines:
         cell = line["cell"]
-        groups[cell["head"], cell["budget"], cell["arm"]].append(line)
+        groups[cell["head"], cell["budget"], line["curve"]["steps"], cell["arm"]].append(line)
 
-    def place(key: tuple[str, int, str]) -> tuple[int, int, int]:
-        return HEADS.index(key[0]), key[1], ARMS.index(key[2])
+    def place(key: tuple[str, int, int, str]) -> tuple[int, int, int, int]:
+        return HEADS.index(key[0]), key[1], key[2], ARMS.index(key[3])
 
     return {key: groups[key] for key in sorted(groups, key=place)}
 
@@ -240,16 +242,25 @@ def plot(lines: Sequence[Line], path: Path) -> None:
         score = MAIN[task]
         for axis, (name, key) in zip(row, (("small found", "small"), (score, score)), strict=True):
             budgets = set()
-            for number, arm in enumerate(ARMS):  # of the same color in all plots
-                own = [
-                    group for (of, _, whose), group in groups.items() if (of, whose) == (head, arm)
-                ]
+            kinds = sorted({(steps, whose) for of, _, steps, whose in groups if of == head})
+            fewest = min(steps for steps, _ in kinds)
+            for steps, arm in kinds:
+                own = [group for key, group in groups.items() if key[::2] == (head, steps)
+                       and key[3] == arm]  # fmt: skip
                 x = [mean(line["multiply_adds_after"] for line in group) / 1e6 for group in own]
                 y = [[100 * (line["scores"][key] or 0.0) for line in group] for group in own]
                 error = [stdev(v) if len(v) > 1 else math.nan for v in y]
-                if own:
-                    means, color = [*map(mean, y)], f"C{number}"
-                    axis.errorbar(x, means, error, marker="o", capsize=3, color=color, label=arm)
+                longer = steps > fewest
+                axis.errorbar(
+                    x,
+                    [*map(mean, y)],
+                    error,
+                    marker="s" if longer else "o",
+                    linestyle="--" if longer else "-",
+                    capsize=3,
+                    color=f"C{ARMS.index(arm)}",  # the same in all plots
+                    label=f"{arm}, {steps} steps" if longer else arm,
+                )
                 budgets |= set(x)
             axis.set(xscale="log", title=f"{head}: {name}, %")
             axis.set_xlabel("million multiply-adds after the first stage")

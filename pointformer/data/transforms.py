@@ -213,11 +213,14 @@ class RandomCurves(_Checked):
             white).
         gray: probability of dropping the colors.
         noise: probability of adding Gaussian noise.
+        hot: probability of white pixels here and there, at most 2% of all, as cameras have them: a
+            model that has not seen any takes them for small objects.
     """
 
     invert: float = 0.15
     gray: float = 0.15
     noise: float = 0.2
+    hot: float = 0.1
 
     def __call__(
         self, image: np.ndarray, annotation: Annotation, rng: np.random.Generator
@@ -238,6 +241,8 @@ class RandomCurves(_Checked):
             amplitude = rng.uniform(1, 12)
             grain = (rng.standard_normal(image.shape[:2], dtype=np.float32) * amplitude)[..., None]
             colored = np.clip(colored + grain, 0, 255).astype(np.uint8)
+        if rng.random() < self.hot:
+            colored[rng.random(image.shape[:2]) < rng.uniform(0, 0.02)] = 255
         return colored, annotation
 
 

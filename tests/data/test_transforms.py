@@ -300,6 +300,28 @@ def test_curves_are_reproducible_varied_and_keep_gray_gray():
     assert not all(darker)
 
 
+def test_curves_whiten_a_few_pixels_in_all_channels():
+    """Of all sides alike, a hundredth in the mean, and only where `hot` says so."""
+    image = np.full((60, 80, 3), 40, np.uint8)
+    nothing = Annotation("a", None, (60, 80), "a")
+    share = np.zeros((60, 80))
+    for seed in range(200):
+        hot, plain = (
+            RandomCurves(invert=0, gray=0, noise=0, hot=p)(
+                image, nothing, np.random.default_rng(seed)
+            )[0]
+            for p in (1.0, 0.0)
+        )
+        assert len(np.unique(plain)) == 1
+        spots = (hot != plain).any(2)
+        assert (hot[spots] == 255).all()
+        assert spots.mean() < 0.026
+        share += spots
+    share /= 200
+    assert 0.008 < share.mean() < 0.012
+    assert (np.abs(share.reshape(2, 30, 2, 40).mean((1, 3)) - share.mean()) < 0.001).all()
+
+
 def colored(height=24, width=32):
     return np.random.default_rng(5).integers(0, 256, (height, width, 3), np.uint8)
 

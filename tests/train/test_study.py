@@ -52,10 +52,13 @@ def test_arms_differ_in_their_choice_only(monkeypatch):
     first = cells.CELLS[: len(cells.ARMS)]
     assert {cell.arm for cell in first} == set(cells.ARMS)
     assert len({(cell.data, cell.head, cell.budget, cell.seed) for cell in first}) == 1
-    for cell in [c for c in cells.CELLS if (c.budget, c.seed) == (16, 0)]:
+    assert {cell.seed for cell in cells.CELLS if cell.data != "hit_uav"} == set(cells.SEEDS)
+    assert cells.CELLS[-1].seed in cells.LATER_SEEDS
+    for cell in [c for c in cells.CELLS if (c.budget, c.seed) in ((16, 0), (4, 3))]:
         recipe, alike = cell.recipe(Path("data")), cell.recipe(Path("elsewhere"))
         grid = cells.Cell(cell.data, cell.head, cell.budget, "grid", cell.seed).recipe(Path("data"))
         assert not recipe.differences(asdict(alike))
+        assert recipe.budget.steps == cells.STEPS[cell.head] * (2 if cell.seed == 3 else 1)
         if cell.arm != "swin":
             names = {text.split()[0] for text in recipe.differences(asdict(grid))}
             assert names <= {"options.ranking", "options.spread", "score_weight"}
@@ -70,7 +73,8 @@ def test_arms_differ_in_their_choice_only(monkeypatch):
         assert all(shapes[arm] == shapes["grid"] for arm in cells.ARMS if arm != "swin")
 
 
-def line(cells, arm="grid", seed=0, budget=16, small=0.5, main=0.4, loss=(1.0, 0.99), size=2):
+def line(cells, arm="grid", seed=0, budget=16, small=0.5, main=0.4, loss=(1.0, 0.99), size=2,
+         steps=3000):  # fmt: skip
     cell = cells.Cell("hit_uav", "dense", budget, arm, seed)
     found = [[0, 1, 1, 0]] * size
     return {
@@ -79,7 +83,7 @@ def line(cells, arm="grid", seed=0, budget=16, small=0.5, main=0.4, loss=(1.0, 0
                    "found": found, "annotated": [[2, 1, 4, 0]] * size, "pictures": 7},
         "parameters": 400_000, "size": [64, 64], "multiply_adds": 2_000_000_000,
         "multiply_adds_after": 64_000_000 // budget, "cpu_seconds": 0.25,
-        "curve": {"loss": list(loss)}, "recipe": {"task": "semantic"},
+        "curve": {"loss": list(loss), "steps": steps}, "recipe": {"task": "semantic"},
     }  # fmt: skip
 
 
@@ -92,19 +96,31 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
         line(cells, seed=0, small=0.5),
         line(cells, seed=1, small=0.6),
         line(cells, "gradient", 2, small=0.9),
+        line(cells, "learned", 3, small=0.9, steps=6000),
+        line(cells, seed=3, small=0.7, steps=6000),
     ]
     page = tables.page(tables.newest(lines))
     rows = [
         re.split(r" *\| *", row)[1:-1] for row in page.splitlines() if row.startswith("| dense")
     ]
-    by_arm = {row[2]: row[3:] for row in rows if len(row) == 12}
+    by_arm = {row[3]: row[4:] for row in rows if len(row) == 13 and row[2] == "3000"}
     assert by_arm["learned"] == [
         "2", "70.0 (7.1)", "40.5 (0.7)", "0 / 100 / 25 / 0", "4", "2000", "0.40", "250", "1 of 2"
     ]  # fmt: skip
     assert by_arm["grid"][1] == "55.0 (7.1)"
     assert by_arm["gradient"][:2] == ["1", "90.0"]
-    assert [row for row in rows if len(row) == 7] == [
-        ["dense", "1/16", "learned", "2", "15.0 (14.1)", "0.5 (0.7)", "open: too few seeds"]
+    assert [row for row in rows if len(row) == 8] == [
+        [
+            "dense",
+            "1/16",
+            "3000",
+            "learned",
+            "2",
+            "15.0 (14.1)",
+            "0.5 (0.7)",
+            "open: too few seeds",
+        ],
+        ["dense", "1/16", "6000", "learned", "1", "20.0", "0.0", "open: too few seeds"],
     ]
     assert tables.verdict([2, 3, 4], [0, -1, -2]) == "pays"
     assert tables.verdict([2, 3, 4], [0, -1, -2.1]) == "open"
