@@ -27,10 +27,12 @@ MAIN = {  # scores, by task
     "point_segmentation": "mIoU",
 }
 FLAT = 0.97  # of a curve whose last tenth has at least this share of the loss of the one before
+YARDSTICKS = ("grid", "gradient")  # arms, of which others are at least to be better
 LEAST, MOST_LOST = 2.0, 1.0  # points of small objects won, and of the main score lost, if it pays
 _COLUMNS = (
-    "head", "budget", "steps", "arm", "seeds", "small found, %", "main score, %", "found by size, %",
-    "M multiply-adds after the first stage", "in all", "M parameters", "CPU ms", "flat",
+    "head", "budget", "steps", "arm", "seeds", "small found, %", "main score, %",
+    "found by size, %", "M multiply-adds after the first stage", "in all", "M parameters", "CPU ms",
+    "flat",
 )  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def page(lines: Sequence[Line]) -> str:
             f"Objects by their side in pixels: {groups}. Mean (standard deviation) of the seeds."
         )
         parts.append(table(own, score))
-        parts.append(differences(own, score))
+        parts += filter(None, (differences(own, score, over) for over in YARDSTICKS))
     return "\n\n".join(parts) + "\n"
 
 
@@ -154,14 +156,14 @@ def is_flat(losses: Sequence[float]) -> bool:
     return len(losses) > 1 and losses[-1] >= FLAT * losses[-2]
 
 
-def differences(lines: Sequence[Line], score: str) -> str:
-    """Of each arm and the grid, seed by seed, in points."""
+def differences(lines: Sequence[Line], score: str, over: str) -> str:
+    """Of each arm and that of the yardstick, seed by seed, in points; empty without pairs."""
     groups, rows = grouped(lines), []
     for (head, budget, steps, arm), group in groups.items():
-        alike = groups.get((head, budget, steps, "grid"), [])
-        grid = {line["cell"]["seed"]: line for line in alike}
-        pairs = [(line, grid[seed]) for line in group if (seed := line["cell"]["seed"]) in grid]
-        if arm == "grid" or not pairs:
+        alike = groups.get((head, budget, steps, over), [])
+        other = {line["cell"]["seed"]: line for line in alike}
+        pairs = [(line, other[seed]) for line in group if (seed := line["cell"]["seed"]) in other]
+        if arm in YARDSTICKS[: YARDSTICKS.index(over) + 1] or not pairs:
             continue
         small = points(pairs, lambda s: s["small"])
         whole = points(pairs, lambda s: s[score] or 0.0)
@@ -170,10 +172,10 @@ def differences(lines: Sequence[Line], score: str) -> str:
              verdict(small, whole, rising(pairs))]
         )  # fmt: skip
     names = (
-        "head", "budget", "steps", "arm", "seeds", "small found, points over grid",
-        f"{score}, points over grid", "by the rule",
+        "head", "budget", "steps", "arm", "seeds", f"small found, points over {over}",
+        f"{score}, points over {over}", "by the rule",
     )  # fmt: skip
-    return markdown(names, rows) if rows else "No arm has a grid beside it yet."
+    return markdown(names, rows) if rows else ""
 
 
 def rising(pairs: Sequence[tuple[Line, Line]]) -> int:
@@ -185,7 +187,7 @@ def verdict(small: Sequence[float], whole: Sequence[float], rising: int = 0) -> 
     """Whether an arm pays, by the rule of the protocol: a claim needs flat curves.
 
     Args:
-        small, whole: its points over the grid, of each seed.
+        small, whole: its points over the yardstick, of each seed.
         rising: number of the cells whose curves are not flat.
     """
     if len(small) < len(SEEDS):

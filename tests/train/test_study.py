@@ -96,6 +96,7 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
         line(cells, seed=0, small=0.5),
         line(cells, seed=1, small=0.6),
         line(cells, "gradient", 2, small=0.9),
+        line(cells, "gradient", 3, small=0.8, steps=6000),
         line(cells, "learned", 3, small=0.9, steps=6000),
         line(cells, seed=3, small=0.7, steps=6000),
     ]
@@ -109,6 +110,7 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
     ]  # fmt: skip
     assert by_arm["grid"][1] == "55.0 (7.1)"
     assert by_arm["gradient"][:2] == ["1", "90.0"]
+    assert page.index("points over grid") < page.index("points over gradient")
     assert [row for row in rows if len(row) == 8] == [
         [
             "dense",
@@ -121,6 +123,8 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
             "open: too few seeds",
         ],
         ["dense", "1/16", "6000", "learned", "1", "20.0", "0.0", "open: too few seeds"],
+        ["dense", "1/16", "6000", "gradient", "1", "10.0", "0.0", "open: too few seeds"],
+        ["dense", "1/16", "6000", "learned", "1", "10.0", "0.0", "open: too few seeds"],
     ]
     assert tables.verdict([2, 3, 4], [0, -1, -2]) == "pays"
     assert tables.verdict([2, 3, 4], [0, -1, -2.1]) == "open"
