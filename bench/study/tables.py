@@ -242,17 +242,18 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     for row, head in zip(axes, heads, strict=True):
         task = next(line["recipe"]["task"] for line in lines if line["cell"]["head"] == head)
         score = MAIN[task]
-        for axis, (name, key) in zip(row, (("small found", "small"), (score, score)), strict=True):
+        for axis, (name, value) in zip(
+            row, (("small found", "small"), (score, score)), strict=True
+        ):
             budgets = set()
-            kinds = sorted({(steps, whose) for of, _, steps, whose in groups if of == head})
-            fewest = min(steps for steps, _ in kinds)
-            for steps, arm in kinds:
-                own = [group for key, group in groups.items() if key[::2] == (head, steps)
-                       and key[3] == arm]  # fmt: skip
-                x = [mean(line["multiply_adds_after"] for line in group) / 1e6 for group in own]
-                y = [[100 * (line["scores"][key] or 0.0) for line in group] for group in own]
+            own = {key[1:]: group for key, group in groups.items() if key[0] == head}
+            kinds = sorted({(steps, ARMS.index(arm)) for _, steps, arm in own})
+            for steps, number in kinds:
+                arm, longer = ARMS[number], steps > kinds[0][0]
+                of_kind = [group for key, group in own.items() if key[1:] == (steps, arm)]
+                x = [mean(line["multiply_adds_after"] for line in group) / 1e6 for group in of_kind]
+                y = [[100 * (line["scores"][value] or 0.0) for line in group] for group in of_kind]
                 error = [stdev(v) if len(v) > 1 else math.nan for v in y]
-                longer = steps > fewest
                 axis.errorbar(
                     x,
                     [*map(mean, y)],
@@ -260,7 +261,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                     marker="s" if longer else "o",
                     linestyle="--" if longer else "-",
                     capsize=3,
-                    color=f"C{ARMS.index(arm)}",  # the same in all plots
+                    color=f"C{number}",  # the same in all plots
                     label=f"{arm}, {steps} steps" if longer else arm,
                 )
                 budgets |= set(x)
