@@ -17,9 +17,13 @@ from typing import Any
 from pointformer.train.recipe import Recipe, read_recipe
 
 RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
-ARMS = ("learned", "grid", "gradient", "supervised", "swin", "spread", "learned_spread")
+ARMS = (
+    "learned", "grid", "gradient", "supervised", "swin", "spread", "learned_spread",
+    "gradient_spread",
+)  # fmt: skip
 SUPERVISED = ("supervised", "spread")
-SPREAD = {"spread": 0.05, "learned_spread": 0.2}  # of the others 0
+SPREAD = {"spread": 0.05, "learned_spread": 0.2, "gradient_spread": 0.05}  # of the others 0
+RANKINGS = {"gradient": "gradient", "gradient_spread": "gradient", "grid": "lattice"}
 HEADS = ("dense", "mask2former")
 BUDGETS = (4, 8, 16, 32, 64)  # one token in so many is kept
 SEEDS = (0, 1, 2)
@@ -132,7 +136,7 @@ class Cell(TrainingRun):
                 "rate": 1 / self.budget,
                 "prior": None,
                 "reserve_share": 0.25,
-                "ranking": {"gradient": "gradient", "grid": "lattice"}.get(self.arm, "scores"),
+                "ranking": RANKINGS.get(self.arm, "scores"),
             }
             if self.arm in SPREAD:
                 options["spread"] = SPREAD[self.arm]
