@@ -132,6 +132,9 @@ class Stage(nn.Module):
         self, tokens: TokenSet, config: AFFConfig, impl: str | None
     ) -> tuple[StageOutput, TokenSet | None]:
         size = config.neighborhood_size[self.index]
+        count, reach = (
+            round(number / config.cluster_size) for number in (size, config.reaches[self.index])
+        )
         tokens = tokens.cluster(
             config.cluster_size,
             curve=config.curve,
@@ -142,23 +145,26 @@ class Stage(nn.Module):
             check_values=False,  # the positions are a lattice's
             impl=impl,
         )
-        neighborhoods = tokens.neighborhoods(
-            round(size / config.cluster_size),
+        listed = tokens.neighborhoods(
+            max(count, reach),
             scope=config.scope,
             include_own=config.include_own,
             check_values=False,  # the positions are a lattice's
             impl=impl,
         )
-        neighborhoods = neighborhoods.with_plan(training=torch.is_grad_enabled(), impl=impl)
+        wide = reach > count
+        seen = listed.thinned(count) if wide else listed
+        seen = seen.with_plan(training=torch.is_grad_enabled(), impl=impl)
         inputs = tokens
-        tokens = run_blocks(self.blocks, tokens, [(neighborhoods,)] * len(self.blocks), impl)
+        tokens = run_blocks(self.blocks, tokens, [(seen,)] * len(self.blocks), impl)
         if isinstance(self.merge, AdaptiveMerge):
             logits = self.merge.logits(tokens.features)
             scores = logits.sigmoid()
             ranking = tokens.fields.get(_RANKING)
             learned = ranking is None
             ranking = scores if ranking is None else ranking
-            merged = self.merge(tokens, neighborhoods, scores, ranking, config, impl)
+            nearest = listed.nearest(count) if wide else seen
+            merged = self.merge(tokens, nearest, scores, ranking, config, impl)
             return StageOutput(tokens, inputs, ranking, logits=logits if learned else None), merged
         merged = None if self.merge is None else self.merge(tokens)
         return StageOutput(tokens, inputs, None), merged
@@ -168,8 +174,8 @@ class AFF(Backbone):
     """The backbone: images to one `StageOutput` per stage.
 
     Args:
-        config: see `AFFConfig`; `rate`, `alpha`, `spread` and `neighborhood_size` may be changed
-            later with `reconfigure`, on trained weights too.
+        config: see `AFFConfig`; `rate`, `alpha`, `spread`, `neighborhood_size` and `reach` may be
+            changed later with `reconfigure`, on trained weights too.
         impl: see `Backbone`.
 
     Shapes:
@@ -184,9 +190,9 @@ class AFF(Backbone):
         super().__init__(config, Stage, PatchEmbed(config), impl)
 
     def reconfigure(self, **changes: object) -> None:
-        """Change `rate`, `alpha`, `spread` or `neighborhood_size`, on which no weight's shape
-        depends."""
-        free = ("rate", "alpha", "spread", "neighborhood_size")
+        """Change `rate`, `alpha`, `spread`, `neighborhood_size` or `reach`, on which no weight's
+        shape depends."""
+        free = ("rate", "alpha", "spread", "neighborhood_size", "reach")
         fixed = sorted(set(changes) - set(free))
         if fixed:
             raise ValueError(

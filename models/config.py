@@ -105,6 +105,10 @@ class AFFConfig(_MergingConfig):
         neighborhood_size: tokens that a token attends to, per stage: the nearest
             `round(neighborhood_size / cluster_size)` clusters. A sample with no more tokens than
             this is global: everything attends to everything.
+        reach: nearest tokens of which blocks attend to `neighborhood_size`, ever fewer from near to
+            far; see `Neighborhoods.thinned`. One number, or one for each stage; where it is not
+            more than the neighborhood, these are the nearest, as in the paper. Merges take the
+            nearest in any case.
         rate: share of the tokens kept by each merge, in (0, 1]: one number, or one for each merge.
         alpha: weight of the learned score against the grid prior (Table 6).
         image_size: native input size in pixels, for reports; any size works.
@@ -137,6 +141,7 @@ class AFFConfig(_MergingConfig):
     mlp_ratio: float = 3.0
     cluster_size: int = 8
     neighborhood_size: tuple[int, ...] = (48, 48, 48, 49)
+    reach: int | tuple[int, ...] = 1
     rate: float | tuple[float, ...] = 0.25
     alpha: float = 4.0
     image_size: int = 224
@@ -161,6 +166,10 @@ class AFFConfig(_MergingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.reach, int):
+            check_count("reach", self.reach)
+        else:
+            self._per_stage("reach", self.reach)
         self._check_heads()
         _check_stride(self.patch_stride)
         self._check_rates()
@@ -184,6 +193,11 @@ class AFFConfig(_MergingConfig):
                 f"neighborhood_size: {self.neighborhood_size} is less than one cluster of "
                 f"{self.cluster_size} tokens"
             )
+
+    @property
+    def reaches(self) -> tuple[int, ...]:
+        """`reach` of each stage."""
+        return (self.reach,) * len(self.dims) if isinstance(self.reach, int) else self.reach
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pointformer._checks import (
     alike,
     as_int32,
     can_read,
+    check_count,
     check_flags,
     check_positions,
     check_tensor,
@@ -353,6 +354,36 @@ class Neighborhoods:
         """The neighborhoods of some queries, by row index (Q',); clusters stay as they are."""
         check_tensor("rows", rows, ("Q'",), INTEGERS, self.cluster_index.device)
         return Neighborhoods(self.cluster_index[rows], self.clusters)
+
+    def nearest(self, num_clusters: int) -> Neighborhoods:
+        """The first `num_clusters` of each list."""
+        check_count("num_clusters", num_clusters)
+        return self._with_lists(self.cluster_index[:, :num_clusters])
+
+    def thinned(self, num_clusters: int) -> Neighborhoods:
+        """Of each list the first, the last, and ever fewer in between: `num_clusters` in all.
+
+        They reach as far as all of the list at the cost of a short one, as dilated neighborhoods do
+        on grids (Hassani and Shi 2022): where tokens crowd, the nearest alone see nothing of what
+        is around. Entry i of r = `num_clusters` is the one at place floor(n^(i / (r - 1))) - 1 of a
+        list of n, counted from 0, or at place i, whatever is more. A list of at most r stays.
+
+        Raises:
+            TypeError, ValueError: `num_clusters` is not a count.
+        """
+        check_count("num_clusters", num_clusters)
+        index = self.cluster_index
+        if index.shape[1] <= num_clusters:
+            return self
+        length = torch.arange(index.shape[1] + 1, dtype=torch.float64, device=index.device)
+        place = torch.arange(num_clusters, device=index.device)
+        # A root that is a whole number may come out a last bit below it.
+        power = length[:, None] ** (place / max(1, num_clusters - 1)).double() * (1 + 1e-12)
+        places = torch.maximum(power.long() - 1, place)
+        return self._with_lists(index.gather(1, places[(index >= 0).sum(1)]))
+
+    def _with_lists(self, cluster_index: Tensor) -> Neighborhoods:
+        return Neighborhoods(cluster_index.contiguous(), self.clusters, copies=self.copies)
 
     def members(self) -> tuple[Tensor, Tensor]:
         """Token rows of each neighborhood: index (Q, R*m) int64 and mask (Q, R*m) bool.

@@ -19,11 +19,17 @@ from pointformer.train.recipe import Recipe, read_recipe
 RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
 ARMS = (
     "learned", "grid", "gradient", "supervised", "swin", "spread", "learned_spread",
-    "gradient_spread",
+    "gradient_spread", "grid_reach", "spread_reach",
 )  # fmt: skip
-SUPERVISED = ("supervised", "spread")
-SPREAD = {"spread": 0.05, "learned_spread": 0.2, "gradient_spread": 0.05}  # of the others 0
-RANKINGS = {"gradient": "gradient", "gradient_spread": "gradient", "grid": "lattice"}
+SUPERVISED = ("supervised", "spread", "spread_reach")
+SPREAD = {"spread": 0.05, "spread_reach": 0.05, "learned_spread": 0.2, "gradient_spread": 0.05}
+RANKINGS = {
+    "gradient": "gradient",
+    "gradient_spread": "gradient",
+    "grid": "lattice",
+    "grid_reach": "lattice",
+}
+REACH = (1, 144)  # of the arms whose neighborhoods are thinned
 HEADS = ("dense", "mask2former")
 BUDGETS = (4, 8, 16, 32, 64)  # one token in so many is kept
 SEEDS = (0, 1, 2)
@@ -140,6 +146,8 @@ class Cell(TrainingRun):
             }
             if self.arm in SPREAD:
                 options["spread"] = SPREAD[self.arm]
+            if self.arm.endswith("_reach"):
+                options["reach"] = REACH
         return recipe_of(
             root / self.data,
             self.head,

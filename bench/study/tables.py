@@ -27,7 +27,7 @@ MAIN = {  # scores, by task
     "point_segmentation": "mIoU",
 }
 FLAT = 0.97  # of a curve whose last tenth has at least this share of the loss of the one before
-YARDSTICKS = ("grid", "gradient", "gradient_spread")  # arms that others are compared with
+YARDSTICKS = ("grid", "grid_reach", "gradient", "gradient_spread")  # others are compared with them
 LEAST, MOST_LOST = 2.0, 1.0  # points of small objects won, and of the main score lost, if it pays
 _COLUMNS = (
     "head", "budget", "steps", "arm", "seeds", "small found, %", "main score, %",

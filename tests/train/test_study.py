@@ -61,7 +61,7 @@ def test_arms_differ_in_their_choice_only(monkeypatch):
         assert recipe.budget.steps == cells.STEPS[cell.head] * (2 if cell.seed == 3 else 1)
         if cell.arm != "swin":
             names = {text.split()[0] for text in recipe.differences(asdict(grid))}
-            assert names <= {"options.ranking", "options.spread", "score_weight"}
+            assert names <= {"options.ranking", "options.spread", "options.reach", "score_weight"}
             assert bool(names) == (cell.arm != "grid")
     for head, task in (("dense", "semantic"), ("mask2former", "instance")):
         data = next(name for name, own in cells.DATA.items() if own[head]["task"] == task)
