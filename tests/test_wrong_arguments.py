@@ -208,6 +208,8 @@ CALLS = {
         Neighborhoods.from_lists,
         {"neighbor_index": INDEX, "positions": POSITIONS, "check_values": True},
     ),
+    "Neighborhoods.nearest": (AROUND.nearest, {"num_clusters": 2}),
+    "Neighborhoods.thinned": (AROUND.thinned, {"num_clusters": 2}),
     "Neighborhoods.select": (AROUND.select, {"rows": torch.arange(3)}),
     "Segmentation.class_name": (FOUND.class_name, {"id": 1}),
     "balanced_cluster": (

@@ -8,11 +8,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.strategies import UNEVEN, cloud, scattered
-from pointformer import Clusters, balanced_cluster, knn, nearest_clusters
+from pointformer import Clusters, TokenSet, balanced_cluster, knn, nearest_clusters
 from pointformer.kernels.cpu import neighbors as cpu
 from pointformer.kernels.neighbors import fused_nearest
 
@@ -214,6 +214,47 @@ def test_edges_run_from_members_to_queries():
     expected = {(t, q) for t in range(30) for q in range(30) if (int(assignment[t]), q) in pairs}
     assert set(zip(token.tolist(), query.tolist(), strict=True)) == expected
     assert len(token) == len(expected)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 150), min_size=1, max_size=4),
+    listed=st.integers(1, 30),
+    kept=st.integers(1, 12),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60)
+def test_thinned_lists_are_those_of_the_formula(sizes, listed, kept, seed):
+    """In whole numbers; the nearest and the farthest stay, in order, and nothing is twice there."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = TokenSet(torch.rand(sum(sizes), 2, generator=g), torch.zeros(sum(sizes), 1), sizes)
+    whole = tokens.cluster(4, global_size=16).neighborhoods(listed)
+    thinned = whole.thinned(kept)
+    for all_of, found in zip(
+        whole.cluster_index.tolist(), thinned.cluster_index.tolist(), strict=True
+    ):
+        own = [cluster for cluster in all_of if cluster >= 0]
+        expected = own
+        if whole.num_clusters > kept and len(own) > kept:
+            n, last = len(own), max(1, kept - 1)
+            roots = [max(m for m in range(1, n + 1) if m**last <= n**i) for i in range(kept)]
+            expected = [own[max(root - 1, i)] for i, root in enumerate(roots)]
+            assert expected[-1] == own[-1] or kept == 1
+        assert [cluster for cluster in found if cluster >= 0] == expected
+        assert found == sorted(found, key=lambda c: (c < 0, own.index(c) if c >= 0 else 0))
+    assert thinned.num_clusters == min(kept, whole.num_clusters)
+    assert torch.equal(whole.nearest(kept).cluster_index, whole.cluster_index[:, :kept])
+
+
+def test_thinned_lists_of_samples_alike_stay_those_of_the_first():
+    tokens = TokenSet.from_grid(torch.zeros(3, 1, 24, 20)).cluster(8)
+    whole = tokens.neighborhoods(18)
+    thinned, short = whole.thinned(6), whole.nearest(6)
+    assert whole.copies == thinned.copies == short.copies == 3
+    index = thinned.cluster_index.unflatten(0, (3, -1))
+    count = tokens.clusters.counts[0]
+    assert torch.equal(index[1], index[0] + count)
+    assert torch.equal(index[2], index[0] + 2 * count)
+    assert whole.thinned(18) is whole
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -20,7 +20,7 @@ from pointformer.models import (
     list_models,
 )
 from pointformer.models.config import CONFIGS
-from pointformer.nn import ScoredMerge
+from pointformer.nn import NeighborhoodAttention, ScoredMerge
 from pointformer.nn.blocks import HIDDEN, add_branch, by_rows, drop_path
 
 # Few blocks and channels: the wiring of AFF without its cost.
@@ -198,6 +198,7 @@ def test_alpha_zero_is_a_uniform_grid():
         {"ranking": "gradient"},
         {"ranking": "lattice"},
         {"spread": 0.2},
+        {"reach": 144},
         {"merge_center": True},
         {"expanded_position": False},
         {"blank_token": False},
@@ -331,6 +332,41 @@ def test_spread_models_keep_the_first_of_the_spread_ranking():
     places = first.tokens.positions.unflatten(0, (2, -1))
     for kept, all_places, own in zip(second.tokens, places, rows, strict=True):
         assert set(map(tuple, kept.positions.tolist())) == set(map(tuple, all_places[own].tolist()))
+
+
+def test_blocks_reach_far_and_merges_take_the_nearest(monkeypatch):
+    """Of each stage by its own number, and where that is not more, the paper's neighborhoods."""
+    seen = {"attention": [], "merge": []}
+    for kind, cls in (("attention", NeighborhoodAttention), ("merge", ScoredMerge)):
+
+        def spied(self, x, tokens, *rest, kind=kind, forward=cls.forward, **options):
+            around = rest[0] if kind == "attention" else tokens
+            seen[kind].append(around.cluster_index)
+            return forward(self, x, tokens, *rest, **options)
+
+        monkeypatch.setattr(cls, "forward", spied)
+    image = torch.randn(2, 3, 200, 152, generator=torch.Generator().manual_seed(1))
+    model = tiny("features", reach=(48, 144, 1, 400))
+    with torch.no_grad():
+        outputs = model.backbone(image)
+    attended = iter(seen["attention"])
+    for stage, (output, size, reach) in enumerate(
+        zip(outputs, model.config.neighborhood_size, model.config.reaches, strict=True)
+    ):
+        count, wide = (round(n / model.config.cluster_size) for n in (size, reach))
+        nearest = output.tokens.neighborhoods(count).cluster_index
+        expected = nearest
+        if wide > count:
+            expected = output.tokens.neighborhoods(wide).thinned(count).cluster_index
+        for _ in model.backbone.stages[stage].blocks:
+            assert torch.equal(next(attended), expected)
+        if stage < 3:
+            assert torch.equal(seen["merge"][stage], nearest)
+        assert torch.equal(expected, nearest) == (stage != 1)  # the last one sees all in any case
+    assert next(attended, None) is None
+    for wrong in (0, 1.5, (48, 48)):
+        with pytest.raises((TypeError, ValueError), match="reach"):
+            tiny("features", reach=wrong)
 
 
 def test_a_lattice_is_not_spread():
@@ -509,7 +545,9 @@ def test_merges_keep_the_best_by_alpha(alpha):
 
 
 @pytest.mark.parametrize(
-    "change", [{"rate": 0.5}, {"alpha": 0.5}, {"spread": 0.2}, {"neighborhood_size": 16}], ids=str
+    "change",
+    [{"rate": 0.5}, {"alpha": 0.5}, {"spread": 0.2}, {"neighborhood_size": 16}, {"reach": 100}],
+    ids=str,
 )
 def test_a_reconfigured_model_is_one_made_so(change):
     image = torch.randn(1, 3, 96, 132, generator=torch.Generator().manual_seed(1))
