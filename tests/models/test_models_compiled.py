@@ -35,9 +35,10 @@ def _forget_graphs():
     counters.clear()
 
 
-def test_training_step_compiles_without_graph_breaks():
+@pytest.mark.parametrize("config", [TINY, TINY.override(reach=96)], ids=["plain", "reach"])
+def test_training_step_compiles_without_graph_breaks(config):
     images = torch.randn(2, 3, 72, 64)
-    plain, model = make(), make()
+    plain, model = make(config=config), make(config=config)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected, ours = plain(images), compiled(images)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
@@ -157,17 +158,17 @@ def on_fake_gpu(model, images, *, training=False):
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU is there: tests marked gpu capture real graphs")
 @pytest.mark.parametrize("head", [*HEADS, "dense", "stars"])
 @pytest.mark.parametrize(
-    ("name", "sizes", "training"),
+    ("name", "sizes", "training", "options"),
     [
-        ("aff_nano", [(64, 48)] * 2, False),
-        ("aff_nano", [(64, 48), (40, 96)], True),
-        ("swin_mini", [(64, 48), (40, 96)], False),
+        ("aff_nano", [(64, 48)] * 2, False, {}),
+        ("aff_nano", [(64, 48), (40, 96)], True, {"reach": 144, "spread": 0.1}),
+        ("swin_mini", [(64, 48), (40, 96)], False, {}),
     ],
 )
-def test_forward_does_not_wait_for_the_gpu(name, head, sizes, training):
+def test_forward_does_not_wait_for_the_gpu(name, head, sizes, training, options):
     """No copy from or to the host and no shape that depends on values: a CUDA graph can hold it,
     of images of one size and of several."""
-    model = create_model(name, head=head, num_classes=3, **HEADS.get(head, {}))
+    model = create_model(name, head=head, num_classes=3, **HEADS.get(head, {}), **options)
     with fake_gpu():
         output = on_fake_gpu(model, [(3, *size) for size in sizes], training=training)
         if head == "classification":
