@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from cells import BACKGROUND, RESULTS
+from cells import RESULTS
 from scipy import ndimage
 from tables import markdown
 from trained import Trained, add_arguments, add_line, measured
 
 from pointformer.annotations import VOID
-from pointformer.prediction import to_tensor
 
 OBJECTS = RESULTS.with_name("objects.jsonl")
 SIDE = 32  # pixels
@@ -54,17 +52,12 @@ def measure(trained: Trained, results: Path) -> None:
 
 def small(trained: Trained, number: int) -> list[tuple[int, bool, bool]]:
     """For each small object of a picture: tokens on it, whether it is found, and seen."""
-    annotation: Any = trained.validation[number]
-    classes = annotation.classes()
-    model = trained.model
-    image = model.preprocess(to_tensor(annotation.read_image()))
-    with torch.inference_mode():
-        output, stages = model(image[None], with_stages=True)
-    predicted = trained.task.decode(output, [classes.shape])[0].argmax(0).numpy()
-    stride: int = model.config.patch_stride
+    annotation, scores, stages = trained.seen(number)
+    classes, predicted = annotation.classes(), scores.argmax(0)
+    stride: int = trained.model.config.patch_stride
     middles = (stages[-1].tokens.positions * stride + stride // 2).long().numpy()
     x, y = np.minimum(middles, np.array(classes.shape[::-1]) - 1).T
-    background = [n for n, c in enumerate(trained.task.categories) if c.name == BACKGROUND]
+    background = trained.background()
     rows = []
     for kind in np.unique(classes[classes != VOID]).tolist():
         if kind in background:

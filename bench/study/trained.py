@@ -13,14 +13,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
-from cells import read_lines
+from cells import BACKGROUND, read_lines
 from tables import MAIN
 
 import pointformer
 from pointformer.data import Dataset
 from pointformer.evaluation import evaluate
 from pointformer.models import Model, complexity_of, create_model
+from pointformer.models.backbone import StageOutput
 from pointformer.prediction import to_tensor
 from pointformer.segmentation.regions import Regions
 from pointformer.tasks import Task, task_of
@@ -86,6 +88,19 @@ class Trained:
         return [
             line for line in read_lines(results) if all(line[name] == about[name] for name in same)
         ]
+
+    def seen(self, number: int) -> tuple[Any, np.ndarray, list[StageOutput]]:
+        """An annotated picture, the scores (K, H, W) of its classes, and the backbone's stages."""
+        annotation: Any = self.validation[number]
+        image = self.model.preprocess(to_tensor(annotation.read_image()))
+        with torch.inference_mode():
+            output, stages = self.model(image[None], with_stages=True)
+        (decoded,) = self.task.decode(output, [annotation.classes().shape])
+        return annotation, decoded.numpy(), stages
+
+    def background(self) -> list[int]:
+        """The classes that are no object."""
+        return [n for n, c in enumerate(self.task.categories) if c.name == BACKGROUND]
 
     def scores(self) -> dict[str, float | None]:
         """By name, of all that it is scored on."""

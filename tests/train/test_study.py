@@ -35,7 +35,7 @@ QUICK = (
 def loaded(name, monkeypatch):
     """A module of the study, which finds the others by their names."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for other in ("cells", "ablations", "tables", "trained"):
+    for other in ("cells", "ablations", "objects", "tables", "trained"):
         monkeypatch.delitem(sys.modules, other, raising=False)
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -242,19 +242,10 @@ def test_scores_of_a_merge_are_changed_within_samples(monkeypatch):
         assert torch.equal(again[1].scores, plain[1].scores)
 
 
-def test_small_objects_and_their_tokens(monkeypatch, tmp_path):
-    """Found, seen as another class, and missed; with two tokens, one, and none."""
-    objects = loaded("objects", monkeypatch)
-    classes = torch.zeros(64, 64, dtype=torch.long)
-    predicted = classes.clone()
-    classes[2:10, 2:8] = predicted[2:10, 2:8] = 1
-    classes[20:24, 20:28], predicted[20:24, 20:28] = 1, 2
-    classes[10:14, 40:50] = 2
-    classes[30:64, :40] = 2  # not small
-    names = ("background", "a", "b")
+def a_trained(trained, classes, scores, monkeypatch):
+    """A `Trained` of background and classes a and b that finds these scores, with six tokens."""
     positions = torch.tensor([[0, 0], [1, 1], [0, 1], [5, 5], [15, 15], [4, 10]])
     tokens = TokenSet(positions.float(), torch.zeros(6, 1))
-    scores = torch.nn.functional.one_hot(predicted, 3).movedim(-1, 0).float()
 
     class Network:
         config = SimpleNamespace(patch_stride=4)
@@ -264,15 +255,26 @@ def test_small_objects_and_their_tokens(monkeypatch, tmp_path):
             return scores[None], [SimpleNamespace(tokens=tokens)]
 
     picture = SimpleNamespace(
-        classes=classes.numpy, read_image=lambda: np.zeros((64, 64, 3), np.uint8)
+        name="p", classes=classes.numpy, read_image=lambda: np.zeros((64, 64, 3), np.uint8)
     )
-    categories = [Category(n, name) for n, name in enumerate(names)]
+    categories = [Category(n, name) for n, name in enumerate(("background", "a", "b"))]
     task = SimpleNamespace(categories=categories, decode=lambda output, sizes: list(output))
     about = {"model": "m", "weights": "w", "data": "d", "pictures": 1}
-    trained = SimpleNamespace(
-        model=Network(), task=task, validation=[picture], about=lambda: dict(about)
-    )
-    trained.lines = lambda results: objects.Trained.lines(trained, results)
+    monkeypatch.setattr(trained.Trained, "about", lambda self: dict(about))
+    return trained.Trained("m", "w", Network(), task, [picture], None)
+
+
+def test_small_objects_and_their_tokens(monkeypatch, tmp_path):
+    """Found, seen as another class, and missed; with two tokens, one, and none."""
+    objects = loaded("objects", monkeypatch)
+    classes = torch.zeros(64, 64, dtype=torch.long)
+    predicted = classes.clone()
+    classes[2:10, 2:8] = predicted[2:10, 2:8] = 1
+    classes[20:24, 20:28], predicted[20:24, 20:28] = 1, 2
+    classes[10:14, 40:50] = 2
+    classes[30:64, :40] = 2  # not small
+    scores = torch.nn.functional.one_hot(predicted, 3).movedim(-1, 0).float()
+    trained = a_trained(objects, classes, scores, monkeypatch)
     # Middles of the tokens' cells: (2, 2), (6, 6), (2, 6), (22, 22), (62, 62), (18, 42).
     expected = [(3, True, True), (1, False, True), (0, False, False)]
     assert objects.small(trained, 0) == expected
@@ -287,6 +289,36 @@ def test_small_objects_and_their_tokens(monkeypatch, tmp_path):
     assert row == (
         "| m | d (1) | 3 | 1.3 | 33 / 33 / 33 / 0 | 67 / 0 / 100 / 100 / 0 | 33 / 0 / 0 / 100 / 0 |"
     )
+
+
+def test_thresholds_paint_less_and_less(monkeypatch, tmp_path):
+    """Two small objects, one of them surer, a false one, and a large one that does not count."""
+    thresholds = loaded("thresholds", monkeypatch)
+    classes = torch.zeros(64, 64, dtype=torch.long)
+    scores = torch.zeros(3, 64, 64)
+    scores[0] = 0.5
+    for rows, columns, kind, score, real in (
+        (slice(0, 8), slice(0, 8), 1, 1.2, 1),
+        (slice(10, 18), slice(0, 8), 1, 0.6, 1),
+        (slice(20, 28), slice(0, 8), 1, 0.8, 0),
+        (slice(30, 64), slice(0, 64), 2, 9.0, 2),
+    ):
+        classes[rows, columns], scores[kind, rows, columns] = real, score
+    trained = a_trained(thresholds, classes, scores, monkeypatch)
+    results = tmp_path / "thresholds.jsonl"
+    for _ in range(2):
+        thresholds.measure(trained, results)
+    (line,) = trained.lines(results)
+    assert line["factors"] == [0.5, 1, 1.5, 2, 3, 4]
+    assert line["small"] == [1, 1, 0.5, 0.5, 0, 0]
+    background = 64 * 30 - 128  # pixels, with the false object's
+    whole, two, one, none = (
+        np.mean([(background - false) / (background + 128 - hit), hit / (128 + false), 1])
+        for hit, false in ((128, 64), (64, 64), (64, 0), (0, 0))
+    )
+    np.testing.assert_allclose(line["main"], [whole, whole, two, one, none, none], atol=1e-4)
+    row = thresholds.page([line]).splitlines()[-1]
+    assert row.startswith(f"| m | d (1) | 100.0 / **{100 * whole:.1f}** | ")
 
 
 def test_a_trained_model_is_looked_at_again(monkeypatch, tmp_path):
