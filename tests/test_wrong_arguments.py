@@ -72,6 +72,7 @@ AFF = {
     "mlp_ratio": 1.0,
     "cluster_size": 4,
     "neighborhood_size": (8, 8),
+    "reach": (8, 16),
     "rate": 0.25,
     "alpha": 4.0,
     "image_size": 32,
