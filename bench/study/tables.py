@@ -236,7 +236,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 
     heads = [head for head in HEADS if any(line["cell"]["head"] == head for line in lines)]
     figure, axes = plt.subplots(
-        len(heads), 2, figsize=(10, 4 * len(heads)), squeeze=False, layout="constrained"
+        len(heads), 2, figsize=(12, 4 * len(heads)), squeeze=False, layout="constrained"
     )
     groups = grouped(lines)
     for row, head in zip(axes, heads, strict=True):
@@ -269,7 +269,9 @@ def plot(lines: Sequence[Line], path: Path) -> None:
             axis.set_xlabel("million multiply-adds after the first stage")
             axis.set_xticks(sorted(budgets), [f"{x:.0f}" for x in sorted(budgets)])
             axis.set_xticks([], minor=True)
-            axis.legend()
+    shown = [axis.get_legend_handles_labels() for axis in axes.flat]
+    legend = {name: handle for pair in shown for handle, name in zip(*pair, strict=True)}
+    figure.legend([*legend.values()], [*legend], loc="outside right center")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
