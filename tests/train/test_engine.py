@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
 from helpers.training import dataset_of, recipe_of, trainer_of, write_folder
 from pointformer import segment
@@ -75,6 +77,9 @@ def killed_at_random(run, kills, seed):
     while True:
         child = os.fork()
         if child == 0:
+            tqdm.set_lock(
+                threading.RLock()
+            )  # its own, shared, stays taken by who is killed with it
             try:
                 run()
             except BaseException:
