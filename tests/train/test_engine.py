@@ -79,7 +79,7 @@ def killed_at_random(run, kills, seed):
         if child == 0:
             tqdm.set_lock(
                 threading.RLock()
-            )  # its own, shared, stays taken by who is killed with it
+            )  # a shared one stays with who is killed
             try:
                 run()
             except BaseException:
