@@ -77,9 +77,7 @@ def killed_at_random(run, kills, seed):
     while True:
         child = os.fork()
         if child == 0:
-            tqdm.set_lock(
-                threading.RLock()
-            )  # a shared one stays with who is killed
+            tqdm.set_lock(threading.RLock())  # a shared one stays with who is killed
             try:
                 run()
             except BaseException:
