@@ -108,7 +108,8 @@ class AFFConfig(_MergingConfig):
         reach: nearest tokens of which blocks attend to `neighborhood_size`, ever fewer from near to
             far; see `Neighborhoods.thinned`. One number, or one for each stage; where it is not
             more than the neighborhood, these are the nearest, as in the paper. Merges take the
-            nearest in any case.
+            nearest in any case. With a reach, a global sample that has more clusters than
+            a neighborhood (the last one short) is thinned too.
         rate: share of the tokens kept by each merge, in (0, 1]: one number, or one for each merge.
         alpha: weight of the learned score against the grid prior (Table 6).
         image_size: native input size in pixels, for reports; any size works.

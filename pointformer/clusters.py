@@ -368,6 +368,9 @@ class Neighborhoods:
         is around. Entry i of r = `num_clusters` is the one at place floor(n^(i / (r - 1))) - 1 of a
         list of n, counted from 0, or at place i, whatever is more. A list of at most r stays.
 
+        Returns:
+            Neighborhoods with `cluster_index` (Q, min(R, num_clusters)), in the same order.
+
         Raises:
             TypeError, ValueError: `num_clusters` is not a count.
         """

@@ -64,8 +64,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     # What is merged, how scores learn, and whether they matter.
     "center": {"options": {"merge_center": True}},
     "supervised": {"score_weight": 1.0},
-    "spread": {"options": {"spread": SPREAD["spread"]}},
-    "supervised_spread": {"options": {"spread": SPREAD["spread"]}, "score_weight": 1.0},
+    "spread": {"options": {"spread": SPREAD}},
+    "supervised_spread": {"options": {"spread": SPREAD}, "score_weight": 1.0},
     "lattice": {"options": {"ranking": "lattice"}},
     "gradient": {"options": {"ranking": "gradient"}},
     # One model for all budgets, see budgets.py.

@@ -17,19 +17,21 @@ from typing import Any
 from pointformer.train.recipe import Recipe, read_recipe
 
 RESULTS = Path(__file__).parents[1] / "results" / "study.jsonl"
-ARMS = (
-    "learned", "grid", "gradient", "supervised", "swin", "spread", "learned_spread",
-    "gradient_spread", "grid_reach", "spread_reach",
-)  # fmt: skip
-SUPERVISED = ("supervised", "spread", "spread_reach")
-SPREAD = {"spread": 0.05, "spread_reach": 0.05, "learned_spread": 0.2, "gradient_spread": 0.05}
-RANKINGS = {
-    "gradient": "gradient",
-    "gradient_spread": "gradient",
-    "grid": "lattice",
-    "grid_reach": "lattice",
+SPREAD, REACH = 0.05, (1, 144)
+CHOICES: dict[str, dict[str, Any]] = {  # which tokens are kept: options by arm
+    "learned": {},
+    "grid": {"ranking": "lattice"},
+    "gradient": {"ranking": "gradient"},
+    "supervised": {},
+    "swin": {},
+    "spread": {"spread": SPREAD},
+    "learned_spread": {"spread": 0.2},
+    "gradient_spread": {"ranking": "gradient", "spread": SPREAD},
+    "grid_reach": {"ranking": "lattice", "reach": REACH},
+    "spread_reach": {"spread": SPREAD, "reach": REACH},
 }
-REACH = (1, 144)  # of the arms whose neighborhoods are thinned
+ARMS = tuple(CHOICES)
+SUPERVISED = ("supervised", "spread", "spread_reach")
 HEADS = ("dense", "mask2former")
 BUDGETS = (4, 8, 16, 32, 64)  # one token in so many is kept
 SEEDS = (0, 1, 2)
@@ -142,12 +144,9 @@ class Cell(TrainingRun):
                 "rate": 1 / self.budget,
                 "prior": None,
                 "reserve_share": 0.25,
-                "ranking": RANKINGS.get(self.arm, "scores"),
+                "ranking": "scores",
+                **CHOICES[self.arm],
             }
-            if self.arm in SPREAD:
-                options["spread"] = SPREAD[self.arm]
-            if self.arm.endswith("_reach"):
-                options["reach"] = REACH
         return recipe_of(
             root / self.data,
             self.head,
@@ -156,18 +155,25 @@ class Cell(TrainingRun):
             options=options,
             score_weight=1.0 if self.arm in SUPERVISED else 0.0,
             seed=self.seed,
-            budget={"steps": self.steps},
+            steps=self.steps,
         )
 
 
 def recipe_of(
-    data: Path, head: str, changes: Sequence[str], *, options: dict[str, Any], **values: Any
+    data: Path,
+    head: str,
+    changes: Sequence[str],
+    *,
+    options: dict[str, Any],
+    steps: int | None = None,
+    **values: Any,
 ) -> Recipe:
     """The recipe that all cells of a data set and a head share.
 
     Args:
         data: folder of the data set.
         options: of the backbone.
+        steps: of training; `None`: those of the head.
         values: fields.
     """
     own = DATA[data.name][head]
@@ -192,12 +198,13 @@ def recipe_of(
         },
         optimizer={"learning_rate": 1.5e-3, "weight_decay": 0.05, "betas": [0.9, 0.98]},
         schedule={"kind": "cosine", "warmup": 0.05},
+        budget={"steps": STEPS[head] if steps is None else steps},
         batch=4,
         precision="bfloat16",
         average=0.99,
         checkpoints={"minutes": 2.0, "keep": 1},
         validation={"times": 4, "pictures": 32, "token_maps": 1},
-        **{"budget": {"steps": STEPS[head]}, **values},
+        **values,
     )
 
 

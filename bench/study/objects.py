@@ -11,16 +11,14 @@ results, unless it is there, and objects.md is made of them.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from cells import RESULTS
 from scipy import ndimage
 from tables import markdown
-from trained import Trained, add_arguments, add_line, measured
+from trained import Trained, measured_once
 
 from pointformer.annotations import VOID
 
@@ -30,16 +28,11 @@ LEAST = (0, 1, 2, 4)  # tokens, from which on a group of objects has them
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser, OBJECTS)
-    measured(parser, arguments, lambda trained, options: measure(trained, options.results), page)
+    measured_once(__doc__, arguments, OBJECTS, measure, page)
 
 
-def measure(trained: Trained, results: Path) -> None:
-    """Add the line, if it is not there yet."""
-    if trained.lines(results):
-        return
-    about = {**trained.about(), "score": "small objects"}
+def measure(trained: Trained) -> dict[str, Any]:
+    """The numbers of a line."""
     rows = [row for number in range(len(trained.validation)) for row in small(trained, number)]
     tokens, found, seen = np.array(rows, np.int64).reshape(-1, 3).T
     group = np.searchsorted(LEAST, tokens, "right") - 1
@@ -47,7 +40,7 @@ def measure(trained: Trained, results: Path) -> None:
         name: np.bincount(group, weights, len(LEAST)).astype(int).tolist()
         for name, weights in (("objects", None), ("found", found), ("seen", seen))
     }
-    add_line(results, {**about, "least": LEAST, "tokens": int(tokens.sum()), **counts})
+    return {"score": "small objects", "least": LEAST, "tokens": int(tokens.sum()), **counts}
 
 
 def small(trained: Trained, number: int) -> list[tuple[int, bool, bool]]:

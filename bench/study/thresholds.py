@@ -10,15 +10,13 @@ for each model is added to the results, unless it is there, and thresholds.md is
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cells import RESULTS
 from objects import SIDE
 from tables import markdown
-from trained import Trained, add_arguments, add_line, measured
+from trained import Trained, measured_once
 
 from pointformer.metrics import RecallBySize, SemanticIoU
 
@@ -27,32 +25,30 @@ FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_arguments(parser, THRESHOLDS)
-    measured(parser, arguments, lambda trained, options: measure(trained, options.results), page)
+    measured_once(__doc__, arguments, THRESHOLDS, measure, page)
 
 
-def measure(trained: Trained, results: Path) -> None:
-    """Add the line, if it is not there yet."""
-    if trained.lines(results):
-        return
+def measure(trained: Trained) -> dict[str, Any]:
+    """The numbers of a line."""
     categories, background = trained.task.categories, trained.background()
-    things = [SemanticIoU(len(categories)) for _ in FACTORS]
-    sizes = [RecallBySize(categories, (SIDE,)) for _ in FACTORS]
+    overlaps = [SemanticIoU(len(categories)) for _ in FACTORS]
+    recalls = [RecallBySize(categories, (SIDE,)) for _ in FACTORS]
     for number in range(len(trained.validation)):
         annotation, scores, _ = trained.seen(number)
-        for factor, iou, recall in zip(FACTORS, things, sizes, strict=True):
-            changed = scores.copy()
-            changed[background] *= factor
-            predicted = changed.argmax(0)
-            iou.update(predicted, annotation)
+        for factor, overlap, recall in zip(FACTORS, overlaps, recalls, strict=True):
+            weighted = scores.copy()
+            weighted[background] *= factor
+            predicted = weighted.argmax(0)
+            overlap.update(predicted, annotation)
             recall.update(predicted, annotation)
-    found = []
-    for recall in sizes:
-        hits, all_of = recall.counts[:, [n for n in range(len(categories)) if n not in background]]
-        found.append(round(float(hits[:, 0].sum() / max(all_of[:, 0].sum(), 1)), 4))
-    main_score = [round(iou.scores().mean_iou, 4) for iou in things]
-    add_line(results, {**trained.about(), "factors": FACTORS, "small": found, "main": main_score})
+    objects = [n for n in range(len(categories)) if n not in background]
+    small = []
+    for recall in recalls:
+        sizes = recall.scores()
+        found, annotated = (int(of[objects, 0].sum()) for of in (sizes.found, sizes.annotated))
+        small.append(round(found / max(annotated, 1), 4))
+    main_scores = [round(overlap.scores().mean_iou, 4) for overlap in overlaps]
+    return {"factors": FACTORS, "small": small, "main": main_scores}
 
 
 def page(lines: Sequence[dict[str, Any]]) -> str:

@@ -171,6 +171,25 @@ def measured(
     return options.results, lines
 
 
+def measured_once(
+    about: str,
+    arguments: Sequence[str] | None,
+    results: Path,
+    measure: Callable[[Trained], dict[str, Any]],
+    page: Callable[[Sequence[dict[str, Any]]], str],
+) -> None:
+    """`measured` for a script that has one line for each model: with what `measure` finds, unless
+    it is there. `about` is the script's docstring."""
+    parser = argparse.ArgumentParser(description=about.split("\n")[0])
+    add_arguments(parser, results)
+
+    def add(trained: Trained, options: argparse.Namespace) -> None:
+        if not trained.lines(options.results):
+            add_line(options.results, {**trained.about(), **measure(trained)})
+
+    measured(parser, arguments, add, page)
+
+
 def add_line(results: Path, line: dict[str, Any]) -> None:
     with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

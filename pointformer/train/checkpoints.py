@@ -176,10 +176,10 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run was writing; only for the process that owns the folder."""
-    if folder.is_dir():
-        for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-            path.unlink(missing_ok=True)
+    """Remove what a killed run was writing, in all of its folders; only for the process that owns
+    them."""
+    for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
+        path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

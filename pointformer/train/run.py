@@ -95,8 +95,7 @@ class Run:
             ValueError: there are some, but none can be read, or it is of another recipe.
         """
         if self.main:
-            for folder in (self.out, self.checkpoints):
-                remove_unfinished(folder)
+            remove_unfinished(self.out)
         paths = list_checkpoints(self.checkpoints)
         newest, problems = newest_checkpoint(paths)
         for problem in problems:

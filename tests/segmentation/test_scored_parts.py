@@ -133,7 +133,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.long
 def test_killed_at_random_moments_equals_not_killed(tmp_path):
-    write_folder(tmp_path / "data", train=1, val=36)
+    write_folder(tmp_path / "data", train=1, val=48)
     save_model(model_of(), tmp_path / "model.safetensors")
     common = ["evaluate", tmp_path / "data", "--model", tmp_path / "model.safetensors",
               "--threads", "1", "--json"]  # fmt: skip
@@ -142,7 +142,7 @@ def test_killed_at_random_moments_equals_not_killed(tmp_path):
     kept = tmp_path / "kept"
     resumed = [*common, tmp_path / "resumed.json", "--resume", kept]
     counts = [0]
-    for _ in range(6):
+    while counts[-1] < 18:
         command = [sys.executable, "-c", KILLED, *map(str, resumed)]
         running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
         wanted = counts[-1] + chosen.randint(1, 6)
@@ -153,7 +153,8 @@ def test_killed_at_random_moments_equals_not_killed(tmp_path):
         running.wait()
         counts.append(len(list(kept.glob("part-*"))))
     assert counts == sorted(counts)
-    assert 6 <= counts[-1] < 36
+    assert len(counts) > 2
+    assert counts[-1] < 48
     assert cli.main(list(map(str, resumed))) == 0
     one, other = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "resumed")

@@ -79,7 +79,11 @@ def test_what_is_no_checkpoint(tmp_path):
     (tmp_path / "mine.pt").write_text("mine")
     save_checkpoint(tmp_path, 1, {}, keep=1)
     (tmp_path / ".pointformer-0123.pt").write_text("cut off")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / ".pointformer-4567.jpg").write_text("cut off")
     remove_unfinished(tmp_path)
+    (tmp_path / "tokens").rmdir()  # which is empty
+    remove_unfinished(tmp_path / "tokens")
     assert sorted(path.name[:7] for path in tmp_path.iterdir()) == ["mine.pt", "step-00"]
 
 

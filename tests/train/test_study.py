@@ -264,7 +264,7 @@ def a_trained(trained, classes, scores, monkeypatch):
     return trained.Trained("m", "w", Network(), task, [picture], None)
 
 
-def test_small_objects_and_their_tokens(monkeypatch, tmp_path):
+def test_small_objects_and_their_tokens(monkeypatch):
     """Found, seen as another class, and missed; with two tokens, one, and none."""
     objects = loaded("objects", monkeypatch)
     classes = torch.zeros(64, 64, dtype=torch.long)
@@ -278,20 +278,32 @@ def test_small_objects_and_their_tokens(monkeypatch, tmp_path):
     # Middles of the tokens' cells: (2, 2), (6, 6), (2, 6), (22, 22), (62, 62), (18, 42).
     expected = [(3, True, True), (1, False, True), (0, False, False)]
     assert objects.small(trained, 0) == expected
-    results = tmp_path / "objects.jsonl"
-    for _ in range(2):
-        objects.measure(trained, results)
-    (line,) = trained.lines(results)
+    line = objects.measure(trained)
     assert (line["objects"], line["found"], line["seen"]) == (
         [1, 1, 1, 0], [0, 0, 1, 0], [0, 1, 1, 0]
     )  # fmt: skip
-    row = objects.page([line]).splitlines()[-1]
+    row = objects.page([trained.about() | line]).splitlines()[-1]
     assert row == (
         "| m | d (1) | 3 | 1.3 | 33 / 33 / 33 / 0 | 67 / 0 / 100 / 100 / 0 | 33 / 0 / 0 / 100 / 0 |"
     )
 
 
-def test_thresholds_paint_less_and_less(monkeypatch, tmp_path):
+def test_a_model_has_one_line(monkeypatch, tmp_path):
+    classes = torch.zeros(64, 64, dtype=torch.long)
+    scores = torch.nn.functional.one_hot(classes, 3).movedim(-1, 0).float()
+    for name in ("objects", "thresholds"):
+        script, results = loaded(name, monkeypatch), tmp_path / f"{name}.jsonl"
+        trained = a_trained(script, classes, scores, monkeypatch)
+        monkeypatch.setattr(script.Trained, "open", lambda options, trained=trained: trained)
+        monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+        for _ in range(2):
+            script.main(["m", "recipe", "--results", str(results)])
+        (line,) = map(json.loads, results.read_text().splitlines())
+        assert line.items() >= trained.about().items()
+        assert results.with_suffix(".md").read_text() == script.page([line])
+
+
+def test_thresholds_paint_less_and_less(monkeypatch):
     """Two small objects, one of them surer, a false one, and a large one that does not count."""
     thresholds = loaded("thresholds", monkeypatch)
     classes = torch.zeros(64, 64, dtype=torch.long)
@@ -305,11 +317,8 @@ def test_thresholds_paint_less_and_less(monkeypatch, tmp_path):
     ):
         classes[rows, columns], scores[kind, rows, columns] = real, score
     trained = a_trained(thresholds, classes, scores, monkeypatch)
-    results = tmp_path / "thresholds.jsonl"
-    for _ in range(2):
-        thresholds.measure(trained, results)
-    (line,) = trained.lines(results)
-    assert line["factors"] == [0.5, 1, 1.5, 2, 3, 4]
+    line = thresholds.measure(trained)
+    assert line["factors"] == (0.5, 1, 1.5, 2, 3, 4)
     assert line["small"] == [1, 1, 0.5, 0.5, 0, 0]
     background = 64 * 30 - 128  # pixels, with the false object's
     whole, two, one, none = (
@@ -317,7 +326,7 @@ def test_thresholds_paint_less_and_less(monkeypatch, tmp_path):
         for hit, false in ((128, 64), (64, 64), (64, 0), (0, 0))
     )
     np.testing.assert_allclose(line["main"], [whole, whole, two, one, none, none], atol=1e-4)
-    row = thresholds.page([line]).splitlines()[-1]
+    row = thresholds.page([trained.about() | line]).splitlines()[-1]
     assert row.startswith(f"| m | d (1) | 100.0 / **{100 * whole:.1f}** | ")
 
 
