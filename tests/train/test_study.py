@@ -400,4 +400,4 @@ def test_a_killed_cell_goes_on_and_a_finished_one_is_skipped(tmp_path):
     assert other.stdout.split() == ["hit_uav-dense-16-supervised-0"]  # of another recipe
     table = [sys.executable, str(FOLDER / "tables.py"), "--results", str(tmp_path / "study.jsonl")]
     subprocess.run(table, env=environment, check=True)
-    assert "| dense | 1/16 | supervised | 1 |" in (tmp_path / "study.md").read_text()
+    assert "| dense | 1/16 | 6 | supervised | 1 |" in (tmp_path / "study.md").read_text()
