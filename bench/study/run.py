@@ -32,11 +32,12 @@ import torch
 from ablations import ABLATION_RESULTS, ABLATIONS
 from cells import BACKGROUND, CELLS, RESULTS, TrainingRun, read_lines
 from torch import nn
+from trained import RECALL, SIDES, recall_of, with_recall
 
 import pointformer
 from pointformer.data import Dataset
 from pointformer.evaluation import evaluate
-from pointformer.metrics import Metric, RecallBySize, SemanticIoU
+from pointformer.metrics import SemanticIoU
 from pointformer.models import Model, complexity_of, create_model
 from pointformer.tasks import Task, task_of
 from pointformer.train.pictures import open_data
@@ -47,7 +48,6 @@ QUEUES: dict[str, tuple[Sequence[TrainingRun], Path]] = {
     "arms": (CELLS, RESULTS),
     "ablations": (ABLATIONS, ABLATION_RESULTS),
 }
-SIDES = (16, 32, 96)  # pixels: limits between the groups of sizes
 TIMED = 16  # pictures whose time is measured
 
 
@@ -125,25 +125,20 @@ def run(cell: TrainingRun, recipe: Recipe, out: Path) -> dict[str, Any]:
 def scores_of(model: Model, task: Task, validation: Dataset, recipe: Recipe) -> dict[str, Any]:
     """Scores by name; found and annotated objects by class and size."""
 
-    def metrics() -> list[Metric]:
-        by_size = RecallBySize(validation.categories, SIDES, task.min_score)
-        return [*task.metrics(), by_size]
-
     tile = validation_tile(recipe, task)
+    metrics = with_recall(task, validation)
     result = evaluate(model, validation, task, metrics=metrics, tile=tile)
-    names = [category.name for category in validation.categories]
-    first = int(names[0] == BACKGROUND)
-    kinds = names[first:]
-    by_size = next(m for m in result.metrics if isinstance(m, RecallBySize)).scores()
-    found, annotated = by_size.found[first:], by_size.annotated[first:]
-    scores = {name: value for name, value in result.scores.items() if "recall, " not in name}
+    kinds = [c.name for c in validation.categories if c.name != BACKGROUND]
+    first = len(validation.categories) - len(kinds)
+    small, found, annotated = recall_of(result.metrics)
+    scores = {name: value for name, value in result.scores.items() if RECALL not in name}
     for metric in result.metrics:
         if isinstance(metric, SemanticIoU):
             iou = metric.scores().iou[first:]
             scores |= {f"IoU, {kind}": x for kind, x in zip(kinds, iou.tolist(), strict=True)}
     return {
         **{name: round(value, 4) if value == value else None for name, value in scores.items()},
-        "small": round(float(found[:, :2].sum() / max(annotated[:, :2].sum(), 1)), 4),
+        "small": small,
         "kinds": kinds,
         "sides": SIDES,
         "found": found.tolist(),

@@ -27,6 +27,7 @@ from pointformer.models import Model
 from pointformer.nn import ScoredMerge
 
 CHANGES = ("shuffled", "constant")
+SMALL = "small"  # see `Trained.scores`
 STAGES = RESULTS.with_name("stages.jsonl")
 
 
@@ -108,12 +109,17 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
         about = tuple(str(line[name]) for name in ("model", "weights", "data", "pictures", "score"))
         groups.setdefault(about, []).append(line)
     rows = []
-    for (model, _, data, pictures, score), group in groups.items():
+    parts = [
+        (about, score, lines) for about, lines in groups.items() for score in (about[4], SMALL)
+    ]
+    for (model, _, data, pictures, _), score, of_model in parts:
+        group = [line for line in of_model if score in line["scores"]]
         whole = [line["scores"][score] or 0.0 for line in group if line["merge"] is None]
         if not whole:
             continue
         for merge in sorted({line["merge"] for line in group} - {None}):
-            row = [model, f"{data} ({pictures})", score, f"{100 * whole[-1]:.1f}", str(merge + 1)]
+            name = "small objects found" if score == SMALL else score
+            row = [model, f"{data} ({pictures})", name, f"{100 * whole[-1]:.1f}", str(merge + 1)]
             for change in CHANGES:
                 lost = {
                     line["seed"]: 100 * (whole[-1] - (line["scores"][score] or 0.0))

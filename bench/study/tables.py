@@ -267,7 +267,10 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                 budgets |= set(x)
             axis.set(xscale="log", title=f"{head}: {name}, %")
             axis.set_xlabel("million multiply-adds after the first stage")
-            axis.set_xticks(sorted(budgets), [f"{x:.0f}" for x in sorted(budgets)])
+            ticks: list[float] = []
+            for x in sorted(budgets):  # labels closer to each other would overlap
+                ticks += [x] * (not ticks or x > 1.2 * ticks[-1])
+            axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
             axis.set_xticks([], minor=True)
     shown = [axis.get_legend_handles_labels() for axis in axes.flat]
     legend = {name: handle for pair in shown for handle, name in zip(*pair, strict=True)}

@@ -21,6 +21,7 @@ from tables import MAIN
 import pointformer
 from pointformer.data import Dataset
 from pointformer.evaluation import evaluate
+from pointformer.metrics import Metric, RecallBySize
 from pointformer.models import Model, complexity_of, create_model
 from pointformer.models.backbone import StageOutput
 from pointformer.prediction import to_tensor
@@ -32,6 +33,22 @@ from pointformer.train.run import validation_region, validation_tile
 
 _TIMED = 16  # pictures whose time is measured
 _TYPICAL = 8192  # points, where the recipe has no regions
+SIDES = (16, 32, 96)  # pixels: limits between the groups of sizes of objects
+RECALL = "recall, "  # in the names of its scores
+
+
+def with_recall(task: Task, validation: Dataset) -> Callable[[], list[Metric]]:
+    """Metrics of the task, and what is found by class and size."""
+    return lambda: [*task.metrics(), RecallBySize(validation.categories, SIDES, task.min_score)]
+
+
+def recall_of(metrics: Sequence[Metric]) -> tuple[float, np.ndarray, np.ndarray]:
+    """The share of objects below 32 pixels that is found; found and annotated objects, by class but
+    for the background and by size."""
+    metric = next(m for m in metrics if isinstance(m, RecallBySize))
+    kinds = [n for n, c in enumerate(metric.categories) if c.name != BACKGROUND]
+    found, annotated = (x[kinds] for x in (metric.scores().found, metric.scores().annotated))
+    return round(float(found[:, :2].sum() / max(annotated[:, :2].sum(), 1)), 4), found, annotated
 
 
 @dataclass(frozen=True)
@@ -103,18 +120,26 @@ class Trained:
         return [n for n, c in enumerate(self.task.categories) if c.name == BACKGROUND]
 
     def scores(self) -> dict[str, float | None]:
-        """By name, of all that it is scored on."""
+        """By name, of all that it is scored on; of pictures also the share of "small" objects that
+        are found."""
         seen = self.recipe.validation
-        found = evaluate(
+        pictures = not self.model.of_points
+        result = evaluate(
             self.model,
             self.validation,
             self.task,
+            metrics=with_recall(self.task, self.validation) if pictures else None,
             tile=validation_tile(self.recipe, self.task),
             resize=seen.resize,
             crop=seen.crop,
             region=validation_region(self.recipe, self.task),
-        ).scores
-        return {name: None if score != score else round(score, 4) for name, score in found.items()}
+        )
+        scores = {
+            name: None if score != score else round(score, 4)
+            for name, score in result.scores.items()
+            if RECALL not in name
+        }
+        return {**scores, "small": recall_of(result.metrics)[0]} if pictures else scores
 
     def multiply_adds(self) -> int:
         """Of a picture of the first one's size, or of a region of points."""

@@ -351,7 +351,9 @@ def test_a_trained_model_is_looked_at_again(monkeypatch, tmp_path):
         }
         table = results.with_suffix(".md").read_text()
         assert str(tmp_path) not in table + results.read_text()
-        assert table.count("| run | nuclei (1) |") == (5 if name == "budgets" else 2)
+        assert table.count("| run | nuclei (1) |") == (5 if name == "budgets" else 4)
+        assert all(0 <= line["scores"]["small"] <= 1 for line in lines)
+        assert table.count("| small objects found |") == (0 if name == "budgets" else 2)
         if name == "budgets":
             assert [line["rates"] for line in lines] == [[1 / n] * 2 for n in (2, 4, 8, 16, 32)]
             work = [line["multiply_adds"] for line in lines]
