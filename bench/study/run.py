@@ -30,9 +30,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from ablations import ABLATION_RESULTS, ABLATIONS
-from cells import BACKGROUND, CELLS, RESULTS, TrainingRun, read_lines
+from cells import CELLS, RESULTS, TrainingRun, read_lines
 from torch import nn
-from trained import RECALL, SIDES, recall_of, with_recall
+from trained import RECALL, SIDES, kinds_of, recall_of, with_recall
 
 import pointformer
 from pointformer.data import Dataset
@@ -128,18 +128,17 @@ def scores_of(model: Model, task: Task, validation: Dataset, recipe: Recipe) -> 
     tile = validation_tile(recipe, task)
     metrics = with_recall(task, validation)
     result = evaluate(model, validation, task, metrics=metrics, tile=tile)
-    kinds = [c.name for c in validation.categories if c.name != BACKGROUND]
-    first = len(validation.categories) - len(kinds)
+    kinds = kinds_of(validation.categories)
     small, found, annotated = recall_of(result.metrics)
     scores = {name: value for name, value in result.scores.items() if RECALL not in name}
     for metric in result.metrics:
         if isinstance(metric, SemanticIoU):
-            iou = metric.scores().iou[first:]
-            scores |= {f"IoU, {kind}": x for kind, x in zip(kinds, iou.tolist(), strict=True)}
+            iou = metric.scores().iou
+            scores |= {f"IoU, {name}": iou[n].item() for n, name in kinds.items()}
     return {
         **{name: round(value, 4) if value == value else None for name, value in scores.items()},
         "small": small,
-        "kinds": kinds,
+        "kinds": [*kinds.values()],
         "sides": SIDES,
         "found": found.tolist(),
         "annotated": annotated.tolist(),

@@ -5,8 +5,9 @@
 
 "shuffled": dealt anew among the tokens of each sample, "constant": all the same. What is kept is
 then chance, or the prior's choice alone, and what is merged is weighted so. If that costs nothing,
-the merge might as well keep any tokens. A line for each merge and change is added to the results,
-unless it is there, and stages.md is made of them.
+the merge might as well keep any tokens. Of pictures the small objects found are a score, too. A
+line for each merge and change is added to the results, unless it is there, and stages.md is made of
+them.
 """
 
 from __future__ import annotations

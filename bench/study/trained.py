@@ -19,7 +19,7 @@ from cells import BACKGROUND, read_lines
 from tables import MAIN
 
 import pointformer
-from pointformer.data import Dataset
+from pointformer.data import Category, Dataset
 from pointformer.evaluation import evaluate
 from pointformer.metrics import Metric, RecallBySize
 from pointformer.models import Model, complexity_of, create_model
@@ -37,17 +37,22 @@ SIDES = (16, 32, 96)  # pixels: limits between the groups of sizes of objects
 RECALL = "recall, "  # in the names of its scores
 
 
+def kinds_of(categories: Sequence[Category]) -> dict[int, str]:
+    """Number and name of the classes of objects: all but the background."""
+    return {n: c.name for n, c in enumerate(categories) if c.name != BACKGROUND}
+
+
 def with_recall(task: Task, validation: Dataset) -> Callable[[], list[Metric]]:
     """Metrics of the task, and what is found by class and size."""
     return lambda: [*task.metrics(), RecallBySize(validation.categories, SIDES, task.min_score)]
 
 
 def recall_of(metrics: Sequence[Metric]) -> tuple[float, np.ndarray, np.ndarray]:
-    """The share of objects below 32 pixels that is found; found and annotated objects, by class but
-    for the background and by size."""
+    """The share of objects below 32 pixels that is found; found and annotated objects, (K, 4) each,
+    by class as in `kinds_of` and by size as `SIDES` divides them."""
     metric = next(m for m in metrics if isinstance(m, RecallBySize))
-    kinds = [n for n, c in enumerate(metric.categories) if c.name != BACKGROUND]
-    found, annotated = (x[kinds] for x in (metric.scores().found, metric.scores().annotated))
+    kinds, scores = [*kinds_of(metric.categories)], metric.scores()
+    found, annotated = scores.found[kinds], scores.annotated[kinds]
     return round(float(found[:, :2].sum() / max(annotated[:, :2].sum(), 1)), 4), found, annotated
 
 

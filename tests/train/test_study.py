@@ -22,6 +22,7 @@ from pointformer.data import Category
 from pointformer.metrics import InstanceAP, SemanticIoU
 from pointformer.models import create_model, save_model
 from pointformer.train.initial import make_model
+from pointformer.train.recipe import read_recipe
 
 FOLDER = ROOT / "bench" / "study"
 # A cell in seconds.
@@ -207,6 +208,21 @@ def test_the_table_of_ablations(monkeypatch, tmp_path):
          "1 of 2"],
         ["center", "1", "70.0", "", "40.0", "", "2000", "250", "1 of 1"],
     ]  # fmt: skip
+
+
+def test_the_recipe_of_three_merges_is_the_cells(monkeypatch):
+    """But for the stages: with the figures of one the other is compared."""
+    cells = loaded("cells", monkeypatch)
+    recipe = read_recipe(str(FOLDER / "three_merges.yaml"), ["data.path=hit_uav"])
+    (cell,) = (c for c in cells.CELLS if c.name == "hit_uav-dense-16-spread-0")
+    differences = recipe.differences(asdict(cell.recipe(Path("."))))
+    names = {text.split()[0].removeprefix("options.") for text in differences}
+    assert names == {"dims", "depths", "heads", "first_stage", "rate", "ranking"}
+    assert make_model(recipe, [Category(n, str(n)) for n in range(5)]).config.rates == (
+        0.25,
+        0.5,
+        0.5,
+    )
 
 
 SMALL = {"dims": (8, 8, 8), "depths": 1, "heads": 1, "neighborhood_size": 16}
