@@ -218,11 +218,8 @@ def test_the_recipe_of_three_merges_is_the_cells(monkeypatch):
     differences = recipe.differences(asdict(cell.recipe(Path("."))))
     names = {text.split()[0].removeprefix("options.") for text in differences}
     assert names == {"dims", "depths", "heads", "first_stage", "rate", "ranking"}
-    assert make_model(recipe, [Category(n, str(n)) for n in range(5)]).config.rates == (
-        0.25,
-        0.5,
-        0.5,
-    )
+    model = make_model(recipe, [Category(n, str(n)) for n in range(5)])
+    assert model.config.rates == (0.25, 0.5, 0.5)
 
 
 SMALL = {"dims": (8, 8, 8), "depths": 1, "heads": 1, "neighborhood_size": 16}
