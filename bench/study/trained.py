@@ -120,6 +120,15 @@ class Trained:
         (decoded,) = self.task.decode(output, [annotation.classes().shape])
         return annotation, decoded.numpy(), stages
 
+    def sight(self) -> dict[str, Any]:
+        """How the model sees what it is scored on: arguments of `evaluate`."""
+        return {
+            "tile": validation_tile(self.recipe, self.task),
+            "resize": self.recipe.validation.resize,
+            "crop": self.recipe.validation.crop,
+            "region": validation_region(self.recipe, self.task),
+        }
+
     def background(self) -> list[int]:
         """The classes that are no object."""
         return [n for n, c in enumerate(self.task.categories) if c.name == BACKGROUND]
@@ -127,18 +136,9 @@ class Trained:
     def scores(self) -> dict[str, float | None]:
         """By name, of all that it is scored on; of pictures also the share of "small" objects that
         are found."""
-        seen = self.recipe.validation
         pictures = not self.model.of_points
-        result = evaluate(
-            self.model,
-            self.validation,
-            self.task,
-            metrics=with_recall(self.task, self.validation) if pictures else None,
-            tile=validation_tile(self.recipe, self.task),
-            resize=seen.resize,
-            crop=seen.crop,
-            region=validation_region(self.recipe, self.task),
-        )
+        metrics = with_recall(self.task, self.validation) if pictures else None
+        result = evaluate(self.model, self.validation, self.task, metrics=metrics, **self.sight())
         scores = {
             name: None if score != score else round(score, 4)
             for name, score in result.scores.items()

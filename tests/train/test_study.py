@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.training import ROOT, write_folder
+from helpers.training import ROOT, dataset_of, write_folder
 from pointformer import TokenSet
+from pointformer.annotations import Mask, Objects
 from pointformer.data import Category
 from pointformer.metrics import InstanceAP, SemanticIoU
-from pointformer.models import create_model, save_model
+from pointformer.models import complexity_of, create_model, save_model
+from pointformer.models.config import config_of
+from pointformer.tasks import task_of
 from pointformer.train.initial import make_model
 from pointformer.train.recipe import read_recipe
 
@@ -373,6 +376,65 @@ def test_a_trained_model_is_looked_at_again(monkeypatch, tmp_path):
             assert work == sorted(work, reverse=True)
             assert len(set(work)) > 3
             assert results.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_models_of_objects_by_score_kind_and_size(monkeypatch, tmp_path):
+    """Two pictures, all and half of whose objects are found; what is shown in vain scores less."""
+    instances = loaded("instances", monkeypatch)
+    data = dataset_of(tmp_path, "instance", count=2)
+    (tmp_path / "index.csv").write_text("name,mode\n0,gray\n1,stained\n2,gray\n", "utf-8")
+    found = []
+    for annotation, every in zip(data, (1, 2), strict=True):
+        objects = annotation.objects()
+        right = [*zip(objects.masks, objects.classes, strict=True)][::every]
+        masks = [mask for mask, _ in right]
+        empty = np.argwhere(annotation.ids == 0)[0]
+        masks.append(Mask(*empty.tolist(), np.ones((1, 1), bool)))
+        classes = [*(kind for _, kind in right), 0]
+        found.append(Objects(masks, classes, [0.61] * len(right) + [0.42], annotation.size))
+    seen = iter(zip(data, data, found, strict=True))
+    monkeypatch.setattr(instances, "predictions", lambda *a, **k: seen)
+    monkeypatch.setattr(instances.Trained, "cpu_seconds", lambda self: 0.25)
+    model = create_model("aff_nano", head="dense", num_classes=3, task="instance", **SMALL)
+    recipe = read_recipe("nuclei.yaml", [f"data.path={tmp_path}"])
+    task = task_of(model, recipe.task, data.categories)
+    trained = instances.Trained("m", "w", model, task, data, recipe)
+    line = instances.measure(trained)
+    many = [len(annotation.segments) for annotation in data]
+    hits = [many[0], -(-many[1] // 2)]
+    assert line["min_score"] == 0.5  # 0.45 to 0.6 are the best, and this is nearest to 0.5
+    assert line["counts"] == [sum(hits), 0, sum(many) - sum(hits)]
+    assert line["precision"] == line["mean"] == round(sum(hits) / sum(many), 4)
+    assert line["kinds"] == {"gray": [1, 1.0], "stained": [1, round(hits[1] / many[1], 4)]}
+    sides = np.concatenate([[s.area**0.5 for s in a.segments] for a in data])
+    groups = np.histogram(sides, [0, 7, 16, 32, 1000])[0]
+    assert line["annotated"] == [groups.tolist()]
+    assert np.sum(line["found"]) == sum(hits)
+    assert line["parameters"] == complexity_of(model, 32, 32).parameters
+    row = instances.page([trained.about() | line]).splitlines()[-1]
+    share = f"{100 * line['precision']:.1f}"
+    assert row.startswith(f"| m | {tmp_path.name} (2) | 0.5 | {share} | 100.0 (gray, 1), ")
+    (tmp_path / "index.csv").unlink()
+    assert instances.kinds_in(tmp_path) == {}
+
+
+def test_the_unet_takes_the_place_of_the_backbone(monkeypatch, tmp_path):
+    """Through training and scoring, by the same commands; odd sides too."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    unet = loaded("unet", monkeypatch)
+    monkeypatch.setattr(unet.model, "AFF", unet.model.AFF)  # put back at the end
+    data, out = write_folder(tmp_path / "nuclei", side=50), tmp_path / "run"
+    changes = ["budget.steps=2", "augmentation.crop.size=32", "batch=2", "score_weight=0"]
+    train = ["train", "nuclei_stars.yaml", str(data), "--out", str(out), *changes]
+    assert unet.main(train) == 0
+    results = tmp_path / "instances.jsonl"
+    scored = ["instances", str(out / "model.safetensors"), str(out / "recipe.yaml"), str(data)]
+    assert unet.main([*scored, "--results", str(results)]) == 0
+    (line,) = map(json.loads, results.read_text().splitlines())
+    assert (line["model"], line["pictures"], line["kinds"]) == ("run", 2, {})
+    assert 1_000_000 < line["parameters"] < 2_000_000  # about as many as aff_nano has with stars
+    stages = unet.UNet(config_of("aff_nano"))(torch.zeros(1, 3, 50, 33))
+    assert [stage.tokens.num_tokens for stage in stages] == [13 * 9, 7 * 5, 4 * 3, 2 * 2]
 
 
 def command(root, *more):

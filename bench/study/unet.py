@@ -1,8 +1,9 @@
 """The `pointformer` command with a U-Net (Ronneberger et al. 2015) in the place of AFF's backbone.
 
-    python bench/nuclei/unet.py train nuclei_stars.yaml DATA --out OUT
-    python bench/nuclei/unet.py evaluate OUT/model.safetensors DATA --split val
+    python bench/study/unet.py train nuclei_stars.yaml DATA --out OUT score_weight=0
+    python bench/study/unet.py instances OUT/model.safetensors OUT/recipe.yaml DATA
 
+(`instances` is instances.py with it; a U-Net has no scores of tokens, hence no weight of them.)
 Head, loss and training are those of the recipe: a yardstick for `aff_nano.nuclei`, with about as
 many weights. Pictures go down to strides 2, 4, ..., 32 by two convolutions each; on the way up each
 map meets what was there on the way down, and those at strides 4 to 32 are what the head reads.
@@ -11,13 +12,15 @@ map meets what was there on the way down, and those at strides 4 to 32 are what 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Sequence
 
+import instances
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pointformer.cli import main
+from pointformer import cli
 from pointformer.models import model
 from pointformer.models.backbone import StageOutput
 from pointformer.models.config import AFFConfig
@@ -64,6 +67,13 @@ class UNet(nn.Module):
         return [StageOutput(tokens, tokens, None) for tokens in token_sets(maps)]
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
     model.AFF = UNet  # type: ignore[misc, assignment]
-    raise SystemExit(main())
+    if arguments[:1] == ["instances"]:
+        instances.main(arguments[1:])
+        return 0
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
