@@ -399,8 +399,11 @@ def too_many(*rows: int) -> bool:
 
 
 def can_read(values: Tensor) -> bool:
-    """Whether checks may look at the values: not while a graph is traced or a GPU's captured."""
+    """Whether checks may look at the values: not while a graph is traced or a GPU's captured, nor
+    in a function that `torch.func` transforms."""
     if torch.compiler.is_compiling() or values.device.type == "meta":
+        return False
+    if torch._C._are_functorch_transforms_active():
         return False
     return values.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 
 import torch
+from torch.autograd import forward_ad
 
 from pointformer._checks import brief
 
@@ -16,6 +17,8 @@ def choose(
     impl: str | None,
     lacks: Mapping[str, Callable[[], str | None]],
     device: torch.device,
+    *,
+    differentiable: bool = False,
 ) -> str:
     """The implementation to run. Nothing falls back silently.
 
@@ -26,6 +29,7 @@ def choose(
         lacks: for each fast implementation of the op, a function that says in words which argument
             it cannot run, or returns `None` if it can. Devices and installations are checked here.
         device: where the arguments live.
+        differentiable: the op has derivatives, not only indices.
 
     Raises:
         ValueError: `impl` is unknown, does not exist for the op, or cannot run the arguments; the
@@ -43,6 +47,8 @@ def choose(
             f"{op}: impl={brief(impl)} does not exist, expected one of {known} or None"
         )
     reason = _device_lacks(chosen, device) or lacks[chosen]()
+    if reason is None and differentiable and _is_transformed():
+        reason = "fast implementations have no forward derivatives, and none under torch.func"
     if reason is not None:
         raise ValueError(
             f"{op}: impl={impl!r} cannot run this on {device}: {reason}; use impl='reference'"
@@ -52,6 +58,13 @@ def choose(
 
 def lacks_nothing() -> None:
     """For `choose`: an implementation that can run all arguments."""
+
+
+def _is_transformed() -> bool:
+    """Whether other derivatives than gradients may be wanted, which torch would take to be zero."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _device_lacks(impl: str, device: torch.device) -> str | None:

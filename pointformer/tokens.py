@@ -551,7 +551,7 @@ class TokenSet:
 
     def to_grid(self, fill: float = 0.0, *, check_values: bool = True) -> Tensor | list[Tensor]:
         """Feature maps (B, C, H, W) or (B, C, Z, H, W) with each token in the cell that it lies
-        in and `fill` in cells without one; a list of maps if the extents differ.
+        in and `fill` in cells without one; a list of maps if the extents differ, or there are none.
 
         Args:
             check_values: whether to look for tokens outside of the canvas, which waits for the
@@ -566,6 +566,8 @@ class TokenSet:
         if not (isinstance(fill, float) and not math.isfinite(fill)):  # those may fill, too
             check_number("fill", fill)
         shapes = [tuple(int(side) for side in reversed(extent)) for extent in self.extent]
+        if not shapes:
+            return []
         volumes = [math.prod(shape) for shape in shapes]
         sample = self.sample_index
         same = len(set(shapes)) == 1  # then nothing is copied from the host

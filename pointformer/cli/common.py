@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pointformer.models import Model
     from pointformer.processes import Processes
 
+_MOST_THREADS = 1024  # of some thousands starting takes seconds, of more the process dies
 DEFAULT_MODEL, CLOUD_MODEL = "aff_nano.nuclei", "point_nano.lidar"
 
 
@@ -50,7 +51,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, by_inputs: bool = False
 
 def _rates(text: str) -> float | tuple[float, ...]:
     """A number, or several with commas between."""
-    numbers = tuple(map(float, text.split(",")))
+    try:
+        numbers = tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers with commas between, got {text!r}"
+        ) from None
     return numbers if len(numbers) > 1 else numbers[0]
 
 
@@ -139,19 +145,29 @@ def reading_from(options: argparse.Namespace) -> Reading:
     }
 
 
+def use_threads(threads: int | None) -> None:
+    """What `--threads` asks for; `None` leaves the number as it is.
+
+    Raises:
+        ValueError: there cannot be so many.
+    """
+    import torch
+
+    if threads is None:
+        return
+    if not 1 <= threads <= _MOST_THREADS:
+        raise ValueError(f"--threads: expected 1 to {_MOST_THREADS}, got {threads}")
+    torch.set_num_threads(threads)
+
+
 def model_from(options: argparse.Namespace, *, pretrained: bool = True, **changes: object) -> Model:
     """The model that `--model`, `--rate` and `--alpha` ask for, in eval mode, on its device.
 
     `pretrained` and `changes` are those of `create_model`. Sets the number of threads too.
     """
-    import torch
-
     from pointformer.models import create_model
 
-    if options.threads is not None and options.threads < 1:
-        raise ValueError(f"--threads: expected at least 1, got {options.threads}")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     overrides = {
         name: getattr(options, name)
         for name in ("rate", "alpha")

@@ -62,10 +62,10 @@ def run(options: argparse.Namespace) -> int:
     untrained = list_models()
     names = options.names or untrained
     width = max(18, *(len(printable(name)) for name in names))
-    print(
+    title = (
         f"{'model':{width}}{'size':>8}{'parameters':>14}"
         + "".join(f"{column:>11}" for column in _COLUMNS)
-        + f"{'as papers':>11}{'paper':>8}"
+        + f"{'as papers':>11}{'paper':>8}\n"
     )
     trained = {}
     for name in names:
@@ -89,11 +89,12 @@ def run(options: argparse.Namespace) -> int:
         published = PUBLISHED.get((name, model.head_name))
         if (size, model.num_classes) != ((224, 1000) if classifies else (512, 150)):
             published = None
-        print(
-            f"{printable(name):{width}}{size:>8}{c.parameters:>14,}"
+        print(  # under the title, once there is something
+            f"{title}{printable(name):{width}}{size:>8}{c.parameters:>14,}"
             + "".join(f"{getattr(c, column) / 1e9:>11.3f}" for column in _COLUMNS)
             + f"{c.published / 1e9:>11.3f}{published or '-':>8}"
         )
+        title = ""
     for name, model in trained.items():
         print(f"\n{printable(name)}")
         for line in _lines(_described(model), "  "):

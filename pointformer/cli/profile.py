@@ -17,7 +17,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from pointformer.cli.common import is_out_of_memory
+from pointformer.cli.common import is_out_of_memory, use_threads
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +69,7 @@ def run(options: argparse.Namespace) -> int:
     from pointformer.profiling import describe_machine, profile, table
 
     _check(options)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     gpu = torch.cuda.is_available() and not options.predict
     device = torch.device(options.device or ("cuda" if gpu else "cpu"))
     dtype = getattr(torch, DTYPES[options.dtype])
@@ -127,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> None:
     import torch
 
-    for name, least in (("batch", 1), ("repeats", 1), ("threads", 1)):
+    for name, least in (("batch", 1), ("repeats", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name}: expected at least {least}, got {value}")

@@ -76,13 +76,13 @@ class Results:
             status = path.stat()
         protected = self._protected.get((status.st_dev, status.st_ino))
         if protected is not None:
-            raise FileExistsError(f"{path}: {protected}; choose another --out")
+            raise FileExistsError(f"{path}: {protected}; choose another name")
         if path.is_dir():
             raise IsADirectoryError(f"{path}: expected a name for a file, this is a folder")
         if not self._overwrite and not is_result(path):
             raise FileExistsError(
                 f"{path}: is there, and not as this program wrote it; move it, choose another "
-                "--out, or pass --overwrite"
+                "name, or pass --overwrite"
             )
         return True
 

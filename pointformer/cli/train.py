@@ -16,7 +16,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pointformer.cli.common import add_task_argument, is_out_of_memory, printable, say
+from pointformer.cli.common import (
+    add_task_argument,
+    is_out_of_memory,
+    printable,
+    say,
+    use_threads,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,8 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import torch
-
     from pointformer.train.recipe import describe_fields, read_recipe, write_recipe
     from pointformer.train.run import RECIPE, train
 
@@ -84,10 +88,7 @@ def run(options: argparse.Namespace) -> int:
         "data.skip_bad": "true" if options.skip_bad else None,
     }
     changes = [f"{name}={value}" for name, value in given.items() if value is not None] + changes
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads: expected at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     made = read_recipe(recipe, changes, task=options.task, model=options.model, init=options.init)
     if options.print_recipe:
         say(write_recipe(made).rstrip())

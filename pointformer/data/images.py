@@ -331,6 +331,11 @@ def _array_of(tensor) -> np.ndarray:
     """(C, H, W) to (H, W, C)."""
     import torch
 
+    if tensor.ndim == 3 and len(tensor) not in (1, 3, 4) and tensor.shape[2] in (1, 3, 4):
+        raise PictureError(
+            "image: expected (1, H, W), (3, H, W) or (4, H, W) of a tensor, got "
+            f"{tuple(tensor.shape)}; permute(2, 0, 1), or pass an array"
+        )
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
     array = tensor.detach().cpu().numpy()
@@ -369,7 +374,7 @@ def _choose_planes(
         raise _several_pictures(pictures)
     axes = {} if image >= len(pictures) else dict(pictures[image].layout.planes)
     for axis, number in {"image": image, **wanted}.items():
-        length = len(pictures) if axis == "image" else axes.get(axis, 1)
+        length = len(pictures) if axis == "image" else axes.get(axis, 0)
         if number >= length:
             raise PictureError(
                 f"{pictures[0].name}: there is no plane {axis}={number}; "

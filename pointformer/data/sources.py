@@ -113,7 +113,7 @@ def find_source(
             "beside annotations/, tar files of samples, a .npz file of arrays or points, or "
             "point clouds with a class per point"
         )
-    hint = "; pass its JSON (--annotations)" if format.startswith("coco") else ""
+    hint = "; `evaluate` takes a JSON elsewhere (--annotations)" * format.startswith("coco")
     raise ValueError(f"{path}: expected {FORMATS[format].layout}, found none{hint}")
 
 

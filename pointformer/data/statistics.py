@@ -185,6 +185,11 @@ class Statistics:
                 f"{_some(absent, 'class', 'classes')} without {self.counts}: nothing is learned "
                 "of these"
             )
+        if self.counts == "objects" and len(good) > 1 and max(len(f.areas) for f in good) == 1:
+            lines.append(
+                "no picture has more than one object; where a map shows several, each needs a "
+                "number of its own"
+            )
         diameters = self.diameters * scale
         small = int((diameters < token).sum())
         if small:

@@ -128,7 +128,7 @@ def neighborhood_attention(
             or neighborhoods.triton_lacks()
         ),
     }
-    chosen = choose("neighborhood_attention", impl, lacks, device)
+    chosen = choose("neighborhood_attention", impl, lacks, device, differentiable=True)
     if chosen != "reference":
         clusters = neighborhoods.clusters
         if position_value is not None:

@@ -105,7 +105,7 @@ def deformable_attention(
         return lacks()
 
     fast = {"cpu": lacks, "triton": triton_lacks}
-    chosen = choose("deformable_attention", impl, fast, device)
+    chosen = choose("deformable_attention", impl, fast, device, differentiable=True)
     canvas = canvas[query_sample]
     if not isinstance(power, Tensor):
         power = torch.full((), power, dtype=torch.float32, device=device)

@@ -49,7 +49,9 @@ def weighted_gather(
             return f"there are {len(features)} tokens and {index.numel()} entries of lists"
         return "features are float64" if features.dtype == torch.float64 else None
 
-    chosen = choose("weighted_gather", impl, {"cpu": lacks, "triton": lacks}, device)
+    chosen = choose(
+        "weighted_gather", impl, {"cpu": lacks, "triton": lacks}, device, differentiable=True
+    )
     if chosen == "reference":
         return reference(features, index, weights)
     return fused_gather(features, as_int32(index), weights.float(), chosen)

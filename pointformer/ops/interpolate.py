@@ -123,7 +123,9 @@ def interpolate(
             return f"there are {tokens} tokens and {neighbor_index.numel()} entries of lists"
         return lacks_gradient_of(positions=positions, query_positions=query_positions)
 
-    chosen = choose("interpolate", impl, {"cpu": lacks, "triton": lacks}, device)
+    chosen = choose(
+        "interpolate", impl, {"cpu": lacks, "triton": lacks}, device, differentiable=True
+    )
     if chosen == "reference":
         return reference_interpolate(
             features, positions, query_positions, neighbor_index, power, eps

@@ -90,7 +90,7 @@ def scored_merge(
     center_positions = positions[center_index]
     net = (weight, bias, norm_weight, norm_bias)
     fast = {"cpu": lacks, "triton": lambda: lacks() or _too_many(weight)}
-    chosen = choose("scored_merge", impl, fast, device)
+    chosen = choose("scored_merge", impl, fast, device, differentiable=True)
     if chosen == "reference":
         rows, mask = centered.members()
         inputs = (features, scores, positions, center_positions, rows, mask)
@@ -165,7 +165,7 @@ def point_conv(
 
     net = (weight, bias, norm_weight, norm_bias)
     fast = {"cpu": lacks, "triton": lambda: lacks() or _too_many(weight)}
-    chosen = choose("point_conv", impl, fast, device)
+    chosen = choose("point_conv", impl, fast, device, differentiable=True)
     if chosen == "reference":
         scores = features.new_ones(tokens)
         index = neighbor_index.long()

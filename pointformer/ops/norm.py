@@ -56,7 +56,9 @@ def add_norm(
             return f"x has {channels} channels, not 1 to {_MOST_CHANNELS}"
         return None
 
-    chosen = choose("add_norm", impl, {"cpu": lacks_nothing, "triton": lacks}, x.device)
+    chosen = choose(
+        "add_norm", impl, {"cpu": lacks_nothing, "triton": lacks}, x.device, differentiable=True
+    )
     if chosen != "triton":
         return reference(x, branch, scale, weight, bias, eps)
     total, normed, _, _ = fused_add_norm(x, branch, scale, weight, bias, eps, chosen)

@@ -183,7 +183,13 @@ def _in_segments(
             return "values are float64"
         return f"values has {rows} rows" if too_many(rows) else None
 
-    chosen = choose(op, impl, dict.fromkeys(("cpu", "triton", "torch_scatter"), lacks), device)
+    chosen = choose(
+        op,
+        impl,
+        dict.fromkeys(("cpu", "triton", "torch_scatter"), lacks),
+        device,
+        differentiable=True,
+    )
     checked = check_values and can_read(values)
     if isinstance(sizes, Tensor) and torch.compiler.is_compiling():
         return offsets_of(sizes, device), None, chosen  # unread, see `PerSample`

@@ -335,7 +335,14 @@ def _loaded(text: str) -> Any:
         raise ImportError("training needs PyYAML: pip install 'pointformer[train]'") from None
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in names:
+                    problem = f"{key.value!r} is there twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                names.add(key.value)
+            return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
@@ -494,10 +501,9 @@ def describe_fields() -> str:
     """All fields of recipes, what they are and their defaults, as text."""
     parser = _parser()
     parser.add_class_arguments(Recipe)
-    lines = parser.format_help().splitlines()
-    kept = [line for line in lines if not re.match(r"  --[\w.]+( CONFIG|\.help)\b", line)]
-    text = "\n".join(line for line in kept if "Show the help for" not in line)
-    return re.sub(r"(?m)^  --", "    ", text)
+    # Without what is of the parser: files and help of groups, with the lines that explain them.
+    foreign = r"(?m)^  --[\w.]+( CONFIG|\.help)\b.*\n( {8,}.*\n)*"
+    return re.sub(r"(?m)^  --", "    ", re.sub(foreign, "", parser.format_help())).rstrip()
 
 
 def _parser() -> Any:

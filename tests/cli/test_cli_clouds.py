@@ -191,7 +191,7 @@ def test_what_is_wrong_is_a_line_and_the_rest_is_done(capsys, points_model, quic
     os.truncate("cut.laz", 700)
     Image.new("RGB", (8, 8)).save("c.png")
     bad = {
-        "none.xyz": "has no 'intensity', which the model wants of each point",
+        "none.xyz": "has no 'intensity' with a number for each point, which the model wants",
         "empty.las": "has no points",
         "nan.xyz": "NaN",
         "dark.xyz": "intensity: is NaN or infinite at 1 of 2 points",

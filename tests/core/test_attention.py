@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from helpers.attention import (
     attend,
@@ -25,6 +26,7 @@ from helpers.attention import (
     places_of,
     registered_arguments,
 )
+from pointformer import TokenSet
 from pointformer.clusters import Neighborhoods
 from pointformer.kernels.cpu import attention_backward
 from pointformer.ops import neighborhood_attention
@@ -465,6 +467,41 @@ def test_opcheck(options, dtype, cluster_size):
             torch.ops.pointformer.neighborhood_attention_backward.default,
             (torch.ones_like(output), output, normal, *arguments),
         )
+
+
+def test_other_derivatives_are_the_references():
+    """Forward ones and those of torch.func; fused ops, whose forward ones torch would take to be
+    zero, say so."""
+    tokens = TokenSet(torch.rand(40, 2)).cluster(8)
+    neighborhoods = tokens.neighborhoods(2)
+    values, tangent = torch.randn(2, 40, 2, 8, dtype=torch.float64)
+
+    def attention(values, impl="reference"):
+        return neighborhood_attention(
+            values, values, values, tokens.positions, neighborhoods, impl=impl
+        )
+
+    result, forward = torch.func.jvp(attention, (values,), (tangent,))
+    step = 1e-6 * tangent
+    expected = (attention(values + step) - attention(values - step)) / 2e-6
+    torch.testing.assert_close(forward, expected, rtol=1e-6, atol=1e-7)
+    with forward_ad.dual_level():
+        dual = attention(forward_ad.make_dual(values, tangent))
+        assert torch.equal(forward_ad.unpack_dual(dual).tangent, forward)
+        with pytest.raises(ValueError, match=r"no forward derivatives.*; use impl"):
+            attention(forward_ad.make_dual(values.float(), tangent.float()), None)
+    leaf = values.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((attention(leaf) * tangent).sum(), leaf)
+    assert torch.equal(torch.func.grad(lambda v: (attention(v) * tangent).sum())(values), gradient)
+    assert torch.equal(torch.vmap(attention)(values[None])[0], result)
+    single = values.float()
+    for transformed in (
+        lambda: torch.func.grad(lambda v: attention(v, None).sum())(single),
+        lambda: torch.vmap(lambda v: attention(v, None))(single[None]),
+        lambda: torch.func.jvp(lambda v: attention(v, None), (single,), (single,)),
+    ):
+        with pytest.raises(ValueError, match=r"none under torch\.func; use impl='reference'"):
+            transformed()
 
 
 def test_second_derivative_of_the_fused_op_is_an_error():

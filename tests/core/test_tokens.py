@@ -44,6 +44,7 @@ def test_grids_of_different_sizes():
     assert tokens.sizes == (24, 4, 9)
     for back, original in zip(tokens.to_grid(), maps, strict=True):
         assert torch.equal(back, original)
+    assert TokenSet.from_grid(torch.randn(0, 3, 4, 6)).to_grid() == []
 
 
 def test_cells_without_a_token_are_filled():

@@ -345,6 +345,7 @@ def test_planes_of_several_axes(tmp_path):
     assert "6 planes (t 2, z 3)" in refusal(path, plane="z=1")
     assert "there is no plane z=3" in refusal(path, plane="z=3,t=0")
     assert "there is no plane 6" in refusal(path, plane=6)
+    assert "there is no plane q=0" in refusal(path, plane="q=0,z=0,t=0")
     for wrong in (-1, "z", "z=", "z=-1,t=0", 1.5, True):
         assert "plane: expected a number" in refusal_of_choice(path, plane=wrong)
 

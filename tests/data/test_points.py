@@ -353,6 +353,14 @@ def test_a_cloud_optimized_file_becomes_a_plain_one(tmp_path):
     assert "owner" in owners
 
 
+@pytest.mark.parametrize("suffix", [".las", ".laz", ".ply", ".npz", ".LAZ"])
+def test_text_is_not_what_its_name_says(tmp_path, suffix):
+    path = tmp_path / f"tile{suffix}"
+    path.write_text("1 2 3\n4 5 6\n")
+    with pytest.raises(ValueError, match=f"is named {suffix}, but does not begin like one"):
+        read_points(path)
+
+
 def test_features_of_points(tmp_path):
     cloud = tile(tmp_path / "tile.laz")
     tokens = read_points(tmp_path / "tile.laz", fields=(), features=("intensity", "red"))
@@ -360,7 +368,7 @@ def test_features_of_points(tmp_path):
     expected = np.stack([np.minimum(cloud.intensity / most, 1), cloud.red], 1)
     assert torch.allclose(tokens.features, torch.from_numpy(expected).float())
     assert tokens.fields == {}
-    with pytest.raises(ValueError, match=r"tile.laz: has no 'height', which the model wants"):
+    with pytest.raises(ValueError, match=r"tile.laz: has no 'height' with a number for each"):
         read_points(tmp_path / "tile.laz", features=("height",))
     with pytest.raises(TypeError, match="features: expected names"):
         read_points(tmp_path / "tile.laz", features="intensity")

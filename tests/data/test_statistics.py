@@ -51,6 +51,20 @@ def test_small_objects_and_large_crops_are_advised_on(tmp_path):
     assert found.advice(2, (20, 20)) == []
 
 
+def test_maps_that_do_not_tell_objects_apart(tmp_path):
+    """Masks of 0 and 255 are one object each, and so they may be meant."""
+    ids = np.zeros((20, 20), np.uint8)
+    ids[2:8, 2:8] = ids[12:18, 12:18] = 255
+    for n in range(2):
+        save(tmp_path / f"images/{n}.png", ids)
+        save(tmp_path / f"instances/{n}.png", ids)
+    (advice,) = examine(open_dataset(tmp_path, task="instance"), "objects").advice(1)
+    assert "each needs a number of its own" in advice
+    ids[12:18, 12:18] = 254
+    save(tmp_path / "instances/1.png", ids)
+    assert examine(open_dataset(tmp_path, task="instance"), "objects").advice(1) == []
+
+
 def test_classes_of_pixels(tmp_path):
     found = examine(classes(tmp_path, [0, 0, 2]), "pixels")
     assert found.per_class == [112, 0, 56]

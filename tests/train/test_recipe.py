@@ -55,6 +55,8 @@ def test_a_task_has_a_recipe_to_start_from():
     [("[1, 2]", "expected the fields of a recipe, got [1, 2]"),
      ("", "expected the fields of a recipe, got None"),
      ("b: 1\na: [1, 2", "expected YAML, but in line 2 expected ',' or ']'"),
+     ("batch: 2\nloss: {}\nbatch: 3", "expected YAML, but in line 3 'batch' is there twice"),
+     ("loss: {points: 1, points: 2}", "expected YAML, but in line 1 'points' is there twice"),
      ("tsk: 1", "tsk: no such field; did you mean task?"),
      ("optimizer: {lr: 3}", "optimizer.lr: no such field; there are learning_rate, reference_"),
      ("optimizer: 3", "optimizer: expected its fields, learning_rate, reference_batch,"),
@@ -164,6 +166,8 @@ def test_all_fields_are_described():
     for name in ("task", "optimizer.learning_rate", "augmentation.crop", "budget.minutes"):
         assert f"    {name} " in text
     assert "--" not in text
+    for line in text.splitlines():  # of the parser's own help no ends are left
+        assert line.strip() not in ("exit.", "and exit.", "Path to a configuration file.")
     assert "the highest, of the head" in text
     assert Recipe().budget == Budget()
 

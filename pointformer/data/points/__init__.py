@@ -156,6 +156,9 @@ def _format_of(path: Path) -> Any:
         return ply
     if start == b"PK\x03\x04":
         return npz
+    kind = next((kind for kind, own in _FORMATS.items() if path.suffix.lower() in own), text)
+    if start and kind is not text:
+        raise ValueError(f"is named {path.suffix}, but does not begin like one")
     return text
 
 

@@ -106,7 +106,8 @@ def feature_of(name: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     if column is None:
         have = ", ".join(other for other in columns if other not in AXES)
         raise ValueError(
-            f"has no {brief(name)}, which the model wants of each point, only {have or 'x, y, z'}; "
+            f"has no {brief(name)} with a number for each point, which the model wants, only "
+            f"{have or 'x, y, z'}; "
             "if it has another name, name all in the order of the training (--features)"
         )
     values = np.asarray(columns[column])
