@@ -51,6 +51,22 @@ def test_an_object_is_found_by_one_of_its_class_that_covers_it(side, category, f
     assert metric.scores().found.tolist() == [[0, 0, 0], [0, found, 0]]
 
 
+@pytest.mark.parametrize(("areas", "found"), [((49,), 0), ((50,), 1), ((1, 49), 1)])
+def test_half_of_stuff_is_enough(areas, found):
+    """Of 100 pixels, in one segment or in several."""
+    annotated = Annotation(
+        "a", None, (10, 20), "a", ids=square(np.zeros((10, 20), np.int32), 1, 0, 0, 10),
+        segments=(Segment(1, 0, 100),),
+    )  # fmt: skip
+    row = np.repeat(np.arange(1, len(areas) + 1), areas)
+    ids = np.zeros((10, 20), np.int32)
+    ids[:, :10] = np.pad(row, (0, 100 - len(row))).reshape(10, 10)
+    metric = RecallBySize(KINDS, ())
+    metric.update(SegmentMap.of(ids, [0] * len(areas), [1.0] * len(areas)), annotated)
+    assert metric.scores().found.tolist() == [[found], [0]]
+    assert metric.scores().annotated.tolist() == [[1], [0]]
+
+
 def test_parts_of_a_map_of_classes_count_each():
     truth = np.full((20, 20), VOID, np.int32)
     square(square(truth, 1, 0, 0, 4), 1, 10, 10, 9)

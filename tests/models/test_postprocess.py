@@ -101,6 +101,9 @@ def test_better_objects_are_on_top():
     assert [s.score for s in result.segments] == [np.float32(0.6), np.float32(0.9)]
     np.testing.assert_array_equal(result.ids == 2, masks[1])  # hides the third
     np.testing.assert_array_equal(result.ids == 1, masks[0] & ~masks[1])
+    for score in (0.5, 1.0):  # of equals the first is on top
+        result = Objects(masks, [4, 5, 6], [score] * 3).segment_map()
+        assert [(s.category, s.area) for s in result.segments] == [(4, 20), (5, 20)]
     assert found.confident(0.65).classes.tolist() == [5, 6]
     assert found.confident(float(np.float32(0.7))).classes.tolist() == [5, 6]
     assert len(found.confident(0.91)) == 0

@@ -99,6 +99,15 @@ def test_thresholds_and_smallest_size():
     assert instances_from_logits(logits, confidence=0.8, **options).max() == 1
 
 
+def test_objects_grow_over_the_most_probable_pixels_first():
+    """They meet where the inside is least sure."""
+    row = [0.9, 0.7, 0.62, 0.1, 0.6, 0.65, 0.7, 0.7, 0.75, 0.75, 0.8, 0.9]
+    inside = np.tile(row, (3, 1))
+    logits = np.log([np.full_like(inside, 0.05), inside, 0.95 - inside])
+    found = instances_from_logits(logits, smoothing=0, marker_threshold=0.85, min_size=1)
+    assert found.tolist() == [[1] * 4 + [2] * 8] * 3
+
+
 def test_wrong_shape():
     with pytest.raises(ValueError, match=r"logits: expected shape \(3, H, W\), got \(4, 5\)"):
         instances_from_logits(np.zeros((4, 5)))

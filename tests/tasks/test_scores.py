@@ -52,11 +52,12 @@ def test_outlines_lie_between_what_differs():
     assert not outlines(of_classes(np.full((6, 7), VOID))).any()
 
 
-def test_it_is_the_mean_of_both_kinds_of_cells_in_the_whole_batch():
+@pytest.mark.parametrize("stride", [4, 2])
+def test_it_is_the_mean_of_both_kinds_of_cells_in_the_whole_batch(stride):
     rng = np.random.default_rng(0)
     sizes = [(SIDE, SIDE), (30, 50)]
     annotations = [of_classes(rng.random(size) < 0.02) for size in sizes]
-    model = scored()
+    model = scored(patch_stride=stride)
     stages = model.backbone([torch.randn(3, *size) for size in sizes])
     terms = []
     for stage in stages[:2]:
@@ -66,7 +67,8 @@ def test_it_is_the_mean_of_both_kinds_of_cells_in_the_whole_batch():
         ):
             marks = outlines(annotation)
             for (x, y), score in zip(sample.positions.int().tolist(), scores, strict=True):
-                pairs.append((marks[4 * y : 4 * y + 4, 4 * x : 4 * x + 4].any(), score))
+                top, left = stride * y, stride * x
+                pairs.append((marks[top : top + stride, left : left + stride].any(), score))
         for kind in (True, False):
             losses = [
                 F.binary_cross_entropy(score, torch.tensor(float(has)))
@@ -74,13 +76,13 @@ def test_it_is_the_mean_of_both_kinds_of_cells_in_the_whole_batch():
                 if has == kind
             ]
             terms.append(torch.stack(losses).mean())
-    loss = score_loss(stages, annotations, 4)
+    loss = score_loss(stages, annotations, stride)
     torch.testing.assert_close(loss, torch.stack(terms).mean())
     loss.backward()
     for stage in model.backbone.stages[:2]:
         assert stage.merge.score.weight.grad.abs().max() > 0
     nothing = [of_classes(np.zeros(size)) for size in sizes]
-    assert score_loss(stages, nothing, 4).isfinite()
+    assert score_loss(stages, nothing, stride).isfinite()
 
 
 def test_scores_that_are_all_1_still_learn():
@@ -117,6 +119,24 @@ def test_it_needs_learned_scores(ranking):
     stages = scored(ranking=ranking).backbone(torch.randn(1, 3, SIDE, SIDE))
     with pytest.raises(ValueError, match="score_weight: expected a backbone that ranks"):
         score_loss(stages, [of_classes(np.eye(SIDE))], 4)
+
+
+@pytest.mark.parametrize("stride", [4, 2])
+def test_it_has_its_weight_in_the_loss_of_a_step(stride, tmp_path):
+    dataset = dataset_of(tmp_path, "instance", 2, 32)
+    for weight in (1, 0.25):
+        changes = [f"score_weight={weight}", f"options.patch_stride={stride}", "budget.steps=1"]
+        trainer = trainer_of(dataset, recipe_of(tmp_path, *changes))
+        batch = next(Batches(dataset, None, batch=2, seed=0).steps())
+        model = trainer.model.train()
+        _, stages = model(model.preprocess(batch.images), with_stages=True)
+        expected = weight * score_loss(stages, batch.annotations, stride).item()
+        trainer.step(batch)
+        trainer.check()
+        (row,) = trainer.recent
+        assert row["scores"] == pytest.approx(expected, rel=1e-5)
+        terms = row["cross_entropy"] + row["dice"] + row["scores"]
+        assert row["loss"] == pytest.approx(terms, rel=1e-5)
 
 
 @pytest.mark.parametrize("task", ["semantic", "instance"])

@@ -1,6 +1,7 @@
 """Stars: targets from maps of ids, their loss, and objects from scores and rays."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -356,3 +357,6 @@ def test_classes_and_crowds():
     for name, term in task.loss([other], [of_things]).items():
         torch.testing.assert_close(term, best[name])
     assert task.loss([other], [annotated(ids, [1, 2, 2])])["score"] != best["score"]
+    first = replace(of_things, segments=of_things.segments[::-1])  # the crowd
+    for name, term in task.loss([truth], [first]).items():
+        torch.testing.assert_close(term, best[name])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pointformer import TokenSet, segment
-from pointformer.annotations import VOID, Category, Segment
+from pointformer.annotations import VOID, Category, Segment, SegmentMap
 from pointformer.data import Annotation, Dataset, open_picture
 from pointformer.data.annotations import Entry
 from pointformer.data.point_sets import PointAnnotation, PointDataset
@@ -19,8 +19,13 @@ from pointformer.models import AFFConfig, Model, Output, PointConfig
 from pointformer.models.inference import evaluating
 from pointformer.prediction import predict, predict_points, to_tensor, windows_for
 from pointformer.scored_parts import PartsFolder
+from pointformer.segmentation.tiling import Tile
 from pointformer.tasks import TASKS, MapTask, task_of
+from pointformer.tasks.classification import Classification
 from pointformer.tasks.masks import targets_of
+from pointformer.tasks.panoptic import Panoptic
+from pointformer.tasks.points import PointSegmentation
+from pointformer.tasks.semantic import SemanticClasses
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
 QUERIES = {"queries": 4, "dim": 32, "hidden": 32, "decoder_layers": 1}
@@ -128,6 +133,54 @@ def test_void_and_crowds_teach_nothing():
         torch.testing.assert_close(term, before[name])
     changed[..., :5] += 1 + torch.randn(3, 40, 5, generator=g)
     assert borders.loss(changed, [annotation])["cross_entropy"] != before["cross_entropy"]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_is_unknown_is_not_in_the_mean(smoothing):
+    """Of points, and of pictures."""
+    points = [annotated_points(), annotated_points(25, 1)]
+    pictures = [replace(annotated(), label=label) for label in (2, VOID, 0, VOID)]
+    for task, truth, labels in (
+        (PointSegmentation, points, np.concatenate([a.labels for a in points])),
+        (Classification, pictures, np.array([2, VOID, 0, VOID])),
+    ):
+        known = labels != VOID
+        logits = np.random.default_rng(0).normal(size=(len(labels), 3))
+        logs = (logits - np.log(np.exp(logits).sum(1, keepdims=True)))[known]
+        wanted = (1 - smoothing) * np.eye(3)[labels[known]] + smoothing / 3
+        (term,) = task(CATEGORIES, smoothing).loss(torch.from_numpy(logits), truth).values()
+        assert term.item() == pytest.approx(-(wanted * logs).sum(1).mean(), rel=1e-5)
+
+
+def test_scores_of_classes_add_up_to_1_in_any_size():
+    """Bilinear, from the middles of pixels."""
+    logits = np.random.default_rng(0).normal(size=(3, 2, 2)).astype(np.float32)
+    shares = np.exp(logits) / np.exp(logits).sum(0)
+    task, output = SemanticClasses(CATEGORIES), torch.from_numpy(logits)[None]
+    (found,) = task.decode(output, [(2, 2)])
+    np.testing.assert_allclose(found, shares, rtol=1e-5)
+    (found,) = task.decode(output, [(2, 2)], [(4, 4)])
+    weights = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    np.testing.assert_allclose(found, weights @ shares @ weights.T, rtol=1e-5)
+
+
+def test_windows_count_by_their_areas():
+    windows = [Tile(0, 0, 10, 10, (0, 0, 10, 10)), Tile(0, 10, 10, 40, (0, 10, 10, 40))]
+    parts = [np.array([1.0, 0.0]), np.array([0.0, 1.0])]
+    found = Classification(CATEGORIES[:2]).join((10, 40), windows, parts)
+    assert found.tolist() == [0.25, 0.75]
+
+
+def test_stuff_of_all_windows_is_one_segment():
+    """Wherever it is; of objects each window has its own."""
+    windows = [Tile(0, 0, 10, 10, (0, 0, 10, 10)), Tile(0, 10, 10, 20, (0, 10, 10, 20))]
+    first, second = np.zeros((2, 10, 10), np.int32)
+    first[:, :3], first[4:6, 5:7] = 1, 2
+    second[:, 6:], second[4:6, 2:4] = 2, 1
+    parts = [SegmentMap.of(first, [0, 1], [0.9, 0.8]), SegmentMap.of(second, [1, 0], [0.8, 0.9])]
+    found = Panoptic(CATEGORIES).join((10, 20), windows, parts)
+    assert [(s.category, s.area) for s in found.segments] == [(0, 70), (1, 4), (1, 4)]
+    assert (found.ids == 1)[:, [*range(3), *range(16, 20)]].all()
 
 
 def test_pixels_of_some_classes_count_more():

@@ -1,8 +1,10 @@
 """The training engine on small crops of real pictures, with tiny models."""
 
+import copy
 import csv
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -307,6 +309,69 @@ def test_a_run_in_a_folder(folder, tmp_path):
         ValueError, match=r"step-00000006.*made with another recipe: batch 2, now 1"
     ):
         train(replace(recipe, batch=1), tmp_path, say=silent)
+
+
+def started(recipe, out, monkeypatch):
+    """A run that has not trained."""
+    kept = []
+    monkeypatch.setattr(run.Run, "finish", lambda self: kept.append(self))
+    train(recipe, out, say=silent)
+    monkeypatch.undo()
+    return kept[0]
+
+
+def test_crowded_pictures_are_drawn_more_often(tmp_path, monkeypatch):
+    """With 17 objects three times as often as with one; or as often."""
+    data = write_folder(tmp_path / "data", train=2)
+    ids = np.zeros((64, 64), np.uint16)
+    ids[:4, :4] = 1
+    Image.fromarray(ids).save(data / "train/instances/0.png")
+    ids[8::12, 8::12].flat = np.arange(25) % 17 + 1
+    Image.fromarray(ids).save(data / "train/instances/1.png")
+    for draw, share in (("by_objects", 0.75), ("evenly", 0.5)):
+        recipe = recipe_of(data, "budget.steps=1", f"data.draw={draw}")
+        batches = started(recipe, tmp_path / draw, monkeypatch).batches
+        drawn = np.concatenate([batches.indices(epoch) for epoch in range(1000)])
+        assert (drawn == 1).mean() == pytest.approx(share, abs=0.03)
+
+
+def test_the_seed_decides_all(tmp_path, monkeypatch):
+    """The pictures to be scored on, the order and the changes of the others, the first weights."""
+    data = write_folder(tmp_path / "data", train=12, side=48)
+    shutil.rmtree(data / "val")
+    found = []
+    for number, seed in enumerate((0, 1, 0)):
+        recipe = recipe_of(data, "budget.steps=1", "data.val_share=0.5", f"seed={seed}")
+        made = started(recipe, tmp_path / str(number), monkeypatch)
+        whole = replace(recipe, data=replace(recipe.data, val_share=0))
+        every = started(whole, tmp_path / f"whole{number}", monkeypatch).batches
+        found.append((
+            [entry.name for entry in made.validation.entries],
+            np.concatenate([every.indices(epoch) for epoch in range(2)]).tolist(),
+            next(every.steps()).images.tolist(),
+            made.trainer.model.backbone.patch_embed.conv1.weight.tolist(),
+        ))  # fmt: skip
+    for first, other, again in zip(*found, strict=True):
+        assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [("instance", "options.drop_path=0.5"), ("instance", "rates={least: 0.1, most: 0.9}"),
+     ("classification", "augmentation.mix={}")],
+)  # fmt: skip
+def test_the_seed_decides_what_is_random_in_a_step(tmp_path, task, change):
+    dataset = dataset_of(tmp_path, task, 4, 32)
+    losses, state = [], None
+    for seed in (0, 1, 0):
+        recipe = recipe_of("x", "budget.steps=1", "batch=4", f"seed={seed}", change, task=task)
+        trainer = trainer_of(dataset, recipe)
+        state = state or copy.deepcopy(trainer.model.state_dict())
+        trainer.model.load_state_dict(state)
+        trainer.step(next(Batches(dataset, None, batch=4, seed=0).steps()))
+        trainer.check()
+        losses.append(trainer.recent[0]["loss"])
+    assert losses[0] == losses[2] != losses[1]
 
 
 def test_a_damaged_checkpoint_is_passed_over(folder, tmp_path):

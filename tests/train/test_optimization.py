@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from helpers.training import dataset_of, recipe_of, trainer_of
+from pointformer.models import create_model
 from pointformer.train.loading import Batches
 from pointformer.train.optimization import Budget, Optimizer, Schedule, parameter_groups
 
@@ -14,6 +15,7 @@ class Model(nn.Module):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
         self.head = nn.Linear(4, 2)
+        self.norms = nn.Sequential(nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.RMSNorm(4))
         self.queries = nn.Embedding(5, 4)
         self.scale = nn.Parameter(torch.ones(4))
         self.frozen = nn.Parameter(torch.ones(4, 4), requires_grad=False)
@@ -40,6 +42,28 @@ def test_what_decays_and_what_is_slower(decay, decaying):
     }
 
 
+def test_of_a_real_model_no_norm_decays():
+    """Of all that decays as published for segmentation, biases of linear layers do."""
+    model = create_model("aff_nano", head="mask2former", num_classes=2, dims=(16, 16, 16, 16),
+                         depths=1, heads=2, dim=32, hidden=32, decoder_layers=1)  # fmt: skip
+    groups = parameter_groups(model, Optimizer(decay="all"))
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    found = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            found.setdefault(f"{type(module).__name__}.{name}", set()).add(decay[id(p)])
+    norms = {name: values for name, values in found.items() if "Norm" in name}
+    assert {"LayerNorm.weight", "LayerNorm.bias", "BatchNorm2d.weight"} <= norms.keys()
+    assert set.union(*norms.values()) == {0}
+    assert found["Linear.weight"] == found["Linear.bias"] == {0.05}
+
+
+def test_adam_has_its_numbers():
+    optimizer = Optimizer(betas=(0.5, 0.6), eps=1e-3).make(Model(), 8)
+    found = [(group["betas"], group["eps"]) for group in optimizer.param_groups]
+    assert set(found) == {((0.5, 0.6), 1e-3)}
+
+
 def test_learning_rate_in_proportion_to_the_batch():
     optimizer = Optimizer(learning_rate=1e-3, reference_batch=512, backbone_rate=0.1)
     rates = {group["rate"] for group in optimizer.make(Model(), 128).param_groups}
@@ -56,6 +80,9 @@ def test_schedules():
     poly = Schedule("poly", warmup=0, power=0.9)
     for used, factor in ((0, 1), (0.5, 0.5**0.9), (1, 0)):
         assert poly.factor(used) == pytest.approx(factor)
+    ended = Schedule("poly", warmup=0.2, end=0.1, power=2)
+    for used, factor in ((0.2, 1), (0.6, 0.325), (1, 0.1)):
+        assert ended.factor(used) == pytest.approx(factor)
     steps = Schedule("steps", warmup=0.1, milestones=(0.5, 0.75))
     for used, factor in ((0.05, 0.5), (0.1, 1), (0.49, 1), (0.5, 0.1), (0.75, 0.01), (1, 0.01)):
         assert steps.factor(used) == pytest.approx(factor)
@@ -66,6 +93,7 @@ def test_budgets_end_with_what_is_used_up_first():
     assert Budget(steps=10, minutes=1).used(5, 45, 100) == 0.75
     assert Budget(minutes=1).used(10**6, 90, 100) == 1
     assert Budget(epochs=2).used(3, 0, 2.5) == pytest.approx(0.6)
+    assert Budget(epochs=1).used(2, 0, 2.5) == pytest.approx(2 / 3)
     assert Budget(epochs=1).used(3, 0, 2.5) == 1  # the last step goes beyond the pass
     with pytest.raises(ValueError, match=r"budget\.epochs: expected a positive number, got 0"):
         Budget(epochs=0)

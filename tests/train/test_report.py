@@ -3,11 +3,16 @@
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.training import TINY, dataset_of, recipe_of, trainer_of, write_folder
+from helpers.training import KINDS, TINY, dataset_of, recipe_of, trainer_of, write_folder
 from pointformer import cli
+from pointformer.data import Annotation
+from pointformer.models import create_model
+from pointformer.tasks.semantic import SemanticClasses
+from pointformer.train import report
 from pointformer.train.logs import Logs
 from pointformer.train.report import write_report
 
@@ -77,6 +82,25 @@ def test_every_task_has_its_page(task, tmp_path):
     names = {category.name for category in dataset.categories}
     assert names & set(page.texts)
     assert ("IoU" in page.texts) == (task == "semantic")
+
+
+def test_the_worst_pictures_come_first(run, tmp_path, monkeypatch):
+    """Of an mIoU of 0, 0.5, 1 and 0.25."""
+    truth = np.repeat([0, 1], 6)[:, None].repeat(12, 1).astype(np.int32)
+    half = truth.copy()
+    half[4:8] = 1 - half[4:8]
+    found = [1 - truth, half, truth, 0 * truth]
+    annotations = [Annotation(f"picture {n}", None, (12, 12), n, semantic=truth) for n in range(4)]
+    image = np.zeros((12, 12, 3), np.uint8)
+    monkeypatch.setattr(report, "predictions", lambda model, task, dataset, indices, **seen: (
+        (dataset[n], image, found[n]) for n in indices
+    ))  # fmt: skip
+    model, task = create_model(run[1] / "model.safetensors"), SemanticClasses(KINDS[:2])
+    write_report(run[1], model, annotations, tmp_path / "a.html", task=task, worst=2,
+                 say=lambda text: None)  # fmt: skip
+    page = Page((tmp_path / "a.html").read_text("utf-8"))
+    shown = [text for text in page.texts if text.startswith("picture ")]
+    assert shown == ["picture 0: 0.000", "picture 3: 0.250"]
 
 
 def test_bad_input_is_one_line(run, capsys, tmp_path):

@@ -20,7 +20,7 @@ from helpers.training import ROOT, dataset_of, write_folder
 from pointformer import TokenSet
 from pointformer.annotations import Mask, Objects
 from pointformer.data import Category
-from pointformer.metrics import InstanceAP, SemanticIoU
+from pointformer.metrics import InstanceAP, RecallBySize, SemanticIoU
 from pointformer.models import complexity_of, create_model, save_model
 from pointformer.models.config import config_of
 from pointformer.tasks import task_of
@@ -258,6 +258,22 @@ def test_scores_of_a_merge_are_changed_within_samples(monkeypatch):
         assert torch.equal(again[1].scores, plain[1].scores)
 
 
+def test_points_lost_are_those_that_are_gone(monkeypatch):
+    stages = loaded("stages", monkeypatch)
+    about = {"model": "m", "weights": "w", "data": "d", "pictures": 1, "score": "mIoU"}
+    lines = [
+        {**about, "change": change, "merge": merge, "seed": seed, "scores": {"mIoU": score}}
+        for change, merge, seed, score in (
+            ("none", None, 0, 0.5), ("shuffled", 0, 0, 0.45), ("shuffled", 1, 0, 0.52),
+            ("shuffled", 1, 1, 0.5), ("constant", 1, 0, 0.2),
+        )
+    ]  # fmt: skip
+    assert stages.page(lines).splitlines()[-2:] == [
+        "| m | d (1) | mIoU | 50.0 | 1 | 5.0 |  |",
+        "| m | d (1) | mIoU | 50.0 | 2 | -1.0 (1.4) | 30.0 |",
+    ]
+
+
 def a_trained(trained, classes, scores, monkeypatch):
     """A `Trained` of background and classes a and b that finds these scores, with six tokens."""
     positions = torch.tensor([[0, 0], [1, 1], [0, 1], [5, 5], [15, 15], [4, 10]])
@@ -278,6 +294,28 @@ def a_trained(trained, classes, scores, monkeypatch):
     about = {"model": "m", "weights": "w", "data": "d", "pictures": 1}
     monkeypatch.setattr(trained.Trained, "about", lambda self: dict(about))
     return trained.Trained("m", "w", Network(), task, [picture], None)
+
+
+def test_what_is_found_of_small_objects(monkeypatch):
+    """Below 32 pixels, and of classes that are objects."""
+    trained = loaded("trained", monkeypatch)
+    categories = [Category(n, name) for n, name in enumerate(("a", "background"))]
+    metric = RecallBySize(categories, trained.SIDES)
+    metric.counts[:] = [[1, 1, 5, 7], [3, 4, 0, 0]], [[2, 2, 5, 7], [3, 4, 9, 9]]
+    share, found, annotated = trained.recall_of([InstanceAP(), metric])
+    assert share == 0.5
+    assert (found.tolist(), annotated.tolist()) == ([[1, 1, 5, 7]], [[2, 2, 5, 7]])
+
+
+def test_lines_of_another_model_or_other_data_are_not_its_own(monkeypatch, tmp_path):
+    script = loaded("trained", monkeypatch)
+    trained = a_trained(script, torch.zeros(1), None, monkeypatch)
+    about, results = trained.about(), tmp_path / "lines.jsonl"
+    assert trained.lines(results) == []
+    for name in about:
+        script.add_line(results, about | {name: "other"})
+    script.add_line(results, about | {"versions": "any"})
+    assert trained.lines(results) == [about | {"versions": "any"}]
 
 
 def test_small_objects_and_their_tokens(monkeypatch):
