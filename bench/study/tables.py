@@ -28,6 +28,7 @@ MAIN = {  # scores, by task
 }
 FLAT = 0.97  # of a curve whose last tenth has at least this share of the loss of the one before
 YARDSTICKS = ("grid", "grid_reach", "gradient", "gradient_spread")  # others are compared with them
+PLENTY = 4  # one token in so many: what few tokens in the right places are to reach
 LEAST, MOST_LOST = 2.0, 1.0  # points of small objects won, and of the main score lost, if it pays
 _COLUMNS = (
     "head", "budget", "steps", "arm", "seeds", "small found, %", "main score, %",
@@ -86,6 +87,7 @@ def page(lines: Sequence[Line]) -> str:
         )
         parts.append(table(own, score))
         parts += filter(None, (differences(own, score, over) for over in YARDSTICKS))
+        parts += filter(None, [with_fewer(own, score)])
     return "\n\n".join(parts) + "\n"
 
 
@@ -174,6 +176,31 @@ def differences(lines: Sequence[Line], score: str, over: str) -> str:
     names = (
         "head", "budget", "steps", "arm", "seeds", f"small found, points over {over}",
         f"{score}, points over {over}", "by the rule",
+    )  # fmt: skip
+    return markdown(names, rows) if rows else ""
+
+
+def with_fewer(lines: Sequence[Line], score: str) -> str:
+    """Of arms with fewer tokens than a grid of `PLENTY` what they have over it, seed by seed, in
+    points; empty without pairs."""
+    groups, rows = grouped(lines), []
+    for (head, budget, steps, arm), group in groups.items():
+        plenty = groups.get((head, PLENTY, steps, "grid"), [])
+        other = {line["cell"]["seed"]: line for line in plenty}
+        pairs = [(line, other[seed]) for line in group if (seed := line["cell"]["seed"]) in other]
+        if budget <= PLENTY or not pairs:
+            continue
+        share = mean(a["multiply_adds_after"] / b["multiply_adds_after"] for a, b in pairs)
+        rows.append(
+            [head, f"1/{budget}", str(steps), arm, str(len(pairs)), f"{100 * share:.0f}",
+             spread(points(pairs, lambda s: s["small"])),
+             spread(points(pairs, lambda s: s[score] or 0.0))]
+        )  # fmt: skip
+    over = f"points over the grid at 1/{PLENTY}"
+    names = (
+        "head", "budget", "steps", "arm", "seeds",
+        f"% of the multiply-adds of the grid at 1/{PLENTY}", f"small found, {over}",
+        f"{score}, {over}",
     )  # fmt: skip
     return markdown(names, rows) if rows else ""
 

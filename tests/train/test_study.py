@@ -145,6 +145,27 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
     assert not (tmp_path / "study_camvid.png").exists()
 
 
+def test_few_tokens_against_a_grid_of_many(monkeypatch):
+    """Seed by seed, after as many steps; with more tokens there is nothing to be compared."""
+    cells, tables = loaded("cells", monkeypatch), loaded("tables", monkeypatch)
+    lines = [
+        *(line(cells, "grid", seed, 4, small=0.6 + seed / 100, main=0.5) for seed in (0, 1)),
+        line(cells, "grid", 3, 4, small=0.1, steps=6000),
+        line(cells, "learned", 0, 4),
+        line(cells, "learned", 0, 16, small=0.65, main=0.48),
+        line(cells, "learned", 1, 16, small=0.62, main=0.51),
+        line(cells, "learned", 2, 16, small=0.99),
+        line(cells, "grid", 1, 32, small=0.01, main=0.4),
+    ]
+    table = tables.with_fewer(lines, "mIoU")
+    assert [re.split(r" *\| *", row)[1:-1] for row in table.splitlines()[2:]] == [
+        ["dense", "1/16", "3000", "learned", "2", "25", "3.0 (2.8)", "-0.5 (2.1)"],
+        ["dense", "1/32", "3000", "grid", "1", "12", "-60.0", "-10.0"],
+    ]
+    assert table in tables.page(lines)
+    assert tables.with_fewer(lines[:4], "mIoU") == ""
+
+
 def test_the_page_has_the_tables_of_the_results(monkeypatch, tmp_path):
     """Of today's lines, and those are what makes the tables."""
     evidence, tables = loaded("evidence", monkeypatch), loaded("tables", monkeypatch)
