@@ -141,7 +141,7 @@ def test_a_folder_of_nothing_known_is_an_error(tmp_path):
         ValueError, match="gone: expected a data set, there is no such folder or file"
     ):
         find_source(tmp_path / "gone")
-    with pytest.raises(ValueError, match="expected a JSON file of objects, found none; pass its"):
+    with pytest.raises(ValueError, match="a JSON file of objects, found none; `evaluate` takes"):
         find_source(tmp_path, "coco")
     with pytest.raises(ValueError, match=r"format: expected one of .*, got 'voc'"):
         find_source(tmp_path, "voc")

@@ -420,9 +420,9 @@ def test_impl_reaches_every_op(made, head, monkeypatch):
     model.backbone.impl = "reference"
     asked = set()
 
-    def spy(op, impl, *others):
+    def spy(op, impl, *others, **more):
         asked.add((op, impl))
-        return choose(op, impl, *others)
+        return choose(op, impl, *others, **more)
 
     for name, module in list(sys.modules.items()):
         if name.startswith("pointformer.") and getattr(module, "choose", None) is choose:
