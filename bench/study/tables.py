@@ -86,8 +86,8 @@ def page(lines: Sequence[Line]) -> str:
             f"Objects by their side in pixels: {groups}. Mean (standard deviation) of the seeds."
         )
         parts.append(table(own, score))
-        parts += filter(None, (differences(own, score, over) for over in YARDSTICKS))
-        parts += filter(None, [with_fewer(own, score)])
+        compared = [differences(own, score, over) for over in YARDSTICKS]
+        parts += filter(None, [*compared, with_fewer(own, score)])
     return "\n\n".join(parts) + "\n"
 
 
@@ -162,9 +162,7 @@ def differences(lines: Sequence[Line], score: str, over: str) -> str:
     """Of each arm and that of the yardstick, seed by seed, in points; empty without pairs."""
     groups, rows = grouped(lines), []
     for (head, budget, steps, arm), group in groups.items():
-        alike = groups.get((head, budget, steps, over), [])
-        other = {line["cell"]["seed"]: line for line in alike}
-        pairs = [(line, other[seed]) for line in group if (seed := line["cell"]["seed"]) in other]
+        pairs = paired(group, groups.get((head, budget, steps, over), []))
         if arm in YARDSTICKS[: YARDSTICKS.index(over) + 1] or not pairs:
             continue
         small = points(pairs, lambda s: s["small"])
@@ -185,9 +183,7 @@ def with_fewer(lines: Sequence[Line], score: str) -> str:
     points; empty without pairs."""
     groups, rows = grouped(lines), []
     for (head, budget, steps, arm), group in groups.items():
-        plenty = groups.get((head, PLENTY, steps, "grid"), [])
-        other = {line["cell"]["seed"]: line for line in plenty}
-        pairs = [(line, other[seed]) for line in group if (seed := line["cell"]["seed"]) in other]
+        pairs = paired(group, groups.get((head, PLENTY, steps, "grid"), []))
         if budget <= PLENTY or not pairs:
             continue
         share = mean(a["multiply_adds_after"] / b["multiply_adds_after"] for a, b in pairs)
@@ -203,6 +199,12 @@ def with_fewer(lines: Sequence[Line], score: str) -> str:
         f"{score}, {over}",
     )  # fmt: skip
     return markdown(names, rows) if rows else ""
+
+
+def paired(lines: Sequence[Line], others: Sequence[Line]) -> list[tuple[Line, Line]]:
+    """Those of the same seeds."""
+    by_seed = {other["cell"]["seed"]: other for other in others}
+    return [(line, by_seed[s]) for line in lines if (s := line["cell"]["seed"]) in by_seed]
 
 
 def rising(pairs: Sequence[tuple[Line, Line]]) -> int:

@@ -102,7 +102,18 @@ def test_focus_draws_every_stage(capsys, tmp_path, picture, model):
                 assert panel[row, column] == ((x, y) in kept), (number, x, y)
 
 
+@pytest.mark.parametrize("rates", ["abc", ",", "0.5,"])
+def test_rates_that_are_no_numbers(capsys, rates):
+    with pytest.raises(SystemExit):
+        cli.main(["segment", "x.png", "--rate", rates])
+    expected = f"--rate: expected numbers with commas between, got {rates!r}"
+    assert expected in capsys.readouterr().err
+
+
 def test_models_lists_counts(capsys):
+    code, text, error = run(capsys, "models", "foo")
+    assert (code, text) == (1, "")
+    assert "unknown model 'foo'" in error
     code, text, _ = run(capsys, "models", "aff_mini")
     assert code == 0
     assert "6,754,451" in text

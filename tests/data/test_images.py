@@ -578,6 +578,13 @@ def test_labels_of_few_bits_are_the_numbers_stored(tmp_path, bits):
 # Arrays -------------------------------------------------------------------------------------------
 
 
+def test_a_tensor_whose_channels_are_last():
+    message = refusal(torch.zeros(8, 9, 3))
+    assert "got (8, 9, 3); permute(2, 0, 1)" in message
+    assert read_image(torch.zeros(8, 9, 3).permute(2, 0, 1)).shape == (8, 9, 3)
+    assert read_image(torch.zeros(3, 9, 3)).shape == (9, 3, 3)  # it may be so meant
+
+
 def test_arrays_tensors_and_pictures_are_read_as_files_are(tmp_path, example):
     gray = example[..., :1]
     alpha = np.zeros_like(gray)
