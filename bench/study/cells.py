@@ -29,9 +29,14 @@ CHOICES: dict[str, dict[str, Any]] = {  # which tokens are kept: options by arm
     "gradient_spread": {"ranking": "gradient", "spread": SPREAD},
     "grid_reach": {"ranking": "lattice", "reach": REACH},
     "spread_reach": {"spread": SPREAD, "reach": REACH},
+    "light_spread": {"spread": SPREAD},
+    "light_spread_reach": {"spread": SPREAD, "reach": REACH},
 }
 ARMS = tuple(CHOICES)
-SUPERVISED = ("supervised", "spread", "spread_reach")
+SCORE_WEIGHTS = {  # in the loss, where scores are told where outlines are
+    **dict.fromkeys(("supervised", "spread", "spread_reach"), 1.0),
+    **dict.fromkeys(("light_spread", "light_spread_reach"), 0.2),
+}
 HEADS = ("dense", "mask2former")
 BUDGETS = (4, 8, 16, 32, 64)  # one token in so many is kept
 SEEDS = (0, 1, 2)
@@ -153,7 +158,7 @@ class Cell(TrainingRun):
             changes,
             model="swin_mini" if self.arm == "swin" else "aff_nano",
             options=options,
-            score_weight=1.0 if self.arm in SUPERVISED else 0.0,
+            score_weight=SCORE_WEIGHTS.get(self.arm, 0.0),
             seed=self.seed,
             steps=self.steps,
         )

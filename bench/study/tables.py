@@ -267,7 +267,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     figure, axes = plt.subplots(
         len(heads), 2, figsize=(12, 4 * len(heads)), squeeze=False, layout="constrained"
     )
-    groups = grouped(lines)
+    groups, colors = grouped(lines), plt.colormaps["tab20"]
     for row, head in zip(axes, heads, strict=True):
         task = next(line["recipe"]["task"] for line in lines if line["cell"]["head"] == head)
         score = MAIN[task]
@@ -290,7 +290,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                     marker="s" if longer else "o",
                     linestyle="--" if longer else "-",
                     capsize=3,
-                    color=f"C{number}",  # the same in all plots
+                    color=colors(2 * number % 20 + number // 10),  # the same in all plots
                     label=f"{arm}, {steps} steps" if longer else arm,
                 )
                 budgets |= set(x)

@@ -138,7 +138,8 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
     if not processes.main:
         return 0
     for name, value in result.scores.items():
-        say(f"{printable(name):40} {100 * value:6.2f}")
+        shown = "none annotated" if math.isnan(value) else f"{100 * value:6.2f}"
+        say(f"{printable(name):40} {shown}")
     if dataset.skipped:
         say(f"{len(dataset.skipped)} skipped:", error=True)
         for problem in dataset.skipped.values():

@@ -324,7 +324,11 @@ def _stored(source: PictureSource, max_pixels: int, numbers: bool = False) -> Se
             "image: expected a file, an array, a tensor or a picture of Pillow, "
             f"got {describe(source)}"
         )
-    return [stored_array(source)]
+    if masked := np.ma.count_masked(source):
+        raise PictureError(
+            f"image: {masked} of its {source.size} values are masked; use image.filled(value)"
+        )
+    return [stored_array(np.asarray(source))]
 
 
 def _array_of(tensor) -> np.ndarray:

@@ -41,3 +41,15 @@ def test_void_is_what_it_was_in_training(tmp_path, scored):
     found = scored[0][0].classes()
     assert (found[:9] == VOID).all()
     assert (found[9:] != VOID).all()
+
+
+def test_scores_of_nothing_say_so(tmp_path, capsys):
+    write_folder(tmp_path / "data", train=0, val=1)
+    labels = tmp_path / "data/val/instances/0.png"
+    Image.fromarray(np.zeros_like(np.array(Image.open(labels)))).save(labels)
+    model = Model("small", SMALL, "stars", 1, categories=KINDS[:1], task="instance")
+    save_model(model, tmp_path / "model.safetensors")
+    run(tmp_path / "data", "--model", tmp_path / "model.safetensors")
+    lines = capsys.readouterr().out
+    assert "none annotated" in lines
+    assert "nan" not in lines

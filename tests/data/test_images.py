@@ -585,6 +585,13 @@ def test_a_tensor_whose_channels_are_last():
     assert read_image(torch.zeros(3, 9, 3)).shape == (9, 3, 3)  # it may be so meant
 
 
+def test_masked_arrays_are_filled_by_who_knows_with_what():
+    masked = np.ma.masked_greater(np.arange(72.0).reshape(8, 9), 69)
+    assert "2 of its 72 values are masked; use image.filled(value)" in refusal(masked)
+    assert read_image(masked.filled(0)).shape == (8, 9, 3)
+    assert read_image(np.ma.array(np.zeros((8, 9)))).shape == (8, 9, 3)  # nothing is masked
+
+
 def test_arrays_tensors_and_pictures_are_read_as_files_are(tmp_path, example):
     gray = example[..., :1]
     alpha = np.zeros_like(gray)
