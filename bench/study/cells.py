@@ -30,12 +30,13 @@ CHOICES: dict[str, dict[str, Any]] = {  # which tokens are kept: options by arm
     "grid_reach": {"ranking": "lattice", "reach": REACH},
     "spread_reach": {"spread": SPREAD, "reach": REACH},
     "light_spread": {"spread": SPREAD},
-    "light_spread_reach": {"spread": SPREAD, "reach": REACH},
 }
 ARMS = tuple(CHOICES)
 SCORE_WEIGHTS = {  # in the loss, where scores are told where outlines are
-    **dict.fromkeys(("supervised", "spread", "spread_reach"), 1.0),
-    **dict.fromkeys(("light_spread", "light_spread_reach"), 0.2),
+    "supervised": 1.0,
+    "spread": 1.0,
+    "spread_reach": 1.0,
+    "light_spread": 0.2,
 }
 HEADS = ("dense", "mask2former")
 BUDGETS = (4, 8, 16, 32, 64)  # one token in so many is kept

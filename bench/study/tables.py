@@ -86,8 +86,11 @@ def page(lines: Sequence[Line]) -> str:
             f"Objects by their side in pixels: {groups}. Mean (standard deviation) of the seeds."
         )
         parts.append(table(own, score))
-        compared = [differences(own, score, over) for over in YARDSTICKS]
-        parts += filter(None, [*compared, with_fewer(own, score)])
+        grid, *others = (differences(own, score, over) for over in YARDSTICKS)
+        parts += filter(None, [grid, with_fewer(own, score)])
+        if others := [*filter(None, others)]:
+            title = "Points over arms other than the grid"
+            parts += [f"<details><summary>{title}</summary>", *others, "</details>"]
     return "\n\n".join(parts) + "\n"
 
 
