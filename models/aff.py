@@ -160,12 +160,10 @@ class Stage(nn.Module):
         if isinstance(self.merge, AdaptiveMerge):
             logits = self.merge.logits(tokens.features)
             scores = logits.sigmoid()
-            ranking = tokens.fields.get(_RANKING)
-            learned = ranking is None
-            ranking = scores if ranking is None else ranking
+            ranking = tokens.fields.get(_RANKING, scores)
             nearest = listed.nearest(count) if wide else seen
             merged = self.merge(tokens, nearest, scores, ranking, config, impl)
-            return StageOutput(tokens, inputs, ranking, logits=logits if learned else None), merged
+            return StageOutput(tokens, inputs, ranking, logits=logits), merged
         merged = None if self.merge is None else self.merge(tokens)
         return StageOutput(tokens, inputs, None), merged
 

@@ -25,7 +25,8 @@ class StageOutput:
         scores: (T,) importance of each token, in [0, 1], by which it is kept; `None` in a stage
             that scores none.
         neighborhoods: of the tokens, where a decoder attends to them again.
-        logits: (T,) of the scores, where these are learned: a score may be 1 to the last bit.
+        logits: (T,) of the learned scores, which weight what is merged, also where something else
+            says what is kept; before the sigmoid, which may be 1 to the last bit.
     """
 
     tokens: TokenSet

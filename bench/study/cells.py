@@ -30,6 +30,7 @@ CHOICES: dict[str, dict[str, Any]] = {  # which tokens are kept: options by arm
     "grid_reach": {"ranking": "lattice", "reach": REACH},
     "spread_reach": {"spread": SPREAD, "reach": REACH},
     "light_spread": {"spread": SPREAD},
+    "grid_told": {"ranking": "lattice"},
 }
 ARMS = tuple(CHOICES)
 SCORE_WEIGHTS = {  # in the loss, where scores are told where outlines are
@@ -37,6 +38,7 @@ SCORE_WEIGHTS = {  # in the loss, where scores are told where outlines are
     "spread": 1.0,
     "spread_reach": 1.0,
     "light_spread": 0.2,
+    "grid_told": 1.0,
 }
 HEADS = ("dense", "mask2former")
 BUDGETS = (4, 8, 16, 32, 64)  # one token in so many is kept

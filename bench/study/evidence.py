@@ -3,7 +3,7 @@
     python bench/study/evidence.py
 
 Between `<!-- FILE -->` and `<!-- end -->` the page has the tables of bench/results/FILE, without
-its title and its line on how it was made: no number on the page is typed.
+its title and its line on how it was made: no number in them is typed.
 """
 
 from __future__ import annotations

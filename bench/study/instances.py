@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import RESULTS
-from tables import markdown
+from tables import markdown, shares
 from trained import Trained, measured_once
 
 from pointformer.evaluation import predictions
@@ -80,7 +80,7 @@ def measure(trained: Trained) -> dict[str, Any]:
         "found": by_size.found.tolist(),
         "annotated": by_size.annotated.tolist(),
         "parameters": sum(weight.numel() for weight in trained.model.parameters()),
-        "cpu_seconds": trained.cpu_seconds(),
+        "multiply_adds": trained.multiply_adds(),
     }
 
 
@@ -101,7 +101,6 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
             [sum(of_class) for of_class in zip(*line[name], strict=True)]
             for name in ("found", "annotated")
         )
-        shares = (100 * own / max(1, of) for own, of in zip(found, annotated, strict=True))
         kinds = (f"{100 * ap:.1f} ({kind}, {many})" for kind, (many, ap) in line["kinds"].items())
         rows.append(
             [
@@ -112,16 +111,16 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
                 ", ".join(kinds),
                 f"{100 * line['mean']:.1f}",
                 " / ".join(map(str, line["counts"])),
-                " / ".join(f"{share:.0f}" for share in shares),
+                shares(found, annotated),
                 f"{line['parameters'] / 1e6:.2f}",
-                f"{1e3 * line['cpu_seconds']:.0f}",
+                f"{line['multiply_adds'] / 1e6:.0f}",
             ]
         )
     limits = " / ".join(map(str, SIDES))
     names = (
         "model", "data (pictures)", "shown from", "AP at IoU 0.5, %", "of kinds (pictures)",
-        "mean AP, %", "found / in vain / missed", f"found, %: below {limits} px / above",
-        "M parameters", "CPU ms",
+        "mean AP, %", "found / in vain / missed, of any class",
+        f"found with its class, %: below {limits} px / above", "M parameters", "M multiply-adds",
     )  # fmt: skip
     return (
         "# What models of objects find\n\nMade by `python bench/study/instances.py`; see "

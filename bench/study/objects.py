@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from cells import RESULTS
 from scipy import ndimage
-from tables import markdown
+from tables import markdown, shares
 from trained import Trained, measured_once
 
 from pointformer.annotations import VOID
@@ -85,9 +85,9 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
         for name in ("objects", "seen", "found"):
             counts = np.array(line[name])
             of = objects.sum() if name == "objects" else objects
-            shares = 100 * counts / np.maximum(of, 1)
-            whole = [] if name == "objects" else [100 * counts.sum() / max(objects.sum(), 1)]
-            row.append(" / ".join(f"{share:.0f}" for share in [*whole, *shares]))
+            whole = [] if name == "objects" else [(counts.sum(), objects.sum())]
+            pairs = [*whole, *np.broadcast(counts, of)]
+            row.append(shares(*zip(*pairs, strict=True)))
         rows.append(row)
     ends = zip(LEAST, [n - 1 for n in LEAST[1:]], strict=False)
     groups = " / ".join(f"{n} to {last}" if last > n else str(n) for n, last in ends)

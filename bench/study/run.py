@@ -24,21 +24,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any, cast
 
 import numpy as np
 import torch
 from ablations import ABLATION_RESULTS, ABLATIONS
 from cells import CELLS, RESULTS, TrainingRun, read_lines
+from tables import IOU
 from torch import nn
-from trained import RECALL, SIDES, kinds_of, recall_of, with_recall
+from trained import RECALL, SIDES, TIMED, cpu_seconds, kinds_of, recall_of, with_recall
 
 import pointformer
 from pointformer.data import Dataset
 from pointformer.evaluation import evaluate
 from pointformer.metrics import SemanticIoU
 from pointformer.models import Model, complexity_of, create_model
+from pointformer.prediction import to_tensor
 from pointformer.tasks import Task, task_of
 from pointformer.train.pictures import open_data
 from pointformer.train.recipe import Recipe
@@ -48,7 +49,6 @@ QUEUES: dict[str, tuple[Sequence[TrainingRun], Path]] = {
     "arms": (CELLS, RESULTS),
     "ablations": (ABLATIONS, ABLATION_RESULTS),
 }
-TIMED = 16  # pictures whose time is measured
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,7 +134,7 @@ def scores_of(model: Model, task: Task, validation: Dataset, recipe: Recipe) -> 
     for metric in result.metrics:
         if isinstance(metric, SemanticIoU):
             iou = metric.scores().iou
-            scores |= {f"IoU, {name}": iou[n].item() for n, name in kinds.items()}
+            scores |= {IOU + name: iou[n].item() for n, name in kinds.items()}
     return {
         **{name: round(value, 4) if value == value else None for name, value in scores.items()},
         "small": small,
@@ -148,26 +148,18 @@ def scores_of(model: Model, task: Task, validation: Dataset, recipe: Recipe) -> 
 
 def costs_of(model: Model, validation: Dataset, recipe: Recipe) -> dict[str, Any]:
     """Multiply-adds of the most frequent size of pictures, and CPU seconds of some."""
-    pictures = [validation[i].read_image() for i in range(min(len(validation), TIMED))]
-    sizes = [picture.shape[:2] for picture in pictures]
+    some = range(min(len(validation), TIMED))
+    pictures = [to_tensor(validation[number].read_image()) for number in some]
+    sizes = [tuple(picture.shape[1:]) for picture in pictures]
     height, width = max(set(sizes), key=sizes.count)
     first, *later = cast(nn.ModuleList, model.backbone.stages)
-    times = []
-    with torch.inference_mode():
-        for picture in [pictures[0], *pictures]:  # the first one warms up
-            image = model.preprocess(
-                torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
-            )
-            start = time.process_time()
-            model(image[None])
-            times.append(time.process_time() - start)
     return {
         "size": [height, width],
         "multiply_adds": complexity_of(model, height, width).total,
         "multiply_adds_after": complexity_of(
             model, height, width, parts=[cast(nn.Module, first.merge), *later]
         ).total,
-        "cpu_seconds": round(median(times[1:]), 4),
+        "cpu_seconds": cpu_seconds([model], pictures)[0],
     }
 
 

@@ -3,11 +3,11 @@
     python bench/study/stages.py MODEL RECIPE DATA [field=value ...]
     python bench/study/stages.py                     (the table only)
 
-"shuffled": dealt anew among the tokens of each sample, "constant": all the same. What is kept is
-then chance, or the prior's choice alone, and what is merged is weighted so. If that costs nothing,
-the merge might as well keep any tokens. Of pictures the small objects found are a score, too. A
-line for each merge and change is added to the results, unless it is there, and stages.md is made of
-them.
+"shuffled": dealt anew among the tokens of each sample, "constant": all the same, but for noise by
+which some of equal ones are kept. What is kept is then chance, or the prior's choice alone, and
+what is merged is weighted wrongly, or alike. If that costs nothing, the merge might as well keep
+any tokens. Of pictures the small objects found are a score, too. A line for each merge and change
+is added to the results, unless it is there, and stages.md is made of them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from trained import Trained, add_arguments, add_line, measured
 from pointformer.models import Model
 from pointformer.nn import ScoredMerge
 
+_NOISE = 1e-3  # without it, the first rows would be kept, which lie in one corner
 CHANGES = ("shuffled", "constant")
 SMALL = "small"  # see `Trained.scores`
 STAGES = RESULTS.with_name("stages.jsonl")
@@ -90,7 +91,7 @@ def changed_scores(model: Model, merge: int | None, change: str, seed: int = 0) 
     generator = torch.Generator().manual_seed(seed)
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "shuffled": lambda x: x[torch.randperm(len(x), generator=generator)],
-        "constant": lambda x: x.mean(0, keepdim=True).expand_as(x),
+        "constant": lambda x: x.mean(0) + _NOISE * torch.rand(x.shape, generator=generator),
     }
     handles = [
         stage.register_forward_pre_hook(remember),
@@ -127,10 +128,10 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
                     for line in group
                     if (line["merge"], line["change"]) == (merge, change)
                 }
-                row.append(spread([*lost.values()]) if lost else "")
+                row += [spread([*lost.values()]) if lost else "", str(len(lost))]
             rows.append(row)
-    names = ("model", "data (samples)", "score", "as it is, %", "merge",
-             "shuffled, points lost", "constant, points lost")  # fmt: skip
+    changed = [name for change in CHANGES for name in (f"{change}, points lost", "times")]
+    names = ("model", "data (samples)", "score", "as it is, %", "merge", *changed)
     return (
         "# How much the scores of each merge matter\n\n"
         "Made by `python bench/study/stages.py`; see ../study/README.md. Mean (standard deviation) "

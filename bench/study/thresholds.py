@@ -4,8 +4,9 @@
     python bench/study/thresholds.py                     (the table only)
 
 A model that finds more may only call more its objects. Here the score of the background is
-multiplied before the highest wins; two models are compared where both are at their best. A line
-for each model is added to the results, unless it is there, and thresholds.md is made of them.
+multiplied before the highest wins; two models are compared where both are at their best, or find as
+much (between two factors the scores are interpolated). A line for each model is added to the
+results, unless it is there, and thresholds.md is made of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from cells import RESULTS
 from objects import SIDE
 from tables import markdown
@@ -22,6 +24,7 @@ from pointformer.metrics import RecallBySize, SemanticIoU
 
 THRESHOLDS = RESULTS.with_name("thresholds.jsonl")
 FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+FOUND = (0.4, 0.5, 0.6)  # shares of the small objects at which models are compared
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,13 +64,22 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
                                        else f"{100 * score:.1f}")
             for small, score in zip(line["small"], line["main"], strict=True)
         ]  # fmt: skip
-        rows.append([line["model"], f"{line['data']} ({line['pictures']})", *cells])
-    names = ("model", "data (pictures)", *(f"background x {factor:g}" for factor in FACTORS))
+        equal = " / ".join(at_equal(line, share) for share in FOUND)
+        rows.append([line["model"], f"{line['data']} ({line['pictures']})", *cells, equal])
+    names = ("model", "data (pictures)", *(f"background x {factor:g}" for factor in FACTORS),
+             f"where {' / '.join(f'{100 * share:.0f}' for share in FOUND)}% are found")  # fmt: skip
     return (
         "# Where less is painted\n\nMade by `python bench/study/thresholds.py`; see "
         "../study/README.md.\n\n"
         f"{markdown(names, rows)}\n"
     )
+
+
+def at_equal(line: dict[str, Any], share: float) -> str:
+    """The main score where so many small objects are found; a dash where that is never so."""
+    small, scores = line["small"][::-1], line["main"][::-1]
+    inside = small[0] <= share <= small[-1]
+    return f"{100 * np.interp(share, small, scores):.1f}" if inside else "–"
 
 
 if __name__ == "__main__":

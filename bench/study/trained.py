@@ -31,7 +31,7 @@ from pointformer.train.pictures import open_data
 from pointformer.train.recipe import Recipe, read_recipe
 from pointformer.train.run import validation_region, validation_tile
 
-_TIMED = 16  # pictures whose time is measured
+TIMED = 16  # pictures whose time is measured
 _TYPICAL = 8192  # points, where the recipe has no regions
 SIDES = (16, 32, 96)  # pixels: limits between the groups of sizes of objects
 RECALL = "recall, "  # in the names of its scores
@@ -87,8 +87,7 @@ class Trained:
         digest = hashlib.sha256()
         for value in model.state_dict().values():
             digest.update(value.numpy().tobytes())
-        path = Path(options.model)
-        name = options.name or (path.resolve().parent.name if path.is_file() else options.model)
+        name = options.name or name_of(options.model)
         return cls(name, digest.hexdigest()[:16], model, task, validation, recipe)
 
     def about(self) -> dict[str, Any]:
@@ -155,21 +154,37 @@ class Trained:
 
     def cpu_seconds(self) -> float:
         """Of the network on a picture, or on a region of points: the median of some."""
-        inputs = [self._input(number) for number in range(min(len(self.validation), _TIMED))]
-        times = []
-        with torch.inference_mode():
-            for each in [inputs[0], *inputs]:  # the first one warms up
-                start = time.process_time()
-                self.model(each)
-                times.append(time.process_time() - start)
-        return round(median(times[1:]), 4)
+        some = range(min(len(self.validation), TIMED))
+        return cpu_seconds([self.model], [self._input(number) for number in some])[0]
 
     def _input(self, number: int) -> Any:
         annotation: Any = self.validation[number]
         if self.model.of_points:
             size = validation_region(self.recipe, self.task) or annotation.tokens.num_tokens
-            return self.model.preprocess(next(iter(Regions(annotation.tokens, size))).tokens)
-        return self.model.preprocess(to_tensor(annotation.read_image()))[None]
+            return next(iter(Regions(annotation.tokens, size))).tokens
+        return to_tensor(annotation.read_image())
+
+
+def cpu_seconds(models: Sequence[Model], inputs: Sequence[Any]) -> list[float]:
+    """Of each network on an input, as `Model.preprocess` takes it: medians, taken in turns."""
+    times = []
+    with torch.inference_mode():
+        for each in [inputs[0], *inputs]:  # the first one warms up
+            row = []
+            for model in models:
+                ready = model.preprocess(each)
+                ready = ready if model.of_points else ready[None]
+                start = time.process_time()
+                model(ready)
+                row.append(time.process_time() - start)
+            times.append(row)
+    return [round(median(own), 4) for own in zip(*times[1:], strict=True)]
+
+
+def name_of(model: str) -> str:
+    """In tables: NAME.TAG, or of a file the name of its folder."""
+    path = Path(model)
+    return path.resolve().parent.name if path.is_file() else model
 
 
 def add_arguments(parser: argparse.ArgumentParser, results: Path) -> None:

@@ -1,4 +1,4 @@
-"""A loss of the scores by which merges keep tokens: they learn where outlines are.
+"""A loss of the scores by which merges keep and weight tokens: they learn where outlines are.
 
 Without it a merge's score learns only through what it weights in the merged tokens. Whether a token
 should have been kept, the loss of a task does not say: no gradient goes through the choice. Here
@@ -52,13 +52,11 @@ def score_loss(
         stride: pixels per cell of the first stage's grid, in both directions.
 
     Raises:
-        ValueError: no stage has learned scores.
+        ValueError: no merge scores its tokens.
     """
     scored = [(s.tokens, s.logits) for s in stages if s.logits is not None]
     if not scored:
-        raise ValueError(
-            "score_weight: expected a backbone that ranks its tokens by learned scores"
-        )
+        raise ValueError("score_weight: expected a backbone whose merges score their tokens")
     cells = []
     for annotation in annotations:
         found = torch.from_numpy(outlines(annotation)).float()[None]

@@ -198,8 +198,8 @@ class Recipe:
         options: of the backbone and the head, as `create_model` takes them.
         loss: options of the task's loss, see its class in `pointformer.tasks`.
         score_weight: of `pointformer.tasks.scores.score_loss` beside the task's loss: the scores by
-            which merges keep tokens learn where the annotation has outlines. 0: they learn from the
-            task's loss only, through what they weight.
+            which merges keep and weight tokens learn where the annotation has outlines. 0: they
+            learn from the task's loss only, through what they weight.
         rates: from which a step draws the share of the tokens that merges keep, for a model that
             can be used at each of them; it is scored at that of `options.rate`. `None`: always at
             that.

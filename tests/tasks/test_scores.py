@@ -115,9 +115,18 @@ def test_processes_share_it(monkeypatch):
 
 
 @pytest.mark.parametrize("ranking", ["gradient", "lattice"])
-def test_it_needs_learned_scores(ranking):
-    stages = scored(ranking=ranking).backbone(torch.randn(1, 3, SIDE, SIDE))
-    with pytest.raises(ValueError, match="score_weight: expected a backbone that ranks"):
+def test_scores_that_only_weight_learn_too(ranking):
+    model = scored(ranking=ranking)
+    stages = model.backbone(torch.randn(1, 3, SIDE, SIDE))
+    score_loss(stages, [of_classes(np.eye(SIDE))], 4).backward()
+    for stage in model.backbone.stages[:2]:
+        assert stage.merge.score.weight.grad.abs().max() > 0
+
+
+def test_it_needs_merges_that_score():
+    model = create_model("swin_mini", head="features")
+    stages = model.backbone(torch.randn(1, 3, SIDE, SIDE))
+    with pytest.raises(ValueError, match="score_weight: expected a backbone whose merges score"):
         score_loss(stages, [of_classes(np.eye(SIDE))], 4)
 
 

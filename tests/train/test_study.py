@@ -21,7 +21,7 @@ from pointformer import TokenSet
 from pointformer.annotations import Mask, Objects
 from pointformer.data import Category
 from pointformer.metrics import InstanceAP, RecallBySize, SemanticIoU
-from pointformer.models import complexity_of, create_model, save_model
+from pointformer.models import Model, complexity_of, create_model, save_model
 from pointformer.models.config import config_of
 from pointformer.tasks import task_of
 from pointformer.train.initial import make_model
@@ -83,8 +83,9 @@ def line(cells, arm="grid", seed=0, budget=16, small=0.5, main=0.4, loss=(1.0, 0
     found = [[0, 1, 1, 0]] * size
     return {
         "cell": asdict(cell),
-        "scores": {"mIoU": main, "small": small, "kinds": ["a", "b"], "sides": [16, 32, 96],
-                   "found": found, "annotated": [[2, 1, 4, 0]] * size, "pictures": 7},
+        "scores": {"mIoU": main, "IoU, a": 0.09, "small": small, "kinds": ["a", "b"],
+                   "sides": [16, 32, 96], "found": found, "annotated": [[2, 1, 4, 0]] * size,
+                   "pictures": 7},
         "parameters": 400_000, "size": [64, 64], "multiply_adds": 2_000_000_000,
         "multiply_adds_after": 64_000_000 // budget, "cpu_seconds": 0.25,
         "curve": {"loss": list(loss), "steps": steps}, "recipe": {"task": "semantic"},
@@ -110,7 +111,7 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
     ]
     by_arm = {row[3]: row[4:] for row in rows if len(row) == 13 and row[2] == "3000"}
     assert by_arm["learned"] == [
-        "2", "70.0 (7.1)", "40.5 (0.7)", "0 / 100 / 25 / 0", "4", "2000", "0.40", "250", "1 of 2"
+        "2", "70.0 (7.1)", "40.5 (0.7)", "9", "0 / 100 / 25 / –", "4", "2000", "0.40", "1 of 2"
     ]  # fmt: skip
     assert by_arm["grid"][1] == "55.0 (7.1)"
     assert by_arm["gradient"][:2] == ["1", "90.0"]
@@ -134,7 +135,9 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
     assert tables.verdict([2, 3, 4], [0, -1, -2.1]) == "open"
     assert tables.verdict([2, 3, 4], [0, -1, -2], 1) == "would pay, but 1 of 6 curves are not flat"
     assert tables.verdict([-4, 3, 8], [1, 1, 1]) == "open"  # less than twice its error
-    assert tables.verdict([1, 2, 2.9], [1, 1, 1]) == "does not pay"
+    assert tables.verdict([1, 2, 2.9], [1, 1, 1]) == "open"  # it may well be 2
+    assert tables.verdict([0, 0.5, 1], [1, 1, 1]) == "does not pay"
+    assert tables.verdict([0, 0.5, 1], [1, 1, 1], 2).startswith("would not pay, but 2 of 6 curves")
     scores = {**SemanticIoU(2).compute(), **InstanceAP().compute()}
     assert set(tables.MAIN.values()) <= set(scores)
     results = tmp_path / "study.jsonl"
@@ -274,7 +277,8 @@ def test_scores_of_a_merge_are_changed_within_samples(monkeypatch):
                         assert torch.equal(before.sort()[0], after.sort()[0])
                         assert not torch.equal(before, after)
                     else:
-                        assert len(after.unique()) == 1
+                        assert after.max() - after.min() < 1e-3  # noise, by which some are kept
+                        assert len(after.unique()) > 0.9 * len(after)
             again = model.backbone(inputs)
         assert torch.equal(again[1].scores, plain[1].scores)
 
@@ -290,8 +294,8 @@ def test_points_lost_are_those_that_are_gone(monkeypatch):
         )
     ]  # fmt: skip
     assert stages.page(lines).splitlines()[-2:] == [
-        "| m | d (1) | mIoU | 50.0 | 1 | 5.0 |  |",
-        "| m | d (1) | mIoU | 50.0 | 2 | -1.0 (1.4) | 30.0 |",
+        "| m | d (1) | mIoU | 50.0 | 1 | 5.0 | 1 |  | 0 |",
+        "| m | d (1) | mIoU | 50.0 | 2 | -1.0 (1.4) | 2 | 30.0 | 1 |",
     ]
 
 
@@ -359,7 +363,7 @@ def test_small_objects_and_their_tokens(monkeypatch):
     )  # fmt: skip
     row = objects.page([trained.about() | line]).splitlines()[-1]
     assert row == (
-        "| m | d (1) | 3 | 1.3 | 33 / 33 / 33 / 0 | 67 / 0 / 100 / 100 / 0 | 33 / 0 / 0 / 100 / 0 |"
+        "| m | d (1) | 3 | 1.3 | 33 / 33 / 33 / 0 | 67 / 0 / 100 / 100 / – | 33 / 0 / 0 / 100 / – |"
     )
 
 
@@ -403,6 +407,9 @@ def test_thresholds_paint_less_and_less(monkeypatch):
     np.testing.assert_allclose(line["main"], [whole, whole, two, one, none, none], atol=1e-4)
     row = thresholds.page([trained.about() | line]).splitlines()[-1]
     assert row.startswith(f"| m | d (1) | 100.0 / **{100 * whole:.1f}** | ")
+    assert row.endswith(f" | {100 * (0.8 * one + 0.2 * none):.1f} / {100 * two:.1f} / "
+                        f"{100 * (0.8 * two + 0.2 * whole):.1f} |")  # fmt: skip
+    assert thresholds.at_equal({"small": [0.5, 0.3], "main": [0.2, 0.3]}, 0.6) == "–"
 
 
 def test_a_trained_model_is_looked_at_again(monkeypatch, tmp_path):
@@ -453,7 +460,6 @@ def test_models_of_objects_by_score_kind_and_size(monkeypatch, tmp_path):
         found.append(Objects(masks, classes, [0.61] * len(right) + [0.42], annotation.size))
     seen = iter(zip(data, data, found, strict=True))
     monkeypatch.setattr(instances, "predictions", lambda *a, **k: seen)
-    monkeypatch.setattr(instances.Trained, "cpu_seconds", lambda self: 0.25)
     model = create_model("aff_nano", head="dense", num_classes=3, task="instance", **SMALL)
     recipe = read_recipe("nuclei.yaml", [f"data.path={tmp_path}"])
     task = task_of(model, recipe.task, data.categories)
@@ -475,6 +481,29 @@ def test_models_of_objects_by_score_kind_and_size(monkeypatch, tmp_path):
     assert row.startswith(f"| m | {tmp_path.name} (2) | 0.5 | {share} | 100.0 (gray, 1), ")
     (tmp_path / "index.csv").unlink()
     assert instances.kinds_in(tmp_path) == {}
+
+
+def test_times_are_taken_in_turns(monkeypatch, tmp_path):
+    """Of the networks alone; beside the first, and the last call of a data set counts."""
+    times = loaded("times", monkeypatch)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    data, clock, called = write_folder(tmp_path / "nuclei"), iter(range(1000)), []
+    model = create_model("aff_nano", head="dense", num_classes=3, task="instance", **SMALL)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        save_model(model, tmp_path / name / "model.safetensors")
+    monkeypatch.setattr(Model, "forward", lambda self, images: called.append(id(self)))
+    monkeypatch.setattr(time, "process_time", lambda: next(clock) ** 2)
+    files = [str(tmp_path / name / "model.safetensors") for name in "ab"]
+    for names in (files, files[::-1]):
+        times.main([str(data), *names, "--results", str(tmp_path / "times.jsonl")])
+    assert len(called) == 2 * 2 * 3  # calls, models, two pictures and the first one to warm up
+    assert called[:4:2] != called[1:4:2]
+    lines = [json.loads(text) for text in (tmp_path / "times.jsonl").read_text().splitlines()]
+    assert lines[0]["cpu_seconds"] == [(9 + 17) / 2, (13 + 21) / 2]  # (n + 1) ** 2 - n ** 2
+    rows = (tmp_path / "times.md").read_text().splitlines()[-2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| b", "| a"]
+    assert rows[0].endswith("| 1.00 |")
 
 
 def test_the_unet_takes_the_place_of_the_backbone(monkeypatch, tmp_path):
