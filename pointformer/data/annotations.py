@@ -35,6 +35,7 @@ class Annotation:
         segments: objects and regions; empty if classes are annotated.
         label: class of the picture as a whole, VOID where there is none.
         problems: of objects that are in the files but not in `segments`, as name and error.
+        left_out: the same of objects without a pixel, which are no errors.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Annotation:
     segments: tuple[Segment, ...] = ()
     problems: Mapping[str, str] = field(default_factory=dict, repr=False)
     label: int = VOID
+    left_out: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of_objects(
@@ -183,7 +185,8 @@ class Dataset(Sequence[Annotation]):
         categories: the classes, in order.
         entries: one per picture; has the names without reading annotations.
         skipped: what was left out so far, as name and error in one line: categories that are no
-            classes; with `skip_bad`, pictures ("site1/a") and single objects ("annotation 12") too.
+            classes, objects without a pixel ("annotation 7"); with `skip_bad`, pictures ("site1/a")
+            and single objects ("annotation 12") that are bad.
     """
 
     noun = "picture"
@@ -287,6 +290,7 @@ class Dataset(Sequence[Annotation]):
         if annotation.problems and not self.skip_bad:
             raise _error_of(annotation.problems)
         self.skipped.update(annotation.problems)
+        self.skipped.update(annotation.left_out)
         return annotation
 
     def __iter__(self) -> Iterator[Annotation]:

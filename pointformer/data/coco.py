@@ -81,7 +81,8 @@ def decode_mask(segmentation: Any, size: tuple[int, int], source: str) -> np.nda
 
     Raises:
         ValueError: beginning with `source`, if it is none of these, for another size, or polygons
-            are lines, lie outside of the picture or have corners farther out than it is long.
+            are lines, lie outside of the picture, have corners farther out than it is long, or
+            seem to be in shares of its sides instead of pixels.
     """
     if isinstance(segmentation, list) and segmentation:
         return _filled_polygons(segmentation, size, source)
@@ -164,6 +165,13 @@ def _filled_polygons(polygons: list, size: tuple[int, int], source: str) -> np.n
         raise ValueError(f"{source}: expected polygons with an area, got {reprlib.repr(polygons)}")
     if not touched:
         raise ValueError(f"{source}: lies outside of its picture of {height} x {width} pixels")
+    corners = np.concatenate(polygons)
+    # A mask of the first pixel alone has whole numbers.
+    if corners.min() >= 0 and corners.max() <= 1 and (corners % 1).any():
+        raise ValueError(
+            f"{source}: has all corners within 0 to 1, got {reprlib.repr(polygons[0])}; if these "
+            "are normalized, multiply x by the picture's width and y by its height"
+        )
     filled = tools.merge(tools.frPyObjects(polygons, height, width))
     return decode_mask(filled, size, source)
 
@@ -259,6 +267,8 @@ def read_coco_instances(
     Numbers may be written as 3.0 or "3"; an area that is missing or null is that of the mask.
     With `skip_bad` only what is bad itself is left out: an object, with a malformed mask or an
     unknown category, not the picture; of several pictures or objects with one id, all of them.
+    An object without a pixel, such as a polygon thinner than one, is no error: it is left out, and
+    listed in `skipped`.
 
     Args:
         images: folder of the pictures, in which the file's names are looked up.
@@ -335,17 +345,26 @@ def _row(
 def _read_objects(path: Path, picture: _Picture, rows: list[_Row]) -> Annotation:
     size = picture.size or image_size(picture.path)
     check_size(path, size, picture.path)
-    segments, problems = [], {}
+    segments, problems, left_out = [], {}, {}
     for row in rows:
         try:
             mask = Mask.of(decode_mask(row.segmentation, size, f"{path}: {row.what}"))
         except ValueError as error:
             problems[row.what] = str(error)
-        else:
+            continue
+        if mask.area:
             area = float(mask.area) if row.area is None else row.area
             segments.append(Segment(row.id, row.category, area, row.crowd, row.score, mask))
+        else:  # whoever counted it could neither learn nor find it
+            left_out[row.what] = f"{path}: {row.what}: has no pixel"
     return Annotation(
-        picture.name, picture.path, size, picture.id, segments=tuple(segments), problems=problems
+        picture.name,
+        picture.path,
+        size,
+        picture.id,
+        segments=tuple(segments),
+        problems=problems,
+        left_out=left_out,
     )
 
 

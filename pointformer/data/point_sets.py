@@ -51,7 +51,7 @@ class PointAnnotation:
         tokens: the points, one sample.
         label: class of the whole, VOID where there is none.
         labels: (T,) int32 class of each point, VOID where there is none; `None` for objects.
-        problems: see `Annotation`; none.
+        problems, left_out: see `Annotation`; none.
     """
 
     name: str
@@ -59,6 +59,7 @@ class PointAnnotation:
     label: int = VOID
     labels: np.ndarray | None = None
     problems: Mapping[str, str] = field(default_factory=dict, repr=False)
+    left_out: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def classes(self) -> np.ndarray:
         """(T,) int32 class of each point."""

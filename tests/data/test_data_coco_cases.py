@@ -196,7 +196,8 @@ def test_a_missing_value_is_that_objects_problem(tmp_path, key):
 
 
 def test_polygons_that_are_unusual_but_have_an_area(tmp_path):
-    """A bow tie, whose signed areas cancel, and a part that is a line beside one that is not."""
+    """A bow tie, whose signed areas cancel, a part that is a line beside one that is not, and one
+    that is thinner than a pixel, which is no object but no error."""
     bow_tie = [[5, 5, 15, 15, 15, 5, 5, 15]]
     tiny = [[5.2, 5.2, 5.4, 5.2, 5.4, 5.4]]
     with_line = [*GOOD["segmentation"], [1, 1, 3, 3, 2, 2]]
@@ -204,10 +205,33 @@ def test_polygons_that_are_unusual_but_have_an_area(tmp_path):
         {**GOOD, "id": n, "segmentation": parts}
         for n, parts in enumerate((bow_tie, tiny, with_line))
     ]
-    segments = read(scenes.dump(tmp_path / "a.json", content(rows)))[0].segments
-    assert segments[0].mask.area > 40
-    assert segments[1].mask.area <= 1
-    assert (segments[2].mask.dense(SQUARE.shape) >= SQUARE).all()
+    path = scenes.dump(tmp_path / "a.json", content(rows))
+    dataset = read(path)
+    first, second = dataset[0].segments
+    assert first.mask.area > 40
+    assert (second.mask.dense(SQUARE.shape) >= SQUARE).all()
+    assert dataset.skipped == {"annotation 1": f"{path}: annotation 1: has no pixel"}
+
+
+def test_run_lengths_without_a_pixel_are_no_object(tmp_path):
+    empty = {"size": [30, 40], "counts": [1200]}
+    path = scenes.dump(tmp_path / "a.json", content([{**OTHER, "segmentation": empty}, GOOD]))
+    dataset = read(path)
+    is_the_square(dataset[0])
+    assert dataset.skipped == {"annotation 2": f"{path}: annotation 2: has no pixel"}
+
+
+def test_normalized_coordinates_are_no_pixels(tmp_path):
+    """Whether they would reach the middle of the first pixel or not; of that pixel is a mask."""
+    for number, polygon in enumerate(([0.1, 0.1, 0.2, 0.1, 0.2, 0.3], [0.2, 0, 1, 0, 1, 1, 0, 1])):
+        row = {**GOOD, "segmentation": [polygon]}
+        path = scenes.dump(tmp_path / f"{number}.json", content([row]))
+        assert error_of(lambda path=path: read(path)[0]).startswith(
+            f"{path}: annotation 1: has all corners within 0 to 1, got [{polygon[0]}, "
+        )
+    pixel = {**GOOD, "segmentation": [[0, 0, 1, 0, 1, 1, 0, 1]]}
+    (segment,) = read(scenes.dump(tmp_path / "a.json", content([pixel])))[0].segments
+    assert segment.mask.box == (0, 0, 1, 1)
 
 
 def test_objects_with_one_id(tmp_path):
