@@ -33,7 +33,7 @@ def samples_in_words(count: int, counts: Counts) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-_FORM = 2  # of the file that keeps what was found
+_FORM = 3  # of the file that keeps what was found
 _NAMED = 5  # of a list, so many are named
 
 
@@ -197,7 +197,7 @@ class Statistics:
             factor = token / max(float(np.percentile(diameters, 5)), 0.1)
             remedy = f"; enlarge the pictures {max(2, math.ceil(factor))} times" * (share > 0.05)
             lines.append(
-                f"{small} of {len(diameters)} objects ({100 * share:.2g}%) are smaller than a "
+                f"{small} of {len(diameters)} objects ({100 * share:.3g}%) are smaller than a "
                 f"token of {token} x {token} px, and are easily missed{remedy}"
             )
         if crop is not None:
@@ -310,7 +310,8 @@ def _facts(dataset: Dataset, index: int, counts: Counts, reading: Reading) -> Pi
             classes = Counter(dict(zip(values.tolist(), pixels.tolist(), strict=True)))
         else:
             kept = [segment for segment in annotation.segments if not segment.crowd]
-            areas = [int(segment.area) for segment in kept]
+            # The pixels: what a file says of an area may be anything.
+            areas = [int(s.area) if s.mask is None else s.mask.area for s in kept]
             classes = Counter(segment.category for segment in kept)
             return PictureFacts(entry.name, size, tuple(classes.items()), tuple(areas))
     except (ValueError, OSError) as error:

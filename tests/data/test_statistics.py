@@ -5,8 +5,9 @@ import time
 import numpy as np
 import pytest
 
+from helpers import scenes
 from helpers.scenes import save
-from pointformer.data import open_dataset, statistics
+from pointformer.data import open_dataset, read_coco_instances, statistics
 from pointformer.data.statistics import examine, without_bad
 
 
@@ -39,6 +40,24 @@ def test_objects_are_counted_and_measured(tmp_path):
     assert first == "3 pictures, width x height 60 x 40 (2), 20 x 20 (1)"
     assert third.startswith("6 objects, up to 2 in a picture, diameters 2 to 5 px")
     found.check()
+
+
+def test_objects_are_measured_by_their_pixels(tmp_path):
+    """Not by the area that a COCO file gives them."""
+    square = [10, 10, 30, 10, 30, 30, 10, 30]
+    row = {"id": 1, "image_id": 1, "category_id": 1, "area": 0, "segmentation": [square]}
+    scenes.picture(tmp_path / "a.png", (40, 50))
+    path = scenes.dump(
+        tmp_path / "a.json",
+        {
+            "images": [{"id": 1, "file_name": "a.png"}],
+            "annotations": [row],
+            "categories": [{"id": 1, "name": "cell"}],
+        },
+    )
+    found = examine(read_coco_instances(path, tmp_path), "objects")
+    assert found.diameters.tolist() == [20]
+    assert any("1 of 1 objects (100%) are smaller" in line for line in found.advice(32))
 
 
 def test_small_objects_and_large_crops_are_advised_on(tmp_path):
