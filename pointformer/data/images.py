@@ -48,7 +48,8 @@ class Reading(TypedDict, total=False):
         intensities: of samples of more than 8 bits, and of signed and real ones. "percentiles"
             (default): by robust percentiles of the whole picture, see `data.intensities`. "full":
             the range of integers, and 0 to 1 of floats, become 0 to 255; other floats are an error.
-            NaN is shown as 0.
+            NaN is shown as 0 and counts for no percentile, as do samples that a GeoTIFF says stand
+            for no data.
         max_pixels: height times width of the largest picture to read, default 2**30: a file of a
             few bytes can claim any size.
     """
@@ -153,7 +154,10 @@ class Picture:
             return *levels.full_levels(layout.dtype, layout.bits, layout.inverted), 255.0
         fitted = levels.percentile_levels(self._read, layout.size, layout.inverted)
         if fitted is None:
-            raise PictureError(f"{self.name}: no sample of the picture is a finite number")
+            raise PictureError(
+                f"{self.name}: no sample of the picture is a finite number, and none that stands "
+                "for no data"
+            )
         return *fitted, levels.TOP
 
     def _check_range(self, values: np.ndarray, low: float, high: float) -> None:

@@ -28,7 +28,7 @@ from pointformer.data.stored import (
 )
 
 if TYPE_CHECKING:
-    from tifffile import TiffFile, TiffPageSeries
+    from tifffile import TiffFile, TiffFrame, TiffPage, TiffPageSeries
 
 # What is wrong with a file is raised, or read in spite of it; nothing is printed.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -37,6 +37,7 @@ _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _PALETTE, _MASK, _CMYK, _YCBCR = range(7)
 _GRAY = (_MIN_IS_WHITE, _MIN_IS_BLACK, _MASK)
 _ALPHA = (1, 2)  # values of ExtraSamples; 0 is "unspecified"
 _ORIENTATION = 274
+_NO_DATA = 42113  # GDAL's, a number as text
 _REDUCED_OR_MASK = 1 | 4  # bits of NewSubfileType
 _BESIDES = {"thumbnail", "label", "macro", "overview", "map"}  # what slide scanners add
 _DECODED_TO_RGB = {6, 7, 33007, 34892}  # JPEG
@@ -140,6 +141,7 @@ class StoredTiff:
         height, width = shape[self._y], shape[self._x]
         check_pixels(self.name, height, width, max_pixels)
         self._max_pixels = max_pixels
+        self._no_data = _no_data(self._page)
         self._whole: np.ndarray | None = None
         self.layout = self._layout((height, width))
 
@@ -256,7 +258,21 @@ class StoredTiff:
         values = np.stack(parts, axis=-1)
         if self._convert is not None:
             return self._convert(values)[..., list(channels)]
-        return values if self._numbers else as_bytes(values, self.layout.bits)
+        if self._numbers:
+            return values
+        return self._without_no_data(as_bytes(values, self.layout.bits))
+
+    def _without_no_data(self, values: np.ndarray) -> np.ndarray:
+        """NaN where there is no data; samples of 8 bits, which are shown as they are, are kept."""
+        if self._no_data is None or values.dtype == np.uint8:
+            return values
+        with np.errstate(over="ignore"):  # the number may be none of the type
+            missing = values == self._no_data
+        if not missing.any():
+            return values
+        values = values.astype(np.result_type(values, np.float16))  # which holds all its integers
+        values[missing] = np.nan
+        return values
 
     def _read_samples(self, place: tuple) -> np.ndarray:
         """A window (h, w) of one channel of one plane, by an index for each axis."""
@@ -364,11 +380,27 @@ class StoredTiff:
                 raise self._truncated()
         values, _, shape = self._page.decode(data, segment, **options)
         if values is None:
-            return np.broadcast_to(np.asarray(self._page.nodata, self._page.dtype), shape)
+            empty = np.full((), 0 if self._no_data is None else self._no_data, self._page.dtype)
+            return np.broadcast_to(empty, shape)
         return values
 
     def _truncated(self) -> PictureError:
         return PictureError(f"{self.name}: expected a picture, but the file is truncated")
+
+
+def _no_data(page: TiffPage | TiffFrame) -> float | None:
+    """The sample that stands for none; `None` where no sample can be it."""
+    tag, dtype = page.tags.get(_NO_DATA), np.dtype(page.dtype)
+    if tag is None or dtype.kind not in "iuf":
+        return None
+    try:
+        number = float(str(tag.value).replace(",", ".").strip("\0 "))
+    except ValueError:
+        return None
+    if dtype.kind == "f":
+        return number
+    limits = np.iinfo(dtype)
+    return number if number.is_integer() and limits.min <= number <= limits.max else None
 
 
 def _put(place: list[int | slice], axes: Sequence[int], numbers: Sequence[np.intp]) -> None:

@@ -248,6 +248,58 @@ def test_a_few_bad_samples_change_nothing(model, example, name):
     assert abs(segment(model, spoiled(example)[name]).num_objects - COUNT) <= 5
 
 
+NO_DATA = {
+    "float": (np.float32(1), "-9999"),
+    "share": (np.float32(1 / 255), "-3.4028234663852886e+38"),
+    "16 bits": (np.uint16(10), "65535"),
+    "signed": (np.int16(10), "-9999.0"),
+    "comma": (np.float64(1), "-9999,5"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_DATA)
+def test_what_stands_for_no_data_is_shown_as_nan_is(tmp_path, example, kind):
+    """Whole, by windows and in parts that are not in the file."""
+    factor, text = NO_DATA[kind]
+    samples = example[..., 0] * factor
+    known = samples.astype(np.float64)
+    known[192:] = np.nan
+    samples[192:] = float(text.replace(",", "."))
+    tag = [(42113, "s", 0, text, True)]
+    for number, form in enumerate(({}, {"tile": (32, 32), "compression": "zlib"})):
+        path = tmp_path / f"{number}.tif"
+        tifffile.imwrite(path, samples, photometric="minisblack", extratags=tag, **form)
+        np.testing.assert_array_equal(read_image(path), read_image(known))
+        np.testing.assert_array_equal(
+            open_picture(path)[180:200, 3:50], read_image(known)[180:200, 3:50]
+        )
+    tiles = (samples[y : y + 32, x : x + 32] for y in range(0, 256, 32) for x in range(0, 256, 32))
+    stored = iter([None if number >= 48 else tile for number, tile in enumerate(tiles)])
+    options = {"shape": samples.shape, "dtype": samples.dtype, "photometric": "minisblack"}
+    tifffile.imwrite(path, stored, tile=(32, 32), compression="zlib", extratags=tag, **options)
+    np.testing.assert_array_equal(read_image(path), read_image(known))
+
+
+def test_no_data_that_is_none(tmp_path):
+    """Of 8 bits, which are shown as they are; of maps; and what no sample can be."""
+    gray = np.arange(30, dtype=np.uint8).reshape(5, 6)
+    path = tmp_path / "a.tif"
+
+    def write(samples, text):
+        tag = [(42113, "s", 0, text, True)]
+        tifffile.imwrite(path, samples, photometric="minisblack", extratags=tag)
+
+    write(gray, "29")
+    np.testing.assert_array_equal(read_image(path)[..., 0], gray)
+    write(gray.astype(np.uint16), "29")
+    np.testing.assert_array_equal(read_instances(path), gray)
+    for text in ("-9999", "1e9", "0.5", "nan", "none", "inf"):
+        write(gray.astype(np.uint16) * 100, text)
+        np.testing.assert_array_equal(read_image(path), read_image(gray.astype(np.uint16) * 100))
+    write(np.full((5, 6), 7, np.int16), "7")
+    assert "no sample of the picture is a finite number" in refusal(path)
+
+
 def test_values_a_little_above_a_full_scale_change_nothing(example):
     for full in (1.0, 255, 4095, 65535):
         values = example[..., 0] * (full / 255)
