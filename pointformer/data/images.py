@@ -44,7 +44,7 @@ class Reading(TypedDict, total=False):
         plane: which of several planes (z, time, pages, frames), counted from 0 over all of them,
             the last axis fastest; or by axes, as "z=3,t=0". `None`: the only one.
         project: "max" or "mean" over the planes that `plane` leaves open. `None`: a picture that
-            has several planes is an error.
+            has several planes is an error. Means of 8 bits have more, see `intensities`.
         intensities: of samples of more than 8 bits, and of signed and real ones. "percentiles"
             (default): by robust percentiles of the whole picture, see `data.intensities`. "full":
             the range of integers, and 0 to 1 of floats, become 0 to 255; other floats are an error.
@@ -91,7 +91,7 @@ class Picture:
         values = _shown(self._read(*_stored_window(layout, rows, columns)), layout.orientation)
         if values.dtype != np.uint8:
             low, high, top = self._levels
-            self._check_range(values, low, high)
+            self._check_range(values)
             values = levels.to_8_bits(values, (low, high), top, layout.inverted)
         elif layout.inverted:
             values = 255 - values
@@ -151,7 +151,8 @@ class Picture:
     def _levels(self) -> tuple[float, float, float]:
         layout = self._stored.layout
         if self._intensities == "full":
-            return *levels.full_levels(layout.dtype, layout.bits, layout.inverted), 255.0
+            bits = 8 if layout.dtype == np.uint8 else layout.bits  # fewer are read as 0 to 255
+            return *levels.full_levels(layout.dtype, bits, layout.inverted), 255.0
         fitted = levels.percentile_levels(self._read, layout.size, layout.inverted)
         if fitted is None:
             raise PictureError(
@@ -160,8 +161,10 @@ class Picture:
             )
         return *fitted, levels.TOP
 
-    def _check_range(self, values: np.ndarray, low: float, high: float) -> None:
-        if self._intensities != "full" or values.dtype.kind != "f" or not values.size:
+    def _check_range(self, values: np.ndarray) -> None:
+        # Means of integers are real numbers, and samples without data NaN: the range stays.
+        real = self._stored.layout.dtype.kind == "f"
+        if self._intensities != "full" or not real or not values.size:
             return
         smallest, largest = (float(f.reduce(values, axis=None)) for f in (np.fmin, np.fmax))
         if smallest < 0 or largest > 1:

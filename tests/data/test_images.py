@@ -411,6 +411,20 @@ def test_means_of_planes_are_not_dark(model, tmp_path, example):
     assert abs(segment(model, path, project="mean").num_objects - COUNT) <= 5
 
 
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8, np.uint16, np.float32])
+def test_means_of_planes_have_the_full_range_of_their_planes(tmp_path, dtype):
+    path = tmp_path / "a.tif"
+    top = 1 if dtype in (bool, np.float32) else np.iinfo(dtype).max
+    samples = np.zeros((2, 3, 4), dtype)
+    samples[0, 0], samples[1, 1:] = top, top
+    samples[0, 2] = top
+    tifffile.imwrite(path, samples, photometric="minisblack")
+    zero, full = (128, 255) if dtype == np.int8 else (0, 255)
+    half = (zero + full) / 2
+    shown = read_image(path, project="mean", intensities="full")[:, 0, 0]
+    assert np.abs(shown - [half, half, full]).max() <= 0.5
+
+
 def test_pages_of_different_sizes_and_what_is_beside_a_picture(tmp_path):
     path = tmp_path / "a.tif"
     small, large = np.full((8, 9), 1, np.uint8), np.full((20, 30), 2, np.uint8)
