@@ -15,7 +15,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from pointformer.annotations import VOID, Category, Mask, Objects, Segment, masks_of
-from pointformer.data.images import Reading, image_size, read_image
+from pointformer.data.images import Reading, image_size, is_turned, read_image
 from pointformer.data.json_files import FLAG, NUMBER, TEXT, WHOLE, read_json, repeated, value_of
 from pointformer.data.packed import PictureFile, file_of, is_there
 
@@ -455,8 +455,10 @@ def check_size(source: PictureFile, size: tuple[int, int], image: PictureFile | 
     """Raise a ValueError naming `source` if the picture has another height and width."""
     found = tuple(size) if image is None else image_size(image)
     if found != tuple(size):
+        turned = image is not None and found == tuple(size)[::-1] and is_turned(image)
+        why = "; its orientation tag turns the picture, turn its annotation too" if turned else ""
         raise ValueError(
-            f"{source}: expected the height and width of {image}, {found}, got {tuple(size)}"
+            f"{source}: expected the height and width of {image}, {found}, got {tuple(size)}{why}"
         )
 
 

@@ -257,6 +257,11 @@ def image_size(path: str | os.PathLike[str] | Packed) -> tuple[int, int]:
     return sizes.pop()
 
 
+def is_turned(path: str | os.PathLike[str] | Packed) -> bool:
+    """Whether rows and columns change places by the orientation that the file tells."""
+    return any(picture.layout.orientation >= 5 for picture in _stored(path, MAX_PIXELS))
+
+
 def read_instances(path: str | os.PathLike[str] | Packed) -> np.ndarray:
     """Read an instance map as int32 of shape (H, W).
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from helpers import scenes
 from helpers.scenes import error_of
@@ -279,6 +280,19 @@ def test_pictures_without_a_size_have_their_own(tmp_path):
     broken["images"][0] = {"id": 1.0, "file_name": "a.png", "height": 30.0, "width": "40"}
     annotation = read(scenes.dump(tmp_path / "a.json", broken))[0]
     assert (annotation.id, type(annotation.id), annotation.size) == (1, int, (30, 40))
+
+
+@pytest.mark.parametrize(("orientation", "turned"), [(1, False), (6, True)])
+def test_sizes_swapped_by_an_orientation_tag(tmp_path, orientation, turned):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = tmp_path / "a.jpg"
+    Image.new("L", (40, 30) if turned else (30, 40)).save(image, exif=exif)
+    path = scenes.dump(tmp_path / "a.json", content([GOOD], [(image.name, 1)]))
+    message = error_of(lambda: data.read_coco_instances(path, tmp_path)[0])
+    expected = f"{path}: expected the height and width of {image}, (40, 30), got (30, 40)"
+    assert message.startswith(expected)
+    assert ("its orientation tag turns the picture" in message) == turned
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
