@@ -463,7 +463,8 @@ def _check_scores(scores: Tensor) -> None:
     if bool(bad.any()):
         raise ValueError(
             f"scores: expected numbers, got NaN in {int(bad.sum())} of {len(scores)} rows, "
-            f"first in row {int(bad.nonzero()[0])}"
+            f"first in row {int(bad.nonzero()[0])}; look for NaN in what they were computed from, "
+            "such as images and weights"
         )
 
 

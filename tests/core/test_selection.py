@@ -488,7 +488,7 @@ def test_selection_compiles_in_one_graph(lattice):
         ({"rate": 0.0}, r"rate: expected a number in \(0, 1\], got 0.0"),
         ({"rate": 1.5}, r"rate: expected a number in \(0, 1\], got 1.5"),
         ({"scores": torch.zeros(9)}, r"scores: expected shape \(16\), got a float32 tensor"),
-        ({"scores": torch.full((16,), math.nan)}, "scores: expected numbers, got NaN in 16 of 16"),
+        ({"scores": torch.full((16,), math.nan)}, "NaN in 16 of 16 .* images and weights"),
         ({"reserve_share": 0.0}, r"reserve_share: expected a number in \(0, 1\], got 0.0"),
         ({"extent": None, "origin": (1, 2)}, "origin: give extent too, or neither"),
         ({"prior": "density"}, "prior: expected one of adaptive, grid, None, got 'density'"),
