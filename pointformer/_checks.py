@@ -286,6 +286,20 @@ def as_int32(index: Tensor) -> Tensor:
     return index.clamp(limits.min, limits.max).int() if index.dtype == torch.int64 else index
 
 
+def check_rows(name: str, rows: Tensor, count: int, what: str = "rows", wait: bool = True) -> None:
+    """Raise if one of them is negative, which would count from the end, or not below `count`.
+
+    Skipped where values cannot be read, see `can_read`, and on GPUs where it may not `wait`.
+    """
+    if rows.numel() == 0 or not can_read(rows) or not (wait or rows.device.type == "cpu"):
+        return
+    least, most = map(int, rows.aminmax())
+    if least < 0 or most >= count:
+        bad = f"{least if least < 0 else most}"
+        remedy = "; leave those out that stand for none" if least == -1 else ""
+        raise IndexError(f"{name}: expected {what} from 0 to below {count}, got {bad}{remedy}")
+
+
 def check_count(name: str, value: object, least: int = 1, most: int = _LARGEST_COUNT) -> None:
     """Raise if `value` is no integer from `least` to `most`."""
     if type(value) is int or isinstance(value, torch.SymInt | np.integer):

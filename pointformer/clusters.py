@@ -21,6 +21,7 @@ from pointformer._checks import (
     check_count,
     check_flags,
     check_positions,
+    check_rows,
     check_tensor,
     describe,
     too_many,
@@ -351,9 +352,18 @@ class Neighborhoods:
         return None
 
     def select(self, rows: Tensor) -> Neighborhoods:
-        """The neighborhoods of some queries, by row index (Q',); clusters stay as they are."""
+        """The neighborhoods of some queries, by row index (Q',); clusters stay as they are.
+
+        Raises:
+            TypeError, ValueError: `rows` is of another type, shape, dtype or device.
+            IndexError: there is no such row. GPUs do not wait to find out here.
+        """
         check_tensor("rows", rows, ("Q'",), INTEGERS, self.cluster_index.device)
-        return Neighborhoods(self.cluster_index[rows], self.clusters)
+        check_rows("rows", rows, self.num_queries, wait=False)
+        return self._of_rows(rows)
+
+    def _of_rows(self, rows: Tensor) -> Neighborhoods:
+        return Neighborhoods(self.cluster_index.index_select(0, rows), self.clusters)
 
     def nearest(self, num_clusters: int) -> Neighborhoods:
         """The first `num_clusters` of each list."""

@@ -27,6 +27,7 @@ from pointformer._checks import (
     check_number,
     check_per_sample,
     check_positions,
+    check_rows,
     check_same_positions,
     check_sizes,
     check_tensor,
@@ -273,8 +274,9 @@ class TokenSet:
             sizes: how many of them per sample, B host integers; `None` counts them, which waits for
                 the device.
             features: (T', C') to take in place of those of the rows.
-            check_values: whether to look for rows that are not of their sample, which waits for the
-                device. Never done under `torch.compile` and while a CUDA graph is captured.
+            check_values: whether to look for rows that do not exist or are not of their sample,
+                which waits for the device. Never done under `torch.compile` and while a CUDA graph
+                is captured.
 
         Raises:
             TypeError, ValueError: an argument does not fit; rows are not grouped by sample.
@@ -285,6 +287,8 @@ class TokenSet:
             check_tensor("index", index, (self.num_tokens,), device=self.device)
             index, check_values = index.nonzero()[:, 0], check_values and sizes is not None
         check_tensor("index", index, ("T'",), INTEGERS, self.device)
+        if check_values:
+            check_rows("index", index, self.num_tokens)
         if sizes is None:
             given = check_batch("index", self.sample_index[index], len(self))
         else:

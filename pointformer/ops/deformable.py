@@ -17,6 +17,7 @@ from pointformer._checks import (
     check_per_sample,
     check_positions,
     check_power,
+    check_rows,
     check_tensor,
     describe,
     lacks_gradient_of,
@@ -75,7 +76,8 @@ def deformable_attention(
 
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype, device or value does not fit.
-        IndexError: a row of `lookup` does not exist; on GPUs it is left out.
+        IndexError: a row of `lookup` does not exist; on GPUs it is left out. Or a sample does not,
+            which GPUs do not wait to find out.
     """
     tokens, heads, _ = check_tensor("value", value, ("T", "H", "d"), FLOATS).shape
     device = value.device
@@ -89,6 +91,7 @@ def deformable_attention(
     check_tensor("query_sample", query_sample, (queries,), (torch.int64,), device)
     check_tensor("lookup", lookup, ("cells", levels, "k"), INTEGERS, device)
     canvas = _canvas(extent, lookup, device)
+    check_rows("query_sample", query_sample, len(canvas), "samples", wait=False)
     check_power(power, device)
     check_number("eps", eps, above=0)
 

@@ -13,6 +13,7 @@ from pointformer._checks import (
     check_flags,
     check_number,
     check_positions,
+    check_rows,
     check_tensor,
     describe,
     lacks_gradient_of,
@@ -70,8 +71,9 @@ def scored_merge(
 
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype or device does not fit.
-        IndexError: a row of `center_index` or `cluster_index` does not exist. On GPUs, which do not
-            wait to find out, such entries of `cluster_index` are left out.
+        IndexError: a row of `center_index`, of which none is negative, or of `cluster_index` does
+            not exist. On GPUs, which do not wait to find out, such entries of `cluster_index` are
+            left out.
     """
     check_tensor("features", features, ("T", "C"), FLOATS)
     tokens, device = features.shape[0], features.device
@@ -79,10 +81,11 @@ def scored_merge(
     positions = _check_positions("positions", positions, tokens, None, device)
     check_tensor("center_index", center_index, ("T'",), INTEGERS, device)
     check_neighborhoods(neighborhoods, tokens, tokens, device)
+    check_rows("center_index", center_index, tokens, wait=False)
     check_order("positions", positions, neighborhoods.clusters)
     _check_weight_net(weight, bias, norm_weight, norm_bias, eps, positions.shape[1], device)
 
-    centered = neighborhoods.select(center_index)
+    centered = neighborhoods._of_rows(center_index)
 
     def lacks() -> str | None:
         return _fused_lacks(features, centered.cluster_index, positions=positions)

@@ -179,6 +179,7 @@ def test_half_precision_keeps_its_dtype():
         ({"power": 0.0}, ValueError, "power"),
         ({"eps": 0.0}, ValueError, "eps"),
         ({"lookup": torch.full((59, 2, 4), 99, dtype=torch.int32)}, IndexError, "row 99"),
+        ({"query_sample": torch.full((13,), -1)}, IndexError, "query_sample: .* got -1"),
         ({"query_sample": torch.zeros(13)}, TypeError, "query_sample"),
     ],
 )

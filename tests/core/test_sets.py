@@ -3,6 +3,7 @@
 import io
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -144,6 +145,20 @@ def test_other_positions():
     assert (flat.dimensions, flat.origin, flat.extent) == (2, None, None)
     with pytest.raises(ValueError, match=r"positions: expected shape \(17, D\)"):
         tokens.with_positions(tokens.positions[:3])
+
+
+@pytest.mark.parametrize("row", [-1, -11, -12, 11, 2**40])
+def test_rows_that_do_not_exist(row):
+    tokens, index = numbered(5, 6), torch.tensor([7, row])
+    message = f"expected rows from 0 to below 11, got {row}"
+    for select in (
+        tokens.cluster(2).neighborhoods(2).select,
+        tokens.select,
+        partial(tokens.select, sizes=(0, 2)),
+        partial(TokenSet(tokens.positions).select, sizes=(2,)),
+    ):
+        with pytest.raises(IndexError, match=message):
+            select(index)
 
 
 def test_rows_of_other_samples():
