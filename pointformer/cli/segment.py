@@ -145,9 +145,12 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
         torch.set_num_threads(1)
     failures = len(problems) if processes.main else 0
     total = len(paths) + len(problems)
-    todo = processes.own(list(zip(paths, result_names(paths, inputs.endings), strict=True)))
-    if options.resume:
-        todo = [pair for pair in todo if not _is_done(pair[1], inputs)]
+    own = processes.own(list(zip(paths, result_names(paths, inputs.endings), strict=True)))
+    todo = [pair for pair in own if not (options.resume and _is_done(pair[1], inputs))]
+    out = printable(str(options.out))
+    alone = total == 1 and not left_out  # then what was found in it is said
+    if alone and len(todo) < len(own):
+        say(f"{printable(paths[0].name)}: done already; results in {out}")
     paths, names = [path for path, _ in todo], [name for _, name in todo]
     # No bar where nobody sees it move: in a log, or for one input.
     bar = tqdm(
@@ -164,16 +167,15 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
                 failures += 1
                 complain(error, path, debug=options.debug)
             else:
-                if total == 1 and not left_out:
-                    out = printable(str(options.out))
+                if alone:
                     say(f"{printable(path.name)}: {summary}; results in {out}")
     bar.close()
     failures = sum(processes.gathered(failures))
-    if processes.main and (total > 1 or left_out):
-        more = f", {left_out} results of earlier runs left out" if left_out else ""
+    if processes.main and not alone:
+        more = f", {left_out} result{'s' * (left_out > 1)} of earlier runs left out"
         say(
-            f"{total - failures} of {total} {inputs.noun}s done{more}; "
-            f"results in {printable(str(options.out))}"
+            f"{total - failures} of {total} {inputs.noun}s done{more if left_out else ''}; "
+            f"results in {out}"
         )
     return 1 if failures else 0
 

@@ -170,6 +170,10 @@ def test_resume_and_folders(capsys, points_model, quick, monkeypatch):
     assert sorted(os.listdir("in")) == names
     monkeypatch.setattr(PREDICT, lambda *a: pytest.fail("computed"))
     assert run(capsys, *arguments, "--resume")[0] == 0
+    code, text, _ = run(capsys, "segment", "in/a.laz", *arguments[2:], "--resume")
+    assert (code, text) == (0, "a.laz: done already; results in in\n")
+    text = run(capsys, "segment", "in/a*", *arguments[2:], "--resume")[1]
+    assert text == "1 of 1 point clouds done, 1 result of earlier runs left out; results in in\n"
     Path("in/b_points.xyz").write_text("mine")
     code, _, error = run(capsys, *arguments, "--resume")
     assert code == 1
