@@ -116,7 +116,8 @@ def run(options: argparse.Namespace) -> int:
     pictures = " x ".join(str(side) for side in shape)
     print(f"{model.name}, {pictures} {options.dtype}, impl {options.impl or 'of the device'}")
     name = machine.get("gpu", machine["processor"])
-    print(f"{name}, {machine['threads']} threads, torch {machine['torch']}")
+    threads = machine["threads"]
+    print(f"{name}, {threads} thread{'s' * (threads != 1)}, torch {machine['torch']}")
     if limits is not None:
         print(f"{limits.bandwidth / 1e9:,.1f} GB/s, {limits.rate / 1e12:,.3g} TFLOP/s")
     print(f"\n{table(rows)}")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from pointformer._files import atomic_path
 from pointformer.annotations import VOID, Category, SegmentMap
 from pointformer.data import Annotation, Dataset
+from pointformer.data.statistics import samples_in_words
 from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.evaluation import predictions
 from pointformer.metrics import RecallBySize, SemanticIoU, size_names
@@ -186,7 +187,7 @@ def _examined(
         if not math.isnan(score) and (len(cases) < worst or score < cases[-1].score):
             cases.append(_Case(annotation.name, score, _compared(task, image, truth, prediction)))
             cases = sorted(cases, key=lambda case: case.score)[:worst]
-    say(f"{len(order)} pictures looked at")
+    say(f"{samples_in_words(len(order), task.counts)} looked at")
     counts = sizes.scores()
     iou = whole.scores().iou if isinstance(whole, SemanticIoU) else None
     rows = [

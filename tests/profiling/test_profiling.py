@@ -321,11 +321,13 @@ def run(capsys):
 LIMITS = ("--bandwidth", 4300, "--rate", 790)
 
 
-def test_command_prints_a_table_or_json(run):
+def test_command_prints_a_table_or_json(run, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     arguments = ("aff_nano", "--size", "32x64", "--batch", 1, "--repeats", 1, "--device", "cpu")
     code, text, _ = run(*arguments, *LIMITS)
     assert code == 0
     assert text.startswith("aff_nano, 1 x 3 x 32 x 64 fp32")
+    assert ", 1 thread, torch" in text
     assert "4,300.0 GB/s, 790 TFLOP/s" in text
     code, text, _ = run(*arguments, *LIMITS, "--json", "--backward", "--dtype", "bf16")
     assert code == 0

@@ -101,6 +101,11 @@ def test_the_worst_pictures_come_first(run, tmp_path, monkeypatch):
     page = Page((tmp_path / "a.html").read_text("utf-8"))
     shown = [text for text in page.texts if text.startswith("picture ")]
     assert shown == ["picture 0: 0.000", "picture 3: 0.250"]
+    said = []
+    for pictures in (1, 2):
+        write_report(run[1], model, annotations, tmp_path / "a.html", task=task, pictures=pictures,
+                     say=said.append)  # fmt: skip
+    assert said == ["1 picture looked at", "2 pictures looked at"]
 
 
 def test_bad_input_is_one_line(run, capsys, tmp_path):
