@@ -166,11 +166,13 @@ def _opened(
     from pointformer.segmentation.clouds import features_of
     from pointformer.tasks import task_of
 
-    if options.limit is not None and options.limit < 0:
-        raise ValueError(f"--limit: expected at least 0, got {options.limit}")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit: expected at least 1, got {options.limit}")
     if options.model is None:
         likely = find_source(options.data, options.format, options.task, options.annotations)
         options.model = CLOUD_MODEL if likely.is_of_clouds else DEFAULT_MODEL
+        if main:
+            say(f"{options.model}, the model by default; --model names others")
     model = model_from(options)
     task = task_of(model, options.task)
     resize, crop = _seen(options, task)

@@ -43,6 +43,12 @@ def test_void_is_what_it_was_in_training(tmp_path, scored):
     assert (found[9:] != VOID).all()
 
 
+def test_the_model_by_default_is_named(tmp_path, scored, capsys):
+    write_folder(tmp_path / "data", train=0, val=1)
+    run(tmp_path / "data")
+    assert "aff_nano.nuclei, the model by default" in capsys.readouterr().out
+
+
 def test_scores_of_nothing_say_so(tmp_path, capsys):
     write_folder(tmp_path / "data", train=0, val=1)
     labels = tmp_path / "data/val/instances/0.png"

@@ -327,8 +327,10 @@ def test_unreadable_pictures_are_skipped_and_not_counted(folder, tmp_path, capsy
     assert content["images"] == 1
     assert list(content["skipped"]) == ["a"]
     capsys.readouterr()
-    assert cli.main([*arguments, "--limit", "0"]) == 1
-    assert "0 pictures to score" in capsys.readouterr().err
+    other = folder / "val/images/b.png"
+    other.write_bytes(other.read_bytes()[:-80])
+    assert cli.main([*arguments, "--skip-bad"]) == 1
+    assert "0 pictures to score (2 skipped)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -336,7 +338,8 @@ def test_unreadable_pictures_are_skipped_and_not_counted(folder, tmp_path, capsy
     [
         (["--scales", "-1"], "scales: expected positive numbers"),
         (["--scales", "nan"], "scales: expected positive numbers"),
-        (["--limit", "-2"], "--limit: expected at least 0, got -2"),
+        (["--limit", "-2"], "--limit: expected at least 1, got -2"),
+        (["--limit", "0"], "--limit: expected at least 1, got 0"),
         (["--tile", "0"], "tile: expected a positive integer, got 0"),
         (["--device", "nowhere"], "--device: nowhere cannot be used"),
     ],
