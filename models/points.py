@@ -137,7 +137,9 @@ class PointStage(nn.Module):
             return StageOutput(tokens, inputs, None, neighborhoods), None
         logits = self.merge.logits(tokens.features)
         scores = logits.sigmoid()
-        index, sizes = best_of_runs(scores, sizes=tokens.sizes, rate=config.rates[self.index])
+        index, sizes = best_of_runs(
+            scores, sizes=tokens.sizes, rate=config.rates[self.index], check_values=False
+        )
         merged = self.merge(tokens, neighborhoods, scores, index, sizes, impl)
         return StageOutput(tokens, inputs, scores, neighborhoods, logits), merged
 

@@ -506,7 +506,7 @@ CALLS = {
     ),
     "best_of_runs": (
         pointformer.best_of_runs,
-        {"scores": torch.rand(32), "batch": None, "rate": 0.25},
+        {"scores": torch.rand(32), "batch": None, "rate": 0.25, "check_values": True},
     ),
     "best_of_runs (sizes)": (
         lambda sizes: pointformer.best_of_runs(torch.rand(32), sizes=sizes, rate=0.25),

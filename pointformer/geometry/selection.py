@@ -279,6 +279,7 @@ def best_of_runs(
     sizes: Sequence[int] | None = None,
     batch: Tensor | None = None,
     rate: float,
+    check_values: bool = True,
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Of each sample's rows, in ceil(n * rate) runs as equal as can be, the best-scored of each.
 
@@ -286,20 +287,26 @@ def best_of_runs(
     extent, with a say of the scores.
 
     Args:
-        scores: (T,) floating, importance of each row; NaN is above all.
+        scores: (T,) floating, importance of each row.
         sizes: rows per sample, B host integers; `None` for one sample.
         batch: in place of `sizes` the sample of each row, see `sizes_from_batch`.
         rate: share of the rows to keep, in (0, 1].
+        check_values: whether to look for scores that are NaN, which else are above all; this waits
+            for the device. Never done under `torch.compile` and while a CUDA graph is captured.
 
     Returns:
         Rows, (T',) int64 ascending, the first of equal ones, and how many there are per sample.
 
     Raises:
-        TypeError, ValueError: an argument's type, shape, dtype or value does not fit.
+        TypeError, ValueError: an argument's type, shape, dtype or value does not fit, or a score is
+            NaN.
     """
     scores = check_tensor("scores", scores, ("T",), FLOATS).detach()
     sizes = check_sizes("sizes", sizes, len(scores), batch)
     check_number("rate", rate, above=0, most=1)
+    check_flags(check_values=check_values)
+    if check_values:
+        _check_scores(scores)
     # 70 * 0.1 is a little more than 7 in binary numbers, and not meant so.
     counts: tuple[int, ...]
     if isinstance(sizes, Tensor):

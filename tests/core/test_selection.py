@@ -526,6 +526,13 @@ def test_best_of_runs(sizes, rate):
     assert index.tolist() == expected
 
 
+def test_best_of_runs_without_numbers():
+    scores = torch.tensor([0.1, math.nan, 0.3, 0.2])
+    with pytest.raises(ValueError, match="scores: expected numbers, got NaN in 1 of 4 rows"):
+        best_of_runs(scores, rate=0.5)
+    assert best_of_runs(scores, rate=0.5, check_values=False)[0].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @given(
     sample=tokens(max_size=40),
