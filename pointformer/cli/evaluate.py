@@ -162,6 +162,7 @@ def _opened(
 ) -> tuple[Model, Dataset, dict[str, Any], Results]:
     """Model and data for all processes, after all that can be known to be wrong before."""
     from pointformer.data import find_source, open_dataset
+    from pointformer.data.annotations import are_named
     from pointformer.prediction import recipe_value
     from pointformer.segmentation.clouds import features_of
     from pointformer.tasks import task_of
@@ -179,13 +180,16 @@ def _opened(
     source = find_source(options.data, options.format, task.name, options.annotations)
     if options.format is None and main:
         say(printable(str(source)))
+    classes = model.categories
+    if source.lists_classes and not are_named(classes or ()):
+        classes = None  # the data set's, in its order
     dataset = open_dataset(
         source,
         task=task.name,
         split=options.split,
         annotations=options.annotations,
         segments=options.segments,
-        categories=None if source.lists_classes else model.categories,
+        categories=classes,
         void=recipe_value(model, "data.void"),
         skip_bad=options.skip_bad,
         features=features_of(model) or (),

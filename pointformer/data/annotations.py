@@ -5,16 +5,19 @@ from __future__ import annotations
 import colorsys
 import copy
 import hashlib
+import itertools
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
-from pointformer.annotations import VOID, Category, Mask, Objects, Segment, masks_of
+from pointformer._checks import brief
+from pointformer.annotations import OBJECT, VOID, Category, Mask, Objects, Segment, masks_of
 from pointformer.data.images import Reading, image_size, is_turned, read_image
 from pointformer.data.json_files import FLAG, NUMBER, TEXT, WHOLE, read_json, repeated, value_of
 from pointformer.data.packed import PictureFile, file_of, is_there
@@ -345,6 +348,83 @@ def category_table(
     return named_categories(c.name if isinstance(c, Category) else c for c in categories)
 
 
+def are_named(categories: Sequence[Category]) -> bool:
+    """Whether classes have names that say more than a number, or than "object"."""
+    return any(not (c.name.isdecimal() or c.name == OBJECT) for c in categories)
+
+
+def matched_classes(
+    wanted: Sequence[Category] | Sequence[str] | None,
+    listed: Sequence[Category],
+    source: str | os.PathLike[str],
+    used: Iterable[int | None] = (),
+) -> tuple[Category, ...]:
+    """Classes with the ids that a data set has for their names; those that it lacks have free ones.
+
+    Args:
+        wanted: of a model or another split. Names without ids are those of the labels 0, 1, ...,
+            whatever the data set lists; `None`: the classes that it lists.
+        listed: as the data set lists them. Where either side has only numbers as names, ids are
+            the same in both.
+        source: of the list.
+        used: ids in annotations that must be of wanted classes.
+
+    Raises:
+        ValueError: naming the source and the classes of both sides, which have other names.
+    """
+    table = category_table(wanted)
+    if table is None:
+        return tuple(listed)
+    if not all(isinstance(category, Category) for category in wanted or ()):
+        return table
+    key = _name_key(table, listed)
+    places = {key(category.name): category.id for category in listed}
+    numbers = [places.get(key(category.name)) for category in table]
+    named = are_named(table) and are_named(listed)
+    if numbers == [None] and len(listed) == 1:  # of one class it is clear which is meant
+        numbers = [listed[0].id]
+        if named:
+            warnings.warn(
+                f"{source}: its class {listed[0].name!r:.80} is taken for {table[0].name!r:.80}",
+                stacklevel=2,
+            )
+    elif None in numbers and not named:
+        return table
+    known = set(numbers)
+    none, beyond = known == {None}, {*used} - known
+    others = [] if none else [c.name for c in listed if c.id in beyond]
+    if none or others:
+        raise ValueError(
+            f"{source}: "
+            + (f"annotates {brief(others)} of " if others else "lists ")
+            + f"the classes {brief([c.name for c in listed])}; expected those of the model or the "
+            f"training, {brief([c.name for c in table])}: give them the same names"
+            + "; skip_bad (--skip-bad) leaves out what is of others"
+            * bool(others)
+        )
+    taken = {category.id for category in listed}
+    own = [None if c.id in taken else c.id for c in table]
+    numbers = [n if number is None else number for n, number in zip(own, numbers, strict=True)]
+    return renumbered(table, numbers, taken)
+
+
+def _name_key(*tables: Sequence[Category]) -> Callable[[str], str]:
+    """Names are the same in upper and lower case, where that confuses none of a table."""
+    clear = all(len({c.name.lower() for c in t}) == len({c.name for c in t}) for t in tables)
+    return str.lower if clear else str
+
+
+def renumbered(
+    categories: Sequence[Category], numbers: Sequence[int | None], taken: Iterable[int] = ()
+) -> tuple[Category, ...]:
+    """Classes with other ids; `None` is one that is free, beyond those of 8 bits and `taken`."""
+    free = itertools.count(max([255, *taken, *(n for n in numbers if n is not None)]) + 1)
+    return tuple(
+        replace(category, id=next(free) if number is None else number)
+        for category, number in zip(categories, numbers, strict=True)
+    )
+
+
 def parse_categories(content: Any, path: str | os.PathLike[str]) -> CategoryTable:
     """Classes from a JSON list of {id, name[, isthing][, color]}, or an object with one, by id.
 
@@ -374,7 +454,7 @@ def parse_categories(content: Any, path: str | os.PathLike[str]) -> CategoryTabl
             parents[row["supercategory"]].add(number)
     headings = {}
     if isinstance(content, dict) and "annotations" in content:
-        used = _used_categories(content["annotations"])
+        used = used_categories(content["annotations"])
         for number, row in table.items():
             if number not in used and parents[row["name"]] - {number}:
                 headings[number] = row["name"]
@@ -411,7 +491,7 @@ class CategoryTable:
         return {category.id: n for n, category in enumerate(self.classes)}
 
 
-def _used_categories(annotations: Any) -> set[int | None]:
+def used_categories(annotations: Any) -> set[int | None]:
     """Ids that rows of objects, or the segments of panoptic rows, refer to."""
     if not isinstance(annotations, list):
         return set()

@@ -24,6 +24,7 @@ from pointformer.data.annotations import (
     Dataset,
     Entry,
     category_table,
+    matched_classes,
     named_categories,
 )
 from pointformer.data.classes import ClassNumbers, labeled_classes, read_class
@@ -300,8 +301,9 @@ def read_arrays(
             f"{pictures.name!r}, {count}, got {len(arrays[name])}"
         )
     table = category_table(categories)
-    if table is None and "names" in columns.kinds and task != "instance":
-        table = named_categories(_texts(arrays, columns.kinds["names"]))
+    if "names" in columns.kinds and task != "instance":
+        listed = named_categories(_texts(arrays, columns.kinds["names"]))
+        table = matched_classes(categories, listed, arrays.path)
     images = _items(arrays, pictures, count)
     titles = [f"{n:0{len(str(count - 1))}d}" for n in range(count)]
     problems: dict[str, str] = {}

@@ -28,7 +28,9 @@ from pointformer.data.annotations import (
     category_ids,
     check_size,
     listed_segments,
+    matched_classes,
     parse_categories,
+    used_categories,
 )
 from pointformer.data.discovery import picture_name
 from pointformer.data.images import image_size, read_image
@@ -272,7 +274,8 @@ def read_coco_instances(
 
     Args:
         images: folder of the pictures, in which the file's names are looked up.
-        categories: the classes, if not those that the file lists: see `parse_categories`.
+        categories: the classes, if not those that the file lists, see `parse_categories`; they are
+            found in it by their names, see `matched_classes`.
 
     Raises:
         ValueError: naming the file and the row, if something is malformed, of an unknown category
@@ -281,7 +284,7 @@ def read_coco_instances(
     """
     path = Path(path)
     content = read_json(path)
-    table = _categories(content, path, categories)
+    table = _categories(content, path, categories, skip_bad)
     classes = table.numbers()
     pictures = _Pictures(content, path, images)
     problems = dict(pictures.problems)
@@ -313,10 +316,15 @@ def read_coco_instances(
     return Dataset(path, table.classes, entries, problems, skip_bad, table.headings)
 
 
-def _categories(content: dict, path: Path, categories: Sequence[Category] | None) -> CategoryTable:
-    return (
-        parse_categories(content, path) if categories is None else CategoryTable(tuple(categories))
-    )
+def _categories(
+    content: dict, path: Path, categories: Sequence[Category] | None, skip_bad: bool
+) -> CategoryTable:
+    """The classes with the file's ids."""
+    if categories is not None and "categories" not in content:
+        return CategoryTable(tuple(categories))
+    own = parse_categories(content, path)
+    used = () if skip_bad else used_categories(content.get("annotations"))
+    return CategoryTable(matched_classes(categories, own.classes, path, used), own.headings)
 
 
 def _row(
@@ -439,7 +447,7 @@ def read_coco_panoptic(
 
     Args:
         images: folder of the pictures; `None` to read predictions, which need none.
-        categories: the classes, if not those that the file lists: see `parse_categories`.
+        categories: see `read_coco_instances`; a file of predictions need not list them.
 
     Raises:
         ValueError: naming the file, if a PNG's ids are not those in the JSON, a category is
@@ -448,7 +456,7 @@ def read_coco_panoptic(
     """
     path = Path(path)
     content = read_json(path)
-    table = _categories(content, path, categories)
+    table = _categories(content, path, categories, skip_bad)
     pictures = None if images is None else _Pictures(content, path, images)
     problems = {} if pictures is None else dict(pictures.problems)
     rows: list[tuple[_Picture, Path, Any]] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from pointformer.data.annotations import (
     category_table,
     check_size,
     listed_segments,
+    matched_classes,
     named_categories,
     parse_categories,
 )
 from pointformer.data.discovery import pictures_by_name
 from pointformer.data.images import read_instances, read_labels
-from pointformer.data.json_files import read_json
+from pointformer.data.json_files import WHOLE, read_json
 from pointformer.data.labels import MOST_PNG_IDS, label_entries, paired_files, write_map
 from pointformer.data.packed import PictureFile
 from pointformer.data.writing import remove_ours, write_json
@@ -82,9 +83,11 @@ def read_folder(
     listed = None
     if source.is_file():
         classes, segments = _read_segments(source)
-        table, listed = table or classes, (source, segments)
-    table = tuple(c for c in table or () if c.name.lower() != "background")
-    table = table or named_categories((OBJECT,))
+        used = () if skip_bad else _used_classes(segments)
+        own = without_background(classes) or ()
+        table = matched_classes(categories, own, source, used)
+        listed = source, segments
+    table = without_background(table) or named_categories((OBJECT,))
     numbers = CategoryTable(table).numbers()
     maps: dict[str, Path] = {}
     if listed is None and len(table) > 1 and (base / "labels").is_dir():
@@ -100,6 +103,19 @@ def read_folder(
             if entry.name in others
         }
     return Dataset(labels, table, entries, problems, skip_bad)
+
+
+def without_background(
+    categories: Sequence[Category] | Sequence[str] | None,
+) -> tuple[Category, ...] | None:
+    """Classes that objects may have; `None` if there are none."""
+    table = category_table(categories) or ()
+    return tuple(c for c in table if c.name.lower() != "background") or None
+
+
+def _used_classes(segments: Mapping[str, Any]) -> set[int | None]:
+    rows = [row for some in segments.values() if isinstance(some, list) for row in some]
+    return {WHOLE.read(row.get("class")) for row in rows if isinstance(row, dict)}
 
 
 def _pictures_of_other_splits(root: Path, base: Path) -> dict[str, Path]:

@@ -8,12 +8,11 @@ see `read_scenes`; an archive of one may have `split` (n,) with 0, 1, 2 for trai
 
 from __future__ import annotations
 
-import itertools
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +23,13 @@ import torch
 
 from pointformer._checks import brief, describe
 from pointformer.annotations import VOID, Category
-from pointformer.data.annotations import Annotation, Dataset, Entry, named_categories
+from pointformer.data.annotations import (
+    Annotation,
+    Dataset,
+    Entry,
+    named_categories,
+    renumbered,
+)
 from pointformer.data.images import Reading
 from pointformer.data.points import read_points
 from pointformer.data.points.asprs import class_codes, standard_name
@@ -452,11 +457,7 @@ def _labelled(
             numbers = by_name
     elif standard:
         numbers = [*class_codes(categories)]
-    free = itertools.count(max([255, *(n for n in numbers if n is not None)], default=0) + 1)
-    return tuple(
-        replace(category, id=next(free) if number is None else number)
-        for category, number in zip(categories, numbers, strict=True)
-    )
+    return renumbered(categories, numbers)
 
 
 def _warn_of_others(

@@ -15,13 +15,19 @@ from typing import NamedTuple
 from pointformer._checks import brief
 from pointformer._files import path_inside
 from pointformer.annotations import Category
-from pointformer.data.annotations import Dataset, named_categories, read_categories
+from pointformer.data.annotations import (
+    Dataset,
+    are_named,
+    matched_classes,
+    named_categories,
+    read_categories,
+)
 from pointformer.data.arrays import Columns, find_columns, read_arrays
 from pointformer.data.cityscapes import read_cityscapes
 from pointformer.data.classes import class_folders, read_class_folders
 from pointformer.data.coco import read_coco_instances, read_coco_panoptic
 from pointformer.data.discovery import CLOUD_SUFFIXES, pictures_in
-from pointformer.data.folders import read_folder
+from pointformer.data.folders import read_folder, without_background
 from pointformer.data.labels import found_classes, found_labels, paired_files, read_ade20k
 from pointformer.data.point_sets import object_splits, read_objects, read_scenes, scene_splits
 from pointformer.data.shards import read_shards, shard_files
@@ -233,11 +239,12 @@ def open_splits(
         features=features,
     )
     if val is not None or source.split("val") is not None:
+        own = categories is not None and not source.lists_classes  # those of the labels
         validation = open_dataset(
             source,
             task=task,
             split=val,
-            categories=training.categories,
+            categories=categories if own else training.categories,
             void=void,
             skip_bad=skip_bad,
             features=features,
@@ -316,9 +323,7 @@ def _folder_splits(path: Path) -> list[str]:
 
 
 def _read_folder(request: _Request) -> Dataset:
-    categories, void = request.categories, request.void
-    if categories is None:
-        categories = _listed_classes(request.path)
+    categories, void = _classes(request), request.void
     base = request.path / request.split
     if categories is None and request.task == "semantic":
         void = (_VOID,) if void is None else void
@@ -333,6 +338,16 @@ def _read_folder(request: _Request) -> Dataset:
         void=void,
         skip_bad=request.skip_bad,
     )
+
+
+def _classes(request: _Request) -> Sequence[Category] | Sequence[str] | None:
+    """Those that are asked for, with the labels that the list in the folder has for them."""
+    listed = _listed_classes(request.path)
+    if listed is None:
+        return request.categories
+    if request.task == "instance" and request.categories is not None:
+        listed = without_background(listed) or ()
+    return matched_classes(request.categories, listed, request.path)
 
 
 def _listed_classes(path: Path) -> tuple[Category, ...] | None:
@@ -486,6 +501,20 @@ def _cityscapes_splits(path: Path) -> list[str]:
     return [folder.name for folder in _folders(path / "leftImg8bit")]
 
 
+def _fixed(request: _Request, dataset: Dataset) -> Dataset:
+    """The data set, whose classes its format fixes, if it is asked for these."""
+    wanted, own = _with_ids(request.categories), dataset.categories
+    if wanted is not None and are_named(wanted):
+        ids = [category.id for category in own]
+        found = matched_classes(wanted, own, request.path)
+        if [category.id for category in found] != ids:
+            raise ValueError(
+                f"{request.path}: has the classes {brief([c.name for c in own])}; expected those "
+                f"of the model in this order, it has {brief([c.name for c in wanted])}"
+            )
+    return dataset
+
+
 # Shards and arrays --------------------------------------------------------------------------------
 
 
@@ -508,7 +537,7 @@ def _read_shards(request: _Request) -> Dataset:
         splits.pop(request.split),
         request.task,
         root=request.path if request.path.is_dir() else None,
-        categories=request.categories or _listed_classes(request.path),
+        categories=_classes(request),
         void=request.void,
         beside=[file for files in splits.values() for file in files],
         skip_bad=request.skip_bad,
@@ -538,7 +567,7 @@ def _read_arrays(request: _Request) -> Dataset:
     return read_arrays(
         splits.pop(request.split),
         request.task,
-        categories=request.categories or _listed_classes(request.path),
+        categories=_classes(request),
         void=request.void,
         beside=splits.values(),
         skip_bad=request.skip_bad,
@@ -550,13 +579,13 @@ FORMATS: dict[str, _Format] = {
         "leftImg8bit/SPLIT beside gtFine/SPLIT",
         ("semantic", "instance", "panoptic"),
         _cityscapes_splits,
-        lambda r: read_cityscapes(r.path, r.split, r.task, skip_bad=r.skip_bad),
+        lambda r: _fixed(r, read_cityscapes(r.path, r.split, r.task, skip_bad=r.skip_bad)),
     ),
     "ade20k": _Format(
         "images/SPLIT beside annotations/SPLIT",
         ("semantic",),
         _ade20k_splits,
-        lambda r: read_ade20k(r.path, r.split, skip_bad=r.skip_bad),
+        lambda r: _fixed(r, read_ade20k(r.path, r.split, skip_bad=r.skip_bad)),
     ),
     "coco-panoptic": _Format(
         "a JSON file of segments",

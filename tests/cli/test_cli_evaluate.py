@@ -1,5 +1,7 @@
 """`evaluate`: what a data set holds is read as it was in the training of the model."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,7 +9,7 @@ from PIL import Image
 from helpers.models import SMALL
 from helpers.training import KINDS, write_folder
 from pointformer import cli, evaluation
-from pointformer.annotations import VOID
+from pointformer.annotations import VOID, Category
 from pointformer.models import Model, save_model
 
 
@@ -59,3 +61,24 @@ def test_scores_of_nothing_say_so(tmp_path, capsys):
     lines = capsys.readouterr().out
     assert "none annotated" in lines
     assert "nan" not in lines
+
+
+def test_classes_of_coco_are_those_of_the_model_by_name(tmp_path, scored, capsys):
+    Image.fromarray(np.zeros((20, 40, 3), np.uint8)).save(tmp_path / "a.png")
+    row = {"id": 1, "image_id": 1, "category_id": 2, "segmentation": [[1, 1, 9, 1, 9, 9]]}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [row],
+        "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    for names in (("cat", "dog"), ("car", "boat"), ("0", "1")):
+        classes = [Category(n, name) for n, name in enumerate(names)]
+        model = Model("small", SMALL, "stars", 2, categories=classes, task="instance")
+        save_model(model, tmp_path / f"{names[0]}.safetensors")
+    run(tmp_path, "--model", tmp_path / "cat.safetensors")
+    assert [segment.category for segment in scored[0][0].segments] == [0]
+    run(tmp_path, "--model", tmp_path / "0.safetensors")
+    assert [segment.category for segment in scored[1][0].segments] == [1]
+    assert cli.main(["evaluate", str(tmp_path), "--model", str(tmp_path / "car.safetensors")]) == 1
+    assert "lists the classes ['dog', 'cat']" in capsys.readouterr().err

@@ -284,3 +284,100 @@ def test_annotations_of_any_name(tmp_path):
     )
     with pytest.raises(ValueError, match="may be the annotations; choose"):
         open_dataset(tmp_path, task="instance", split="train")
+
+
+def cats_and_dogs(root, **tables):
+    """COCO's JSON of each split: a cat at the left, a dog at the right."""
+    for split, table in tables.items():
+        picture(root / split / "a.jpg", (20, 40))
+        rows = [
+            {"id": n + 1, "image_id": 1, "category_id": table[name], "segmentation": [corners]}
+            for n, (name, corners) in enumerate(
+                (("cat", [1, 1, 9, 1, 9, 9]), ("dog", [21, 1, 29, 1, 29, 9]))
+            )
+        ]
+        named = [{"id": number, "name": name} for name, number in table.items()]
+        images = [{"id": 1, "file_name": "a.jpg", "height": 20, "width": 40}]
+        content = {"images": images, "annotations": rows, "categories": named}
+        scenes.dump(root / "annotations" / f"instances_{split}.json", content)
+    return root
+
+
+@pytest.mark.parametrize("table", [{"dog": 1, "cat": 2}, {"Cat": 0, "Dog": 1, "cow": 2}])
+def test_classes_of_coco_are_matched_by_name(tmp_path, table):
+    cats_and_dogs(tmp_path, train={"cat": 1, "dog": 2}, val={n.lower(): table[n] for n in table})
+    training, validation = open_splits(tmp_path, task="instance")
+    for dataset in (training, validation):
+        assert [category.name for category in dataset.categories] == ["cat", "dog"]
+        assert [segment.category for segment in dataset[0].segments] == [0, 1]
+
+
+def test_other_classes_are_named_with_those_that_were_expected(tmp_path):
+    cats_and_dogs(tmp_path, val={"dog": 3, "cat": 5})
+    asked = [Category(3, "person"), Category(5, "car")]
+    with pytest.raises(
+        ValueError, match=r"lists the classes \['dog', 'cat'\]; .*\['person', 'car'\]: give them"
+    ):
+        open_dataset(tmp_path, task="instance", categories=asked)
+    asked = [Category(3, "person"), Category(5, "dog")]
+    with pytest.raises(ValueError, match=r"annotates \['cat'\] of .* skip_bad"):
+        open_dataset(tmp_path, task="instance", categories=asked)
+    kept = open_dataset(tmp_path, task="instance", categories=asked, skip_bad=True)
+    assert [segment.category for segment in kept[0].segments] == [1]
+    # Numbers are no names: ids say which class is which.
+    asked = [Category(5, "0"), Category(3, "1")]
+    numbered = open_dataset(tmp_path, task="instance", categories=asked)
+    assert [segment.category for segment in numbered[0].segments] == [0, 1]
+
+
+def test_one_class_of_another_name_is_the_one_that_is_meant(tmp_path):
+    folder(tmp_path, splits=("",), labels=(0, 1), number=1, kind="instances")
+    (tmp_path / "classes.txt").write_text("background\ncell\n")
+    with pytest.warns(UserWarning, match="its class 'cell' is taken for 'nucleus'"):
+        dataset = open_dataset(tmp_path, task="instance", categories=[Category(0, "nucleus")])
+    assert [segment.category for segment in dataset[0].segments] == [0]
+
+
+def test_classes_of_a_model_are_found_in_lists_by_name(tmp_path):
+    folder(tmp_path / "maps", splits=("",), number=1)
+    (tmp_path / "maps" / "classes.txt").write_text("bright\nmid\ndark\n")
+    asked = [Category(n, name) for n, name in enumerate(("dark", "mid", "bright"))]
+    own = open_dataset(tmp_path / "maps")[0].classes()
+    found = open_dataset(tmp_path / "maps", categories=asked)[0].classes()
+    np.testing.assert_array_equal(found, 2 - own)
+    # Names without ids are those of the labels, in training and in validation.
+    training, validation = open_splits(folder(tmp_path / "own"), categories=["a", "b", "c"])
+    assert training.categories == validation.categories
+    shown, labels = np.zeros((3, 8, 8), np.uint8), np.arange(3)
+    np.savez(tmp_path / "a.npz", images=shown, labels=labels, classes=["bright", "mid", "dark"])
+    found = open_dataset(tmp_path / "a.npz", task="classification", categories=asked)
+    assert [annotation.label for annotation in found] == [2, 1, 0]
+
+
+def test_lists_of_segments_tell_classes_by_name(tmp_path):
+    for split, classes in (("train", ("car", "person")), ("val", ("person", "car"))):
+        picture(tmp_path / split / "images" / "a.png", (4, 6))
+        save(tmp_path / split / "instances" / "a.png", np.uint8([[1, 1, 2, 2, 0, 0]] * 4))
+        rows = [
+            {"id": n + 1, "class": classes.index(c) + 1} for n, c in enumerate(("car", "person"))
+        ]
+        listed = {str(n + 1): name for n, name in enumerate(classes)}
+        content = {"classes": listed, "images": {"a": {"segments": rows}}}
+        scenes.dump(tmp_path / split / "segments.json", content)
+    for dataset in open_splits(tmp_path, task="instance"):
+        assert [segment.category for segment in dataset[0].segments] == [0, 1]
+    asked = [Category(0, "boat"), Category(1, "car")]
+    with pytest.raises(
+        ValueError, match=r"annotates \['person'\] of the classes \['person', 'car'"
+    ):
+        open_dataset(tmp_path, task="instance", categories=asked)
+
+
+def test_formats_with_classes_of_their_own_are_for_models_of_these(tmp_path):
+    ade20k(tmp_path)
+    own = open_dataset(tmp_path).categories
+    assert open_dataset(tmp_path, categories=own).categories == own
+    with pytest.raises(ValueError, match=r"expected those of the model in this order"):
+        open_dataset(tmp_path, categories=own[::-1])
+    with pytest.raises(ValueError, match=r"expected those of the model or the training, \['a0'"):
+        open_dataset(tmp_path, categories=[Category(n, f"a{n}") for n in range(150)])
