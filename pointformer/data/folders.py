@@ -1,4 +1,5 @@
-"""Data sets in folders: SPLIT/images/NAME.EXT beside SPLIT/labels or SPLIT/instances/NAME.png."""
+"""Data sets in folders: SPLIT/images/NAME.EXT beside SPLIT/labels or SPLIT/instances/NAME.png, or
+images/SPLIT beside labels/SPLIT or instances/SPLIT."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def read_folder(
     void: Sequence[int] | None = None,
     skip_bad: bool = False,
 ) -> Dataset:
-    """A plain folder: `root`/SPLIT/images/NAME.EXT beside `root`/SPLIT/`folder`/NAME.png.
+    """A plain folder: `root`/SPLIT/images/NAME.EXT beside `root`/SPLIT/`folder`/NAME.png, or
+    `root`/images/SPLIT/NAME.EXT beside `root`/`folder`/SPLIT/NAME.png.
 
     NAME may have folders ("site1/a"). Maps may be TIFF, BMP, GIF and PGM files too.
 
@@ -70,12 +72,13 @@ def read_folder(
     if task not in ("semantic", "instance"):
         raise ValueError(f"task: expected semantic or instance, got {task!r}")
     base = Path(root) / split
-    labels = base / (folder or ("labels" if task == "semantic" else "instances"))
+    images = folder_of(root, "images", split)
+    labels = folder_of(root, folder or ("labels" if task == "semantic" else "instances"), split)
     table = category_table(categories)
     if task == "semantic":
         if table is None:
             raise ValueError(f"{labels}: which labels there are is needed: pass categories")
-        entries = label_entries(base / "images", labels, table, (255,) if void is None else void)
+        entries = label_entries(images, labels, table, (255,) if void is None else void)
         return Dataset(labels, table, entries, skip_bad=skip_bad)
     source = Path(root) / _SEGMENTS
     if (base / _SEGMENTS).is_file():
@@ -90,12 +93,13 @@ def read_folder(
     table = without_background(table) or named_categories((OBJECT,))
     numbers = CategoryTable(table).numbers()
     maps: dict[str, Path] = {}
-    if listed is None and len(table) > 1 and (base / "labels").is_dir():
-        maps = {name: path for name, _, path in paired_files(base / "images", base / "labels")}
-    entries = _instance_entries(base / "images", labels, listed, maps, numbers, void or ())
+    classes_of = folder_of(root, "labels", split)
+    if listed is None and len(table) > 1 and classes_of.is_dir():
+        maps = {name: path for name, _, path in paired_files(images, classes_of)}
+    entries = _instance_entries(images, labels, listed, maps, numbers, void or ())
     problems = {}
     if listed is not None and source.parent != base:
-        others = _pictures_of_other_splits(Path(root), base)
+        others = _pictures_of_other_splits(Path(root), images)
         problems = {
             entry.name: f"{source}: {entry.name} may be {entry.image} or {others[entry.name]}: "
             f"expected a {_SEGMENTS} in the folder of each split"
@@ -103,6 +107,12 @@ def read_folder(
             if entry.name in others
         }
     return Dataset(labels, table, entries, problems, skip_bad)
+
+
+def folder_of(root: str | os.PathLike[str], name: str, split: str) -> Path:
+    """SPLIT/NAME, or NAME/SPLIT where there is only that."""
+    path, other = Path(root) / split / name, Path(root) / name / split
+    return other if other.is_dir() and not path.is_dir() else path
 
 
 def without_background(
@@ -118,12 +128,13 @@ def _used_classes(segments: Mapping[str, Any]) -> set[int | None]:
     return {WHOLE.read(row.get("class")) for row in rows if isinstance(row, dict)}
 
 
-def _pictures_of_other_splits(root: Path, base: Path) -> dict[str, Path]:
+def _pictures_of_other_splits(root: Path, images: Path) -> dict[str, Path]:
+    beside = root.glob("*/images") if images.name == "images" else images.parent.iterdir()
     return {
         name: path
-        for images in sorted(root.glob("*/images"))
-        if images.parent != base
-        for name, (path, *_) in pictures_by_name(images).items()
+        for folder in sorted(beside)
+        if folder != images
+        for name, (path, *_) in pictures_by_name(folder).items()
     }
 
 

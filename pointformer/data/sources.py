@@ -27,7 +27,7 @@ from pointformer.data.cityscapes import read_cityscapes
 from pointformer.data.classes import class_folders, read_class_folders
 from pointformer.data.coco import read_coco_instances, read_coco_panoptic
 from pointformer.data.discovery import CLOUD_SUFFIXES, pictures_in
-from pointformer.data.folders import read_folder, without_background
+from pointformer.data.folders import folder_of, read_folder, without_background
 from pointformer.data.labels import found_classes, found_labels, paired_files, read_ade20k
 from pointformer.data.point_sets import object_splits, read_objects, read_scenes, scene_splits
 from pointformer.data.shards import read_shards, shard_files
@@ -318,17 +318,24 @@ def _folder_splits(path: Path) -> list[str]:
         )
 
     if has_maps(path):
-        return [""]
+        images, *maps = (
+            {folder.name for folder in _folders(path / name)}
+            for name in ("images", "labels", "instances")
+            if (path / name).is_dir()
+        )
+        divided = [s for s in images.intersection(*maps) if s.lower() in _SPLITS]
+        return [""] if pictures_in(path / "images") else sorted(divided) or [""]
     return [folder.name for folder in _folders(path) if has_maps(folder)]
 
 
 def _read_folder(request: _Request) -> Dataset:
     categories, void = _classes(request), request.void
-    base = request.path / request.split
     if categories is None and request.task == "semantic":
         void = (_VOID,) if void is None else void
-        labels = base / "labels"
-        maps = [path for _, _, path in paired_files(base / "images", labels)]
+        images, labels = (
+            folder_of(request.path, name, request.split) for name in ("images", "labels")
+        )
+        maps = [path for _, _, path in paired_files(images, labels)]
         categories = found_classes(maps, labels, void)
     return read_folder(
         request.path,

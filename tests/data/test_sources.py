@@ -381,3 +381,26 @@ def test_formats_with_classes_of_their_own_are_for_models_of_these(tmp_path):
         open_dataset(tmp_path, categories=own[::-1])
     with pytest.raises(ValueError, match=r"expected those of the model or the training, \['a0'"):
         open_dataset(tmp_path, categories=[Category(n, f"a{n}") for n in range(150)])
+
+
+@pytest.mark.parametrize("kind", ["labels", "instances"])
+def test_splits_may_be_folders_of_the_pictures_and_of_the_maps(tmp_path, kind):
+    made = folder(tmp_path / "made", kind=kind)
+    for split in ("train", "val"):
+        for name in ("images", kind):
+            shutil.copytree(made / split / name, tmp_path / "data" / name / split)
+    (tmp_path / "data" / "images" / "test").mkdir()  # without maps
+    assert find_source(tmp_path / "data").splits == ("train", "val")
+    task = "semantic" if kind == "labels" else "instance"
+    turned, plain = (open_splits(tmp_path / root, task=task) for root in ("data", "made"))
+    for part, other, split in zip(turned, plain, ("train", "val"), strict=True):
+        assert [entry.name for entry in part.entries] == [entry.name for entry in other.entries]
+        assert all(split in entry.image.parts for entry in part.entries)
+        assert len(list(part)) == 3
+    if kind == "instances":
+        listed = {"classes": {"1": "cell"}, "images": {}}
+        scenes.dump(tmp_path / "data" / "segments.json", listed)
+        with pytest.raises(ValueError, match=r"0 may be .*images/train/0\.png or .*images/val/0"):
+            open_dataset(tmp_path / "data", split="train", task=task)
+    picture(tmp_path / "data" / "images" / "a.png")  # folders are parts of names then
+    assert find_source(tmp_path / "data").splits == ("",)
