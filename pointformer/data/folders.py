@@ -119,7 +119,7 @@ def without_background(
     categories: Sequence[Category] | Sequence[str] | None,
 ) -> tuple[Category, ...] | None:
     """Classes that objects may have; `None` if there are none."""
-    table = category_table(categories) or ()
+    table = category_table(categories or None) or ()
     return tuple(c for c in table if c.name.lower() != "background") or None
 
 

@@ -130,7 +130,15 @@ def _lacking(path: Path) -> str:
     folders = _folders(path)
     for folder in (path, *folders):
         if (folder / "images").is_dir():
-            return f" ({folder / 'images'} has neither labels/ nor instances/ beside it)"
+            beside = [f"{f.name}/" for f in _folders(folder) if f.name not in {"images", *_SPLITS}]
+            found = (
+                f", only {', '.join(beside[:5])}: maps of classes belong in labels/, of objects in "
+                "instances/"
+            )
+            return (
+                f" ({folder / 'images'} has neither labels/ nor instances/ beside it"
+                f"{found * bool(beside)})"
+            )
     classes = class_folders(path)
     if classes:
         return f" ({classes[0]} is the only folder of pictures: one class cannot be told apart)"
@@ -378,6 +386,8 @@ def _listed_classes(path: Path) -> tuple[Category, ...] | None:
 def _class_splits(path: Path) -> list[str]:
     if _folder_splits(path):  # "images" and "labels" are no classes
         return []
+    if any("images" in class_folders(folder) for folder in (path, *_folders(path))):
+        return []  # nor are "images" and "masks"
     named = [folder for folder in _folders(path) if folder.name.lower() in _SPLITS]
     if named:
         return [folder.name for folder in named if class_folders(folder)]

@@ -28,7 +28,7 @@ from pointformer.data.stored import (
 )
 
 if TYPE_CHECKING:
-    from tifffile import TiffFile, TiffFrame, TiffPage, TiffPageSeries
+    from tifffile import TiffFile, TiffPage, TiffPageSeries
 
 # What is wrong with a file is raised, or read in spite of it; nothing is printed.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -388,7 +388,7 @@ class StoredTiff:
         return PictureError(f"{self.name}: expected a picture, but the file is truncated")
 
 
-def _no_data(page: TiffPage | TiffFrame) -> float | None:
+def _no_data(page: TiffPage) -> float | None:
     """The sample that stands for none; `None` where no sample can be it."""
     tag, dtype = page.tags.get(_NO_DATA), np.dtype(page.dtype)
     if tag is None or dtype.kind not in "iuf":

@@ -404,3 +404,13 @@ def test_splits_may_be_folders_of_the_pictures_and_of_the_maps(tmp_path, kind):
             open_dataset(tmp_path / "data", split="train", task=task)
     picture(tmp_path / "data" / "images" / "a.png")  # folders are parts of names then
     assert find_source(tmp_path / "data").splits == ("",)
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "val")])
+@pytest.mark.parametrize("task", ["instance", "classification"])
+def test_pictures_and_masks_are_no_classes(tmp_path, splits, task):
+    folder(tmp_path, splits, kind="masks")
+    with pytest.raises(
+        ValueError, match=r"images has neither .*, only masks/: maps .* instances/\)"
+    ):
+        find_source(tmp_path, task=task)
