@@ -291,8 +291,8 @@ def check_rows(name: str, rows: Tensor, count: int, what: str = "rows", wait: bo
 
     Skipped where values cannot be read, see `can_read`, and on GPUs where it may not `wait`.
     """
-    if rows.numel() == 0 or not can_read(rows) or not (wait or rows.device.type == "cpu"):
-        return
+    if not can_read(rows) or not (wait or rows.device.type == "cpu") or rows.numel() == 0:
+        return  # the first comes first: traced rows may have no size yet
     least, most = map(int, rows.aminmax())
     if least < 0 or most >= count:
         bad = f"{least if least < 0 else most}"
