@@ -295,7 +295,7 @@ def check_rows(name: str, rows: Tensor, count: int, what: str = "rows", wait: bo
         return  # the first comes first: traced rows may have no size yet
     least, most = map(int, rows.aminmax())
     if least < 0 or most >= count:
-        bad = f"{least if least < 0 else most}"
+        bad = least if least < 0 else most
         remedy = "; leave those out that stand for none" if least == -1 else ""
         raise IndexError(f"{name}: expected {what} from 0 to below {count}, got {bad}{remedy}")
 

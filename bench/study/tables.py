@@ -37,10 +37,6 @@ YARDSTICKS = {  # with which arms are compared, beside the grid, and which
 }
 PLENTY = 4  # one token in so many: what few tokens in the right places are to reach
 LEAST, MOST_LOST = 2.0, 1.0  # points of small objects won, and of the main score lost, if it pays
-_COLUMNS = (
-    "head", "budget", "steps", "arm", "seeds", "small found, %", "main score, %", "IoU of {}, %",
-    "found by size, %", "M multiply-adds after the first stage", "in all", "M parameters", "flat",
-)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,6 +107,7 @@ def table(lines: Sequence[Line], score: str) -> str:
             ]
             for name in ("found", "annotated")
         )
+        of_classes = [mean(line["scores"][name] or 0.0 for line in group) for name in overlaps]
         flat = [is_flat(line["curve"]["loss"]) for line in group]
         cells = [
             head,
@@ -120,7 +117,7 @@ def table(lines: Sequence[Line], score: str) -> str:
             str(len(group)),
             spread([100 * line["scores"]["small"] for line in group]),
             spread([100 * (line["scores"][score] or 0.0) for line in group]),
-            shares([mean(line["scores"][name] or 0.0 for line in group) for name in overlaps]),
+            *([shares(of_classes)] if overlaps else []),
             shares(found, annotated),
             f"{mean(line['multiply_adds_after'] for line in group) / 1e6:.0f}",
             f"{mean(line['multiply_adds'] for line in group) / 1e6:.0f}",
@@ -128,11 +125,13 @@ def table(lines: Sequence[Line], score: str) -> str:
             f"{sum(flat)} of {len(flat)}",
         ]
         rows.append(cells)
-    columns = [*_COLUMNS]
-    columns[7] = columns[7].format(" / ".join(name.removeprefix(IOU) for name in overlaps))
-    if not overlaps:
-        columns, *rows = ([*row[:7], *row[8:]] for row in (columns, *rows))
-    return markdown(columns, rows)
+    classes = " / ".join(name.removeprefix(IOU) for name in overlaps)
+    names = (
+        "head", "budget", "steps", "arm", "seeds", "small found, %", "main score, %",
+        *([f"IoU of {classes}, %"] if overlaps else []), "found by size, %",
+        "M multiply-adds after the first stage", "in all", "M parameters", "flat",
+    )  # fmt: skip
+    return markdown(names, rows)
 
 
 def ablation_page(lines: Sequence[Line]) -> str:
