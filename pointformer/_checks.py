@@ -286,18 +286,31 @@ def as_int32(index: Tensor) -> Tensor:
     return index.clamp(limits.min, limits.max).int() if index.dtype == torch.int64 else index
 
 
-def check_rows(name: str, rows: Tensor, count: int, what: str = "rows", wait: bool = True) -> None:
+def check_rows(
+    name: str,
+    rows: Tensor,
+    count: int,
+    what: str = "rows",
+    *,
+    none: bool = False,
+    wait: bool = True,
+) -> None:
     """Raise if one of them is negative, which would count from the end, or not below `count`.
 
-    Skipped where values cannot be read, see `can_read`, and on GPUs where it may not `wait`.
+    -1 may stand for `none`. Skipped where values cannot be read, see `can_read`, and on GPUs where
+    it may not `wait`.
     """
     if not can_read(rows) or not (wait or rows.device.type == "cpu") or rows.numel() == 0:
         return  # the first comes first: traced rows may have no size yet
     least, most = map(int, rows.aminmax())
-    if least < 0 or most >= count:
-        bad = least if least < 0 else most
-        remedy = "; leave those out that stand for none" if least == -1 else ""
-        raise IndexError(f"{name}: expected {what} from 0 to below {count}, got {bad}{remedy}")
+    lowest = -1 if none else 0
+    if least < lowest or most >= count:
+        bad = least if least < lowest else most
+        remedy = "; leave those out that stand for none" if bad == -1 else ""
+        absent = ", or -1 for none" if none else ""
+        raise IndexError(
+            f"{name}: expected {what} from 0 to below {count}{absent}, got {bad}{remedy}"
+        )
 
 
 def check_count(name: str, value: object, least: int = 1, most: int = _LARGEST_COUNT) -> None:

@@ -291,13 +291,8 @@ class Neighborhoods:
         check_flags(check_values=check_values)
         tokens = len(positions)
         if check_values and can_read(neighbor_index) and neighbor_index.numel():
+            check_rows("neighbor_index", neighbor_index, tokens, none=True)
             lists = neighbor_index.sort(1).values
-            if int(lists[:, 0].min()) < -1 or int(lists[:, -1].max()) >= tokens:
-                bad = min(int(lists[:, 0].min()), -1), int(lists[:, -1].max())
-                raise IndexError(
-                    f"neighbor_index: expected rows of {tokens} tokens, or -1, got "
-                    f"{bad[0] if bad[0] < -1 else bad[1]}"
-                )
             twice = ((lists[:, 1:] == lists[:, :-1]) & (lists[:, 1:] >= 0)).any(1)
             if bool(twice.any()):
                 raise ValueError(

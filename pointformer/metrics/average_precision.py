@@ -11,6 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from pointformer.annotations import Objects, SegmentMap
 from pointformer.data import Annotation
+from pointformer.metrics.metric import map_of
 
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 
@@ -98,6 +99,7 @@ class InstanceAP:
         do.
 
         Raises:
+            TypeError: a map is not of integers.
             ValueError: if the sizes differ.
         """
         truth, crowd = annotation.instances()
@@ -106,12 +108,7 @@ class InstanceAP:
             shown = predicted
             if isinstance(shown, Objects):
                 shown = shown.confident(least).segment_map()
-            if shown.ids.shape != truth.shape:
-                raise ValueError(
-                    f"predicted: expected the map of {annotation.name} to be of shape "
-                    f"{truth.shape}, got {shown.ids.shape}"
-                )
-            found = np.where(crowd, 0, shown.ids)
+            found = np.where(crowd, 0, map_of(shown.ids, annotation))
             counts.append(match_instances(found, truth, self.thresholds))
         self.counts.append(np.stack(counts))
 

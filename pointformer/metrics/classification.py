@@ -9,6 +9,7 @@ import numpy as np
 
 from pointformer.annotations import VOID
 from pointformer.data import Annotation
+from pointformer.metrics.metric import class_scores_of
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,12 @@ class Accuracy:
             predicted: (K,) scores of the classes. Of equal ones, the first is the better guess.
 
         Raises:
-            ValueError: the label is not one of the classes.
+            ValueError: the label is not one of the classes, or a score is NaN.
         """
         label = annotation.label
         if label == VOID:
             return
-        if not 0 <= label < len(predicted):
-            raise ValueError(
-                f"annotation: {annotation.name} has class {label}, the prediction "
-                f"{len(predicted)} classes"
-            )
+        predicted = class_scores_of(predicted, annotation)
         better = predicted > predicted[label]
         better[:label] |= predicted[:label] == predicted[label]
         rank = int(better.sum())

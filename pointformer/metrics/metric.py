@@ -34,6 +34,45 @@ class Metric(Protocol):
         """Scores of all pictures so far by name, in [0, 1]; NaN where there is nothing to score."""
 
 
+def map_of(values: Any, annotation: Annotation) -> np.ndarray:
+    """What is predicted for each pixel, (H, W) integers, of the picture's own size.
+
+    Raises:
+        TypeError: they are not integers.
+        ValueError: the size is another.
+    """
+    values = np.asarray(values)
+    if values.dtype.kind not in "iu":
+        raise TypeError(
+            f"predicted: expected the map of {annotation.name} to be of integers, "
+            f"got {values.dtype}"
+        )
+    if values.shape != annotation.size:
+        raise ValueError(
+            f"predicted: expected the map of {annotation.name} to be of shape "
+            f"{annotation.size}, got {values.shape}"
+        )
+    return values
+
+
+def class_scores_of(values: Any, annotation: Annotation) -> np.ndarray:
+    """Predicted scores of the classes, (K,).
+
+    Raises:
+        ValueError: the annotated class is not one of them, or one is NaN, which is neither more
+            nor less than any other.
+    """
+    values = np.asarray(values)
+    if not 0 <= annotation.label < len(values):
+        raise ValueError(
+            f"annotation: {annotation.name} has class {annotation.label}, the prediction "
+            f"{len(values)} classes"
+        )
+    if np.isnan(values).any():
+        raise ValueError(f"predicted: the scores of {annotation.name} have NaN")
+    return values
+
+
 def array_of(value: Any) -> np.ndarray:
     """A value that JSON can hold, as (N,) uint8; numbers keep all their bits."""
     return np.frombuffer(json.dumps(value).encode(), np.uint8)

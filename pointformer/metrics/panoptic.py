@@ -11,6 +11,7 @@ import numpy as np
 
 from pointformer.annotations import VOID, Category
 from pointformer.data import Annotation
+from pointformer.metrics.metric import map_of
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,14 @@ class PanopticQuality:
             annotation: with a map of ids.
 
         Raises:
+            TypeError: ids are not integers.
             ValueError: if sizes differ, or ids in the predicted map and segments do not agree.
         """
         if annotation.ids is None:
             raise ValueError(f"annotation: {annotation.name} has no map of ids")
         found = {int(s.id): int(s.category) for s in predicted.segments}
         known = {s.id: s for s in annotation.segments if s.category != VOID}
-        predicted_ids = np.asarray(predicted.ids)
-        if predicted_ids.shape != annotation.ids.shape:
-            raise ValueError(
-                f"predicted: expected the map of {annotation.name} to be of shape "
-                f"{annotation.ids.shape}, got {predicted_ids.shape}"
-            )
+        predicted_ids = map_of(predicted.ids, annotation)
         pairs = annotation.ids.astype(np.int64) << 32 | predicted_ids.astype(np.int64)
         pairs, pixels = np.unique(pairs, return_counts=True)
         names, rows = np.unique(pairs >> 32, return_inverse=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from pointformer.annotations import VOID
 from pointformer.data import Annotation
+from pointformer.metrics.metric import map_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,14 +56,10 @@ class SemanticIoU:
             annotation: whose `classes()` are the truth.
 
         Raises:
+            TypeError: the predicted map is not of integers.
             ValueError: if the sizes differ or a value is out of range.
         """
-        predicted, annotated = np.asarray(predicted), annotation.classes()
-        if predicted.shape != annotated.shape:
-            raise ValueError(
-                f"predicted: expected the map of {annotation.name} to be of shape "
-                f"{annotated.shape}, got {predicted.shape}"
-            )
+        predicted, annotated = map_of(predicted, annotation), annotation.classes()
         classes = len(self.counts)
         for name, values in (("predicted", predicted), (annotation.name, annotated)):
             if values.size and (values.min() < VOID or values.max() >= classes):

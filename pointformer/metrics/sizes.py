@@ -11,6 +11,7 @@ import numpy as np
 
 from pointformer.annotations import VOID, Category, Objects, SegmentMap
 from pointformer.data import Annotation
+from pointformer.metrics.metric import class_scores_of, map_of
 
 SIDES = (8, 16, 32, 96)
 """Limits between groups of sizes: the root of the area, in pixels."""
@@ -65,17 +66,22 @@ class RecallBySize:
 
         Args:
             predicted: `Objects`, a `SegmentMap`, classes (H, W) or scores (K,).
+
+        Raises:
+            TypeError: a map is not of integers.
+            ValueError: a map has another size than the picture, a score is NaN, or the annotated
+                class has none.
         """
         if isinstance(predicted, Objects):
             predicted = predicted.confident(self.min_score).segment_map()
         if isinstance(predicted, SegmentMap):
             self._add_segments(predicted, annotation)
         elif predicted.ndim == 2:
-            self._add_parts(predicted, annotation.classes())
+            self._add_parts(map_of(predicted, annotation), annotation.classes())
         elif annotation.label != VOID:
             height, width = annotation.size
-            right = int(predicted.argmax()) == annotation.label
-            self._add(annotation.label, height * width, right)
+            best = int(class_scores_of(predicted, annotation).argmax())
+            self._add(annotation.label, height * width, best == annotation.label)
 
     def _add(self, category: int, area: float, found: bool) -> None:
         group = int(np.searchsorted(self.sides, area**0.5, "right"))
@@ -84,11 +90,12 @@ class RecallBySize:
     def _add_segments(self, predicted: SegmentMap, annotation: Annotation) -> None:
         kinds = np.array([VOID, *(segment.category for segment in predicted.segments)])
         areas = np.array([0, *(segment.area for segment in predicted.segments)])
+        drawn = map_of(predicted.ids, annotation)
         number = {segment.id: n for n, segment in enumerate(predicted.segments, 1)}
         for segment, mask in zip(annotation.segments, annotation.masks(), strict=True):
             if segment.crowd or not mask.area:
                 continue
-            ids, overlaps = np.unique(predicted.ids[mask.window][mask.pixels], return_counts=True)
+            ids, overlaps = np.unique(drawn[mask.window][mask.pixels], return_counts=True)
             places = np.array([number.get(id, 0) for id in ids.tolist()])
             same = kinds[places] == segment.category
             if self.categories[segment.category].is_thing:

@@ -92,6 +92,7 @@ def deformable_attention(
     check_tensor("lookup", lookup, ("cells", levels, "k"), INTEGERS, device)
     canvas = _canvas(extent, lookup, device)
     check_rows("query_sample", query_sample, len(canvas), "samples", wait=False)
+    check_rows("lookup", lookup, tokens, none=True, wait=False)
     check_power(power, device)
     check_number("eps", eps, above=0)
 

@@ -9,6 +9,7 @@ from pointformer._checks import (
     FLOATS,
     INTEGERS,
     as_int32,
+    check_rows,
     check_tensor,
     too_many,
 )
@@ -42,6 +43,7 @@ def weighted_gather(
     check_tensor("features", features, ("T", "C"), FLOATS)
     device = features.device
     check_tensor("index", index, ("Q", "k"), INTEGERS, device)
+    check_rows("index", index, len(features), none=True, wait=False)
     check_tensor("weights", weights, tuple(index.shape), FLOATS, device)
 
     def lacks() -> str | None:

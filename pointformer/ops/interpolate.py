@@ -18,6 +18,7 @@ from pointformer._checks import (
     check_positions,
     check_power,
     check_query_sizes,
+    check_rows,
     check_same_positions,
     check_tensor,
     lacks_gradient_of,
@@ -115,6 +116,7 @@ def interpolate(
         )
     else:
         check_tensor("neighbor_index", neighbor_index, (queries, "k"), INTEGERS, device)
+        check_rows("neighbor_index", neighbor_index, tokens, none=True, wait=False)
 
     def lacks() -> str | None:
         if features.dtype == torch.float64:

@@ -143,6 +143,7 @@ def point_conv(
     tokens, device = features.shape[0], features.device
     positions = _check_positions("positions", positions, tokens, None, device)
     check_tensor("neighbor_index", neighbor_index, ("Q", "k"), INTEGERS, device)
+    check_rows("neighbor_index", neighbor_index, tokens, none=True, wait=False)
     queries, dimensions = neighbor_index.shape[0], positions.shape[1]
     check_flags(check_values=check_values)
     if center_positions is None:

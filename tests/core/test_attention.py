@@ -281,8 +281,8 @@ def test_cross_attention_over_clusters():
     ("index", "error", "message"),
     [
         ([[0, 1], [2, 2]], ValueError, "row twice in list 1"),
-        ([[0, 3]], IndexError, "rows of 3 tokens, or -1, got 3"),
-        ([[-2, 1]], IndexError, "rows of 3 tokens, or -1, got -2"),
+        ([[0, 3]], IndexError, "rows from 0 to below 3, or -1 for none, got 3"),
+        ([[-2, 1]], IndexError, "below 3, or -1 for none, got -2"),
         ([0, 1], ValueError, "neighbor_index: expected shape"),
         ([[0.0, 1.0]], TypeError, "neighbor_index: expected dtype"),
     ],

@@ -78,11 +78,13 @@ def test_directions_do_not_depend_on_units(impl, dimensions):
             torch.testing.assert_close(run(scale), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("row", [10, 2**31 - 1, -2])
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_the_row_after_the_last_does_not_exist(impl):
+def test_rows_that_do_not_exist_are_named(impl, row):
+    """Only -1 stands for none."""
     g = torch.Generator().manual_seed(0)
     value, positions = torch.randn(10, 1, 8, generator=g), torch.rand(10, 2, generator=g)
-    features, index = value[:, 0], torch.tensor([[3, 10]])
+    features, index = value[:, 0], torch.tensor([[3, row]])
     net = {name: torch.randn(4) for name in ("bias", "norm_weight", "norm_bias")}
     net["weight"] = torch.randn(4, 5)
     place = torch.zeros(1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1), positions[:1], torch.zeros(1).long()
@@ -94,22 +96,29 @@ def test_the_row_after_the_last_does_not_exist(impl):
         ),
         lambda: deformable_attention(value, positions, *place, index[None], (1, 1), impl=impl),
     ):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"(index|lookup): .* 10, or -1 for none, got {row}"):
             run()
 
 
+@pytest.fixture
+def unread(monkeypatch):
+    """Nobody looks at rows, as on GPUs, where that would be a wait."""
+    for op in ("gather", "deformable"):
+        monkeypatch.setattr(f"pointformer.ops.{op}.check_rows", lambda *_, **__: None)
+
+
 @pytest.mark.parametrize("row", [12, 2**31 - 1, 2**32 + 5])
-def test_rows_that_do_not_exist(row):
-    """An error where that costs no wait; GPU kernels leave them out."""
+def test_gpu_kernels_leave_out_rows_that_do_not_exist(row, unread):
+    """Those of the CPU, which cannot, say so."""
     features, weights = torch.randn(10, 5), torch.rand(1, 2)
     index = torch.tensor([[3, row]])
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="of 10 tokens"):
         weighted_gather(features, index, weights, impl="cpu")
     found = weighted_gather(features, index, weights, impl="triton")
     torch.testing.assert_close(found, weights[:, :1] * features[3])
 
 
-def test_deformable_attention_leaves_out_tokens_that_do_not_exist():
+def test_deformable_attention_leaves_out_tokens_that_do_not_exist(unread):
     g = torch.Generator().manual_seed(0)
     value, positions = torch.randn(16, 1, 8, generator=g), torch.rand(16, 2, generator=g) * 4
     lookup = torch.randint(0, 16, (16, 1, 2), generator=g)

@@ -56,7 +56,7 @@ def test_opcheck():
 
 def test_errors():
     features, index, weights = make_case()
-    with pytest.raises(IndexError, match="row 20 of 20"):
+    with pytest.raises(IndexError, match=r"index: .* below 20, .* got 20"):
         weighted_gather(features, index.clamp(max=0) + 20, weights)
     with pytest.raises(ValueError, match="weights"):
         weighted_gather(features, index, weights[:, :3])

@@ -282,7 +282,7 @@ def test_compiles_without_graph_breaks(exponent, impl):
         ({"query_positions": torch.full((41, 2), np.nan)}, ValueError, "query_positions: sample 0"),
         ({"neighbor_index": torch.zeros(40, 4).int()}, ValueError, r"\(41, k\)"),
         ({"neighbor_index": torch.zeros(41, 4)}, TypeError, "neighbor_index: expected dtype"),
-        ({"neighbor_index": torch.full((41, 1), 30)}, IndexError, "30"),
+        ({"neighbor_index": torch.full((41, 1), 30)}, IndexError, "below 30, .* got 30"),
         ({"power": -1.0}, ValueError, "power: expected a positive number, got -1.0"),
         ({"power": torch.ones(2)}, ValueError, "power: expected one number"),
         ({"eps": 0.0}, ValueError, "eps: expected a positive number"),

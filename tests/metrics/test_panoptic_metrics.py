@@ -231,6 +231,12 @@ def test_bad_predictions(ids, classes, message):
         score((annotation(ids, classes), truth))
 
 
+def test_ids_are_integers():
+    truth = annotation(row((1, 6)), {1: 0})
+    with pytest.raises(TypeError, match="map of a to be of integers, got float64"):
+        score((SegmentMap(truth.ids * 1.0, truth.segments), truth))
+
+
 def test_annotation_without_a_map():
     truth = Annotation("a", None, (1, 2), 1, semantic=np.zeros((1, 2), np.int32))
     with pytest.raises(ValueError, match="a has no map of ids"):

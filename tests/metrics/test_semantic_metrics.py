@@ -146,3 +146,8 @@ def test_annotations_written_as_predictions_score_one(tmp_path, kind):
 def test_bad_maps(predicted, annotated, message):
     with pytest.raises(ValueError, match=message):
         SemanticIoU(4).update(predicted, truth(annotated))
+
+
+def test_scores_are_no_classes():
+    with pytest.raises(TypeError, match="map of truth to be of integers, got float64"):
+        SemanticIoU(4).update(np.full((1, 2), 0.9), truth(np.zeros((1, 2), int)))

@@ -87,3 +87,21 @@ def test_pictures_have_a_size_too_and_parts_of_a_data_set_add_up():
     one.merge(other)
     assert one.compute() == {"recall, below 8 px": 1.0, "recall, from 8 px": 0.0}
     assert np.isnan(one.scores().recall).tolist() == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "error", "message"),
+    [
+        (np.zeros((5, 5), np.int32), ValueError, r"of shape \(40, 40\), got \(5, 5\)"),
+        (np.full((40, 40), 0.9), TypeError, "map of a to be of integers, got float64"),
+        (SegmentMap(np.zeros((40, 1), np.int32), ()), ValueError, r"got \(40, 1\)"),
+        (np.array([0.1, np.nan]), ValueError, "scores of a have NaN"),
+        (np.array([0.1]), ValueError, "a has class 1, the prediction 1 classes"),
+    ],
+)
+def test_predictions_that_are_no_predictions(predicted, error, message):
+    annotation = scene()
+    if isinstance(predicted, np.ndarray) and predicted.ndim == 1:
+        annotation = Annotation("a", None, (40, 40), "a", label=1)
+    with pytest.raises(error, match=message):
+        RecallBySize(KINDS, (8, 32)).update(predicted, annotation)
