@@ -23,6 +23,7 @@ from cells import ARMS, DATA, HEADS, RESULTS, SEEDS, read_lines
 Line = dict[str, Any]
 MAIN = {  # scores, by task
     "semantic": "mIoU",
+    "classification": "top-1 accuracy",
     "instance": "AP at IoU 0.5 (TP / (TP + FP + FN))",
     "point_segmentation": "mIoU",
 }

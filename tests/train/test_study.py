@@ -506,6 +506,39 @@ def test_times_are_taken_in_turns(monkeypatch, tmp_path):
     assert rows[0].endswith("| 1.00 |")
 
 
+def test_classifiers_and_how_often_they_are_right(monkeypatch, tmp_path):
+    """Of the pictures that changes of the recipe choose, by the model's own mouth."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    script, g = loaded("classification", monkeypatch), np.random.default_rng(0)
+    pictures, labels = g.integers(0, 256, (12, 16, 16, 3), np.uint8), np.arange(12) % 7
+    arrays = {"x_train": pictures[:7], "y_train": labels[:7], "x_test": pictures, "y_test": labels}
+    np.savez(tmp_path / "small.npz", **arrays)
+    options = {**SMALL, "patch_stride": 1}
+    model = create_model(
+        "aff_nano", head=None, num_classes=7, task="classification", **options
+    ).eval()
+    save_model(model, tmp_path / "model.safetensors")
+    with torch.inference_mode():
+        right = [
+            model(model.preprocess(torch.tensor(picture).movedim(-1, 0))[None]).argsort(-1)[0]
+            for picture in pictures
+        ]
+    tops = [
+        sum(int(label) in order[-k:] for order, label in zip(right, labels, strict=True)) / 12
+        for k in (1, 5)
+    ]
+    results = tmp_path / "classification.jsonl"
+    script.main(
+        [str(tmp_path / "model.safetensors"), "cifar10.yaml", str(tmp_path / "small.npz"),
+         "data.val=test", "--name", "m", "--results", str(results)]
+    )  # fmt: skip
+    (line,) = map(json.loads, results.read_text().splitlines())
+    assert [*line["scores"].values()] == [round(top, 4) for top in tops]
+    row = results.with_suffix(".md").read_text().splitlines()[-1]
+    scores = " | ".join(f"{100 * round(top, 4):.1f}" for top in tops)
+    assert row.startswith(f"| m | small.npz (12) | 100 epochs | {scores} | ")
+
+
 def test_the_unet_takes_the_place_of_the_backbone(monkeypatch, tmp_path):
     """Through training and scoring, by the same commands; odd sides too."""
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
