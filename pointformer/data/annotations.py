@@ -18,6 +18,7 @@ import numpy as np
 
 from pointformer._checks import brief
 from pointformer.annotations import OBJECT, VOID, Category, Mask, Objects, Segment, masks_of
+from pointformer.data.discovery import composed
 from pointformer.data.images import Reading, image_size, is_turned, read_image
 from pointformer.data.json_files import FLAG, NUMBER, TEXT, WHOLE, read_json, repeated, value_of
 from pointformer.data.packed import PictureFile, file_of, is_there
@@ -241,6 +242,12 @@ class Dataset(Sequence[Annotation]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    @property
+    def digest(self) -> str:
+        """Of the names of the pictures in their order."""
+        names = [entry.name for entry in self.entries]
+        return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+
     def subset(self, indices: Iterable[int]) -> Dataset:
         """Some of the pictures, in this order."""
         part = copy.copy(self)
@@ -336,7 +343,7 @@ def category_table(
     """Classes that are given as such or by their names; `None` if they are not given.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or two of one name.
     """
     if categories is None:
         return None
@@ -345,7 +352,11 @@ def category_table(
     given = [category for category in categories if isinstance(category, Category)]
     if len(given) == len(categories):
         return tuple(given)
-    return named_categories(c.name if isinstance(c, Category) else c for c in categories)
+    names = [c.name if isinstance(c, Category) else c for c in categories]
+    twice = repeated(names)
+    if twice:
+        raise ValueError(f"categories: expected different names, got {min(twice)!r:.80} twice")
+    return named_categories(names)
 
 
 def are_named(categories: Sequence[Category]) -> bool:
@@ -410,8 +421,12 @@ def matched_classes(
 
 def _name_key(*tables: Sequence[Category]) -> Callable[[str], str]:
     """Names are the same in upper and lower case, where that confuses none of a table."""
-    clear = all(len({c.name.lower() for c in t}) == len({c.name for c in t}) for t in tables)
-    return str.lower if clear else str
+
+    def lower(name: str) -> str:
+        return composed(name).lower()
+
+    clear = all(len({lower(c.name) for c in t}) == len({c.name for c in t}) for t in tables)
+    return lower if clear else composed
 
 
 def renumbered(

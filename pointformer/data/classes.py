@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from pointformer._checks import brief
 from pointformer.annotations import Category
 from pointformer.data.annotations import (
     Annotation,
@@ -16,7 +18,7 @@ from pointformer.data.annotations import (
     category_table,
     named_categories,
 )
-from pointformer.data.discovery import is_picture, picture_name, pictures_in
+from pointformer.data.discovery import composed, is_litter, is_picture, picture_name, pictures_in
 from pointformer.data.images import image_size
 from pointformer.data.packed import PictureFile
 
@@ -25,17 +27,20 @@ _MOST_CLASSES = 65536  # more different labels are taken for something else
 
 def class_folders(folder: str | os.PathLike[str]) -> list[str]:
     """Names of the folders that have a picture in them, sorted by code points."""
+    return [name for name in _folders(folder) if _has(os.path.join(folder, name), is_picture)]
+
+
+def _folders(folder: str | os.PathLike[str]) -> list[str]:
     try:
         with os.scandir(folder) as found:
-            folders = [entry for entry in found if not entry.name.startswith(".")]
+            return sorted(e.name for e in found if not is_litter(e.name) and e.is_dir())
     except OSError:
         return []
-    return sorted(entry.name for entry in folders if entry.is_dir() and _has_picture(entry.path))
 
 
-def _has_picture(folder: str) -> bool:
+def _has(folder: str, wanted: Callable[[str], bool]) -> bool:
     with os.scandir(folder) as found:  # of a thousand pictures the first is enough
-        return any(is_picture(entry.path) for entry in found)
+        return any(wanted(entry.path) for entry in found)
 
 
 def read_class_folders(
@@ -47,7 +52,8 @@ def read_class_folders(
 ) -> Dataset:
     """A folder of pictures for each class: `root`/CLASS/NAME.EXT, for classification.
 
-    A picture is called CLASS/NAME; pictures in deeper folders are of their CLASS too.
+    A picture is called CLASS/NAME; pictures in deeper folders are of their CLASS too. Of a folder
+    that is none of the classes, but has something other than pictures in it, a warning tells.
 
     Args:
         categories: the classes or their names, which are those of the folders; a class may have
@@ -58,26 +64,39 @@ def read_class_folders(
         ValueError: naming the folder, if there are no pictures or a folder is none of the classes.
     """
     root = Path(root)
-    folders = class_folders(root)
+    classes = class_folders(root)
     table = category_table(categories)
     if table is None:
-        names = sorted({*folders, *(name for other in beside for name in class_folders(other))})
-        table = named_categories(names)
-    numbers = {category.name: number for number, category in enumerate(table)}
-    unknown = [name for name in folders if name not in numbers]
+        found = {*classes, *(name for other in beside for name in class_folders(other))}
+        table = named_categories(sorted({composed(name) for name in found}))
+    numbers = {composed(category.name): number for number, category in enumerate(table)}
+    unknown = [name for name in classes if composed(name) not in numbers]
+    lost = [
+        name
+        for name in _folders(root)
+        if composed(name) not in numbers
+        and name not in classes
+        and _has(os.path.join(root, name), lambda path: not is_litter(os.path.basename(path)))
+    ]
+    if lost:
+        warnings.warn(
+            f"{root}: the folders {brief(lost)} are no classes: no picture lies directly in them",
+            stacklevel=2,
+        )
     problems = {
         name: f"{root / name}: is none of the {len(numbers)} classes "
         f"({', '.join(list(numbers)[:5])}{', ...' if len(numbers) > 5 else ''})"
         for name in unknown
     }
     entries = []
-    for name in folders:
-        if name not in numbers:
+    for name in _folders(root):
+        number = numbers.get(composed(name))
+        if number is None:
             continue
         for image in pictures_in(root / name, deep=True):
             title = picture_name(image.relative_to(root))
-            read = partial(read_class, title, image, numbers[name])
-            entries.append(Entry(title, image, None, read, numbers[name]))
+            read = partial(read_class, title, image, number)
+            entries.append(Entry(title, image, None, read, number))
     return Dataset(root, table, entries, problems, skip_bad)
 
 

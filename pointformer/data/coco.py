@@ -96,7 +96,7 @@ def decode_mask(segmentation: Any, size: tuple[int, int], source: str) -> np.nda
     if runs is None:
         raise ValueError(
             f"{source}: expected polygons or run lengths as a mask, "
-            f"got {reprlib.repr(segmentation)}"
+            f"got {reprlib.repr(segmentation)}{'; a box alone is none' * (not segmentation)}"
         )
     if given != tuple(size):
         raise ValueError(f"{source}: expected a mask of {tuple(size)}, got {reprlib.repr(given)}")
@@ -206,7 +206,7 @@ class _Pictures:
             try:
                 key = value_of(row, "id", IDENTIFIER)
                 what = f"image {shown(key)}"
-                path = _path_in(folder, value_of(row, "file_name", TEXT))
+                path = listed_path(folder, value_of(row, "file_name", TEXT))
                 name = what = picture_name(path.relative_to(folder))
                 # 0 or none: the picture's own.
                 height, width = value_of(row, "height", WHOLE, 0), value_of(row, "width", WHOLE, 0)
@@ -237,11 +237,21 @@ class _Pictures:
         self.bad = by_id.keys() - self.good.keys()
 
 
-def _path_in(folder: str | os.PathLike[str], file_name: str) -> Path:
-    """Path of a file that the JSON names; Windows's exports separate folders by backslashes."""
+def listed_path(folder: str | os.PathLike[str], file_name: str) -> Path:
+    """Path of a file that a JSON names; Windows's exports separate folders by backslashes, and
+    accented letters may be composed otherwise in the JSON than on the disk.
+
+    Raises:
+        ValueError: the name is none, or leads out of the folder.
+    """
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in file_name):
         raise ValueError(f"expected a file name, got {reprlib.repr(file_name)}")
-    return path_inside(folder, file_name.replace("\\", "/"), follow_links=True)
+    path = path_inside(folder, file_name.replace("\\", "/"), follow_links=True)
+    if file_name.isascii() or path.is_file():
+        return path
+    name = os.path.relpath(path, folder)
+    others = (Path(folder) / unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    return next((other for other in others if other.is_file()), path)
 
 
 @dataclass(frozen=True)
@@ -469,7 +479,7 @@ def read_coco_panoptic(
                 continue
             if pictures is not None and str(image) not in pictures.good:
                 raise ValueError("this image is not listed")
-            png = _path_in(folder, value_of(row, "file_name", TEXT))
+            png = listed_path(folder, value_of(row, "file_name", TEXT))
         except ValueError as error:
             problems[what] = f"{path}: {what}: {error}"
         else:

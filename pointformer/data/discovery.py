@@ -8,6 +8,7 @@ whatever has another suffix (Thumbs.db, desktop.ini, x.png.part).
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path, PurePosixPath
 
 MAP_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm"})
@@ -75,8 +76,14 @@ def picture_name(
 
     Only the suffixes of pictures are taken off: "scan.1" and "scan.2" are two names.
     """
-    path = PurePosixPath(file_name)
+    path = PurePosixPath(composed(os.fspath(file_name)))
     return str(path.with_suffix("") if path.suffix.lower() in suffixes else path)
+
+
+def composed(name: str) -> str:
+    """A name with each accented letter as one character (NFC): macOS has listed "e" and its accent
+    as two (NFD), and both are the same name to whoever reads it."""
+    return unicodedata.normalize("NFC", name)
 
 
 def pictures_by_name(

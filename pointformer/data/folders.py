@@ -26,10 +26,16 @@ from pointformer.data.annotations import (
     named_categories,
     parse_categories,
 )
-from pointformer.data.discovery import pictures_by_name
+from pointformer.data.discovery import MAP_SUFFIXES, composed, pictures_by_name
 from pointformer.data.images import read_instances, read_labels
 from pointformer.data.json_files import WHOLE, read_json
-from pointformer.data.labels import MOST_PNG_IDS, label_entries, paired_files, write_map
+from pointformer.data.labels import (
+    MOST_PNG_IDS,
+    label_entries,
+    paired_files,
+    without_maps,
+    write_map,
+)
 from pointformer.data.packed import PictureFile
 from pointformer.data.writing import remove_ours, write_json
 
@@ -73,7 +79,7 @@ def read_folder(
         raise ValueError(f"task: expected semantic or instance, got {task!r}")
     base = Path(root) / split
     images = folder_of(root, "images", split)
-    labels = folder_of(root, folder or ("labels" if task == "semantic" else "instances"), split)
+    labels = map_folder(root, task, split) if folder is None else folder_of(root, folder, split)
     table = category_table(categories)
     if task == "semantic":
         if table is None:
@@ -115,6 +121,23 @@ def folder_of(root: str | os.PathLike[str], name: str, split: str) -> Path:
     return other if other.is_dir() and not path.is_dir() else path
 
 
+def map_folder(root: str | os.PathLike[str], task: str, split: str) -> Path:
+    """The folder of the maps for a task, "semantic" or "instance".
+
+    Raises:
+        ValueError: there is only that of the other task; the message says what is in it.
+    """
+    name, other = ("labels", "instances") if task == "semantic" else ("instances", "labels")
+    path, there = folder_of(root, name, split), folder_of(root, other, split)
+    if there.is_dir() and not path.is_dir():
+        holds = "" if pictures_by_name(there, MAP_SUFFIXES) else f" ({without_maps(there)})"
+        raise ValueError(
+            f"{path}: there is no such folder, only {there}{holds}; maps of objects, for "
+            "the task instance, belong in instances/, of classes, for semantic, in labels/"
+        )
+    return path
+
+
 def without_background(
     categories: Sequence[Category] | Sequence[str] | None,
 ) -> tuple[Category, ...] | None:
@@ -149,7 +172,7 @@ def _read_segments(path: Path) -> tuple[tuple[Category, ...], dict[str, Any]]:
         )
     rows = [{"id": number, "name": name} for number, name in names.items()]
     segments = {
-        name: image.get("segments") if isinstance(image, dict) else None
+        composed(name): image.get("segments") if isinstance(image, dict) else None
         for name, image in images.items()
     }
     return parse_categories(rows, path).classes, segments

@@ -288,6 +288,7 @@ def _read_map(path: str | os.PathLike[str] | Packed, what: str) -> np.ndarray:
         raise PictureError(
             f"{path}: expected {what}, one channel of whole numbers, got "
             + (f"{count} planes" if count > 1 else f"the channels {', '.join(layout.channels)}")
+            + "; for each color write a number" * layout.rgb
         )
     height, width = layout.size
     with decoding(path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,13 +21,15 @@ from pointformer.data.annotations import (
     named_categories,
 )
 from pointformer.data.categories import ADE20K
-from pointformer.data.discovery import MAP_SUFFIXES, pictures_by_name
+from pointformer.data.discovery import MAP_SUFFIXES, is_litter, pictures_by_name
 from pointformer.data.images import read_labels
 from pointformer.data.packed import PictureFile
 from pointformer.data.writing import write_png, write_tiff
 
 MOST_PNG_IDS = 65535
 _UNKNOWN = VOID - 1
+_LOSSY = {".jpg", ".jpeg"}
+_ENDING = re.compile(r"[-_. ][A-Za-z][A-Za-z_-]*")  # no number, which may tell pictures apart
 
 
 def read_ade20k(
@@ -63,21 +66,75 @@ def paired_files(images: Path, labels: Path) -> list[tuple[str, Path, Path]]:
     """Names, pictures and maps of two folders, in their folders too: "site1/a" has one in each.
 
     A picture without a map, or a map without a picture, is there with the path that is missing;
-    of pictures or maps with one name (a.png and a.jpg) there is every pair.
+    of pictures or maps with one name (a.png and a.jpg) there is every pair. Maps may all have one
+    ending more than the pictures: "a_mask" is the map of "a" if all end in "_mask".
 
     Raises:
-        ValueError: if there are no pictures.
+        ValueError: if there are no pictures, or no map is of any of them.
     """
     pictures, maps = pictures_by_name(images), pictures_by_name(labels, MAP_SUFFIXES)
     if not pictures:
         raise ValueError(f"{images}: expected pictures, found none")
+    ending = "" if pictures.keys() & maps.keys() else _ending(pictures.keys(), maps.keys())
+    if ending is None:
+        raise ValueError(_unpaired(images, labels, min(pictures), min(maps, default=None)))
+    if ending:
+        maps = {name.removesuffix(ending): paths for name, paths in maps.items()}
     suffix = next(iter(pictures.values()))[0].suffix
     return [
         (name, image, path)
         for name in sorted(pictures.keys() | maps.keys())
         for image in pictures.get(name, [images / f"{name}{suffix}"])
-        for path in maps.get(name, [labels / f"{name}.png"])
+        for path in maps.get(name, [labels / f"{name}{ending}.png"])
     ]
+
+
+def _ending(pictures: Collection[str], maps: Collection[str]) -> str | None:
+    """What the names of all maps have behind those of pictures, if there is one such ending."""
+    first = min(maps, default="")
+    endings = {first.removeprefix(first[:n]) for n in range(len(first)) if first[:n] in pictures}
+    fitting = [
+        ending
+        for ending in endings
+        if _ENDING.fullmatch(ending)
+        and all(name.endswith(ending) and name.removesuffix(ending) in pictures for name in maps)
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _unpaired(images: Path, labels: Path, picture: str, found: str | None) -> str:
+    """Why no picture has a map, and what to do, in words.
+
+    Args:
+        picture, found: the name of the first picture, and of the first map if there is one.
+    """
+    expected = f"{labels}: expected maps of the pictures in {images}"
+    if found is None:
+        return f"{expected}, {without_maps(labels)}"
+    return (
+        f"{expected}, but none has the name of a picture: maps are called as {found!r:.80}, "
+        f"pictures as {picture!r:.80}; use the same names, or one ending behind these for all "
+        f"maps, as {picture + '_mask'!r:.80}"
+    )
+
+
+def without_maps(folder: Path) -> str:
+    """What there is in the place of maps, in words."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    files = (path for path in folder.rglob("*") if path.is_file() and not is_litter(path.name))
+    kinds = sorted({path.suffix.lower() or path.name for path in files})
+    if not kinds:
+        return "it is empty"
+    hint = ""
+    if ".txt" in kinds:
+        hint = (
+            "; boxes and outlines as YOLO has them are to be converted, to maps or to COCO's JSON "
+            "with segmentation"
+        )
+    elif _LOSSY.intersection(kinds):
+        hint = "; JPEG changes the numbers in maps: write them anew, converting does not help"
+    return f"it holds {', '.join(kinds[:5])}, but no PNG or TIFF{hint}"
 
 
 def found_labels(maps: Iterable[PictureFile]) -> set[int]:
@@ -99,10 +156,14 @@ def found_classes(
     """A class for each label in some maps, but for those that are void.
 
     Raises:
-        ValueError: naming the source, if there are none, or so many that they must be objects.
+        ValueError: naming the source, if there are none, or so many that they must be objects; of
+            maps that cannot be read, the first.
     """
+    maps = list(maps)
     found = found_labels(maps)
     kept = sorted(found - set(void))
+    if maps and not found:
+        read_labels(maps[0])  # says what is wrong with all
     if not kept:
         raise ValueError(
             f"{source}: expected labels, found "

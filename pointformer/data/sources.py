@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pointformer._checks import brief
-from pointformer._files import path_inside
 from pointformer.annotations import Category
 from pointformer.data.annotations import (
     Dataset,
     are_named,
+    category_table,
     matched_classes,
-    named_categories,
     read_categories,
 )
 from pointformer.data.arrays import Columns, find_columns, read_arrays
 from pointformer.data.cityscapes import read_cityscapes
 from pointformer.data.classes import class_folders, read_class_folders
-from pointformer.data.coco import read_coco_instances, read_coco_panoptic
+from pointformer.data.coco import listed_path, read_coco_instances, read_coco_panoptic
 from pointformer.data.discovery import CLOUD_SUFFIXES, pictures_in
-from pointformer.data.folders import folder_of, read_folder, without_background
+from pointformer.data.folders import folder_of, map_folder, read_folder, without_background
 from pointformer.data.labels import found_classes, found_labels, paired_files, read_ade20k
 from pointformer.data.point_sets import object_splits, read_objects, read_scenes, scene_splits
 from pointformer.data.shards import read_shards, shard_files
@@ -39,6 +38,7 @@ _SPLIT_IN_NAME = re.compile(
 )
 
 _CLASS_LISTS = ("categories.json", "classes.json", "classes.txt", "labels.txt", "classnames.txt")
+_BELONG = "maps of classes belong in labels/, of objects in instances/"
 _VOID = 255
 
 
@@ -67,8 +67,10 @@ class Source(NamedTuple):
 
     def split(self, name: str) -> str | None:
         """The data set's own name of a split: "val" may be its "validation"."""
-        same = next((names for names in _SAME if name in names), (name,))
-        return next((split for split in (name, *same) if split in self.splits), None)
+        if name in self.splits:
+            return name
+        same = next((names for names in _SAME if name.lower() in names), (name,))
+        return next((s for other in same for s in self.splits if s.lower() == other), None)
 
     def __str__(self) -> str:
         names = ", ".join(name for name in self.splits if name)
@@ -127,18 +129,15 @@ def _lacking(path: Path) -> str:
     """Parts of a folder that nearly make it a data set, in words."""
     if path.suffix.lower() == ".npz":
         return ""
-    folders = _folders(path)
-    for folder in (path, *folders):
-        if (folder / "images").is_dir():
-            beside = [f"{f.name}/" for f in _folders(folder) if f.name not in {"images", *_SPLITS}]
-            found = (
-                f", only {', '.join(beside[:5])}: maps of classes belong in labels/, of objects in "
-                "instances/"
-            )
-            return (
-                f" ({folder / 'images'} has neither labels/ nor instances/ beside it"
-                f"{found * bool(beside)})"
-            )
+    for boxes, *_ in _coco_files(path, b'"bbox"').values():
+        return f" ({boxes} has boxes but no outlines: each annotation needs a segmentation)"
+    for folder in (path, *_folders(path)):
+        inside = {f.name.lower(): f for f in _folders(folder)}
+        images = inside.pop("images", None)
+        if images is not None:
+            beside = [f"{f.name}/" for name, f in inside.items() if name not in _SPLITS]
+            found = f", only {', '.join(beside[:5])}: {_BELONG}"
+            return f" ({images} has neither labels/ nor instances/ beside it{found * bool(beside)})"
     classes = class_folders(path)
     if classes:
         return f" ({classes[0]} is the only folder of pictures: one class cannot be told apart)"
@@ -195,9 +194,13 @@ def open_dataset(
         raise ValueError(f"{source.path}: has no split {split or 'val'!r}; there are: {names}")
     kind = FORMATS[source.format]
     if task not in kind.tasks:
+        found = ""
+        if source.format == "classes":
+            folders = class_folders(source.path / source.splits[0])
+            found = f"; its classes are the folders {brief(folders)}; {_BELONG}, beside images/"
         raise ValueError(
             f"{source.path}: {source.format} has nothing for the task {task!r}, only for "
-            f"{', '.join(kind.tasks)}"
+            f"{', '.join(kind.tasks)}{found}"
         )
     request = _Request(
         source.path, name, task, annotations, segments, categories, void, skip_bad, features
@@ -340,9 +343,8 @@ def _read_folder(request: _Request) -> Dataset:
     categories, void = _classes(request), request.void
     if categories is None and request.task == "semantic":
         void = (_VOID,) if void is None else void
-        images, labels = (
-            folder_of(request.path, name, request.split) for name in ("images", "labels")
-        )
+        images = folder_of(request.path, "images", request.split)
+        labels = map_folder(request.path, "semantic", request.split)
         maps = [path for _, _, path in paired_files(images, labels)]
         categories = found_classes(maps, labels, void)
     return read_folder(
@@ -374,9 +376,9 @@ def _listed_classes(path: Path) -> tuple[Category, ...] | None:
                 return read_categories(file)
             try:
                 lines = file.read_text("utf-8-sig").splitlines()
+                return category_table([line.strip() for line in lines if line.strip()])
             except (OSError, ValueError) as error:
                 raise ValueError(f"{file}: expected names of classes, but {error}") from None
-            return named_categories(line.strip() for line in lines if line.strip())
     return None
 
 
@@ -386,15 +388,15 @@ def _listed_classes(path: Path) -> tuple[Category, ...] | None:
 def _class_splits(path: Path) -> list[str]:
     if _folder_splits(path):  # "images" and "labels" are no classes
         return []
-    if any("images" in class_folders(folder) for folder in (path, *_folders(path))):
+    found = [class_folders(folder) for folder in (path, *_folders(path))]
+    if any(name.lower() == "images" for names in found for name in names):
         return []  # nor are "images" and "masks"
     named = [folder for folder in _folders(path) if folder.name.lower() in _SPLITS]
     if named:
         return [folder.name for folder in named if class_folders(folder)]
-    found = class_folders(path)
-    if any(_SPLIT_IN_NAME.fullmatch(name.lower()) for name in found):  # COCO's train2017
+    if any(_SPLIT_IN_NAME.fullmatch(name.lower()) for name in found[0]):  # COCO's train2017
         return []
-    return [""] if len(found) > 1 else []
+    return [""] if len(found[0]) > 1 else []
 
 
 def _read_classes(request: _Request) -> Dataset:
@@ -431,7 +433,7 @@ def _coco_files(path: Path, key: bytes) -> dict[str, list[Path]]:
         for file in sorted(folder.glob("*.json")):
             if _tells(file, key) and _tells(file, b'"images"'):
                 name = _SPLIT_IN_NAME.search(file.stem.lower())
-                split = name[1] if name else folder.name if folder.name in _SPLITS else ""
+                split = name[1] if name else folder.name if folder.name.lower() in _SPLITS else ""
                 found[split].append(file)
     return found
 
@@ -460,7 +462,7 @@ def _coco_file(request: _Request, key: bytes) -> tuple[Path, Path]:
     for folder in folders:
         for name in shown:
             try:
-                if path_inside(folder, name.replace("\\", "/"), follow_links=True).is_file():
+                if listed_path(folder, name).is_file():
                     return file, folder
             except (OSError, ValueError):
                 continue  # reading says what is wrong with such names

@@ -2,6 +2,7 @@
 
 import json
 import math
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,18 @@ def test_file_names_with_folders(tmp_path, name):
     dataset = data.read_coco_instances(path, tmp_path)
     assert dataset[0].name == name.replace("\\", "/").removeprefix("./").removesuffix(".png")
     is_the_square(dataset[0])
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_accents_in_file_names(tmp_path, stored):
+    scenes.picture(tmp_path / "images" / unicodedata.normalize(stored, "Zoë/é.png"), (30, 40))
+    for form in ("NFC", "NFD"):
+        images = [(unicodedata.normalize(form, "Zoë/é.png"), 1)]
+        scenes.dump(tmp_path / "a.json", content([GOOD], images))
+        dataset = data.open_dataset(tmp_path, task="instance")
+        is_the_square(dataset[0])
+        assert dataset[0].name == unicodedata.normalize("NFC", "Zoë/é")
+        assert dataset[0].image.is_file()
 
 
 def test_one_name_in_two_folders(tmp_path):

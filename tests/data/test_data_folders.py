@@ -1,5 +1,7 @@
 """Plain folders and ADE20K: what is read, what is written, and what is wrong with files."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -129,7 +131,7 @@ def test_skip_bad_counts_and_lists(tmp_path):
     assert "ADE_val_2.png: expected a picture" in dataset.skipped["ADE_val_2"]
     assert "label 151" in error_of(lambda: dataset[1])
     (root / "images/validation/ADE_val_0.jpg").unlink()
-    (root / "annotations/validation/ADE_val_1.png").unlink()
+    scenes.picture(root / "images/validation/ADE_val_1.png", (1, 3))  # of which is the map?
     (root / "annotations/validation/ADE_val_2.png").unlink()
     message = error_of(lambda: data.read_ade20k(root, skip_bad=True))
     assert "found none (4 skipped: " in message
@@ -237,6 +239,8 @@ def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match="task: expected semantic or instance, got 'boxes'"):
         data.read_folder(root, "val", "boxes")
     scenes.picture(root / "val/images/a.jpg", (1, 3))
+    (root / "val/labels").mkdir()
+    (root / "val/labels/a.png").write_bytes((root / "val/instances/a.png").read_bytes())
     both = f"{root / 'val/images/a.png'}: there is another picture {root / 'val/images/a.jpg'}"
     for task in ("semantic", "instance"):
         (root / "segments.json").unlink(missing_ok=True)
@@ -413,3 +417,80 @@ def test_one_name_in_two_splits(tmp_path):
     assert f"a may be {root / 'val/images/a.png'} or {other}: expected a segments.json" in message
     (root / "segments.json").rename(root / "val/segments.json")
     assert len(data.read_folder(root, "val", "instance")[0].segments) == 2
+
+
+def pictures_and(root, kind, *maps, pictures=("a.png", "b_1.png")):
+    """Pictures beside files in the place of maps, which are maps where their names are of such."""
+    for name in pictures:
+        scenes.picture(root / "images" / name, (2, 3))
+    for name in maps:
+        path = root / kind / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".png", ".tif"):
+            scenes.save(path, np.array([[0, 1, 1], [0, 0, 2]], np.uint8))
+        else:
+            path.touch()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("maps", "message"),
+    [
+        (["a.txt", "b_1.txt"], "it holds .txt, but no PNG or TIFF; boxes and outlines as YOLO has"),
+        (["a.jpg"], "it holds .jpg, but no PNG or TIFF; JPEG changes the numbers in maps"),
+        (["a.xml", ".DS_Store"], r"it holds .xml, but no PNG or TIFF$"),
+        ([".DS_Store"], "it is empty"),
+        (["a_2.png"], "none has the name of a picture: maps are called as 'a_2', pictures as 'a';"),
+        (["a_mask.png", "b_1_label.png"], "one ending behind these for all maps, as 'a_mask'"),
+        (["mask_a.png"], "none has the name of a picture"),
+    ],
+)
+def test_what_is_there_in_the_place_of_maps(tmp_path, maps, message):
+    pictures_and(tmp_path, "labels", *maps)
+    with pytest.raises(ValueError, match=message) as error:
+        data.open_dataset(tmp_path)
+    folders = f"{tmp_path / 'labels'}: expected maps of the pictures in {tmp_path / 'images'}, "
+    assert str(error.value).startswith(folders)
+    other = error_of(lambda: data.open_dataset(tmp_path, task="instance"))
+    assert other.startswith(
+        f"{tmp_path / 'instances'}: there is no such folder, only {tmp_path / 'labels'}"
+    )
+    assert ("but no PNG or TIFF" in other) == (not maps[0].endswith((".png", ".DS_Store")))
+
+
+@pytest.mark.parametrize("kind", ["labels", "instances"])
+@pytest.mark.parametrize("ending", ["_mask.png", "-seg.tif", "_label_ids.png"])
+def test_maps_may_have_an_ending_more_than_their_pictures(tmp_path, kind, ending):
+    pictures_and(tmp_path, kind, f"a{ending}", f"b_1{ending}")
+    dataset = data.open_dataset(tmp_path, task="semantic" if kind == "labels" else "instance")
+    assert [entry.name for entry in dataset.entries] == ["a", "b_1"]
+    assert dataset.entries[0].labels == tmp_path / kind / f"a{ending}"
+    (tmp_path / kind / f"a{ending}").unlink()
+    with pytest.raises(ValueError, match=r"a[-_][a-z_]+\.png: expected the annotation of"):
+        data.read_folder(tmp_path, task="instance", folder=kind)
+
+
+def test_an_ending_that_may_belong_to_a_picture_is_none(tmp_path):
+    pictures_and(tmp_path, "labels", "a_b_mask.png", pictures=("a.png", "a_b.png"))
+    with pytest.raises(ValueError, match="none has the name of a picture"):
+        data.open_dataset(tmp_path)
+
+
+def test_what_is_wrong_with_all_maps_is_said(tmp_path):
+    pictures_and(tmp_path, "labels", "a.png", pictures=["a.png"])
+    scenes.save(tmp_path / "labels/a.png", np.zeros((2, 3, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"a\.png: .*red, green, blue; for each color write"):
+        data.open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_accents_are_the_same_however_they_are_stored(tmp_path, stored):
+    other = {"NFC": "NFD", "NFD": "NFC"}[stored]
+    pictures, maps = (unicodedata.normalize(form, "Zoë/café") for form in (stored, other))
+    pictures_and(tmp_path, "instances", f"{maps}.png", pictures=[f"{pictures}.png"])
+    rows = [{"id": 1, "class": 1}, {"id": 2, "class": 1}]
+    images = {pictures: {"segments": rows}}
+    scenes.dump(tmp_path / "segments.json", {"classes": {"1": "x"}, "images": images})
+    dataset = data.read_folder(tmp_path, task="instance")
+    assert [entry.name for entry in dataset.entries] == ["Zoë/café"]
+    assert len(dataset[0].segments) == 2

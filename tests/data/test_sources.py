@@ -1,6 +1,7 @@
 """Which format a folder has, its splits, and the classes of what has none."""
 
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from helpers.scenes import encoded, picture, pixels, rectangles, save
 from pointformer.annotations import Category
 from pointformer.cli.evaluate import _FORMATS
 from pointformer.data import FORMATS, find_source, open_dataset, open_splits
+from pointformer.data.annotations import matched_classes
 
 
 def folder(root, splits=("train", "val"), labels=(0, 1, 2), number=3, kind="labels"):
@@ -158,6 +160,13 @@ def test_splits_have_several_names(tmp_path):
         open_dataset(tmp_path, split="test")
 
 
+@pytest.mark.parametrize("make", [folder, lambda root, splits: classes(root, {"a": 1}, splits)])
+def test_splits_in_upper_case(tmp_path, make):
+    make(tmp_path, ["Train", "VALID"])
+    source = find_source(tmp_path)
+    assert [source.split(name) for name in ("train", "val", "test")] == ["Train", "VALID", None]
+
+
 def test_a_task_that_a_format_has_nothing_for(tmp_path):
     folder(tmp_path)
     with pytest.raises(ValueError, match="folder has nothing for the task 'classification', only"):
@@ -212,6 +221,21 @@ def test_nearly_data_sets_are_told_what_they_lack(tmp_path):
     picture(tmp_path / "plain/images/a.png")
     with pytest.raises(ValueError, match="images has neither labels/ nor instances/ beside it"):
         find_source(tmp_path / "plain")
+    picture(tmp_path / "upper/Images/a.png")
+    picture(tmp_path / "upper/Labels/a.png")
+    for task in ("semantic", "classification"):
+        with pytest.raises(
+            ValueError, match=r"Images has neither .*, only Labels/: maps of classes"
+        ):
+            find_source(tmp_path / "upper", task=task)
+    picture(tmp_path / "boxes/images/a.png")
+    row = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}
+    content = {"images": [], "annotations": [row], "categories": []}
+    scenes.dump(tmp_path / "boxes/a.json", content)
+    with pytest.raises(
+        ValueError, match=r"boxes/a\.json has boxes but no outlines: each annotation"
+    ):
+        find_source(tmp_path / "boxes")
 
 
 def test_class_folders_count_classes_that_a_split_lacks(tmp_path):
@@ -234,6 +258,43 @@ def test_class_folders_count_classes_that_a_split_lacks(tmp_path):
     kept = open_dataset(tmp_path, task="classification", categories=own, skip_bad=True)
     assert len(kept) == 2
     assert list(kept.skipped) == ["x"]
+
+
+def test_folders_that_are_no_classes_are_told(tmp_path):
+    classes(tmp_path, {"a": 1, "b": 1}, [""])
+    for name in ("c/c.heic", "d/e/0.png", ".cache/x", "f/.DS_Store"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=r"the folders \['c', 'd'\] are no classes: no picture"):
+        dataset = open_dataset(tmp_path, task="classification")
+    assert [entry.name for entry in dataset.entries] == ["a/0", "b/0"]
+    own = [Category(n, name) for n, name in enumerate("abcd")]
+    dataset = open_dataset(tmp_path, task="classification", categories=own)
+    assert [entry.name for entry in dataset.entries] == ["a/0", "b/0", "d/e/0"]
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_classes_with_accents_however_they_are_stored(tmp_path, stored):
+    other = {"NFC": "NFD", "NFD": "NFC"}[stored]
+    for split, form in (("train", stored), ("val", other)):
+        classes(tmp_path, {unicodedata.normalize(form, "pâte"): 1, "sel": 1}, [split])
+    training, validation = open_splits(tmp_path, task="classification")
+    for dataset in (training, validation):
+        assert [category.name for category in dataset.categories] == ["pâte", "sel"]
+        assert [annotation.label for annotation in dataset] == [0, 1]
+    wanted = [Category(n, unicodedata.normalize(other, name)) for n, name in enumerate("éà")]
+    listed = [Category(9 - n, unicodedata.normalize(stored, name)) for n, name in enumerate("éà")]
+    assert [c.id for c in matched_classes(wanted, listed, "x")] == [9, 8]
+
+
+def test_names_of_classes_are_different(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "classes.txt").write_text("cell\n\ncell\n")
+    with pytest.raises(ValueError, match=r"classes\.txt: .* different names, got 'cell' twice"):
+        open_dataset(tmp_path)
+    (tmp_path / "classes.txt").unlink()
+    with pytest.raises(ValueError, match="categories: expected different names, got 'x' twice"):
+        open_dataset(tmp_path, categories=["x", "y", "x"])
 
 
 def test_a_share_is_kept_where_there_is_no_split(tmp_path):
