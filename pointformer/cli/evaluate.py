@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ from pointformer.cli.results import Results, is_result, write_sealed
 
 if TYPE_CHECKING:
     from pointformer.data import Dataset
+    from pointformer.data.sources import Source
     from pointformer.data.transforms import CenterCrop, Resize
     from pointformer.models import Model
     from pointformer.processes import Processes
@@ -62,7 +64,11 @@ _FORMATS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder or file of the data set")
     parser.add_argument("--format", choices=_FORMATS, help="default: what DATA looks like")
-    parser.add_argument("--split", help="default: val, or all")
+    parser.add_argument(
+        "--split",
+        help="default: val; where there are no splits, what the model's training kept to score on, "
+        "or all",
+    )
     add_task_argument(parser, "the model's")
     parser.add_argument("--annotations", type=Path, help="JSON file of COCO's formats")
     parser.add_argument(
@@ -97,7 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--center-crop", type=int, metavar="PIXELS", help="classification: and look at the middle"
     )
-    parser.add_argument("--json", type=Path, help="write the scores to this file too")
+    parser.add_argument(
+        "--json", type=Path, help="write the scores, and all that was skipped, to this file too"
+    )
     parser.add_argument(
         "--resume",
         type=Path,
@@ -118,6 +126,7 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, processes: Processes) -> int:
     from tqdm import tqdm
 
+    from pointformer.data.statistics import left_out_lines
     from pointformer.evaluation import evaluate
     from pointformer.tasks import task_of
 
@@ -142,8 +151,8 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
         say(f"{printable(name):40} {shown}")
     if dataset.skipped:
         say(f"{len(dataset.skipped)} skipped:", error=True)
-        for problem in dataset.skipped.values():
-            say(f"  {printable(problem)}", error=True)
+        for line in left_out_lines(dataset.skipped):
+            say(f"  {printable(line)}", error=True)
     if options.json is not None:
         content = {
             "model": options.model,
@@ -194,6 +203,9 @@ def _opened(
         skip_bad=options.skip_bad,
         features=features_of(model) or (),
     )
+    dataset, note = _held_back(model, source, dataset, options.split)
+    if main and note:
+        warnings.warn(note, stacklevel=2)
     results = Results(overwrite=options.overwrite)
     if options.json is not None:
         read = {path for entry in dataset.entries for path in entry.files}
@@ -206,6 +218,29 @@ def _opened(
     if options.limit is not None:
         dataset = dataset.subset(range(min(len(dataset), options.limit)))
     return model, dataset, {"resize": resize, "crop": crop}, results
+
+
+def _held_back(
+    model: Model, source: Source, dataset: Dataset, split: str | None
+) -> tuple[Dataset, str | None]:
+    """The pictures that training kept to score on, if it was on this data set and that has no
+    splits, else all; and what is to be said of these."""
+    from pointformer.prediction import recipe_value
+
+    digest = (model.trained or {}).get("pictures")
+    name = source.path.resolve().name  # all that the model's file has of the path
+    if digest is None or source.splits != ("",) or recipe_value(model, "data.path") != name:
+        return dataset, None
+    where = f"{source.path}: the model was trained on"
+    if dataset.digest == digest:
+        return dataset, f"{where} these {dataset.noun}s"
+    share = recipe_value(model, "data.val_share")
+    if split is None and share and len(dataset) > 1:
+        training, kept = dataset.divided(share, recipe_value(model, "seed"))
+        if training.digest == digest:
+            some = f"{len(kept)} of its {len(dataset)} {dataset.noun}s"
+            return kept, f"{where} all but {some}, which are scored; --split '' scores all"
+    return dataset, f"{where} a data set of this name, perhaps on some of these {dataset.noun}s"
 
 
 def _seen(options: argparse.Namespace, task: Task) -> tuple[Resize | None, CenterCrop | None]:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -361,6 +361,12 @@ def _keep(cache: Path, whole: str, states: Sequence[str], facts: Sequence[Pictur
     cache.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(cache) as temporary:
         temporary.write_text(json.dumps({"whole": whole, "pictures": rows}), "utf-8")
+
+
+def left_out_lines(skipped: Mapping[str, str]) -> list[str]:
+    """Lines of text about what a data set left out: the first errors, and how many more."""
+    more = len(skipped) - _NAMED
+    return [*list(skipped.values())[:_NAMED], *([f"and {more} more"] if more > 0 else [])]
 
 
 def _some(names: Sequence[str], one: str, many: str) -> str:

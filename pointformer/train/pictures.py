@@ -10,7 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from pointformer.data import Dataset, open_splits
-from pointformer.data.statistics import Statistics, examine, samples_in_words, without_bad
+from pointformer.data.statistics import (
+    Statistics,
+    examine,
+    left_out_lines,
+    samples_in_words,
+    without_bad,
+)
 from pointformer.models import Model
 from pointformer.processes import Processes
 from pointformer.tasks import Task
@@ -70,8 +76,8 @@ def describe(
         many = samples_in_words(len(validation), statistics.counts)
         say(f"{validation.source}: {many} to be scored on")
     for dataset in (training, validation):
-        for problem in {} if dataset is None else dataset.skipped.values():
-            say(f"left out: {problem}")
+        for line in left_out_lines({} if dataset is None else dataset.skipped):
+            say(f"left out: {line}")
     crop, size, scale = recipe.augmentation.crop, None, 1.0
     if crop is not None and crop.measure == "pixels":
         size = (crop.size, crop.size) if isinstance(crop.size, int) else crop.size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import os
 import time
@@ -107,7 +106,7 @@ class Run:
         if newest is not None:
             path, state = newest
             self.trainer.load(state, path)
-            if state["pictures"] != self._pictures():
+            if state["pictures"] != self.batches.dataset.digest:
                 raise ValueError(
                     f"{path}: made with other training pictures; use another --out, and --init to "
                     "start from the weights of this run"
@@ -156,7 +155,7 @@ class Run:
         """Write a checkpoint."""
         state = {
             **self.trainer.state(),
-            "pictures": self._pictures(),
+            "pictures": self.batches.dataset.digest,  # on whose order the run depends
             "validations": self.validations,
             "scores": self.scores,
             "min_score": self.min_score,
@@ -164,11 +163,6 @@ class Run:
         if self.main:
             keep = self.recipe.checkpoints.keep
             save_checkpoint(self.checkpoints, self.trainer.steps, state, keep)
-
-    def _pictures(self) -> str:
-        """A digest of the names, on whose order the run depends."""
-        names = [entry.name for entry in self.batches.dataset.entries]
-        return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def _train(self, logs: Logs) -> None:
         trainer, often, ending = self.trainer, self.recipe.checkpoints, self.ending
@@ -311,6 +305,7 @@ class Run:
         return {
             "recipe": recipe,
             "data": name,
+            "pictures": self.batches.dataset.digest,
             "steps": self.trainer.steps,
             "minutes": round(self.trainer.seconds / 60, 1),
             "scores": {k: v if math.isfinite(v) else None for k, v in (self.scores or {}).items()},

@@ -124,3 +124,15 @@ def test_unknown_options_are_refused(capsys, folder):
             cli.main([str(a) for a in arguments])
         assert stop.value.code == 2
         assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_the_share_that_was_kept_is_what_evaluate_scores(capsys, folder, tmp_path):
+    out = tmp_path / "run"
+    data = folder / "train"
+    options = ["--task", "instance", "--out", out, "--threads", "1", "--val-share", "0.4"]
+    code, text, _ = run(capsys, "train", TINY, data, *options, "budget.steps=1")
+    assert code == 0
+    assert "2 pictures to be scored on" in text
+    code, _, error = run(capsys, "evaluate", data, "--model", out / "model.safetensors")
+    assert code == 0
+    assert "all but 2 of its 4 pictures, which are scored" in error
