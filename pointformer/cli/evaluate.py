@@ -151,7 +151,7 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
         say(f"{printable(name):40} {shown}")
     if dataset.skipped:
         say(f"{len(dataset.skipped)} skipped:", error=True)
-        for line in left_out_lines(dataset.skipped):
+        for line in left_out_lines(dataset.skipped.values()):
             say(f"  {printable(line)}", error=True)
     if options.json is not None:
         content = {

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -129,6 +130,8 @@ def _lacking(path: Path) -> str:
     """Parts of a folder that nearly make it a data set, in words."""
     if path.suffix.lower() == ".npz":
         return ""
+    if path.suffix.lower() == ".json":
+        return f" (pass the folder that has it, {path.parent})"
     for boxes, *_ in _coco_files(path, b'"bbox"').values():
         return f" ({boxes} has boxes but no outlines: each annotation needs a segmentation)"
     for folder in (path, *_folders(path)):
@@ -232,7 +235,8 @@ def open_splits(
         path, format, task, categories, void, skip_bad, features: see `open_dataset`.
 
     Returns:
-        Both have the classes of the first.
+        Both have the classes of the first. A warning tells where pictures are in both, and where a
+        folder for those to be scored on has no annotations.
 
     Raises:
         ValueError: as `open_dataset`, or the share is none.
@@ -263,10 +267,30 @@ def open_splits(
         named = any(c.name != str(c.id) for c in training.categories)
         if task == "semantic" and not (named or skip_bad):
             _check_labels(training, validation, (_VOID,) if void is None else void)
+        _warn_of_shared(training, validation)
         return training, validation
+    folders = [*_folders(source.path), *_folders(source.path / "images")]
+    unused = [folder for folder in folders if folder.name.lower() in _SAME[1]]
+    if unused and source.splits != ("",):
+        warnings.warn(
+            f"{unused[0]}: has no annotations that were found, and is left out", stacklevel=2
+        )
     if val_share == 0:
         return training, None
     return training.divided(val_share, seed)
+
+
+def _warn_of_shared(training: Dataset, validation: Dataset) -> None:
+    """Warn of pictures to be scored on that are learned from too."""
+    learned = {str(entry.image) for entry in training.entries if entry.image is not None}
+    shared = [e.image for e in validation.entries if str(e.image) in learned]
+    if shared:
+        warnings.warn(
+            f"{shared[0]}: is in both {training.source} and {validation.source}, as are "
+            f"{len(shared)} of the {len(validation)} {validation.noun}s to be scored on: scores of "
+            "what was learned by heart say little",
+            stacklevel=3,
+        )
 
 
 def _check_labels(training: Dataset, validation: Dataset, void: Sequence[int]) -> None:
@@ -448,7 +472,8 @@ def _coco_file(request: _Request, key: bytes) -> tuple[Path, Path]:
     if len(files) > 1:
         names = " and ".join(str(file) for file in files[:2])
         raise ValueError(
-            f"{request.path}: both {names} may be the annotations; choose (--annotations)"
+            f"{request.path}: both {names} may be the annotations; move one away, or "
+            "choose (--annotations of `evaluate`)"
         )
     file = files[0]
     year = _SPLIT_IN_NAME.search(file.stem.lower())
@@ -512,8 +537,11 @@ def _with_ids(
 
 
 def _ade20k_splits(path: Path) -> list[str]:
+    if _listed_classes(path) is not None:  # others' maps in such folders have other classes
+        return []
     maps = {folder.name for folder in _folders(path / "annotations")}
-    return [f.name for f in _folders(path / "images") if f.name in maps and f.name in _SPLITS]
+    own = ("training", "validation")
+    return [f.name for f in _folders(path / "images") if f.name in maps and f.name in own]
 
 
 def _cityscapes_splits(path: Path) -> list[str]:
@@ -601,7 +629,7 @@ FORMATS: dict[str, _Format] = {
         lambda r: _fixed(r, read_cityscapes(r.path, r.split, r.task, skip_bad=r.skip_bad)),
     ),
     "ade20k": _Format(
-        "images/SPLIT beside annotations/SPLIT",
+        "images/training and validation beside annotations/training and validation",
         ("semantic",),
         _ade20k_splits,
         lambda r: _fixed(r, read_ade20k(r.path, r.split, skip_bad=r.skip_bad)),

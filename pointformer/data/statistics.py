@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -363,10 +363,11 @@ def _keep(cache: Path, whole: str, states: Sequence[str], facts: Sequence[Pictur
         temporary.write_text(json.dumps({"whole": whole, "pictures": rows}), "utf-8")
 
 
-def left_out_lines(skipped: Mapping[str, str]) -> list[str]:
-    """Lines of text about what a data set left out: the first errors, and how many more."""
-    more = len(skipped) - _NAMED
-    return [*list(skipped.values())[:_NAMED], *([f"and {more} more"] if more > 0 else [])]
+def left_out_lines(errors: Iterable[str]) -> list[str]:
+    """Lines of text about what was left out: the first errors, and how many more."""
+    errors = list(errors)
+    more = len(errors) - _NAMED
+    return [*errors[:_NAMED], *([f"and {more} more"] if more > 0 else [])]
 
 
 def _some(names: Sequence[str], one: str, many: str) -> str:

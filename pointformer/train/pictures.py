@@ -75,9 +75,13 @@ def describe(
     else:
         many = samples_in_words(len(validation), statistics.counts)
         say(f"{validation.source}: {many} to be scored on")
-    for dataset in (training, validation):
-        for line in left_out_lines({} if dataset is None else dataset.skipped):
-            say(f"left out: {line}")
+    errors = [
+        error
+        for dataset in (training, validation)
+        for error in ([] if dataset is None else dataset.skipped.values())
+    ]
+    for line in left_out_lines(dict.fromkeys(errors)):  # parts of one data set share some
+        say(f"left out: {line}")
     crop, size, scale = recipe.augmentation.crop, None, 1.0
     if crop is not None and crop.measure == "pixels":
         size = (crop.size, crop.size) if isinstance(crop.size, int) else crop.size

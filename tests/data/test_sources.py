@@ -2,6 +2,7 @@
 
 import shutil
 import unicodedata
+import warnings
 
 import numpy as np
 import pytest
@@ -232,6 +233,8 @@ def test_nearly_data_sets_are_told_what_they_lack(tmp_path):
     row = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}
     content = {"images": [], "annotations": [row], "categories": []}
     scenes.dump(tmp_path / "boxes/a.json", content)
+    with pytest.raises(ValueError, match=r"pass the folder that has it, .*boxes\)"):
+        find_source(tmp_path / "boxes/a.json")
     with pytest.raises(
         ValueError, match=r"boxes/a\.json has boxes but no outlines: each annotation"
     ):
@@ -343,8 +346,46 @@ def test_annotations_of_any_name(tmp_path):
     (tmp_path / "annotations" / "instances_more_train2017.json").write_bytes(
         (tmp_path / "mine.json").read_bytes()
     )
-    with pytest.raises(ValueError, match="may be the annotations; choose"):
+    with pytest.raises(ValueError, match="may be the annotations; move one away"):
         open_dataset(tmp_path, task="instance", split="train")
+
+
+def test_pictures_that_are_learned_and_scored_are_told(tmp_path):
+    coco(tmp_path)
+    text = (tmp_path / "annotations/instances_train2017.json").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_splits(tmp_path, task="instance")
+    for name in ("train2017", "val2017"):
+        for file in (tmp_path / name).iterdir():
+            shutil.copy(file, tmp_path / file.name)
+        shutil.rmtree(tmp_path / name)
+    (tmp_path / "annotations/instances_val2017.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"is in both .* as are 5 of the 5 pictures to be scored"):
+        open_splits(tmp_path, task="instance")
+
+
+@pytest.mark.parametrize("val", ["val/images", "images/Valid"])
+def test_a_folder_to_be_scored_on_without_annotations_is_told(tmp_path, val):
+    for name in "ab":
+        for kind in ("images", "labels"):
+            path = tmp_path / ("train/" + kind if val == "val/images" else kind + "/train")
+            save(path / f"{name}.png", rectangles([1, 2]).astype(np.uint8))
+    picture(tmp_path / val / "a.png")
+    with pytest.warns(UserWarning, match=r"(val|Valid): has no annotations that were found"):
+        training, validation = open_splits(tmp_path)
+    assert (len(training), len(validation)) == (1, 1)
+
+
+@pytest.mark.parametrize(("splits", "listed"), [("train val", False), ("training", True)])
+def test_own_classes_are_not_taken_for_those_of_ade20k(tmp_path, splits, listed):
+    for split in splits.split():
+        picture(tmp_path / "images" / split / "a.png")
+        save(tmp_path / "annotations" / split / "a.png", rectangles([1, 2]).astype(np.uint8))
+    if listed:
+        (tmp_path / "classes.txt").write_text("field\ncrop\nweed\n")
+    with pytest.raises(ValueError, match=r"only annotations/: maps of classes belong in labels/"):
+        find_source(tmp_path)
 
 
 def cats_and_dogs(root, **tables):
