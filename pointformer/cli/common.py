@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from pointformer.cli.results import is_result
-from pointformer.data.discovery import PICTURE_SUFFIXES, has_picture_name, picture_name
+from pointformer.data.discovery import PICTURE_SUFFIXES, has_picture_name, without_suffix
 
 if TYPE_CHECKING:
     from pointformer.data.images import Reading
@@ -269,7 +269,7 @@ def result_names(paths: Sequence[Path], suffixes: frozenset[str] = PICTURE_SUFFI
     "a/c". Names that differ only in case count as one, since some file systems take them so.
     """
     folders = [os.path.abspath(path.parent) for path in paths]
-    names = stems = [picture_name(path.name, suffixes) for path in paths]
+    names = stems = [without_suffix(path.name, suffixes) for path in paths]
     while True:
         counts = Counter(zip(folders, map(_caseless, names), strict=True))
         longer = [

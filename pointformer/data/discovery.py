@@ -72,11 +72,15 @@ def pictures_in(
 def picture_name(
     file_name: str | os.PathLike[str], suffixes: frozenset[str] = PICTURE_SUFFIXES
 ) -> str:
-    """Name of a picture: its path in its data set without the suffix, as "site1/a".
+    """Name of a picture: its path in its data set without the suffix, as "site1/a", `composed`."""
+    return without_suffix(composed(os.fspath(file_name)), suffixes)
 
-    Only the suffixes of pictures are taken off: "scan.1" and "scan.2" are two names.
-    """
-    path = PurePosixPath(composed(os.fspath(file_name)))
+
+def without_suffix(
+    file_name: str | os.PathLike[str], suffixes: frozenset[str] = PICTURE_SUFFIXES
+) -> str:
+    """A path without its suffix if that is of pictures: "scan.1" and "scan.2" are two names."""
+    path = PurePosixPath(file_name)
     return str(path.with_suffix("") if path.suffix.lower() in suffixes else path)
 
 

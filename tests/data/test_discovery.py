@@ -64,7 +64,7 @@ def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     ("file_name", "name"),
     [
         ("a.png", "a"), ("site1/a.TIF", "site1/a"), ("a.ome.tif", "a.ome"),
-        ("scan.1", "scan.1"), ("x.y/a", "x.y/a"), ("a.png.png", "a.png"),
+        ("e\u0301.png", "\u00e9"), ("scan.1", "scan.1"), ("x.y/a", "x.y/a"), ("a.png.png", "a.png"),
     ],
 )  # fmt: skip
 def test_names_of_pictures(file_name, name):
