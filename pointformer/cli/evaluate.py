@@ -228,8 +228,9 @@ def _held_back(
     from pointformer.prediction import recipe_value
 
     digest = (model.trained or {}).get("pictures")
-    name = source.path.resolve().name  # all that the model's file has of the path
-    if digest is None or source.splits != ("",) or recipe_value(model, "data.path") != name:
+    if digest is None or source.splits != ("",):
+        return dataset, None
+    if recipe_value(model, "data.path") != source.path.resolve().name:  # all that the file has
         return dataset, None
     where = f"{source.path}: the model was trained on"
     if dataset.digest == digest:

@@ -108,7 +108,8 @@ class InstanceAP:
             shown = predicted
             if isinstance(shown, Objects):
                 shown = shown.confident(least).segment_map()
-            found = np.where(crowd, 0, map_of(shown.ids, annotation))
+            drawn = map_of(shown.ids, truth.shape, annotation.name)
+            found = np.where(crowd, 0, drawn)
             counts.append(match_instances(found, truth, self.thresholds))
         self.counts.append(np.stack(counts))
 

@@ -34,23 +34,21 @@ class Metric(Protocol):
         """Scores of all pictures so far by name, in [0, 1]; NaN where there is nothing to score."""
 
 
-def map_of(values: Any, annotation: Annotation) -> np.ndarray:
-    """What is predicted for each pixel, (H, W) integers, of the picture's own size.
+def map_of(values: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """What is predicted for each pixel, (H, W), or point: integers, as many as are annotated.
 
     Raises:
         TypeError: they are not integers.
-        ValueError: the size is another.
+        ValueError: the shape is another.
     """
     values = np.asarray(values)
     if values.dtype.kind not in "iu":
         raise TypeError(
-            f"predicted: expected the map of {annotation.name} to be of integers, "
-            f"got {values.dtype}"
+            f"predicted: expected the map of {name} to be of integers, got {values.dtype}"
         )
-    if values.shape != annotation.size:
+    if values.shape != shape:
         raise ValueError(
-            f"predicted: expected the map of {annotation.name} to be of shape "
-            f"{annotation.size}, got {values.shape}"
+            f"predicted: expected the map of {name} to be of shape {shape}, got {values.shape}"
         )
     return values
 

@@ -76,7 +76,7 @@ class PanopticQuality:
             raise ValueError(f"annotation: {annotation.name} has no map of ids")
         found = {int(s.id): int(s.category) for s in predicted.segments}
         known = {s.id: s for s in annotation.segments if s.category != VOID}
-        predicted_ids = map_of(predicted.ids, annotation)
+        predicted_ids = map_of(predicted.ids, annotation.ids.shape, annotation.name)
         pairs = annotation.ids.astype(np.int64) << 32 | predicted_ids.astype(np.int64)
         pairs, pixels = np.unique(pairs, return_counts=True)
         names, rows = np.unique(pairs >> 32, return_inverse=True)

@@ -59,7 +59,8 @@ class SemanticIoU:
             TypeError: the predicted map is not of integers.
             ValueError: if the sizes differ or a value is out of range.
         """
-        predicted, annotated = map_of(predicted, annotation), annotation.classes()
+        annotated = annotation.classes()
+        predicted = map_of(predicted, annotated.shape, annotation.name)
         classes = len(self.counts)
         for name, values in (("predicted", predicted), (annotation.name, annotated)):
             if values.size and (values.min() < VOID or values.max() >= classes):

@@ -77,7 +77,7 @@ class RecallBySize:
         if isinstance(predicted, SegmentMap):
             self._add_segments(predicted, annotation)
         elif predicted.ndim == 2:
-            self._add_parts(map_of(predicted, annotation), annotation.classes())
+            self._add_parts(predicted, annotation)
         elif annotation.label != VOID:
             height, width = annotation.size
             best = int(class_scores_of(predicted, annotation).argmax())
@@ -90,7 +90,7 @@ class RecallBySize:
     def _add_segments(self, predicted: SegmentMap, annotation: Annotation) -> None:
         kinds = np.array([VOID, *(segment.category for segment in predicted.segments)])
         areas = np.array([0, *(segment.area for segment in predicted.segments)])
-        drawn = map_of(predicted.ids, annotation)
+        drawn = map_of(predicted.ids, annotation.size, annotation.name)
         number = {segment.id: n for n, segment in enumerate(predicted.segments, 1)}
         for segment, mask in zip(annotation.segments, annotation.masks(), strict=True):
             if segment.crowd or not mask.area:
@@ -105,9 +105,11 @@ class RecallBySize:
                 found = bool(2 * overlaps[same].sum() >= mask.area)
             self._add(segment.category, mask.area, found)
 
-    def _add_parts(self, predicted: np.ndarray, annotated: np.ndarray) -> None:
+    def _add_parts(self, predicted: np.ndarray, annotation: Annotation) -> None:
         from scipy import ndimage  # slow to import
 
+        annotated = annotation.classes()
+        predicted = map_of(predicted, annotated.shape, annotation.name)
         for category in np.unique(annotated[annotated != VOID]).tolist():
             parts, count = ndimage.label(annotated == category)
             areas = np.bincount(parts.ravel(), minlength=count + 1)
