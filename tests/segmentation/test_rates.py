@@ -69,7 +69,7 @@ def test_a_size_is_measured_once():
     model = small(WIDE)
     machine = Machine(model)
     budget = TimeBudget(model, 0.2, clock=machine)
-    for size, fresh in ((1000, True), (1000, False), (950, False), (1001, True), (800, True)):
+    for size, fresh in ((1000, True), (1000, False), (910, False), (905, True), (1001, True)):
         machine.calls.clear()
         assert budget.run(size, machine.call)[0] == pytest.approx(0.177, abs=1e-3)
         assert (len(machine.calls) > 1) == fresh, size
@@ -81,6 +81,31 @@ def test_a_size_is_measured_once():
         assert bool(machine.calls) == fresh
 
 
+def test_the_rate_is_that_of_the_nearest_size():
+    """Of known ones that are not smaller."""
+    model = small(WIDE)
+    machine = Machine(model, lambda rates: rates[0] * size / 1000)
+    budget = TimeBudget(model, 0.26, clock=machine)
+    for size, rate in ((1000, 0.25), (1090, 0.177), (995, 0.25), (1001, 0.177)):
+        assert budget.run(size, machine.call)[0] == pytest.approx(rate, abs=1e-3), size
+
+
+def test_a_rate_that_takes_just_the_time_fits():
+    model = small(WIDE)
+    machine = Machine(model, lambda rates: 3.0 if rates[0] > 0.3 else 1.0)
+    assert TimeBudget(model, 1.0, clock=machine).run(10, machine.call)[0] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("merges", "later"), [("first", (0.25, 0.25)), ("alike", (0.1, 0.1)), ("apart", (0.1, 0.1))]
+)
+def test_a_budget_changes_the_merges_that_were_trained_so(merges, later):
+    model = small({"least": 0.1, "most": 0.5, "merges": merges}, dims=(8,) * 4)
+    machine = Machine(model)
+    found = TimeBudget(model, 0.11, clock=machine).run(10, machine.call)
+    assert found == pytest.approx((0.1, *later))
+
+
 @pytest.mark.parametrize(("slow", "fits"), [(0, True), (1, False), (3, False), (4, True)])
 def test_one_slow_call_counts_and_the_first_does_not(slow, fits):
     """The first compiles; a time that is kept to now and then is not kept."""
@@ -89,6 +114,7 @@ def test_one_slow_call_counts_and_the_first_does_not(slow, fits):
     budget = TimeBudget(model, 1.0, clock=machine)
     with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="budget: 10 pixels"):
         budget.run(10, machine.call)
+    assert fits or len(machine.calls) == slow + 1  # nothing is tried further
 
 
 def test_a_failed_call_leaves_the_model_as_it_was():

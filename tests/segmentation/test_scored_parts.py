@@ -1,23 +1,28 @@
 """Scoring that goes on where it was interrupted, from a folder of parts."""
 
+import itertools
 import json
 import random
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from helpers.models import SMALL
 from helpers.training import ROOT, write_folder
 from pointformer import cli
+from pointformer._files import TEMPORARY_PREFIX
 from pointformer.data import open_dataset
 from pointformer.evaluation import evaluate
 from pointformer.models import Model, save_model
-from pointformer.scored_parts import PartsFolder
+from pointformer.scored_parts import PartsFolder, ScoredPart, joined
 
 PICTURES = 6
 
@@ -92,9 +97,12 @@ def test_parts_of_something_else_are_refused(dataset, tmp_path):
         part.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{part.name}: is damaged"):
             evaluate(model_of(), dataset, resume=kept)
-    (kept / "evaluation.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"evaluation\.json: is not of this version's"):
-        evaluate(model_of(), dataset, resume=kept)
+    known = json.loads((kept / "evaluation.json").read_text())
+    fewer = {name: known[name] for name in [*known][1:]}
+    for other in ([], fewer, {**known, "more": 1}):
+        (kept / "evaluation.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=r"evaluation\.json: is not of this version's"):
+            evaluate(model_of(), dataset, resume=kept)
     before = sorted(path.name for path in Path(dataset.source).iterdir())
     with pytest.raises(ValueError, match="expected a new folder, or one of an earlier evaluation"):
         evaluate(model_of(), dataset, resume=dataset.source)
@@ -121,6 +129,60 @@ def test_a_full_disk_is_one_line_and_what_was_kept_stays(dataset, tmp_path, monk
     monkeypatch.undo()
     assert cli.main(arguments) == 0
     assert "mean AP" in capsys.readouterr().out
+
+
+class Seen:
+    """A metric: the pictures that it has seen."""
+
+    def __init__(self, numbers):
+        self.numbers = [*numbers]
+
+    def merge(self, other):
+        self.numbers += other.numbers
+
+
+@given(st.lists(st.tuples(st.integers(0, 14), st.integers(1, 6)), max_size=9))
+def test_neighboring_parts_are_one_and_no_picture_counts_twice(spans):
+    """From the first picture on the longest part that begins at one that no part has yet."""
+    parts = [
+        ScoredPart([Seen(range(first, first + n))], first, first + n, n, {f"{first} {n}": "bad"})
+        for first, n in spans
+    ]
+    covered, skipped, free = [], {}, 0
+    for place in range(20):
+        longest = max((n for first, n in spans if first == place), default=0)
+        if longest and place >= free:
+            covered += range(place, place + longest)
+            skipped[f"{place} {longest}"] = "bad"
+            free = place + longest
+    found = joined(parts)
+    assert [n for part in found for n in range(part.start, part.stop)] == covered
+    assert [n for part in found for n in part.metrics[0].numbers] == covered
+    assert all(part.pictures == part.stop - part.start for part in found)
+    assert {name: why for part in found for name, why in part.skipped.items()} == skipped
+    assert all(b.start > a.stop for a, b in itertools.pairwise(found))
+
+
+def test_what_a_killed_start_left_is_no_other_file(tmp_path):
+    (tmp_path / f"{TEMPORARY_PREFIX}a").write_bytes(b"{")
+    assert PartsFolder(tmp_path, list).open({"model": "a"}) == []
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"model": "a"}
+
+
+def test_a_part_is_due_half_a_minute_after_the_last(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("pointformer.scored_parts.time", SimpleNamespace(monotonic=lambda: now))
+    folder = PartsFolder(tmp_path / "kept", list)
+    folder.open({})
+    for number in range(2):
+        assert not folder.due
+        now += 29.5
+        assert not folder.due
+        now += 0.5
+        assert folder.due
+        folder.save(ScoredPart([], number, number + 1, 1))
+    (whole,) = folder.open({})
+    assert (whole.start, whole.stop, whole.pictures) == (0, 2, 2)
 
 
 KILLED = """

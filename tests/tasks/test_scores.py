@@ -52,6 +52,17 @@ def test_outlines_lie_between_what_differs():
     assert not outlines(of_classes(np.full((6, 7), VOID))).any()
 
 
+def test_outlines_are_the_same_in_mirror_images_and_turns():
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 3, (9, 12)).repeat(2, 0).repeat(2, 1)
+    classes[rng.random(classes.shape) < 0.2] = VOID
+    found = outlines(of_classes(classes))
+    assert 0.1 < found[classes != VOID].mean() < 0.9
+    assert not found[classes == VOID].any()
+    for change in (np.flipud, np.fliplr, np.rot90):
+        assert np.array_equal(outlines(of_classes(change(classes))), change(found))
+
+
 @pytest.mark.parametrize("stride", [4, 2])
 def test_it_is_the_mean_of_both_kinds_of_cells_in_the_whole_batch(stride):
     rng = np.random.default_rng(0)
@@ -78,6 +89,9 @@ def test_it_is_the_mean_of_both_kinds_of_cells_in_the_whole_batch(stride):
             terms.append(torch.stack(losses).mean())
     loss = score_loss(stages, annotations, stride)
     torch.testing.assert_close(loss, torch.stack(terms).mean())
+    for number in (0, 1):
+        alone = score_loss([stages[number]], annotations, stride)
+        torch.testing.assert_close(alone, torch.stack(terms[2 * number :][:2]).mean())
     loss.backward()
     for stage in model.backbone.stages[:2]:
         assert stage.merge.score.weight.grad.abs().max() > 0
