@@ -1,5 +1,7 @@
 """Transforms: pictures and what is annotated in them stay together."""
 
+import colorsys
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, ImageEnhance, ImageOps
+from scipy import ndimage
 from skimage import measure
 
 from pointformer.data import VOID, Annotation, Mask, Segment
@@ -255,6 +259,50 @@ def test_scales():
     assert max(shares) > 0.9
 
 
+def test_scales_are_drawn_as_asked():
+    """Choices at equal distances, with both ends; evenly, or evenly in the logarithm."""
+    image, nothing = picture(40, 40), Annotation("a", None, (40, 40), "a")
+
+    def sides(**options):
+        crop = RandomCrop(64, (1 / 8, 1.0), "fit", **options)
+        crops = [crop(image, nothing, np.random.default_rng(seed))[0] for seed in range(200)]
+        return np.array([(crop[..., 2] == INSIDE).any(1).sum() for crop in crops])
+
+    for options, expected in (
+        ({"choices": 8}, range(8, 65, 8)),
+        ({"choices": 4, "logarithmic": True}, (8, 16, 32, 64)),
+    ):
+        off = np.abs(sides(**options)[:, None] - np.array(expected))
+        assert (off.min(1) <= 1).all()  # as windows are whole pixels
+        assert set(off.argmin(1)) == set(range(len(expected)))
+    assert 0.35 < np.mean(sides() < 36) < 0.65
+    assert 0.35 < np.mean(sides(logarithmic=True) < 64 / 8**0.5) < 0.65
+
+
+def test_windows_lie_everywhere():
+    """Of a larger picture any part, and a smaller one anywhere in them."""
+    image, nothing = picture(40, 30), Annotation("a", None, (40, 30), "a")
+    crops = [RandomCrop(20)(image, nothing, np.random.default_rng(n))[0] for n in range(300)]
+    assert {int(crop[0, 0, 0]) // STEP for crop in crops} == set(range(21))
+    assert {int(crop[0, 0, 1]) // STEP for crop in crops} == set(range(11))
+    crops = [RandomCrop(50)(image, nothing, np.random.default_rng(n))[0] for n in range(300)]
+    places = [np.argwhere(crop[..., 2] == INSIDE).min(0) for crop in crops]
+    for axis, room in ((0, 10), (1, 20)):
+        assert {int(place[axis]) for place in places} == set(range(room + 1))
+
+
+def test_of_a_long_picture_the_largest_window_of_an_allowed_shape():
+    """In the middle; so is a crop of it, rounded down."""
+    nothing, rng = Annotation("a", None, (4, 40), "a"), np.random.default_rng(0)
+    wide, _ = RandomResizedCrop((4, 5), areas=(1.0, 1.0))(picture(4, 40), nothing, rng)
+    np.testing.assert_array_equal(wide, picture(4, 40)[:, 17:22])
+    nothing = replace(nothing, size=(40, 4))
+    tall, _ = RandomResizedCrop((5, 4), areas=(1.0, 1.0))(picture(40, 4), nothing, rng)
+    np.testing.assert_array_equal(tall, picture(40, 4)[17:22])
+    middle, _ = CenterCrop((7, 3))(picture(40, 4), nothing, rng)
+    np.testing.assert_array_equal(middle, picture(40, 4)[16:23, :3])
+
+
 @pytest.mark.parametrize("kind", ["map", "objects"])
 def test_mirror_images_are_objects_of_their_own(kind):
     """Where a picture is continued by its mirror image, no object has two pieces, but crowds."""
@@ -298,6 +346,54 @@ def test_curves_are_reproducible_varied_and_keep_gray_gray():
     darker = [np.corrcoef(gray.ravel(), image.ravel())[0, 1] < 0 for image in results]
     assert any(darker)
     assert not all(darker)
+
+
+def curves_of(image, **options):
+    """Of 300 seeds, with nothing but what `options` say."""
+    nothing = Annotation("a", None, image.shape[:2], "a")
+    transform = RandomCurves(**{"invert": 0, "gray": 0, "noise": 0, "hot": 0, **options})
+    seeds = range(300)
+    return np.stack([transform(image, nothing, np.random.default_rng(n))[0] for n in seeds])
+
+
+def test_curves_are_as_strong_as_those_that_were_trained_with():
+    """gain * level^gamma + shift: logarithms with standard deviations of 0.3 and 0.2, of 0.04, and
+    in pictures with colors of 0.1 by channel."""
+    ramp = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, 2)
+    gray = curves_of(ramp).reshape(300, 256, 3)[..., 0] / 255
+    shown = gray[(gray[:, 0] > 0) & (gray[:, -1] < 1)]  # not cut off
+    shift, gain = shown[:, 0], shown[:, -1] - shown[:, 0]
+    gamma = np.log((shown[:, 128] - shift) / gain) / np.log(128 / 255)
+    assert len(shown) > 50
+    assert 0.25 < np.log(gamma).std() < 0.35
+    assert abs(np.log(gamma).mean()) < 0.1
+    # Of a normal distribution the upper or lower half only: the median is 0.67 standard deviations.
+    assert 0.02 < np.median(shift) < 0.035
+    assert 0.1 < -np.median(np.log(gain)) < 0.2
+    ramp[0, 0, 0] = 9  # a color
+    colored = curves_of(ramp).reshape(300, 256, 3)[:, 100].astype(float)
+    ratios = np.log(colored[:, 0] / colored[:, 2])[(colored < 255).all(1)]
+    assert 0.11 < ratios.std() < 0.17
+
+
+def test_curves_do_the_rest_now_and_then():
+    """Negatives, gray pictures, and noise that is the same in all channels."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(90, 160, (12, 16, 3), np.uint8)
+    image[0, 0], image[0, 1] = 90, 160
+    plain = curves_of(image)
+    negative = curves_of(image, invert=0.3)
+    assert 0.22 < np.mean(negative[:, 0, 0, 0] > negative[:, 0, 1, 0]) < 0.38
+    assert not (plain[:, 0, 0, 0] > plain[:, 0, 1, 0]).any()
+    gray = curves_of(image, gray=0.3)
+    assert 0.22 < np.mean((gray == gray[..., :1]).all((1, 2, 3))) < 0.38
+    noisy = curves_of(image, noise=0.3).astype(int) - plain
+    inside = (plain > 50).all((1, 2, 3)) & (plain < 205).all((1, 2, 3))
+    assert inside.sum() > 100
+    spread = noisy[inside].std((1, 2, 3))
+    assert 0.2 < np.mean(spread > 0) < 0.4
+    assert 0.8 < spread[spread > 0].min() < 3 < 10 < spread.max() < 13
+    assert (noisy[inside] == noisy[inside][..., :1]).all()
 
 
 def test_curves_whiten_a_few_pixels_in_all_channels():
@@ -373,6 +469,92 @@ def test_jitter_is_as_strong_as_it_says():
     assert (changed[..., 0] == changed[..., 2]).all()
 
 
+def test_jitter_of_saturation_and_hue():
+    image = np.full((4, 4, 3), (180, 120, 120), np.uint8)
+    nothing = Annotation("a", None, (4, 4), "a")
+
+    def of(transform):
+        pixels = [transform(image, nothing, np.random.default_rng(n))[0][0, 0] for n in range(80)]
+        return np.array([colorsys.rgb_to_hsv(*(pixel / 255)) for pixel in pixels])
+
+    factors = of(ColorJitter(0, 0, 0.5, 0, 1.0))[:, 1] * 3
+    assert 0.48 < factors.min() < 0.6
+    assert 1.4 < factors.max() < 1.52
+    turns = (of(ColorJitter(0, 0, 0, 0.1, 1.0))[:, 0] + 0.5) % 1 - 0.5
+    assert -0.11 < turns.min() < -0.08
+    assert 0.08 < turns.max() < 0.11
+
+
+def test_contrast_comes_first_or_last():
+    """What brightness adds is then multiplied, or not."""
+    image = np.zeros((1, 3, 3), np.uint8) + np.array([0, 60, 120], np.uint8)[:, None]
+    nothing = Annotation("a", None, (1, 3), "a")
+    jitter = ColorJitter(0.2, 0.5, 0, 0, 1.0)
+    changed = [jitter(image, nothing, np.random.default_rng(n))[0][0, :, 0] for n in range(300)]
+    added, middle, high = np.array([c for c in changed if c[0] > 0 and c[-1] < 255]).T / 1.0
+    contrast = (high - middle) / 60
+    assert (added > 1.1 * 0.2 * 255).any()
+    assert (added / contrast > 1.1 * 0.2 * 255).any()
+
+
+def test_operations_are_pillows_with_the_strength_of_the_magnitude():
+    """At 5 of 10, in both directions, half of: 30 degrees, a shear of 0.3, a move by 0.45, 110
+    levels added to dark ones, all bits of 4, all levels of 256, and factors of 1.9 and 0.1."""
+    y, x = np.mgrid[:40, :60]
+    image = np.stack([4 * y + x, 200 - 2 * y - x, 60 + 2 * x], 2).astype(np.uint8)
+    whole = Image.fromarray(image)
+    expected = {
+        ImageOps.autocontrast(whole).tobytes(),
+        ImageOps.equalize(whole).tobytes(),
+        (255 - image).tobytes(),
+        (image & 0b11000000).tobytes(),
+        np.where(image < 128, image, 255 - image).tobytes(),
+        np.where(image < 128, image + 55, image).tobytes(),
+    }
+    for enhancer in ("Color", "Contrast", "Brightness", "Sharpness"):
+        for factor in (1.45, 0.55):
+            expected.add(getattr(ImageEnhance, enhancer)(whole).enhance(factor).tobytes())
+    transform, label = RandAugment(1, 5.0, 0.0, 1.0), Annotation("a", None, (40, 60), "a", label=1)
+    places = replace(label, semantic=np.zeros((40, 60), np.int32))
+    seeds = [np.random.default_rng(n) for n in range(150)]
+    assert {transform(image, places, rng)[0].tobytes() for rng in seeds} == expected
+
+    down, right = y - 19.5, x - 29.5
+    moved = []
+    for sign in (1, -1):
+        cos, sin = math.cos(math.radians(15)), sign * math.sin(math.radians(15))
+        for below, beside in (
+            (sin * right + cos * down, cos * right - sin * down),
+            (down, right + sign * 0.15 * down),
+            (down + sign * 0.15 * right, right),
+            (down, right + sign * 0.225 * 60),
+            (down + sign * 0.225 * 40, right),
+        ):
+            inside = (np.abs(below) < 19) & (np.abs(beside) < 29)
+            places = below + 19.5, beside + 29.5
+            channels = [ndimage.map_coordinates(image[..., n], places, order=1) for n in range(3)]
+            moved.append((inside, np.stack(channels, 2).astype(int)))
+    hits = set()
+    for seed in range(150):
+        found = transform(image, label, np.random.default_rng(seed))[0]
+        if found.tobytes() not in expected:
+            errors = [np.abs(found - wanted)[inside].max() for inside, wanted in moved]
+            assert min(errors) <= 2
+            hits.add(int(np.argmin(errors)))
+    assert hits == set(range(10))
+
+
+def test_operations_are_left_out_now_and_then():
+    """Of one that always changes what it is given, so many as the probability says."""
+    image = colored()
+    label = Annotation("a", None, (24, 32), "a", label=1)
+    same = [
+        np.array_equal(RandAugment(1, 9, 0, 0.4)(image, label, np.random.default_rng(n))[0], image)
+        for n in range(300)
+    ]
+    assert 0.5 < np.mean(same) < 0.75  # autocontrast changes nothing here
+
+
 def test_pictures_are_moved_only_where_no_place_is_annotated():
     """Operations of colors leave an even picture even."""
     even = np.full((24, 32, 3), (90, 140, 30), np.uint8)
@@ -402,7 +584,7 @@ def test_operations_grow_with_the_magnitude_from_the_picture_as_it_is():
 
 def test_erasing_takes_the_area_it_says():
     image, nothing = colored(60, 80), Annotation("a", None, (60, 80), "a", label=1)
-    shares = []
+    shares, ratios = [], []
     for seed in range(60):
         rng = np.random.default_rng(seed)
         erased, _ = RandomErasing(1.0, areas=(0.1, 0.3))(image, nothing, rng)
@@ -411,7 +593,14 @@ def test_erasing_takes_the_area_it_says():
         box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
         assert changed.sum() > 0.98 * box
         shares.append(box / 4800)
+        ratios.append(np.log((columns[-1] - columns[0] + 1) / (rows[-1] - rows[0] + 1)))
+        noise = erased[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(float)
+        assert abs(noise.mean() - 128) < 8
+        assert 50 < noise.std() < 59  # 57, and what is beyond black and white cut off
     assert 0.08 < min(shares) < 0.13 < 0.27 < max(shares) < 0.32
+    assert min(ratios) < -0.9
+    assert max(ratios) > 0.9
+    assert 0.35 < np.mean(np.array(ratios) > 0) < 0.65
     untouched, _ = RandomErasing(0.0)(image, nothing, np.random.default_rng(0))
     assert untouched is image
 
@@ -439,6 +628,23 @@ def test_parts_of_a_batch_are_mixed_as_the_whole():
         whole, _, _ = Mix()(images, np.random.default_rng(seed))
         parts = [Mix()(part, np.random.default_rng(seed))[0] for part in images.chunk(2)]
         torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
+
+
+def test_shares_of_mixtures_are_drawn_from_a_beta_distribution():
+    """Of parameters of 0.2 most are nearly one picture, of 5 hardly any; `switch` is the share of
+    patches."""
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def extreme(strength):
+        mix = Mix(mixup=strength, cutmix=0)
+        shares = [mix(images, np.random.default_rng(n))[2] for n in range(300)]
+        return np.mean([share < 0.1 or share > 0.9 for share in shares])
+
+    assert 0.55 < extreme(0.2) < 0.75
+    assert extreme(5.0) < 0.02
+    mixed = [Mix(switch=0.9)(images, np.random.default_rng(n))[0] for n in range(200)]
+    pasted = [((m == images) | (m == images.flip(0))).all().item() for m in mixed]
+    assert 0.84 < np.mean(pasted) < 0.96
 
 
 def test_all_ways_of_mixing_are_drawn():

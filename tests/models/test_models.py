@@ -19,6 +19,7 @@ from pointformer.models import (
     create_model,
     list_models,
 )
+from pointformer.models.aff import gradients
 from pointformer.models.config import CONFIGS
 from pointformer.nn import NeighborhoodAttention, ScoredMerge
 from pointformer.nn.blocks import HIDDEN, add_branch, by_rows, drop_path
@@ -318,6 +319,52 @@ def test_ranked_by_gradient_the_steepest_cells_are_kept():
     assert cells[y, x].sum() == 32
     assert first.scores is not None
     assert (first.scores.isfinite() & (first.scores >= 0) & (first.scores < 1)).all()
+
+
+@pytest.mark.parametrize("patch_stride", [2, 4])
+def test_gradients_are_those_of_the_formula(patch_stride):
+    """Of pixels' central differences of brightness the steepest in a cell, over itself and the mean
+    of the picture's cells; at the picture's end the last pixels go on."""
+    pictures = [torch.from_numpy(np.random.default_rng(n).random((3, 9 + n, 14))) for n in (0, 1)]
+    expected = []
+    for image in pictures:
+        gray = image.mean(0)
+        height, width = gray.shape
+        steep = np.zeros((-(-height // patch_stride), -(-width // patch_stride)))
+        for y, x in np.ndindex(height, width):
+            left, right = gray[y, max(x - 1, 0)], gray[y, min(x + 1, width - 1)]
+            above, below = gray[max(y - 1, 0), x], gray[min(y + 1, height - 1), x]
+            here = y // patch_stride, x // patch_stride
+            steep[here] = max(steep[here], math.hypot(right - left, below - above))
+        expected.append((steep / (steep + steep.mean())).ravel())
+    found = gradients(pictures, patch_stride)
+    np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-6)
+    model = tiny("features", ranking="gradient", patch_stride=patch_stride)
+    picture = pictures[0].float()
+    with torch.no_grad():
+        first = model.backbone([picture])[0]
+    order = first.tokens.clusters.order
+    torch.testing.assert_close(first.scores, gradients([picture], patch_stride)[order])
+
+
+def test_every_merge_keeps_the_first_of_the_ranking():
+    """Not of the learned scores, which say how much a token weighs: spread and as it is."""
+    image = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    for spread in (0.0, 0.3):
+        model = tiny("features", ranking="gradient", spread=spread, prior=None, reserve=False)
+        for stage in model.backbone.stages[:3]:
+            torch.nn.init.normal_(stage.merge.score.weight)
+        with torch.no_grad():
+            stages = model.backbone(image)
+        steepness = gradients(image, 4)
+        for before, after in itertools.pairwise(stages):
+            x, y = before.tokens.positions.long().unbind(1)
+            ranking = steepness[y * 32 + x]
+            torch.testing.assert_close(before.scores, ranking)
+            ranking = spread_scores(ranking, before.tokens.positions, spread=spread)
+            best = ranking.topk(after.tokens.num_tokens).indices
+            kept = {*map(tuple, after.tokens.positions.tolist())}
+            assert kept == {*map(tuple, before.tokens.positions[best].tolist())}
 
 
 def test_spread_models_keep_the_first_of_the_spread_ranking():

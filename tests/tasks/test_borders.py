@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from skimage.measure import label
 from torch.nn import functional as F
 
-from pointformer.annotations import Category
+from pointformer.annotations import VOID, Category
 from pointformer.data import Annotation
 from pointformer.metrics import average_precision
 from pointformer.tasks.borders import (
@@ -45,6 +45,10 @@ def test_target_equals_its_definition(instances, border_width):
             if (v - y) ** 2 + (u - x) ** 2 <= border_width**2:
                 expected[y, x] = BORDER
     np.testing.assert_array_equal(instance_target(instances, border_width), expected)
+
+
+def test_borders_are_two_pixels_wide():
+    assert instance_target(np.array([[7] * 4 + [2] * 5])).tolist() == [[1, 1, 2, 2, 2, 2, 1, 1, 1]]
 
 
 def test_an_edge_to_the_background_is_no_border():
@@ -99,6 +103,41 @@ def test_thresholds_and_smallest_size():
     assert instances_from_logits(logits, confidence=0.8, **options).max() == 1
 
 
+def logits_of(background, inside):
+    """Of probabilities (H, W) or for all pixels of 20 x 20; the rest is border."""
+    background, inside = (np.broadcast_to(p, (20, 20)) for p in (background, inside))
+    return np.log(np.clip([background, inside, 1 - background - inside], 1e-6, 1))
+
+
+def test_defaults_by_hand():
+    """Just above and below: of the confidence 0.825, of markers 0.8, of a foreground 0.5; 16 pixels
+    in size; and of a blur by one pixel, after which a line of 3 keeps 0.87, one of 2 0.62."""
+
+    def found(background, inside, **options):
+        return instances_from_logits(logits_of(background, inside), **options).max()
+
+    assert (found(0.18, 0.815), found(0.17, 0.815)) == (0, 1)
+    assert (found(0.0, 0.79), found(0.0, 0.81)) == (0, 1)
+    loose = {"confidence": 0.0, "marker_threshold": 0.1}
+    assert (found(0.51, 0.48, **loose), found(0.49, 0.48, **loose)) == (0, 1)
+    even = np.zeros((3, 20, 20))
+    even[2] = -200.0
+    assert instances_from_logits(even, **loose).max() == 0  # what is just 0.5 is none
+    for side, count in ((15, 0), (16, 1)):
+        inside = (np.arange(400) < side).reshape(20, 20).astype(float)
+        assert found(1 - inside, inside, smoothing=0) == count
+    for side, count in ((2, 0), (3, 1)):
+        line = np.zeros((20, 20))
+        line[:, 8 : 8 + side] = 1
+        assert found(0.0, line) == count
+
+
+def test_objects_that_touch_at_a_corner_are_two():
+    inside = np.kron([[1.0, 0.0], [0.0, 1.0]], np.ones((10, 10)))
+    found = instances_from_logits(logits_of(1 - inside, inside), smoothing=0)
+    np.testing.assert_array_equal(found, np.kron([[1, 0], [0, 2]], np.ones((10, 10), int)))
+
+
 def test_objects_grow_over_the_most_probable_pixels_first():
     """They meet where the inside is least sure."""
     row = [0.9, 0.7, 0.62, 0.1, 0.6, 0.65, 0.7, 0.7, 0.75, 0.75, 0.8, 0.9]
@@ -130,6 +169,20 @@ def test_loss_is_least_for_the_truth_and_counts_the_classes():
     )
     absent = torch.zeros_like(target)
     assert torch.isfinite(sum(dense_loss(uniform, absent, weights).values()))
+
+
+def test_loss_is_that_of_the_known_pixels():
+    g = torch.Generator().manual_seed(0)
+    logits, target = (
+        torch.randn(2, 3, 7, 9, generator=g),
+        torch.randint(VOID, 3, (2, 7, 9), generator=g),
+    )
+    known = target != VOID
+    assert 0 < known.sum() < known.numel()
+    weights = torch.tensor([1.0, 2.0, 6.0])
+    alone = logits.movedim(1, -1)[known].T[None, :, None]
+    expected = dense_loss(alone, target[known][None, None], weights)
+    torch.testing.assert_close(dense_loss(logits, target, weights), expected)
 
 
 def test_the_tasks_class_weights_are_used():

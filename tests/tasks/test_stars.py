@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage.measure import label, points_in_poly
@@ -51,6 +51,7 @@ def found_in(ids, **options):
     return found
 
 
+@example(ellipses((30, 34), [(14, 16, 12, 1.1, 0.5), (3, 30, 5, 1, 0)]), 12)
 @given(hnp.arrays(np.int32, st.tuples(st.integers(1, 11), st.integers(1, 11)),
                   elements=st.integers(0, 3)), st.sampled_from([4, 8, 12]))  # fmt: skip
 def test_targets_equal_their_definition(ids, rays):
@@ -205,6 +206,8 @@ def test_objects_equal_their_definition(data):
     rows, columns = data.draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     scores = rng.uniform(0, 1, (2, rows, columns)).astype(np.float32)
+    if rng.random() < 0.5:  # with equal ones
+        scores = np.round(scores * 8) / 8
     scores[:, rng.random((rows, columns)) < rng.random()] = 0
     middle = rng.uniform(0.1, 8, (rows, columns))
     rays = (middle * rng.uniform(0.7, 1.3, (8, rows, columns))).astype(np.float32)
@@ -286,6 +289,47 @@ def test_the_best_of_a_place_wins():
     scores[:], rays[:] = 0, 1e-9
     scores[0, 3, 3] = 1
     assert [m.area for m in stars_to_objects(scores, rays, (40, 40)).masks] == [1]
+
+
+def test_from_which_score_and_up_to_which_overlap_there_is_an_object():
+    scores, rays = np.zeros((1, 32, 36), np.float32), np.ones((16, 32, 36), np.float32)
+    scores[0, 15, 12], scores[0, 15, 22] = 0.2, np.nextafter(np.float32(0.2), 0)
+    assert stars_to_objects(scores, rays, (64, 72)).scores.tolist() == [np.float32(0.2)]
+    shares = []
+    for radius in range(3, 17):
+        rays[:, :, :17], rays[:, :, 17:] = 19.8, radius
+        alone = []
+        for row, column, score in ((15, 12, 0.9), (15, 22, 0.8)):
+            scores[:] = 0
+            scores[0, row, column] = score
+            alone += [*stars_to_objects(scores, rays, (64, 72)).dense()]
+        scores[0, 15, 12] = 0.9
+        assert not alone[0][30, 44]  # the middle of the second
+        shares.append((alone[0] & alone[1]).sum() / alone[1].sum())
+        found = stars_to_objects(scores, rays, (64, 72))
+        assert len(found) == (2 if shares[-1] <= 0.4 else 1)
+    assert min(shares) < 0.38
+    assert 0.4 < max(shares) < 0.45
+
+
+def test_rays_of_any_length_are_a_polygon_and_a_loss():
+    """Those that a head says are powers, which may overflow."""
+    scores = np.zeros((1, 4, 5), np.float32)
+    scores[0, 2, 2] = 1
+    for length in (1e6, 1e300, np.inf):
+        (mask,) = stars_to_objects(scores, np.full((16, 4, 5), length), (8, 10)).masks
+        assert mask.area == 80
+    ids = ellipses((24, 24), [(12, 12, 9, 1, 0)])
+    mean = np.log(star_targets(ids, 32).rays.mean(1))
+    for power, extreme in ((1e3, 14 * math.log(2)), (-1e3, -6 * math.log(2))):
+        output = torch.full((1, 33, 12, 12), power).requires_grad_()
+        loss = TASK.loss(output, [annotated(ids)])["shape"]
+        shares = star_targets(ids, 32)
+        weights = (shares.scores * shares.weights).ravel()[shares.cells]
+        expected = (np.abs(extreme - mean) * weights).sum() / max(64, weights.sum())
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+        loss.backward()
+        assert output.grad.isfinite().all()
 
 
 def annotated(ids, classes=None, crowds=()):
