@@ -3,6 +3,7 @@
 import colorsys
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -277,6 +278,25 @@ def test_scales_are_drawn_as_asked():
         assert set(off.argmin(1)) == set(range(len(expected)))
     assert 0.35 < np.mean(sides() < 36) < 0.65
     assert 0.35 < np.mean(sides(logarithmic=True) < 64 / 8**0.5) < 0.65
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        partial(RandomCrop, (20, 15), scales=(0.5, 0.5)),
+        partial(RandomResizedCrop, (20, 15), areas=(1.0, 1.0), ratios=(0.75, 0.75)),
+        partial(Resize, (20, 15)),
+        partial(Resize, 15),
+    ],
+)
+def test_pictures_are_resized_by_the_filter_that_is_asked_for(transform, interpolation):
+    image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    expected = Image.fromarray(image).resize((15, 20), getattr(Image, interpolation.upper()))
+    found, _ = transform(interpolation=interpolation)(
+        image, Annotation("a", None, (40, 30), "a"), np.random.default_rng(0)
+    )
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_windows_lie_everywhere():
@@ -603,6 +623,15 @@ def test_erasing_takes_the_area_it_says():
     assert 0.35 < np.mean(np.array(ratios) > 0) < 0.65
     untouched, _ = RandomErasing(0.0)(image, nothing, np.random.default_rng(0))
     assert untouched is image
+
+
+def test_ratios_are_widths_over_heights():
+    image, nothing = colored(60, 80), Annotation("a", None, (60, 80), "a", label=1)
+    for seed in range(20):
+        transform = RandomErasing(1.0, areas=(0.1, 0.2), ratios=(2.0, 3.0))
+        erased, _ = transform(image, nothing, np.random.default_rng(seed))
+        changed = (erased != image).any(2)
+        assert 1.8 < changed.any(0).sum() / changed.any(1).sum() < 3.3
 
 
 @pytest.mark.parametrize("mix", [Mix(cutmix=0), Mix(mixup=0), Mix(), Mix(probability=0.5)], ids=str)

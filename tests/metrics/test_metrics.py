@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pointformer.annotations import Objects, Segment
+from pointformer.annotations import Objects, Segment, SegmentMap
 from pointformer.data import Annotation
 from pointformer.metrics import IOU_THRESHOLDS, InstanceAP, average_precision, match_instances
 
@@ -85,6 +85,37 @@ def test_the_best_score_to_show_objects_from(pictures, min_scores):
     first = {least: metric.scores().pooled[0] for least, metric in alone.items()}
     equal = [least for least in min_scores if first[least] == max(first.values())]
     assert abs(best - 0.5) == min(abs(least - 0.5) for least in equal)
+
+
+def test_what_is_found_on_crowds_does_not_count():
+    truth = row((1, 4), (2, 4), (0, 4)).reshape(3, 4)
+    segments = Segment(1, 0, 4), Segment(2, 0, 4, crowd=True)
+    annotation = Annotation("a", None, (3, 4), "a", ids=truth, segments=segments)
+    found = row((1, 4), (2, 2), (3, 2), (4, 4)).reshape(3, 4)
+    metric = InstanceAP()
+    metric.update(SegmentMap.of(found, [0] * 4, [1.0] * 4), annotation)
+    scores = metric.scores()
+    assert (scores.true_positives[0], scores.false_positives[0], scores.false_negatives[0]) == (
+        1, 1, 0
+    )  # fmt: skip
+
+
+def test_parts_of_a_data_set_add_up():
+    found, truth = row((1, 2), (2, 2)), row((1, 2), (0, 2))
+    annotation = Annotation("a", None, (1, 4), "a", ids=truth, segments=(Segment(1, 0, 2),))
+    whole, one, other = (InstanceAP(min_scores=(0.2, 0.6)) for _ in range(3))
+    for metric, score in ((one, 0.3), (other, 0.7), (other, 0.1)):
+        shown = Objects([found == 1, found == 2], [0, 0], [score, 0.65], (1, 4))
+        metric.update(shown, annotation)
+        whole.update(shown, annotation)
+    again = InstanceAP(min_scores=(0.2, 0.6))
+    again.load(one.state())
+    again.merge(other)
+    assert again.scores() == whole.scores()
+    np.testing.assert_array_equal(again.state()["counts"], whole.state()["counts"])
+    empty = InstanceAP()
+    empty.load(InstanceAP().state())
+    assert empty.scores() == InstanceAP().scores()
 
 
 @given(MAPS)

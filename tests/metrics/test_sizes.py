@@ -51,6 +51,40 @@ def test_an_object_is_found_by_one_of_its_class_that_covers_it(side, category, f
     assert metric.scores().found.tolist() == [[0, 0, 0], [0, found, 0]]
 
 
+@pytest.mark.parametrize(
+    ("area", "group"),
+    [(63, 0), (64, 1), (255, 1), (256, 2), (1023, 2), (1024, 3), (9215, 3), (9216, 4)],
+)
+def test_groups_begin_with_their_sides(area, group):
+    """8, 16, 32 and 96 pixels, if no others are asked for."""
+    ids = (np.arange(10_000) < area).reshape(100, 100).astype(np.int32)
+    annotation = Annotation("a", None, (100, 100), "a", ids=ids, segments=(Segment(1, 1, area),))
+    metric = RecallBySize(KINDS)
+    metric.update(SegmentMap(ids, annotation.segments), annotation)
+    assert metric.scores().annotated[1].tolist() == np.eye(5)[group].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "score", "found"), [(5, 0.5, 1), (4, 0.5, 0), (5, 0.49, 0), (10, 1.0, 1)]
+)
+def test_an_object_that_is_shown_and_just_half_of_one_finds_it(rows, score, found):
+    metric = RecallBySize(KINDS, ())
+    mask = Mask.of(np.ones((rows, 10), bool), 20, 20)
+    metric.update(Objects([mask], [1], [score], (40, 40)), scene())
+    assert metric.scores().found.tolist() == [[0], [found]]
+    assert metric.scores().annotated.tolist() == [[1], [2]]
+
+
+def test_parts_that_touch_at_a_corner_are_two_and_half_finds_one():
+    truth = np.kron(np.eye(2, dtype=np.int32), np.ones((4, 4), np.int32))
+    found = np.zeros((8, 8), np.int32)
+    found[:2, :4], found[4:6, 4:], found[5, 7] = 1, 1, 0  # 8 and 7 of 16 pixels
+    metric = RecallBySize(KINDS, ())
+    metric.update(found, Annotation("a", None, (8, 8), "a", semantic=truth))
+    assert metric.scores().annotated.tolist() == [[2], [2]]
+    assert metric.scores().found.tolist() == [[2], [1]]
+
+
 @pytest.mark.parametrize(("areas", "found"), [((49,), 0), ((50,), 1), ((1, 49), 1)])
 def test_half_of_stuff_is_enough(areas, found):
     """Of 100 pixels, in one segment or in several."""

@@ -150,6 +150,17 @@ def test_segment_keeps_to_a_budget():
     assert len(seen) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "pixels"),
+    [({}, "1,920"), ({"scale": 0.5}, "480"), ({"tile": 32, "overlap": 8}, "4,096")],
+)
+def test_a_size_is_of_all_that_the_model_sees(options, pixels):
+    """Scaled, and of all windows."""
+    model = small({"least": 0.25, "most": 0.25})
+    with pytest.raises(ValueError, match=f"^budget: {pixels} pixels take"):
+        segment(model, PICTURE, budget=TimeBudget(model, 1e-9), **options)
+
+
 def test_points_keep_to_a_budget(tmp_path):
     model = load_model(write_point_model(tmp_path / "m.safetensors", features=())).eval()
     points = TokenSet(torch.rand(300, 3, generator=torch.Generator().manual_seed(0)) * 20)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pointformer import TokenSet, segment
+from pointformer.annotations import SegmentMap
 from pointformer.data import Category, read_image, read_instances
 from pointformer.metrics import average_precision
 from pointformer.models import create_model
@@ -153,6 +154,22 @@ def test_every_query_can_be_an_object_and_scores_are_the_published_ones(mask_mod
         mask_model.task != "panoptic"
         or segment(mask_model, picture, min_score=0.5).num_objects == 150
     )
+
+
+def test_objects_that_are_lost_in_the_pictures_own_pixels_take_their_classes_along(monkeypatch):
+    """Seen twice as large, of 2 x 2 pixels the last counts; others may have an object of their
+    own."""
+    seen = np.zeros((12, 16), np.int32)
+    seen[2, 2], seen[4:8, 4:8], seen[10:, 12:], seen[6, 14] = 1, 2, 3, 4
+    found = SegmentMap.of(seen, [1, 0, 1, 0], [0.9, 0.8, 0.7, 0.6])
+    monkeypatch.setattr("pointformer.segmentation.segment.predict", lambda *a, **k: (found, ()))
+    torch.manual_seed(0)
+    model = create_model("aff_nano", head="dense", num_classes=3, categories=[CATEGORIES[0]])
+    result = segment(model.eval(), np.zeros((6, 8, 3), np.uint8), scale=2.0)
+    expected = np.zeros((6, 8), np.int32)
+    expected[2:4, 2:4], expected[5, 6:] = 1, 2
+    np.testing.assert_array_equal(result.labels, expected)
+    assert (result.classes, result.scores) == ((0, 1), (0.8, 0.7))
 
 
 def test_a_dense_head_can_have_a_task():

@@ -1,5 +1,7 @@
 """Tiles cover pictures; objects cut by them are whole again."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage.measure import label
 
-from pointformer.annotations import Objects
-from pointformer.segmentation.tiling import blend, stitch, stitch_objects, tiles
+from pointformer.annotations import Objects, SegmentMap
+from pointformer.segmentation.tiling import (
+    blend,
+    stitch,
+    stitch_maps,
+    stitch_objects,
+    tiles,
+    windows_of,
+)
 
 
 @given(
@@ -31,6 +40,34 @@ def test_cores_cover_every_pixel_once(height, width, size, overlap):
         for near, far, border in ((tile.top, top, 0), (tile.left, left, 0)):
             assert far == border or far - near >= overlap // 2
     assert (seen == 1).all()
+
+
+def test_windows_overlap_by_64_pixels_or_half():
+    """And all by next to the same, of any length."""
+    for tile, overlap in ((200, 64), (128, 64), (100, 50), (7, 3), (1, 0)):
+        for height in (300, 333):
+            windows = windows_of(height, 1, tile, None)
+            assert {window.overlap for window in windows} == {overlap}
+            shared = [a.bottom - b.top for a, b in itertools.pairwise(windows)]
+            assert overlap <= min(shared) >= max(shared) - 1
+    (whole,) = windows_of(300, 400, None, None)
+    assert whole.core == (0, 0, 300, 400)
+
+
+def test_maps_are_joined_with_their_highest_scores_and_one_region_of_a_kind():
+    """Of two windows: an object in both of them, and two patches of what cannot be counted."""
+    first, second = tiles(4, 24, 16, 8)
+    ids = np.repeat([[1] * 2 + [2] * 10 + [0] * 9 + [3] * 3], 4, 0)
+    left, right = ids[:, :16], np.array([0, 0, 1, 2])[ids[:, 8:]]
+    for scores in ((0.3, 0.8), (0.9, 0.2)):
+        parts = [
+            (first, SegmentMap.of(left, [5, 6], [0.1, scores[0]])),
+            (second, SegmentMap.of(right, [6, 5], [scores[1], 0.4])),
+        ]
+        joined = stitch_maps((4, 24), parts, uncountable=[5])
+        np.testing.assert_array_equal(joined.ids, np.array([0, 1, 2, 1])[ids])
+        assert [(s.category, s.score) for s in joined.segments] == [(5, 0.4), (6, max(scores))]
+        assert len(stitch_maps((4, 24), parts).segments) == 3
 
 
 def blobs(seed, shape=(70, 90), count=25):

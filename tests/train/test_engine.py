@@ -1,5 +1,6 @@
 """The training engine on small crops of real pictures, with tiny models."""
 
+import contextlib
 import copy
 import csv
 import os
@@ -32,6 +33,7 @@ from pointformer.rates import Rates
 from pointformer.tasks import task_of
 from pointformer.train import run
 from pointformer.train.checkpoints import list_checkpoints
+from pointformer.train.ending import Ending, left_to_parent
 from pointformer.train.initial import make_model
 from pointformer.train.loading import Batches
 from pointformer.train.logs import read_table
@@ -219,6 +221,81 @@ def test_a_run_that_is_told_to_end_does_not_wait(folder, tmp_path, monkeypatch, 
     monkeypatch.undo()
     train(recipe, tmp_path / "ended", say=silent)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "ended"))
+
+
+ENDS = {signal.SIGINT: (KeyboardInterrupt, None), signal.SIGTERM: (SystemExit, 143)}
+
+
+@contextlib.contextmanager
+def ended_by(number):
+    kind, code = ENDS[number]
+    with pytest.raises(kind) as end:
+        yield
+    assert getattr(end.value, "code", None) == code
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_is_kept_and_the_second_ends(number):
+    before = [signal.getsignal(n) for n in ENDS]
+    ending = Ending()
+    with ending.awaited():
+        assert ending.told == 0
+        signal.raise_signal(number)
+        assert ending.told == number
+        with ended_by(number):
+            signal.raise_signal(number)
+    assert [signal.getsignal(n) for n in ENDS] == before
+    with ended_by(number):
+        ending.end()
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_ends_at_once_where_nothing_is_lost(number):
+    """Within and not after; also one that was kept before."""
+    ending = Ending()
+    with ending.awaited():
+        with ended_by(number), ending.at_once():
+            signal.raise_signal(number)
+        with ended_by(number), ending.at_once():
+            raise AssertionError("went on")
+    ending = Ending()
+    with ending.awaited():
+        with ending.at_once():
+            pass
+        signal.raise_signal(number)
+        assert ending.told == number
+
+
+def test_signals_are_left_alone_in_other_threads():
+    before, seen = [signal.getsignal(n) for n in ENDS], []
+
+    def run():
+        with Ending().awaited():
+            seen.extend(signal.getsignal(n) for n in ENDS)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_workers_end_with_their_parent_or_when_told_twice():
+    """Ctrl-C is for all processes of a terminal, and the first SIGTERM may be for all of a job."""
+
+    def told(*numbers):
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            left_to_parent(0)
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            os._exit(7)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert told(signal.SIGINT, signal.SIGINT, signal.SIGTERM) == 7
+    assert told(signal.SIGTERM, signal.SIGTERM) == -signal.SIGTERM
 
 
 def test_two_commands_do_not_train_in_one_folder(folder, tmp_path, monkeypatch):
@@ -645,6 +722,16 @@ def test_heads_by_task():
         make_model(read_recipe(task="classification", model="aff_nano", head="dense"), kinds)
     with pytest.raises(ValueError, match=r"options\.num_classes: num_classes follows from the"):
         make_model(read_recipe(task="semantic", overrides=["options.num_classes=3"]), kinds)
+
+
+def test_a_model_that_is_not_named(monkeypatch):
+    """Of pictures and of points."""
+    monkeypatch.setattr("pointformer.train.initial.create_model", lambda name, **options: name)
+    kinds = [Category(1, "round"), Category(2, "long")]
+    recipe = replace(read_recipe(task="classification"), model=None)
+    assert make_model(recipe, kinds) == "aff_tiny"
+    recipe = replace(read_recipe(task="point_classification"), model=None)
+    assert make_model(recipe, kinds, 0) == "point_nano"
 
 
 def test_no_budget():

@@ -1,5 +1,8 @@
 """Groups of parameters, schedules, budgets, averages, and a step by hand."""
 
+import math
+from dataclasses import asdict
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +10,13 @@ from torch import nn
 from helpers.training import dataset_of, recipe_of, trainer_of
 from pointformer.models import create_model
 from pointformer.train.loading import Batches
-from pointformer.train.optimization import Budget, Optimizer, Schedule, parameter_groups
+from pointformer.train.optimization import (
+    Budget,
+    Optimizer,
+    Schedule,
+    clip_gradients,
+    parameter_groups,
+)
 
 
 class Model(nn.Module):
@@ -56,6 +65,46 @@ def test_of_a_real_model_no_norm_decays():
     assert {"LayerNorm.weight", "LayerNorm.bias", "BatchNorm2d.weight"} <= norms.keys()
     assert set.union(*norms.values()) == {0}
     assert found["Linear.weight"] == found["Linear.bias"] == {0.05}
+
+
+def test_defaults():
+    """What recipes that say nothing else are trained with."""
+    assert asdict(Optimizer()) == {
+        "learning_rate": 1e-3, "reference_batch": None, "backbone_rate": 1.0,
+        "weight_decay": 0.05, "decay": "matrices", "betas": (0.9, 0.999), "eps": 1e-8, "clip": 1.0,
+    }  # fmt: skip
+    assert asdict(Schedule()) == {
+        "kind": "cosine", "warmup": 0.05, "start": 0.0, "end": 0.0, "power": 0.9, "milestones": (),
+    }  # fmt: skip
+    assert asdict(Budget()) == {"steps": None, "epochs": None, "minutes": None}
+
+
+@pytest.mark.parametrize(("most", "after"), [(None, 5.0), (1.0, 1.0), (10.0, 5.0)])
+def test_gradients_are_clipped_to_what_is_asked_for(most, after):
+    """All together; without a limit they stay."""
+    model = nn.Linear(1, 1)
+    model.weight.grad, model.bias.grad = torch.tensor([[3.0]]), torch.tensor([-4.0])
+    assert clip_gradients(model, most).item() == 5
+    assert model.weight.grad.item() == pytest.approx(0.6 * after, rel=1e-4)
+    assert model.bias.grad.item() == pytest.approx(-0.8 * after, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Schedule(warmup=1.0), r"schedule\.warmup: expected a share in \[0, 1\), got 1.0"),
+        (lambda: Schedule(milestones=(0.5, 1.1)), r"schedule\.milestones: .* got \[0.5, 1.1\]"),
+        (lambda: Optimizer(backbone_rate=-0.1), r"optimizer\.backbone_rate: expected a number"),
+        (lambda: Optimizer(weight_decay=math.inf), r"optimizer\.weight_decay: expected a number"),
+        (lambda: Optimizer(betas=(0.9, 1.0)), r"optimizer\.betas: .* got \[0.9, 1.0\]"),
+        (lambda: Optimizer(eps=-1e-8), r"optimizer\.eps: expected a number of at least 0"),
+        (lambda: Optimizer(clip=0.0), r"optimizer\.clip: expected a positive number or null"),
+        (lambda: Budget(minutes=0), r"budget\.minutes: expected a positive number, got 0"),
+    ],
+)
+def test_what_cannot_be_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_adam_has_its_numbers():

@@ -132,6 +132,12 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
         ["dense", "1/16", "6000", "learned", "1", "10.0", "0.0", "open: too few seeds"],
     ]
     assert tables.verdict([2, 3, 4], [0, -1, -2]) == "pays"
+    assert tables.verdict([2, 2, 2], [0, 0, 0]) == "pays"
+    assert tables.verdict([0.5, 1.0, 1.5], [0, 0, 0]) == "does not pay"  # 2 errors below 2
+    assert tables.verdict([0.5, 1.2, 1.9], [0, 0, 0]) == "open"
+    assert [tables.is_flat(losses) for losses in ([1, 0.97], [1, 0.969], [1], [2, 1, 1])] == [
+        True, False, False, True
+    ]  # fmt: skip
     assert tables.verdict([2, 3, 4], [0, -1, -2.1]) == "open"
     assert tables.verdict([2, 3, 4], [0, -1, -2], 1) == "would pay, but 1 of 6 curves are not flat"
     assert tables.verdict([-4, 3, 8], [1, 1, 1]) == "open"  # less than twice its error
