@@ -21,6 +21,7 @@ from PIL import Image
 from pointformer import cli, segment
 from pointformer.data import read_image, read_instances, read_labels
 from pointformer.data.images import image_size, open_picture
+from pointformer.data.intensities import percentile_levels
 from pointformer.data.pillow import without_warnings
 from pointformer.data.tiff import StoredTiff
 from pointformer.models import create_model
@@ -298,6 +299,57 @@ def test_no_data_that_is_none(tmp_path):
         np.testing.assert_array_equal(read_image(path), read_image(gray.astype(np.uint16) * 100))
     write(np.full((5, 6), 7, np.int16), "7")
     assert "no sample of the picture is a finite number" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "noise"), [((85, 100, 3), 0.5), ((2, 300, 1), 0.5), ((60, 61, 2), 40)]
+)
+def test_levels_are_those_of_the_formula(shape, noise):
+    """Percentiles of medians of 3 x 3 pixels (fewer where there are fewer), 40 standard deviations
+    of the noise apart at the least; of negated samples where 0 is white."""
+    rng = np.random.default_rng(0)
+    down, across = (min(3, side) for side in shape[:2])
+    values = np.add.outer(7 * np.arange(shape[0]), np.arange(shape[1]))[..., None] * [[[1, 2, 3]]]
+    values = values[..., : shape[2]] + rng.normal(0, noise, shape)
+    medians, off = [], []
+    for top in range(0, shape[0] - down + 1, down):
+        for left in range(0, shape[1] - across + 1, across):
+            for block in np.moveaxis(values[top : top + down, left : left + across], 2, 0):
+                medians.append(np.sort(block.ravel())[block.size // 2])
+                off.append(abs(block.ravel()[block.size // 2] - medians[-1]))
+    apart = 40 * 1.48 * np.median(off)
+    low, high = np.percentile(medians, (0.3, 99.7))
+    assert (apart > high - low) == (noise == 40)
+
+    def read(rows, columns):
+        return values[rows, columns]
+
+    levels = percentile_levels(read, shape[:2])
+    np.testing.assert_allclose(levels, (low, max(high, low + apart)))
+    levels = percentile_levels(read, shape[:2], inverted=True)
+    np.testing.assert_allclose(levels, (-high, max(-low, -high + apart)))
+
+
+def test_of_large_pictures_windows_on_a_lattice_are_looked_at(monkeypatch):
+    """32 by 32 of them, evenly spaced, apart from each other, and the same part of any picture."""
+    monkeypatch.setattr("pointformer.data.intensities._SAMPLED", 2**14)
+    for size in ((700, 900), (40, 5000), (130, 127)):
+        seen = np.zeros(size, int)
+        middles = []
+
+        def read(rows, columns, seen=seen, middles=middles):
+            seen[rows, columns] += 1
+            middles.append((rows.start + rows.stop, columns.start + columns.stop))
+            return np.zeros((rows.stop - rows.start, columns.stop - columns.start, 1))
+
+        percentile_levels(read, size)
+        assert seen.max() == 1
+        assert 2**12 <= seen.sum() <= 2**14
+        for axis in (0, 1):
+            places = np.unique([middle[axis] for middle in middles]) / 2
+            assert len(places) <= 32
+            step = size[axis] / len(places)
+            assert np.abs(places - step * (np.arange(len(places)) + 0.5)).max() <= 1
 
 
 def test_values_a_little_above_a_full_scale_change_nothing(example):

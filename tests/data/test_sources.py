@@ -432,6 +432,23 @@ def test_other_classes_are_named_with_those_that_were_expected(tmp_path):
     assert [segment.category for segment in numbered[0].segments] == [0, 1]
 
 
+def test_classes_that_a_data_set_lacks_have_free_ids():
+    """Their own where they are free; else beyond 8 bits and all that there are."""
+    asked = [Category(1, "Cat"), Category(7, "dog"), Category(300, "cow"), Category(2, "hen")]
+    for other, free in ((1, 301), (400, 401)):
+        listed = [Category(7, "cat"), Category(2, "x"), Category(other, "y")]
+        found = matched_classes(asked, listed, "here")
+        assert [c.id for c in found] == [7, free, 300, free + 1]
+        assert [c.name for c in found] == [c.name for c in asked]
+    listed = [Category(3, "Cat"), Category(4, "cat")]  # two kinds: case tells them apart
+    assert [c.id for c in matched_classes(listed[::-1], listed, "here", [3, 4])] == [4, 3]
+    assert [c.id for c in matched_classes([Category(9, "cat")], listed, "here", [4])] == [4]
+    with pytest.raises(ValueError, match=r"here: annotates \['Cat'\] of the classes"):
+        matched_classes([Category(9, "cat")], listed, "here", [3, 4])
+    with pytest.raises(ValueError, match=r"here: lists the classes \['Cat', 'cat'\]; expected"):
+        matched_classes([Category(9, "cow")], listed, "here")
+
+
 def test_one_class_of_another_name_is_the_one_that_is_meant(tmp_path):
     folder(tmp_path, splits=("",), labels=(0, 1), number=1, kind="instances")
     (tmp_path / "classes.txt").write_text("background\ncell\n")

@@ -13,7 +13,7 @@ from pointformer.data.point_sets import PointAnnotation
 from pointformer.data.point_transforms import RandomRegion
 from pointformer.models import create_model
 from pointformer.prediction import predict_points, region_of
-from pointformer.segmentation.regions import Region, Regions, blend_regions
+from pointformer.segmentation.regions import Region, Regions, blend_regions, range_of
 from pointformer.tasks import task_of
 
 CATEGORIES = [Category(n, str(n)) for n in range(3)]
@@ -69,6 +69,9 @@ def test_each_point_is_decided_once_among_its_nearest(kind, count, size, dimensi
             assert {i for i in range(count) if distance[i] < nearest * (1 - 1e-9)} <= {*rows}
             order = distance[rows].argsort(stable=True).numpy()
             assert (np.diff(region.weights[order]) <= 0).all()
+            share = distance[rows].sqrt().numpy() / max(nearest.item(), 5e-324) ** 0.5
+            expected = (1 - share).clip(1e-3)
+            np.testing.assert_allclose(region.weights, expected, rtol=1e-4, atol=1e-6)
         assert ((region.weights > 0) & (region.weights <= 1)).all()
     assert (owners == 1).all()
 
@@ -95,6 +98,31 @@ def test_points_far_away_change_nothing_for_the_others():
         heights = seen.positions[~np.isin(region.rows, [0, 1]), 2]
         assert float(heights.min()) > -0.1
         assert float(heights.max()) < 5.1
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [(0, 10, (0, 10)), (-7, 17, (-7, 17)), (-7.5, 17, (1, 17)), (-7, 17.5, (-7, 9)),
+     (-1e9, 1e9, (1, 9))],
+)  # fmt: skip
+def test_a_value_as_far_from_the_others_as_they_are_wide_is_theirs(first, last, expected):
+    values = np.array([last, *range(1, 10), first], float)
+    assert range_of(values) == expected
+    assert range_of(np.delete(values, 5)) == (first, last)  # of ten none is a stray
+    assert range_of(np.array([first, *[3.0] * 20, last])) == (first, last)
+
+
+@pytest.mark.parametrize(("count", "strays"), [(2000, 1), (2001, 2), (4000, 2), (4001, 3)])
+def test_so_many_values_can_be_strays(count, strays):
+    """At each end 0.05%, rounded up; of one more no one knows."""
+    values = np.linspace(0, 1, count)
+    for sign in (1, -1):
+        few, more = values.copy(), values.copy()
+        few[:strays], more[: strays + 1] = 1e6, 1e6
+        low, high = sorted(sign * end for end in range_of(sign * few))
+        assert 0 <= low < 0.002
+        assert high == 1
+        assert sorted(sign * end for end in range_of(sign * more))[1] == 1e6
 
 
 @pytest.mark.parametrize("points", [0, -1, 1.5, True, None])
