@@ -375,8 +375,8 @@ def matched_classes(
     Args:
         wanted: of a model or another split. Names without ids are those of the labels 0, 1, ...,
             whatever the data set lists; `None`: the classes that it lists.
-        listed: as the data set lists them. Where either side has only numbers as names, ids are
-            the same in both.
+        listed: as the data set lists them. Where either side has only numbers as names, not all of
+            which are found, ids are the same in both.
         source: of the list.
         used: ids in annotations that must be of wanted classes.
 

@@ -510,6 +510,14 @@ def test_wrong_arguments_are_named(arguments, message):
         select_centers(**{**good, **arguments})
 
 
+@pytest.mark.parametrize("sides", [[(4, 4), (4, 3)], [(4, 3), (4, 3)]])
+def test_the_sample_and_its_row_off_the_lattice_are_named(sides):
+    positions = torch.cat([full_lattice((4, 3)), full_lattice((4, 4))])
+    message = r"sample 1 has \[0.0, 3.0\] in row 12, which is not on .* canvas \(4, 3\)"
+    with pytest.raises(ValueError, match=message):
+        select_centers(torch.zeros(28), positions, sizes=[12, 16], extent=sides, rate=0.5, stride=2)
+
+
 @example([70], 0.1)  # 7 and a little more, in binary numbers
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=4), st.floats(0.05, 1.0))
 def test_best_of_runs(sizes, rate):

@@ -1,5 +1,6 @@
 """What all formats have in common, and their class tables."""
 
+import hashlib
 import json
 import pickle
 
@@ -30,6 +31,14 @@ def test_tables_have_the_published_numbers_of_classes():
     assert [data.ADE20K[n].name for n in (0, 12, 149)] == ["wall", "person", "flag"]
     assert [c.id for c in data.ADE20K] == list(range(1, 151))
     assert (data.COCO[79].id, data.COCO_PANOPTIC[-1].id) == (90, 200)
+    assert data.COCO_PANOPTIC[:80] == data.COCO
+    # What the weights that are released number so; any change gives what they find other names.
+    for table, digest in (
+        (data.ADE20K, "b9fdf29f4b3c254d"),
+        (data.COCO_PANOPTIC, "689edbe813a92dfa"),
+    ):
+        text = "\n".join(f"{c.id} {c.name} {c.is_thing} {c.color}" for c in table)
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
 
 
 def test_cityscapes_table_is_the_packages():

@@ -440,6 +440,10 @@ def test_classes_that_a_data_set_lacks_have_free_ids():
         found = matched_classes(asked, listed, "here")
         assert [c.id for c in found] == [7, free, 300, free + 1]
         assert [c.name for c in found] == [c.name for c in asked]
+    listed = [Category(1, "1"), Category(2, "2")]  # numbers that are all found are names too
+    asked = [Category(0, "2"), Category(1, "1")]
+    assert [c.id for c in matched_classes(asked, listed, "here")] == [2, 1]
+    assert matched_classes([*asked, Category(5, "3")], listed, "here") == (*asked, Category(5, "3"))
     listed = [Category(3, "Cat"), Category(4, "cat")]  # two kinds: case tells them apart
     assert [c.id for c in matched_classes(listed[::-1], listed, "here", [3, 4])] == [4, 3]
     assert [c.id for c in matched_classes([Category(9, "cat")], listed, "here", [4])] == [4]

@@ -19,7 +19,7 @@ from pointformer.models import (
     create_model,
     list_models,
 )
-from pointformer.models.aff import gradients
+from pointformer.models.aff import evenness, gradients
 from pointformer.models.config import CONFIGS
 from pointformer.nn import NeighborhoodAttention, ScoredMerge
 from pointformer.nn.blocks import HIDDEN, add_branch, by_rows, drop_path
@@ -319,6 +319,19 @@ def test_ranked_by_gradient_the_steepest_cells_are_kept():
     assert cells[y, x].sum() == 32
     assert first.scores is not None
     assert (first.scores.isfinite() & (first.scores >= 0) & (first.scores < 1)).all()
+
+
+def test_no_two_cells_are_equally_even():
+    """Of canvases of up to 2048 cells, whose best are squares of any power of two."""
+    places = torch.cartesian_prod(torch.arange(128.0), torch.arange(64.0))
+    ranking = evenness(places)
+    assert len(ranking.unique()) == 128 * 64
+    for step in (2, 4, 8, 16, 32):
+        kept = places[ranking.topk(128 * 64 // step**2).indices]
+        assert bool((kept % step == 0).all())
+    far = evenness(places + torch.tensor([1920.0, 1984.0]))
+    assert len(torch.cat([ranking, far]).unique()) == 2 * 128 * 64
+    assert 0 < far.min() < far.max() < ranking.max() == 1
 
 
 @pytest.mark.parametrize("patch_stride", [2, 4])

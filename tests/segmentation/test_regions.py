@@ -194,6 +194,21 @@ def test_rows_of_what_is_found_are_those_of_the_input():
         assert (predict_points(made, task, whole.cluster(8), size) == plain).all()
 
 
+def test_blended_scores_are_means_by_weight():
+    """Of half precision too, in float32."""
+    rng = np.random.default_rng(0)
+    regions = list(Regions(tokens(rng.random((80, 3)) * 9), 24))
+    parts = [torch.from_numpy(rng.normal(size=(len(r.rows), 2))).half() for r in regions]
+    sums, total = np.zeros((80, 2)), np.zeros((80, 1))
+    for region, scores in zip(regions, parts, strict=True):
+        for row, weight, score in zip(region.rows, region.weights, scores.numpy(), strict=True):
+            sums[row] += weight * score.astype(float)
+            total[row] += weight
+    found = blend_regions(80, zip(regions, parts, strict=True))
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found, sums / total, rtol=1e-4, atol=1e-5)
+
+
 def test_scores_of_equal_regions_stay_as_they_are():
     whole = tokens(np.zeros((7, 3)))
     scores = torch.arange(21.0).reshape(7, 3)
