@@ -330,6 +330,19 @@ def test_levels_are_those_of_the_formula(shape, noise):
     np.testing.assert_allclose(levels, (-high, max(-low, -high + apart)))
 
 
+def test_levels_of_a_picture_that_is_equal_but_for_a_few_pixels_are_its_ends():
+    values = np.full((30, 40, 1), 100.0)
+    values[4, 4], values[20, 30], values[10, 10] = 50, 220, np.nan
+
+    def read(rows, columns):
+        return values[rows, columns]
+
+    assert percentile_levels(read, (30, 40)) == (50, 220)
+    assert percentile_levels(read, (30, 40), inverted=True) == (-220, -50)
+    values[:] = np.nan
+    assert percentile_levels(read, (30, 40)) is None
+
+
 def test_of_large_pictures_windows_on_a_lattice_are_looked_at(monkeypatch):
     """32 by 32 of them, evenly spaced, apart from each other, and the same part of any picture."""
     monkeypatch.setattr("pointformer.data.intensities._SAMPLED", 2**14)
