@@ -21,7 +21,7 @@ from PIL import Image
 from pointformer import cli, segment
 from pointformer.data import read_image, read_instances, read_labels
 from pointformer.data.images import image_size, open_picture
-from pointformer.data.intensities import percentile_levels
+from pointformer.data.intensities import full_levels, percentile_levels, to_8_bits
 from pointformer.data.pillow import without_warnings
 from pointformer.data.tiff import StoredTiff
 from pointformer.models import create_model
@@ -341,6 +341,24 @@ def test_levels_of_a_picture_that_is_equal_but_for_a_few_pixels_are_its_ends():
     assert percentile_levels(read, (30, 40), inverted=True) == (-220, -50)
     values[:] = np.nan
     assert percentile_levels(read, (30, 40)) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "least", "most"),
+    [("uint8", 8, 0, 255), ("uint16", 12, 0, 4095), ("int16", 16, -32768, 32767),
+     ("float32", 32, 0, 1), ("uint16", 16, 0, 65535)],
+)  # fmt: skip
+def test_the_full_range_is_that_of_the_type_also_where_0_is_white(dtype, bits, least, most):
+    dtype = np.dtype(dtype)
+    assert full_levels(dtype, bits) == (least, most)
+    assert full_levels(dtype, bits, True) == (-most, -least)
+    values = np.linspace(least, most, 256).astype(dtype)[None, :, None]
+    levels = [full_levels(dtype, bits, inverted) for inverted in (False, True)]
+    shown = to_8_bits(values, levels[0]).astype(int)
+    assert (np.diff(shown, axis=1) >= 0).all()
+    assert (shown.min(), shown.max()) == (0, 255)
+    negative = to_8_bits(values, levels[1], inverted=True)
+    assert np.abs(negative - (255 - shown)).max() <= 1  # halves are rounded to even numbers
 
 
 def test_of_large_pictures_windows_on_a_lattice_are_looked_at(monkeypatch):

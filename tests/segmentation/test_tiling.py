@@ -184,6 +184,31 @@ def test_duplicates_stay_duplicates():
     np.testing.assert_array_equal(found.dense()[found.scores.argmin()], worse)
 
 
+def test_the_best_pairs_come_first():
+    """Those that agree most; of objects with scores that and the scores together."""
+    first, second = tiles(1, 24, 16, 8)
+    at = np.arange(16)[None]
+    mine = ((at >= 4) & (at < 16)).astype(int)
+    other = np.where(at < 2, 1, np.where(at < 12, 2, 0))
+    parts = [(first, mine, [0]), (second, other, [0, 0])]
+    joined, sources = stitch((1, 24), parts, agreement=0.2)
+    assert sources == [[(0, 1), (1, 2)]]
+    assert np.flatnonzero(joined).tolist() == list(range(4, 20))
+    # Of the 8 columns that both windows see, the sure one has 6, the other one all.
+    near, far = (at < 6) | ((at >= 8) & (at < 10)), at < 12
+    for score, expected in (
+        (0.2, {0.9: (4, 18), 0.2: (12, 20)}),
+        (0.8, {0.9: (4, 20), 0.85: (12, 18)}),
+    ):
+        parts = [
+            (first, Objects([mine > 0], [0], [0.9], (1, 16))),
+            (second, Objects([near, far], [0, 0], [0.85, score], (1, 16))),
+        ]
+        found = stitch_objects((1, 24), parts)
+        scores = [round(score, 2) for score in found.scores.tolist()]
+        assert dict(zip(scores, (m.box[::2] for m in found.masks), strict=True)) == expected
+
+
 @pytest.mark.parametrize("side", ["top", "left", "bottom", "right"])
 def test_what_a_neighbor_does_not_see_ends_at_the_core(side):
     """An object that only one of two tiles found keeps its pixels in that tile's core."""
