@@ -413,6 +413,21 @@ def test_reserved_tokens_leave_room(impl, rate, lattice):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nodes_go_apart_as_long_as_a_side_is_longer_and_one_stays(impl):
+    """On a strip of 2 x 64 of 16 nodes 2 are left, of the 3 that half of 6 tokens are; and where
+    one token is a node it is kept, the best of the others or not."""
+    strip = full_lattice((2, 64))
+    options = {"stride": 2, "reserve_share": 0.5, "prior": None, "impl": impl}
+    index, keep = select_centers(torch.rand(128), strip, extent=(2, 64), rate=6 / 128, **options)
+    assert keep == (6,)
+    assert {(0.0, 0.0), (0.0, 32.0)} <= {*map(tuple, strip[index].tolist())}
+    few = torch.tensor([[1.0, 1.0], [9.0, 3.0], [4.0, 0.0], [7.0, 5.0]])
+    scores = torch.tensor([0.9, 0.8, 0.1, 0.7])
+    index, _ = select_centers(scores, few, rate=0.25, **options)
+    assert index.tolist() == [2]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_each_sample_has_reserved_tokens_of_its_own(impl):
     """Canvases and sizes of all kinds in a batch: as one by one."""
     generator = torch.Generator().manual_seed(1)

@@ -144,6 +144,12 @@ def test_tables_say_what_the_lines_say(monkeypatch, tmp_path):
     assert tables.verdict([1, 2, 2.9], [1, 1, 1]) == "open"  # it may well be 2
     assert tables.verdict([0, 0.5, 1], [1, 1, 1]) == "does not pay"
     assert tables.verdict([0, 0.5, 1], [1, 1, 1], 2).startswith("would not pay, but 2 of 6 curves")
+    flat, steep = line(cells), line(cells, loss=(1.0, 0.9))
+    pairs = [(flat, flat), (flat, steep), (steep, flat), (steep, steep)]
+    assert [tables.rising([pair]) for pair in pairs] == [0, 1, 1, 2]
+    kinds = [(4, 3000), (4, 6000), (16, 3000), (16, 6000)]
+    of_kinds = [line(cells, budget=budget, steps=steps) for budget, steps in kinds]
+    assert [key[1:3] for key in tables.grouped(of_kinds[::-1])] == kinds
     scores = {**SemanticIoU(2).compute(), **InstanceAP().compute()}
     assert set(tables.MAIN.values()) <= set(scores)
     results = tmp_path / "study.jsonl"
