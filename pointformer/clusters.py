@@ -386,7 +386,7 @@ class Neighborhoods:
         length = torch.arange(index.shape[1] + 1, dtype=torch.float64, device=index.device)
         place = torch.arange(num_clusters, device=index.device)
         # A root that is a whole number may come out a last bit below it.
-        power = length[:, None] ** (place / max(1, num_clusters - 1)).double() * (1 + 1e-12)
+        power = length[:, None] ** (place.double() / max(1, num_clusters - 1)) * (1 + 1e-12)
         places = torch.maximum(power.long() - 1, place)
         return self._with_lists(index.gather(1, places[(index >= 0).sum(1)]))
 

@@ -218,6 +218,16 @@ def test_rates_are_drawn_evenly_in_octaves():
     assert abs(np.corrcoef(drawn["apart"].T)[0, 1]) < 0.1
 
 
+def test_a_range_is_of_the_merges_that_it_is_for():
+    """The own rates of the others may lie outside."""
+    model = small(rate=(0.5, 0.6))
+    Rates(0.1, 0.5).check(model)
+    for merges in ("alike", "apart"):
+        Rates(0.1, 0.6, merges).check(model)
+        with pytest.raises(ValueError, match=r"model's own rate in it, 0\.5"):
+            Rates(0.1, 0.5, merges).check(model)
+
+
 def test_one_rate_is_a_range_too():
     rates = Rates(0.2, 0.2)
     assert rates.steps() == [0.2, 0.2]
