@@ -92,7 +92,6 @@ def deformable_attention(
     check_tensor("lookup", lookup, ("cells", levels, "k"), INTEGERS, device)
     canvas = _canvas(extent, lookup, device)
     check_rows("query_sample", query_sample, len(canvas), "samples", wait=False)
-    check_rows("lookup", lookup, tokens, none=True, wait=False)
     check_power(power, device)
     check_number("eps", eps, above=0)
 
@@ -110,6 +109,8 @@ def deformable_attention(
 
     fast = {"cpu": lacks, "triton": triton_lacks}
     chosen = choose("deformable_attention", impl, fast, device, differentiable=True)
+    if chosen != "triton":  # which leaves them out
+        check_rows("lookup", lookup, tokens, none=True, wait=False)
     canvas = canvas[query_sample]
     if not isinstance(power, Tensor):
         power = torch.full((), power, dtype=torch.float32, device=device)

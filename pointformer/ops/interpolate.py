@@ -116,7 +116,6 @@ def interpolate(
         )
     else:
         check_tensor("neighbor_index", neighbor_index, (queries, "k"), INTEGERS, device)
-        check_rows("neighbor_index", neighbor_index, tokens, none=True, wait=False)
 
     def lacks() -> str | None:
         if features.dtype == torch.float64:
@@ -128,6 +127,8 @@ def interpolate(
     chosen = choose(
         "interpolate", impl, {"cpu": lacks, "triton": lacks}, device, differentiable=True
     )
+    if chosen != "triton":  # which leaves them out
+        check_rows("neighbor_index", neighbor_index, tokens, none=True, wait=False)
     if chosen == "reference":
         return reference_interpolate(
             features, positions, query_positions, neighbor_index, power, eps

@@ -143,7 +143,6 @@ def point_conv(
     tokens, device = features.shape[0], features.device
     positions = _check_positions("positions", positions, tokens, None, device)
     check_tensor("neighbor_index", neighbor_index, ("Q", "k"), INTEGERS, device)
-    check_rows("neighbor_index", neighbor_index, tokens, none=True, wait=False)
     queries, dimensions = neighbor_index.shape[0], positions.shape[1]
     check_flags(check_values=check_values)
     if center_positions is None:
@@ -170,6 +169,8 @@ def point_conv(
     net = (weight, bias, norm_weight, norm_bias)
     fast = {"cpu": lacks, "triton": lambda: lacks() or _too_many(weight)}
     chosen = choose("point_conv", impl, fast, device, differentiable=True)
+    if chosen != "triton":  # which leaves them out
+        check_rows("neighbor_index", neighbor_index, tokens, none=True, wait=False)
     if chosen == "reference":
         scores = features.new_ones(tokens)
         index = neighbor_index.long()
