@@ -326,6 +326,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                 ticks += [x] * (not ticks or x > 1.2 * ticks[-1])
             axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
             axis.set_xticks([], minor=True)
+            axis.set_xlim(min(budgets) / 1.3, max(budgets) * 1.3)  # equal ones lie on each other
     shown = [axis.get_legend_handles_labels() for axis in axes.flat]
     legend = {name: handle for pair in shown for handle, name in zip(*pair, strict=True)}
     figure.legend([*legend.values()], [*legend], loc="outside right center")
