@@ -313,6 +313,13 @@ def check_rows(
         )
 
 
+def check_listed_rows(name: str, rows: Tensor, count: int, impl: str) -> None:
+    """`check_rows` of lists of neighbors, where -1 stands for none: "triton" leaves out those that
+    do not exist."""
+    if impl != "triton":
+        check_rows(name, rows, count, none=True, wait=False)
+
+
 def check_count(name: str, value: object, least: int = 1, most: int = _LARGEST_COUNT) -> None:
     """Raise if `value` is no integer from `least` to `most`."""
     if type(value) is int or isinstance(value, torch.SymInt | np.integer):

@@ -13,6 +13,7 @@ from pointformer._checks import (
     INTEGERS,
     as_int32,
     brief,
+    check_listed_rows,
     check_number,
     check_per_sample,
     check_positions,
@@ -109,8 +110,7 @@ def deformable_attention(
 
     fast = {"cpu": lacks, "triton": triton_lacks}
     chosen = choose("deformable_attention", impl, fast, device, differentiable=True)
-    if chosen != "triton":  # which leaves them out
-        check_rows("lookup", lookup, tokens, none=True, wait=False)
+    check_listed_rows("lookup", lookup, tokens, chosen)
     canvas = canvas[query_sample]
     if not isinstance(power, Tensor):
         power = torch.full((), power, dtype=torch.float32, device=device)

@@ -9,7 +9,7 @@ from pointformer._checks import (
     FLOATS,
     INTEGERS,
     as_int32,
-    check_rows,
+    check_listed_rows,
     check_tensor,
     too_many,
 )
@@ -53,8 +53,7 @@ def weighted_gather(
     chosen = choose(
         "weighted_gather", impl, {"cpu": lacks, "triton": lacks}, device, differentiable=True
     )
-    if chosen != "triton":  # which leaves them out
-        check_rows("index", index, len(features), none=True, wait=False)
+    check_listed_rows("index", index, len(features), chosen)
     if chosen == "reference":
         return reference(features, index, weights)
     return fused_gather(features, as_int32(index), weights.float(), chosen)

@@ -14,11 +14,11 @@ from pointformer._checks import (
     check_count,
     check_finite,
     check_flags,
+    check_listed_rows,
     check_number,
     check_positions,
     check_power,
     check_query_sizes,
-    check_rows,
     check_same_positions,
     check_tensor,
     lacks_gradient_of,
@@ -127,8 +127,7 @@ def interpolate(
     chosen = choose(
         "interpolate", impl, {"cpu": lacks, "triton": lacks}, device, differentiable=True
     )
-    if chosen != "triton":  # which leaves them out
-        check_rows("neighbor_index", neighbor_index, tokens, none=True, wait=False)
+    check_listed_rows("neighbor_index", neighbor_index, tokens, chosen)
     if chosen == "reference":
         return reference_interpolate(
             features, positions, query_positions, neighbor_index, power, eps

@@ -11,6 +11,7 @@ from pointformer._checks import (
     as_int32,
     check_finite,
     check_flags,
+    check_listed_rows,
     check_number,
     check_positions,
     check_rows,
@@ -169,8 +170,7 @@ def point_conv(
     net = (weight, bias, norm_weight, norm_bias)
     fast = {"cpu": lacks, "triton": lambda: lacks() or _too_many(weight)}
     chosen = choose("point_conv", impl, fast, device, differentiable=True)
-    if chosen != "triton":  # which leaves them out
-        check_rows("neighbor_index", neighbor_index, tokens, none=True, wait=False)
+    check_listed_rows("neighbor_index", neighbor_index, tokens, chosen)
     if chosen == "reference":
         scores = features.new_ones(tokens)
         index = neighbor_index.long()
