@@ -4,11 +4,20 @@ from functools import partial
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 
 from helpers.gradients import assert_as_accurate_as_eager, value_and_gradients
 from pointformer import Clusters, Neighborhoods
 
 NET = ("weight", "bias", "norm_weight", "norm_bias")
+
+
+def weight_counts(most):
+    """How many weights a net gives: often the paper's 4, and any others but 2.
+
+    Of two the norm is little but a sign, see `test_two_weights`.
+    """
+    return st.one_of(st.just(4), st.integers(1, most).filter(lambda count: count != 2))
 
 
 def make_clusters(sizes, cluster_size, dimensions=2):
@@ -64,11 +73,31 @@ def make_case(
     }
 
 
+def with_rounded_nets(case, count):
+    """The case with weight nets in float64 whose entries are a rounding of float32 away."""
+    for seed in range(count):
+        g = torch.Generator().manual_seed(seed)
+        noise = {n: torch.rand(case[n].shape, generator=g, dtype=torch.float64) for n in NET}
+        yield case | {n: case[n].double() * (1 + (2 * noise[n] - 1) * 2**-23) for n in NET}
+
+
 def assert_as_accurate(op, case, names, impl="cpu", **kwargs):
+    """As `assert_as_accurate_as_eager`.
+
+    Where the weight net's outputs for a pair are nearly the same, the norm divides by little, and
+    its gradient depends on the last bits of its inputs. What rounding those changes is fine: that
+    the reference in float32 is sometimes closer there is luck (the kernel is as often).
+    """
+
+    def run(case, dtype, impl):
+        return value_and_gradients(op, case, names, dtype, impl=impl)
+
+    rounded = [run(other, torch.float64, "reference") for other in with_rounded_nets(case, 4)]
+
     def spare(name, exact):
         # The weight net's gradients are sums of similar terms, which cancel in some of them.
         scales = [exact[n].abs().max() for n in (NET if name in NET else [name])]
-        return 4e-6 * max(scales) + 1e-6
+        changed = [(other[name] - exact[name]).abs().max() for other in rounded]
+        return 4e-6 * max(scales) + 1e-6 + 8 * max(changed)
 
-    run = partial(value_and_gradients, op, case, names)
-    assert_as_accurate_as_eager(run, impl, spare, **kwargs)
+    assert_as_accurate_as_eager(partial(run, case), impl, spare, **kwargs)

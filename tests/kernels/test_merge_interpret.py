@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helpers.fake_gpu import dirty_memory, fake_gpu
 from helpers.gradients import value_and_gradients
-from helpers.merge import NET, assert_as_accurate, make_case
+from helpers.merge import NET, assert_as_accurate, make_case, weight_counts
 from helpers.strategies import tokens
 from pointformer import (
     Neighborhoods,
@@ -39,7 +39,7 @@ options = st.fixed_dictionaries(
     {
         "channels": st.integers(1, 40),
         "full": st.booleans(),
-        "mid": st.one_of(st.just(4), st.integers(1, 32)),
+        "mid": weight_counts(32),
         "seed": st.integers(0, 2**16),
     }
 )
