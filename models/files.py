@@ -231,7 +231,7 @@ def untrained_model(path: str | os.PathLike, **changes: Any) -> Model:
     _, metadata = read_safetensors(path)
     description = _Description.read(metadata.get(_METADATA, "{}"), path)
     model, _ = description.make(path, **changes)
-    model.object_diameter = model.min_score = model.trained = None
+    model.forget_training()
     return model
 
 

@@ -238,6 +238,10 @@ class Model(nn.Module):
             self.preprocess = PointPreprocess(self.config.unit)
         else:
             self.preprocess = Preprocess.of_channels(self.config.in_channels)
+        self.forget_training()
+
+    def forget_training(self) -> None:
+        """Make what is known of the training unknown, as that of other data or weights is."""
         self.object_diameter: float | None = None
         self.min_score: float | None = None
         self.trained: dict[str, Any] | None = None

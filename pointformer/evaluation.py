@@ -21,7 +21,14 @@ from pointformer.data.statistics import samples_in_words
 from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.metrics import Metric
 from pointformer.models import Model
-from pointformer.prediction import check_copies, predict, predict_points, predict_sets, windows_for
+from pointformer.prediction import (
+    check_copies,
+    predict,
+    predict_points,
+    predict_sets,
+    reading_of,
+    windows_for,
+)
 from pointformer.processes import Processes
 from pointformer.scored_parts import PartsFolder, ScoredPart, joined
 from pointformer.tasks import MapTask, Task, task_of
@@ -88,7 +95,8 @@ def evaluate(
             options; half a minute of work may be lost.
         progress: goes through the numbers of the pictures that are to be scored by this process,
             for example with a bar (`tqdm`).
-        reading: how the pictures are read, see `pointformer.data.images.Reading`.
+        reading: how the pictures are read, see `pointformer.data.images.Reading`; what is not given
+            is as in the model's training.
 
     Raises:
         ValueError: an option does not fit the task, the model is made for another, model and data
@@ -249,7 +257,7 @@ def predictions(
     for index in indices:
         try:
             annotation = dataset[index]
-            image = read_sample(annotation, reading)
+            image = read_sample(annotation, reading_of(model, reading))
         except ValueError as error:
             if not dataset.skip_bad:
                 raise

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pointformer import TokenSet
 from pointformer._checks import check_count
-from pointformer.data import Picture
+from pointformer.data import Picture, Reading
 from pointformer.data.transforms import Resize, resized
 from pointformer.models import Model, Output
 from pointformer.models.inference import evaluating
@@ -180,6 +180,17 @@ def region_of(model: Model) -> int | None:
     say."""
     found = recipe_value(model, "augmentation.points.region.points")
     return found if isinstance(found, int) else None
+
+
+def reading_of(model: Model, given: Reading) -> Reading:
+    """How a model's pictures are read: as given, and else as in its training."""
+    reading = given.copy()
+    if given.get("channel") is None:
+        reading["channel"] = recipe_value(model, "data.channel")
+    if given.get("plane") is None and given.get("project") is None:  # which go together
+        reading["plane"] = recipe_value(model, "data.plane")
+        reading["project"] = recipe_value(model, "data.project")
+    return reading
 
 
 def recipe_value(model: Model, field: str) -> Any:

@@ -98,18 +98,20 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what of a picture is read")
     group.add_argument(
         "--channel",
-        help="number from 0 or name; three, as 0,2,1, are red, green and blue (default: the colors "
-        "of a color picture or the only channel; of several channels one must be chosen)",
+        help="number from 0 or name; three, as 0,2,1, are red, green and blue (default: as in the "
+        "model's training, or the colors of a color picture or the only channel; of several "
+        "channels one must be chosen)",
     )
     group.add_argument(
         "--plane",
-        help="number from 0 over all planes, pages or frames, or by axes, as z=3,t=0 (default: the "
-        "only one; of several, --plane or --project must choose)",
+        help="number from 0 over all planes, pages or frames, or by axes, as z=3,t=0 (default: as "
+        "in the model's training, or the only one; of several, --plane or --project must choose)",
     )
     group.add_argument(
         "--project",
         choices=("max", "mean"),
-        help="of all planes, or of those that --plane leaves (default: none)",
+        help="of all planes, or of those that --plane leaves (default: as in the model's training, "
+        "unless --plane is given)",
     )
     group.add_argument(
         "--intensities",

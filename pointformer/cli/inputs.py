@@ -28,6 +28,7 @@ from pointformer.data.discovery import CLOUD_SUFFIXES, PICTURE_SUFFIXES, has_pic
 if TYPE_CHECKING:
     from PIL import Image
 
+    from pointformer.data import Reading
     from pointformer.models import Model
     from pointformer.rates import TimeBudget
 
@@ -164,6 +165,12 @@ class Pictures(Inputs):
         names = ("tile", "overlap", "min_score", "scale", "diameter")
         return {name: getattr(self.options, name) for name in names}
 
+    @property
+    def _reading(self) -> Reading:
+        from pointformer.prediction import reading_of
+
+        return reading_of(self.model, reading_from(self.options))
+
     def prepare(self) -> None:
         from pointformer.segmentation.segment import check_options
 
@@ -194,7 +201,7 @@ class Pictures(Inputs):
     def open(self, path: Path) -> Any:
         from pointformer.data.images import open_picture
 
-        picture = open_picture(path, **reading_from(self.options))
+        picture = open_picture(path, **self._reading)
         small = math.prod(picture.shape) <= self._read_ahead
         return picture.loaded() if small and self.options.tile is None else picture
 
@@ -214,7 +221,7 @@ class Pictures(Inputs):
         from pointformer.prediction import to_tensor
         from pointformer.segmentation.drawing import focus_picture
 
-        image = read_image(path, **reading_from(self.options))
+        image = read_image(path, **self._reading)
         with torch.inference_mode():
             pixels = to_tensor(image).to(self.options.device)
             stages: Any = self.model.backbone(self.model.preprocess(pixels)[None])

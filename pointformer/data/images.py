@@ -367,7 +367,8 @@ def _several_pictures(pictures: Sequence[Stored]) -> PictureError:
     more = ", ..." if len(pictures) > 4 else ""
     return PictureError(
         f"{pictures[0].name}: holds {len(pictures)} pictures ({', '.join(sizes)}{more}); choose "
-        f'one with plane (--plane), "image=0" to "image={len(pictures) - 1}"'
+        "one with plane (--plane; in training: data.plane), "
+        f'"image=0" to "image={len(pictures) - 1}"'
     )
 
 
@@ -401,9 +402,10 @@ def _choose_planes(
     left = [axis for axis in axes if axis not in wanted]
     if left and project is None:
         raise PictureError(
-            f"{picture.name}: {_described(picture.layout)}; choose one with plane (--plane), 0 to "
-            f"{picture.layout.num_planes - 1} or by axes (for example "
-            f'"{",".join(f"{axis}=0" for axis in left)}"), or project (--project) "max" or "mean"'
+            f"{picture.name}: {_described(picture.layout)}; choose one with plane (--plane; in "
+            f"training: data.plane), 0 to {picture.layout.num_planes - 1} or by axes (for example "
+            f'"{",".join(f"{axis}=0" for axis in left)}"), or project (--project; data.project) '
+            '"max" or "mean"'
         )
     lengths = tuple(axes.values()) or (1,)
     grid = np.arange(math.prod(lengths)).reshape(lengths)
@@ -446,8 +448,8 @@ def _choose_channels(
             return list(range(count))
         three = ', or three to be red, green and blue, as "0,1,2"' if count > 2 else ""
         raise PictureError(
-            f"{name}: it has {_named(names)}; choose one with channel (--channel), 0 to "
-            f"{count - 1}{three}"
+            f"{name}: it has {_named(names)}; choose one with channel (--channel; in training: "
+            f"data.channel), 0 to {count - 1}{three}"
         )
     items: list = list(channel) if isinstance(channel, list | tuple) else [channel]
     if isinstance(channel, str) and channel.strip().lower() not in map(str.lower, names):

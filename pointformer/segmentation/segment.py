@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from pointformer._checks import check_count, check_number
 from pointformer.annotations import Category
 from pointformer.data.images import Picture, Reading, open_picture
 from pointformer.models import Model
-from pointformer.prediction import predict, windows_for
+from pointformer.prediction import predict, reading_of, windows_for
 from pointformer.rates import TimeBudget, check_budget
 from pointformer.segmentation.tiling import windows_of
 from pointformer.tasks import MapTask, task_of
@@ -125,6 +126,7 @@ def segment(
         budget: of this model: it is run at the largest rate at which `Segmentation.seconds` are no
             more than those of the budget. The first picture of a size takes several times as long.
         reading: how the picture is read: channel, plane, projection, intensities; see `Reading`.
+            What is not given of a file is as in the model's training.
 
     Raises:
         ValueError, TypeError: the image is unreadable or no picture, it needs a choice, more
@@ -135,6 +137,8 @@ def segment(
         model, tile=tile, overlap=overlap, min_score=min_score, scale=scale, diameter=diameter
     )
     check_budget(budget, model)
+    if isinstance(image, str | os.PathLike):
+        reading = reading_of(model, reading)
     picture = open_picture(image, **reading)
     seen = picture.scaled(factor)
     windows = windows_for(model, seen, tile, overlap)

@@ -19,7 +19,7 @@ from pointformer.train.recipe import Recipe
 def make_model(
     recipe: Recipe, categories: Sequence[Category], channels: int | None = None
 ) -> Model:
-    """The model in the state that a run starts from.
+    """The model in the state that a run starts from; nothing is known of a training before.
 
     Args:
         categories: of the data.
@@ -28,6 +28,12 @@ def make_model(
     Raises:
         ValueError, TypeError: model, head, options, initial weights or classes do not fit.
     """
+    model = _made(recipe, categories, channels)
+    model.forget_training()
+    return model
+
+
+def _made(recipe: Recipe, categories: Sequence[Category], channels: int | None) -> Model:
     head, classes = head_for(recipe.task, len(categories), recipe.head)
     options: dict[str, Any] = {"head": head, "num_classes": classes, "task": recipe.task}
     options["categories"] = list(categories)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pointformer.data import Dataset, open_splits
+from pointformer.data import Dataset, Reading, open_splits
 from pointformer.data.statistics import (
     Statistics,
     examine,
@@ -44,16 +44,17 @@ def open_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
 
 
 def checked(
-    dataset: Dataset, task: Task, kept: Path, processes: Processes
+    dataset: Dataset, task: Task, kept: Path, processes: Processes, reading: Reading
 ) -> tuple[Dataset, Statistics]:
     """The pictures that can be read, see `without_bad`, and what is in them.
 
     Args:
         kept: a file that spares the next start from reading all of them again.
+        reading: how pictures are read, see `pointformer.data.Reading`.
     """
     statistics: Statistics | None = None
     for first in (True, False):  # the others take what the first has found
-        read = partial(examine, dataset, task.counts, cache=kept, progress=first)
+        read = partial(examine, dataset, task.counts, cache=kept, progress=first, **reading)
         found = processes.alike(read if processes.main == first else lambda: None)
         statistics = found or statistics
     assert statistics is not None

@@ -10,9 +10,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pointformer._checks import brief
+from pointformer.data.images import Reading
 from pointformer.data.point_transforms import (
     RandomDrop,
     RandomJitter,
@@ -59,6 +60,8 @@ class Data:
         draw: "evenly", or "by_objects": crowded pictures more often, by the root of the number of
             their objects.
         skip_bad: leave out what cannot be read.
+        channel, plane, project: of pictures, see `pointformer.data.Reading`. Files are then read so
+            by the trained model too, unless it is told otherwise.
         features: of points, by their names in the files, see `pointformer.data.point_sets`.
     """
 
@@ -71,7 +74,15 @@ class Data:
     val_share: float = 0.1
     draw: Literal["evenly", "by_objects"] = "evenly"
     skip_bad: bool = False
+    channel: int | str | None = None
+    plane: int | str | None = None
+    project: Literal["max", "mean"] | None = None
     features: tuple[str, ...] = ()
+
+    @property
+    def reading(self) -> Reading:
+        """How pictures are read."""
+        return {"channel": self.channel, "plane": self.plane, "project": self.project}
 
 
 @dataclass(frozen=True)
@@ -178,6 +189,7 @@ class Validation:
 
 _MOST = 2**20  # pictures per step
 _FILES = {"data.path", "init"}  # fields with names of files, which may look like anything
+_UNIONS = (Union, UnionType)  # the first of what typing has, such as Literal["max"] | None
 _FREE = {"free": True}  # of fields that may change between two parts of a run
 
 
@@ -270,6 +282,9 @@ class Recipe:
             for name in ("resize", "crop", "tile"):
                 if getattr(self.validation, name) is not None:
                     raise ValueError(f"validation.{name}: is for pictures, not for {self.task!r}")
+            for name, value in self.data.reading.items():
+                if value is not None:
+                    raise ValueError(f"data.{name}: is for pictures, not for {self.task!r}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average: expected a decay in [0, 1), got {self.average}")
         if not 0 <= self.seed < 2**32:
@@ -415,7 +430,7 @@ def _made(kind: Any, value: Any, path: str = "") -> Any:
     Raises:
         ValueError: in one line with the field's path, what is expected and what was given.
     """
-    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    kinds = get_args(kind) if get_origin(kind) in _UNIONS else (kind,)
     listed = path not in _FILES and str(value).startswith(("[", "{"))
     if isinstance(value, _Text) and (str not in kinds or value == "null" or listed):
         try:
@@ -486,7 +501,7 @@ def _words(kind: Any) -> str:
     if kind in plain:
         return plain[kind]
     arguments = get_args(kind)
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in _UNIONS:
         return " or ".join(map(_words, arguments))
     if get_origin(kind) is Literal:
         return f"one of {', '.join(arguments)}"

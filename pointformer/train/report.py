@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pointformer._files import atomic_path
 from pointformer.annotations import VOID, Category, SegmentMap
-from pointformer.data import Annotation, Dataset
+from pointformer.data import Annotation, Dataset, Reading
 from pointformer.data.statistics import samples_in_words
 from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.evaluation import predictions
@@ -38,16 +38,19 @@ TOKEN_MAPS = "tokens"  # folder of a run
 _SEEN = 512  # side in pixels of the largest picture that is shown
 
 
-def draw_token_maps(model: Model, pictures: Sequence[Annotation], run: Path, step: int) -> None:
+def draw_token_maps(
+    model: Model, pictures: Sequence[Annotation], run: Path, step: int, reading: Reading
+) -> None:
     """Write where a model in training puts its tokens, for the run's report.
 
     Args:
         pictures: what to look at, each the middle `512 x 512` pixels.
         run: folder, in which tokens/STEP-NUMBER.jpg are written.
+        reading: how pictures are read, see `pointformer.data.Reading`.
     """
     device = next(model.parameters()).device
     for number, annotation in enumerate(pictures):
-        image = _middle(annotation.read_image())
+        image = _middle(annotation.read_image(**reading))
         with evaluating(model):
             stages = model.backbone(model.preprocess(to_tensor(image).to(device))[None])
         drawn = focus_picture(image, stages, model.image_config.patch_stride)
@@ -98,6 +101,8 @@ def write_report(
         pictures: how many of the data set, drawn at random, are looked at.
         worst: how many are shown.
         tile, resize, crop: see `pointformer.evaluation.evaluate`.
+
+    Pictures are read as in the model's training.
 
     Raises:
         ValueError: nothing was logged yet, or a picture cannot be read.

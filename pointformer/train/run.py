@@ -280,6 +280,7 @@ class Run:
             crop=self.recipe.validation.crop,
             region=validation_region(self.recipe, task),
             processes=processes,
+            **self.recipe.data.reading,
         )
         for metric in result.metrics:
             if metrics is not None and isinstance(metric, InstanceAP):
@@ -288,7 +289,7 @@ class Run:
         logs.add_scores(trainer.steps, row)
         shown = [self.validation[index] for index in some[: self.recipe.validation.token_maps]]
         if self.main and not trainer.model.of_points:
-            draw_token_maps(averaged, shown, self.out, trainer.steps)
+            draw_token_maps(averaged, shown, self.out, trainer.steps, self.recipe.data.reading)
         first = ", ".join(f"{name} {value:.3f}" for name, value in list(result.scores.items())[:3])
         many = samples_in_words(result.pictures, task.counts)
         self.say(f"step {trainer.steps}, {many}: {first}")
@@ -347,10 +348,15 @@ def train(
         # What cannot be is said before all is read.
         model, task = processes.alike(lambda: _made(recipe, training, processes))
         processes.alike(lambda: stack.enter_context(owned(out)) if processes.main else None)
-        training, statistics = checked(training, task, out / "data" / "train.json", processes)
+        reading = recipe.data.reading
+        training, statistics = checked(
+            training, task, out / "data" / "train.json", processes, reading
+        )
         processes.alike(statistics.check)
         if validation is not None:
-            validation, scored = checked(validation, task, out / "data" / "val.json", processes)
+            validation, scored = checked(
+                validation, task, out / "data" / "val.json", processes, reading
+            )
             about = f"{validation.source} (to be scored on; see data.val and data.val_share)"
             processes.alike(lambda: scored.check_content(about))
         if not (out / RECIPE).exists():
@@ -362,6 +368,7 @@ def train(
             training,
             recipe.augmentation.transform(isinstance(training, PointDataset)),
             batch=recipe.batch,
+            reading=reading,
             seed=recipe.seed,
             workers=recipe.workers,
             pin=processes.device.type == "cuda",

@@ -14,13 +14,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 from helpers.training import dataset_of, recipe_of, trainer_of, write_folder
-from pointformer import segment
+from pointformer import cli, segment
 from pointformer.annotations import Category
 from pointformer.data import read_folder
 from pointformer.data.statistics import PictureFacts, Statistics, examine
@@ -40,6 +41,7 @@ from pointformer.train.logs import read_table
 from pointformer.train.optimization import Budget
 from pointformer.train.pictures import object_diameter
 from pointformer.train.recipe import read_recipe
+from pointformer.train.report import write_report
 from pointformer.train.run import train
 from pointformer.train.trainer import Trainer
 
@@ -344,6 +346,73 @@ def test_other_pictures_are_another_run(folder, tmp_path):
     copied = write_folder(tmp_path / "copied")
     moved = replace(recipe, data=replace(recipe.data, path=str(copied)))
     assert train(moved, tmp_path / "run", say=silent)
+
+
+@pytest.fixture(scope="module")
+def gray_and_stacks(tmp_path_factory):
+    """Data sets of the same gray pictures, once as stacks: planes of two channels, of which the
+    second has a part of the picture in each plane."""
+    gray, stacks = (tmp_path_factory.mktemp(name) for name in ("gray", "stacks"))
+    for path in write_folder(gray).glob("*/images/*.png"):
+        picture = np.asarray(Image.open(path).convert("L"))
+        Image.fromarray(picture).save(path)
+        generator = np.random.default_rng(int(path.stem))
+        stack = generator.integers(0, 256, (3, 2, *picture.shape), np.uint8)
+        stack[:, 1] = picture * (
+            generator.integers(0, 3, picture.shape) == np.arange(3)[:, None, None]
+        )
+        target = stacks / path.relative_to(gray).with_suffix(".tif")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(target, stack, imagej=True, metadata={"axes": "ZCYX"})
+        maps = target.parents[1] / "instances"
+        shutil.copytree(path.parents[1] / "instances", maps, dirs_exist_ok=True)
+    return gray, stacks
+
+
+def test_stacks_are_read_as_the_recipe_says_and_later_as_in_training(gray_and_stacks, tmp_path):
+    models = []
+    for data, changes in zip(
+        gray_and_stacks, ([], ["data.channel=1", "data.project=max"]), strict=True
+    ):
+        out = tmp_path / data.name
+        recipe = recipe_of(data, "budget.steps=4", "head=stars", "validation.times=1", *changes)
+        train(recipe, out, say=silent)
+        write_report(
+            out, model := create_model(out / "model.safetensors"), None, out / "report.html"
+        )
+        models.append(model)
+    first, second = (tmp_path / data.name for data in gray_and_stacks)
+    assert same(weights(first), weights(second))
+    assert (first / "scores.csv").read_text() == (second / "scores.csv").read_text()
+    drawn = sorted(path.relative_to(first) for path in first.glob("tokens/*"))
+    assert len(drawn) == 4
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in drawn)
+
+    pictures = [read_folder(data, "val", "instance")[0].image for data in gray_and_stacks]
+    expected, found = (
+        segment(model, path, min_score=0.0) for model, path in zip(models, pictures, strict=True)
+    )
+    np.testing.assert_array_equal(found.picture.read(), expected.picture.read())
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    chosen = segment(models[1], pictures[1], channel=0, plane=0)
+    np.testing.assert_array_equal(chosen.picture.read()[..., 0], tifffile.imread(pictures[1])[0, 0])
+    alone = segment(models[1], tifffile.imread(pictures[1])[0, 0])  # an array is one already
+    np.testing.assert_array_equal(alone.picture.read(), chosen.picture.read())
+
+    for model, path in ((first, pictures[0]), (second, pictures[1])):
+        options = [str(path), "--model", str(model / "model.safetensors"), "--out"]
+        assert cli.main(["segment", *options, str(model)]) == 0
+        assert cli.main(["focus", *options, str(model / "focus.png")]) == 0
+    for name in ("0_overlay.png", "focus.png"):
+        np.testing.assert_array_equal(*(np.asarray(Image.open(o / name)) for o in (first, second)))
+
+    scores = [
+        evaluate(model, read_folder(data, "val", "instance")).scores
+        for model, data in zip(models, gray_and_stacks, strict=True)
+    ]
+    np.testing.assert_equal(scores[1], scores[0])
+    with pytest.raises(ValueError, match=r"3 planes .*in training: data\.plane"):
+        train(recipe_of(gray_and_stacks[1], "budget.steps=1"), tmp_path / "none", say=silent)
 
 
 def test_a_run_in_a_folder(folder, tmp_path):
@@ -706,6 +775,17 @@ def test_stages_of_any_backbone(tmp_path):
                            trained.backbone.stages[2].blocks[0].mlp.fc1.weight)  # fmt: skip
 
 
+@pytest.mark.parametrize("stages", [None, 4])
+@pytest.mark.filterwarnings("ignore:aff_nano.nuclei")
+def test_a_training_before_is_forgotten(stages):
+    """What it says of pictures and scores is not of this one."""
+    trained = create_model("aff_nano.nuclei")
+    assert None not in (trained.trained, trained.min_score, trained.object_diameter)
+    recipe = read_recipe(task="instance", init="aff_nano.nuclei", head="stars", init_stages=stages)
+    started = make_model(recipe, trained.categories)
+    assert started.trained is started.min_score is started.object_diameter is None
+
+
 def test_heads_by_task():
     kinds = [Category(1, "round"), Category(2, "long")]
     heads = {"semantic": "dense", "instance": "mask2former", "panoptic": "mask2former",
@@ -726,12 +806,16 @@ def test_heads_by_task():
 
 def test_a_model_that_is_not_named(monkeypatch):
     """Of pictures and of points."""
-    monkeypatch.setattr("pointformer.train.initial.create_model", lambda name, **options: name)
+
+    def made(name, **options):
+        return SimpleNamespace(name=name, forget_training=lambda: None)
+
+    monkeypatch.setattr("pointformer.train.initial.create_model", made)
     kinds = [Category(1, "round"), Category(2, "long")]
     recipe = replace(read_recipe(task="classification"), model=None)
-    assert make_model(recipe, kinds) == "aff_tiny"
+    assert make_model(recipe, kinds).name == "aff_tiny"
     recipe = replace(read_recipe(task="point_classification"), model=None)
-    assert make_model(recipe, kinds, 0) == "point_nano"
+    assert make_model(recipe, kinds, 0).name == "point_nano"
 
 
 def test_no_budget():

@@ -142,6 +142,21 @@ def test_values_are_taken_as_their_fields_have_them():
     assert recipe.validation.resize.size == (4, 6)
 
 
+def test_how_pictures_are_read():
+    """Numbers and names as the command line takes them."""
+    for changes, expected in (
+        ([], (None, None, None)),
+        (["data.channel=1", "data.plane=0"], (1, 0, None)),
+        (["data.channel=0,2,1", "data.plane=z=3", "data.project=mean"], ("0,2,1", "z=3", "mean")),
+    ):
+        reading = read_recipe("semantic.yaml", changes).data.reading
+        assert reading == dict(zip(("channel", "plane", "project"), expected, strict=True))
+    with pytest.raises(ValueError, match=r"data.project: expected one of max, mean"):
+        read_recipe("semantic.yaml", ["data.project=sum"])
+    with pytest.raises(ValueError, match=r"data.channel: is for pictures"):
+        read_recipe("point_segmentation.yaml", ["data.channel=1"])
+
+
 def test_what_may_change_within_a_run():
     recipe = read_recipe("nuclei.yaml", ["data.path=here"])
     other = replace(
