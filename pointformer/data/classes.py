@@ -107,6 +107,8 @@ def read_class(name: str, image: PictureFile, label: int) -> Annotation:
 def labeled_classes(labels: Iterable[int | str], source: object) -> tuple[Category, ...]:
     """A class for each label, in their order; what is a number is the class's id.
 
+    Of a negative one beside 0, which often marks what has no label, a warning tells.
+
     Raises:
         ValueError: naming the source, if some are numbers and some are names, or there are so many
             that they are something else, such as captions.
@@ -123,6 +125,12 @@ def labeled_classes(labels: Iterable[int | str], source: object) -> tuple[Catego
         raise ValueError(
             f"{source}: expected labels of classes, got {len(found)} different ones, such as "
             f"{(names or numbers)[0]!r:.80}"
+        )
+    if numbers and numbers[0] < 0 and 0 in numbers:  # -1 and 1 are two classes
+        warnings.warn(
+            f"{source}: the label {numbers[0]} is a class, as {numbers[-1]} is; leave out samples "
+            "that have it for want of one",
+            stacklevel=2,
         )
     classes = named_categories(names or map(str, numbers))
     return (

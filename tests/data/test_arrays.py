@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import warnings
 import zipfile
 
 import numpy as np
@@ -165,6 +166,16 @@ def test_labels_of_no_class_can_be_left_out(tmp_path):
         opened(tmp_path, x=COLORS, y=LABELS, options=options)
     kept = opened(tmp_path, x=COLORS, y=LABELS, options=options | {"skip_bad": True})
     assert [entry.name for entry in kept.entries] == ["1", "2", "3", "4"]
+
+
+def test_a_negative_label_is_a_class_and_a_warning_where_it_may_mean_none(tmp_path):
+    with pytest.warns(UserWarning, match=r"own.npz: the label -1 is a class, as 2 is; leave out"):
+        dataset = opened(tmp_path, x=COLORS, y=np.array([2, 0, -1, 1, 0]))
+    assert [category.id for category in dataset.categories] == [-1, 0, 1, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = opened(tmp_path, x=COLORS, y=np.array([1, -1, -1, 1, 1]))
+    assert [category.id for category in dataset.categories] == [-1, 1]
 
 
 def test_files_that_are_damaged_or_change(tmp_path):
