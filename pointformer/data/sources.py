@@ -23,6 +23,7 @@ from pointformer.data.annotations import (
     read_categories,
 )
 from pointformer.data.arrays import Columns, find_columns, read_arrays
+from pointformer.data.categories import ADE20K
 from pointformer.data.cityscapes import read_cityscapes
 from pointformer.data.classes import class_folders, read_class_folders
 from pointformer.data.coco import listed_path, read_coco_instances, read_coco_panoptic
@@ -511,17 +512,19 @@ def _first_names(file: Path) -> list[str]:
 
 def _read_coco(request: _Request) -> Dataset:
     file, images = _coco_file(request, b'"segmentation"')
-    return read_coco_instances(
+    dataset = read_coco_instances(
         file, images, categories=_with_ids(request.categories), skip_bad=request.skip_bad
     )
+    return _with_own_names(request, dataset)
 
 
 def _read_coco_panoptic(request: _Request) -> Dataset:
     file, images = _coco_file(request, b'"segments_info"')
     folder = request.segments or file.with_suffix("")
-    return read_coco_panoptic(
+    dataset = read_coco_panoptic(
         file, folder, images, categories=_with_ids(request.categories), skip_bad=request.skip_bad
     )
+    return _with_own_names(request, dataset)
 
 
 def _with_ids(
@@ -531,6 +534,17 @@ def _with_ids(
     if categories is None or not all(isinstance(c, Category) for c in categories):
         return None
     return tuple(c for c in categories if isinstance(c, Category))
+
+
+def _with_own_names(request: _Request, dataset: Dataset, advice: str = "") -> Dataset:
+    """The data set, which names its classes, unless others' names are asked for."""
+    given, own = request.categories, [category.name for category in dataset.categories]
+    if given is not None and _with_ids(given) is None and list(given) != own:
+        raise ValueError(
+            f"{request.path}: has classes with names of its own, {brief(own)}; leave categories "
+            f"(data.categories) out, got {brief(list(given))}{advice}"
+        )
+    return dataset
 
 
 # ADE20K and Cityscapes ----------------------------------------------------------------------------
@@ -548,8 +562,23 @@ def _cityscapes_splits(path: Path) -> list[str]:
     return [folder.name for folder in _folders(path / "leftImg8bit")]
 
 
-def _fixed(request: _Request, dataset: Dataset) -> Dataset:
+def _read_ade20k(request: _Request) -> Dataset:
+    dataset = read_ade20k(request.path, request.split, skip_bad=request.skip_bad)
+    advice = (
+        "maps of your own classes belong in labels/, not annotations/, their names in classes.txt"
+    )
+    if not any(Path(entry.name).name.startswith("ADE_") for entry in dataset.entries):
+        warnings.warn(
+            f"{request.path}: read as ADE20K by its folders, with the {len(ADE20K)} classes of "
+            f"that; {advice}",
+            stacklevel=2,
+        )
+    return _fixed(request, dataset, f"; {advice}")
+
+
+def _fixed(request: _Request, dataset: Dataset, advice: str = "") -> Dataset:
     """The data set, whose classes its format fixes, if it is asked for these."""
+    dataset = _with_own_names(request, dataset, advice)
     wanted, own = _with_ids(request.categories), dataset.categories
     if wanted is not None and are_named(wanted):
         ids = [category.id for category in own]
@@ -632,7 +661,7 @@ FORMATS: dict[str, _Format] = {
         "images/training and validation beside annotations/training and validation",
         ("semantic",),
         _ade20k_splits,
-        lambda r: _fixed(r, read_ade20k(r.path, r.split, skip_bad=r.skip_bad)),
+        _read_ade20k,
     ),
     "coco-panoptic": _Format(
         "a JSON file of segments",

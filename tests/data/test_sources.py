@@ -11,7 +11,7 @@ from helpers import scenes
 from helpers.scenes import encoded, picture, pixels, rectangles, save
 from pointformer.annotations import Category
 from pointformer.cli.evaluate import _FORMATS
-from pointformer.data import FORMATS, find_source, open_dataset, open_splits
+from pointformer.data import ADE20K, FORMATS, find_source, open_dataset, open_splits
 from pointformer.data.annotations import matched_classes
 
 
@@ -32,10 +32,10 @@ def classes(root, counts, splits=("train", "val")):
     return root
 
 
-def ade20k(root):
+def ade20k(root, name="ADE_1"):
     for split in ("training", "validation"):
-        picture(root / "images" / split / "a.jpg")
-        save(root / "annotations" / split / "a.png", rectangles([1, 150]).astype(np.uint8))
+        picture(root / "images" / split / f"{name}.jpg")
+        save(root / "annotations" / split / f"{name}.png", rectangles([1, 150]).astype(np.uint8))
     return root
 
 
@@ -386,6 +386,25 @@ def test_own_classes_are_not_taken_for_those_of_ade20k(tmp_path, splits, listed)
         (tmp_path / "classes.txt").write_text("field\ncrop\nweed\n")
     with pytest.raises(ValueError, match=r"only annotations/: maps of classes belong in labels/"):
         find_source(tmp_path)
+
+
+def test_other_pictures_in_folders_of_ade20k_are_told(tmp_path):
+    root = ade20k(tmp_path, "field")
+    with pytest.warns(UserWarning, match=r"read as ADE20K by its folders, with the 150 .* labels/"):
+        assert open_dataset(root).categories == ADE20K
+
+
+@pytest.mark.parametrize("format", ["ade20k", "cityscapes", "coco"])
+def test_names_of_classes_are_not_ignored(tmp_path, format):
+    """Of a data set that has names of its own."""
+    make, task = MADE[format]
+    root = make(tmp_path)
+    own = [category.name for category in open_dataset(root, task=task, split="val").categories]
+    again = open_dataset(root, task=task, split="val", categories=own)
+    assert [category.name for category in again.categories] == own
+    for names in (own[::-1], own[:-1], ["field", "crop"]):
+        with pytest.raises(ValueError, match=r"names of its own, .*\(data.categories\) out, got"):
+            open_dataset(root, task=task, split="val", categories=names)
 
 
 def cats_and_dogs(root, **tables):
