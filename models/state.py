@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import os
@@ -222,6 +223,15 @@ def load_state(
     first = plain_name(next(iter(model.state_dict()))).removeprefix("backbone.")
     weights = state_of(state, source, key, rf"(?:backbone\.)?{re.escape(first)}")
     copy_weights(model, weights, source, fresh=() if new_head else None)
+
+
+def weights_digest(model: Model) -> str:
+    """SHA-256 of all weights and buffers and their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def copy_weights(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-import torch
 
 import pointformer
 from pointformer import TokenSet
@@ -21,6 +20,7 @@ from pointformer.data.statistics import samples_in_words
 from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.metrics import Metric
 from pointformer.models import Model
+from pointformer.models.state import weights_digest
 from pointformer.prediction import (
     check_copies,
     predict,
@@ -92,7 +92,8 @@ def evaluate(
             to all of them.
         resume: folder that keeps what is scored, from which another call goes on, also with another
             number of processes: all see it. A new one, or one of the same model, pictures and
-            options; half a minute of work may be lost.
+            options; half a minute of work may be lost. Pictures whose files have changed are scored
+            again, with those that were kept together with them.
         progress: goes through the numbers of the pictures that are to be scored by this process,
             for example with a bar (`tqdm`).
         reading: how the pictures are read, see `pointformer.data.images.Reading`; what is not given
@@ -124,7 +125,9 @@ def evaluate(
         "region": region,
         **reading,
     }
-    folder = None if resume is None else PartsFolder(Path(resume), make)
+    folder = None
+    if resume is not None:
+        folder = PartsFolder(Path(resume), make, [repr(entry.state) for entry in dataset.entries])
 
     def known() -> list[ScoredPart]:
         if folder is None or not processes.main:
@@ -192,17 +195,13 @@ def _made_with(
 ) -> dict[str, Any]:
     """All that scores depend on, in JSON: SHA-256 of what is large."""
     kind = (model.name, model.config, model.head_name, model.head_options, model.num_classes)
-    weights = hashlib.sha256(repr((*kind, model.preprocess)).encode())
-    for name, value in sorted(model.state_dict().items()):
-        weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    made = repr((*kind, model.preprocess, weights_digest(model)))
     pictures = hashlib.sha256(repr((os.path.abspath(dataset.source), dataset.categories)).encode())
     for entry in dataset.entries:
-        files = [os.path.abspath(str(f)) for f in (entry.image, entry.labels) if f is not None]
-        pictures.update(repr((entry.name, files)).encode())
+        pictures.update(repr((entry.name, entry.label, [file for file, _ in entry.state])).encode())
     return {
         "version": pointformer.__version__,
-        "model": weights.hexdigest(),
+        "model": hashlib.sha256(made.encode()).hexdigest(),
         "data set": pictures.hexdigest(),
         "task": task.name,
         "shown from": task.min_score,

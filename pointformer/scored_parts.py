@@ -73,13 +73,19 @@ class PartsFolder:
     Args:
         folder: a new or empty one, or one of an earlier evaluation.
         make: makes the metrics.
+        states: of the files of each picture; a part of which one has changed is left out.
         seconds: of work that may be lost: how often a part is written.
     """
 
     def __init__(
-        self, folder: Path, make: Callable[[], Sequence[Metric]], seconds: float = 30
+        self,
+        folder: Path,
+        make: Callable[[], Sequence[Metric]],
+        states: Sequence[str],
+        seconds: float = 30,
     ) -> None:
         self.folder, self.make = folder, make
+        self.states = states
         self.seconds = seconds
         self._saved = time.monotonic()
 
@@ -114,7 +120,8 @@ class PartsFolder:
         if not os.access(self.folder, os.W_OK):
             raise PermissionError(errno.EACCES, "no permission to write there", str(self.folder))
         matches = [(path, _NAME.fullmatch(path.name)) for path in sorted(self.folder.iterdir())]
-        return joined(self._read(path, match) for path, match in matches if match is not None)
+        parts = (self._read(path, match) for path, match in matches if match is not None)
+        return joined(part for part in parts if part is not None)
 
     def save(self, part: ScoredPart) -> None:
         """Write a part, whole or not at all.
@@ -127,7 +134,8 @@ class PartsFolder:
             for number, metric in enumerate(part.metrics)
             for name, array in metric.state().items()
         }
-        more = json.dumps({"pictures": part.pictures, "skipped": part.skipped})
+        state = self._state(part.start, part.stop)
+        more = json.dumps({"pictures": part.pictures, "skipped": part.skipped, "state": state})
         content = safetensors.numpy.save(tensors, {_METADATA: more})
         digest = hashlib.sha256(content).hexdigest()[:16]
         name = f"part-{part.start:08d}-{part.stop:08d}-{digest}.safetensors"
@@ -155,7 +163,11 @@ class PartsFolder:
                     "folder"
                 )
 
-    def _read(self, path: Path, match: re.Match[str]) -> ScoredPart:
+    def _state(self, start: int, stop: int) -> str:
+        return hashlib.sha256(repr(self.states[start:stop]).encode()).hexdigest()
+
+    def _read(self, path: Path, match: re.Match[str]) -> ScoredPart | None:
+        """A part; `None` if its pictures have changed."""
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if not digest.startswith(match[3]):
@@ -170,6 +182,9 @@ class PartsFolder:
                 number, _, name = key.partition(".")
                 states[int(number)][name] = file.get_tensor(key)
             more = json.loads(file.metadata()[_METADATA])
+        start, stop = int(match[1]), int(match[2])
+        if more.get("state") != self._state(start, stop):
+            return None
         for metric, state in zip(metrics, states, strict=True):
             metric.load(state)
-        return ScoredPart(metrics, int(match[1]), int(match[2]), more["pictures"], more["skipped"])
+        return ScoredPart(metrics, start, stop, more["pictures"], more["skipped"])

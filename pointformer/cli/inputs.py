@@ -10,7 +10,7 @@ import argparse
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -107,6 +107,13 @@ class Inputs(abc.ABC):
                         "another --model"
                     )
         return problem
+
+    @cached_property
+    def weights(self) -> str:
+        """What tells the model's weights from others."""
+        from pointformer.models.state import weights_digest
+
+        return weights_digest(self.model)
 
     @abc.abstractmethod
     def prepare(self) -> None:

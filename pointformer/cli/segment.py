@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import threading
 from collections import deque
@@ -67,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="leave inputs alone whose results by this model are there, whole and unchanged, "
-        "whatever its other options were",
+        help="leave inputs alone whose results by this model are there, whole and unchanged as the "
+        "inputs are, whatever its other options were",
     )
     parser.add_argument(
         "--tile", type=int, metavar="PIXELS", help="work in windows of this side (large pictures)"
@@ -146,7 +147,7 @@ def _run(options: argparse.Namespace, processes: Processes) -> int:
     failures = len(problems) if processes.main else 0
     total = len(paths) + len(problems)
     own = processes.own(list(zip(paths, result_names(paths, inputs.endings), strict=True)))
-    todo = [pair for pair in own if not (options.resume and _is_done(pair[1], inputs))]
+    todo = [pair for pair in own if not (options.resume and _is_done(*pair, inputs))]
     out = printable(str(options.out))
     alone = total == 1 and not left_out  # then what was found in it is said
     if alone and len(todo) < len(own):
@@ -193,25 +194,29 @@ def _segment_files(
     executor = partial(ThreadPoolExecutor, 1) if len(paths) > 1 else _InThisThread
     large = threading.Lock()  # one at a time, as its memory is
 
+    def read(path: Path, name: str) -> tuple[Any, dict[str, Any]]:
+        made_of = _made_of(path, name, inputs)  # before it is read: it may change meanwhile
+        return inputs.open(path), made_of
+
     def look(path: Path, name: str, reading: Future[Any]) -> Future[str]:
         """Find what is in an input; its results are written next."""
         files = _files_of(path, name, inputs, results)
-        opened = reading.result()
+        opened, made_of = reading.result()
         if ended.is_set():
             raise CancelledError
         with large if inputs.is_large(opened) else contextlib.nullcontext():
             result = inputs.segment(opened, path)
-        return writing.submit(write, result, name, files, inputs, results)
+        return writing.submit(write, result, made_of, files, inputs, results)
 
     ended = threading.Event()
     with executor() as reading, executor() as writing, _looking(paths, inputs) as (looking, looks):
         ahead: deque[Future[Any]] = deque()
         behind: deque[tuple[Path, Future[Future[str]]]] = deque()
-        todo = iter(paths)
+        todo = zip(paths, names, strict=True)
         try:
             for path, name in zip(paths, names, strict=True):
                 for following in islice(todo, _AHEAD - len(ahead)):
-                    ahead.append(reading.submit(inputs.open, following))
+                    ahead.append(reading.submit(read, *following))
                 behind.append((path, looking.submit(look, path, name, ahead.popleft())))
                 while behind and (_is_over(behind[0][1]) or len(behind) >= looks + _BEHIND):
                     yield behind.popleft()
@@ -277,24 +282,36 @@ def _files_of(path: Path, name: str, inputs: Inputs, results: Results) -> dict[s
     return files
 
 
-def _is_done(name: str, inputs: Inputs) -> bool:
+def _is_done(path: Path, name: str, inputs: Inputs) -> bool:
     with contextlib.suppress(OSError, ValueError):
         summary = path_inside(inputs.options.out, f"./{name}_{inputs.summary}")
-        return is_complete(summary, **_whose(name, inputs))
+        return is_complete(summary, **_made_of(path, name, inputs))
     return False
 
 
-def _whose(name: str, inputs: Inputs) -> dict[str, str]:
-    return {inputs.key: name, "model": inputs.options.model}
+def _made_of(path: Path, name: str, inputs: Inputs) -> dict[str, Any]:
+    """What results are of: the input, as it is now, and the model."""
+    state = os.stat(path)
+    return {
+        inputs.key: name,
+        "bytes": state.st_size,
+        "modified": state.st_mtime_ns,
+        "model": inputs.options.model,
+        "weights": inputs.weights,
+    }
 
 
 def write(
-    found: Found, name: str, files: Mapping[str, Path], inputs: Inputs, results: Results
+    found: Found,
+    made_of: Mapping[str, Any],
+    files: Mapping[str, Path],
+    inputs: Inputs,
+    results: Results,
 ) -> str:
     """Write the files of one input; one that cannot be made does not keep back the others.
 
     Args:
-        name: of the input, for the summary.
+        made_of: for the summary, see `_made_of`.
         files: where each kind goes. Those of an earlier run that get no new content are removed.
 
     Returns:
@@ -309,7 +326,7 @@ def write(
 
     def summarize(path: Path) -> None:
         contents = {file.name: content_of(temporary) for file, temporary in made.items()}
-        write_sealed(path, {**_whose(name, inputs), **found.description, "files": contents})
+        write_sealed(path, {**made_of, **found.description, "files": contents})
 
     with contextlib.ExitStack() as stack:
         for kind, writer in {**found.writers, inputs.summary: summarize}.items():

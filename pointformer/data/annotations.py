@@ -21,7 +21,7 @@ from pointformer.annotations import OBJECT, VOID, Category, Mask, Objects, Segme
 from pointformer.data.discovery import composed
 from pointformer.data.images import Reading, image_size, is_turned, read_image
 from pointformer.data.json_files import FLAG, NUMBER, TEXT, WHOLE, read_json, repeated, value_of
-from pointformer.data.packed import PictureFile, file_of, is_there
+from pointformer.data.packed import FileState, PictureFile, file_of, is_there, state_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +167,7 @@ class Entry:
         labels: the same of the annotation, if it has one of its own.
         read: gives the annotation.
         label: class of the picture as a whole, where that is known without reading.
+        more: other files that the annotation depends on, such as the one that lists all objects.
     """
 
     name: str
@@ -174,11 +175,21 @@ class Entry:
     labels: PictureFile | None
     read: Callable[[], Annotation]
     label: int = VOID
+    more: tuple[PictureFile, ...] = ()
 
     @property
     def files(self) -> list[Path]:
         """All files that it comes from."""
-        return [file_of(file) for file in (self.image, self.labels) if file is not None]
+        return [file_of(file) for file in self._parts]
+
+    @property
+    def state(self) -> list[tuple[str, FileState | None]]:
+        """Of the files, as they are now: another one when one of them changes."""
+        return [(os.path.abspath(str(file)), state_of(file)) for file in self._parts]
+
+    @property
+    def _parts(self) -> list[PictureFile]:
+        return [file for file in (self.image, self.labels, *self.more) if file is not None]
 
 
 class Dataset(Sequence[Annotation]):

@@ -322,7 +322,7 @@ def read_coco_instances(
     entries = []
     for key, picture in pictures.good.items():
         read = partial(_read_objects, path, picture, objects[key])
-        entries.append(Entry(picture.name, picture.path, None, read))
+        entries.append(Entry(picture.name, picture.path, None, read, more=(path,)))
     return Dataset(path, table.classes, entries, problems, skip_bad, table.headings)
 
 
@@ -497,7 +497,7 @@ def read_coco_panoptic(
             problems[picture.name] = f"{path}: {picture.name}: several annotations are of {what}"
         image = None if pictures is None else picture.path
         read = partial(_read_panoptic, path, picture, image, png, segments, table.numbers())
-        entries.append(Entry(picture.name, image, png, read))
+        entries.append(Entry(picture.name, image, png, read, more=(path,)))
     if pictures is not None:
         annotated = {str(picture.id) for picture, _, _ in rows}
         for key, picture in pictures.good.items():

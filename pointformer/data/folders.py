@@ -192,7 +192,8 @@ def _instance_entries(
     for name, image, path in paired_files(images, labels):
         rows = None if listed is None else (listed[0], listed[1].get(name, []))
         read = partial(read_objects, name, image, path, rows, classes, void, maps.get(name))
-        entries.append(Entry(name, image, path, read))
+        more = (*([] if listed is None else listed[:1]), *([maps[name]] if name in maps else []))
+        entries.append(Entry(name, image, path, read, more=more))
     return entries
 
 

@@ -71,6 +71,16 @@ def is_there(file: PictureFile) -> bool:
     return isinstance(file, Packed) or os.path.isfile(file)
 
 
+def state_of(file: PictureFile) -> FileState | None:
+    """Of the file, or of the larger one when its parts were listed; `None` if there is none."""
+    if isinstance(file, Packed):
+        return file.state
+    try:
+        return FileState.of(os.stat(file))
+    except OSError:
+        return None
+
+
 def file_of(file: PictureFile) -> Path:
     """The file that it is, or is a part of."""
     return file.path if isinstance(file, Packed) else file

@@ -19,7 +19,6 @@ from pointformer._files import atomic_path
 from pointformer.annotations import VOID, Category
 from pointformer.data.annotations import Dataset, Entry
 from pointformer.data.images import Reading
-from pointformer.data.packed import Packed
 from pointformer.data.point_sets import read_sample
 from pointformer.tokens import TokenSet
 
@@ -33,7 +32,7 @@ def samples_in_words(count: int, counts: Counts) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
-_FORM = 3  # of the file that keeps what was found
+_FORM = 4  # of the file that keeps what was found
 _NAMED = 5  # of a list, so many are named
 
 
@@ -234,8 +233,8 @@ def examine(
         reading: how pictures are read, see `pointformer.data.Reading`.
     """
     labels = [f"{c.id} {c.name}" for c in dataset.categories]
-    whole = json.dumps([_FORM, counts, labels, _state(dataset.source), reading], default=str)
-    states = [json.dumps([_state(e.image), _state(e.labels), e.label]) for e in dataset.entries]
+    whole = json.dumps([_FORM, counts, labels, str(dataset.source), reading], default=str)
+    states = [json.dumps([entry.state, entry.label]) for entry in dataset.entries]
     known = _kept(cache, whole)
     found: list[PictureFacts | None] = [
         known[entry.name][1] if entry.name in known and known[entry.name][0] == state else None
@@ -318,19 +317,6 @@ def _facts(dataset: Dataset, index: int, counts: Counts, reading: Reading) -> Pi
         return PictureFacts(entry.name, problem=str(error))
     void = classes.pop(VOID, 0)
     return PictureFacts(entry.name, size, tuple(classes.items()), void=void)
-
-
-def _state(path: object) -> list[object] | None:
-    """Size and time of a file: one changes when the file does."""
-    if isinstance(path, Packed):
-        return [str(path), *path.state]
-    if not isinstance(path, str | os.PathLike):
-        return None
-    try:
-        status = os.stat(path)
-    except OSError:
-        return [os.fspath(path)]
-    return [os.fspath(path), status.st_size, status.st_mtime_ns]
 
 
 def _kept(cache: str | os.PathLike[str] | None, whole: str) -> dict[str, tuple[str, PictureFacts]]:

@@ -45,6 +45,9 @@ class FakeModel:
     def eval(self):
         return self
 
+    def state_dict(self):
+        return {}
+
     def train(self, mode):
         self.seen["train"] = mode
         return self

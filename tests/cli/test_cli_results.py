@@ -45,6 +45,24 @@ def picture(path, seed=0):
     return path
 
 
+def test_another_picture_or_model_of_the_same_name_is_not_done(capsys, model):
+    shutil.copy(model, "m.safetensors")
+    picture("a.png")
+    arguments = ("segment", "a.png", "--out", "out", "--model", "m.safetensors", "--resume")
+
+    def segmented():
+        code, text, error = run(capsys, *arguments)
+        assert (code, error) == (0, "")
+        return "done already" not in text
+
+    assert [segmented(), segmented()] == [True, False]
+    picture("a.png", seed=1)
+    assert [segmented(), segmented()] == [True, False]
+    torch.manual_seed(1)
+    save_model(Model("small", SMALL, "dense", 3), "m.safetensors")
+    assert [segmented(), segmented()] == [True, False]
+
+
 def run(capsys, *arguments):
     code = cli.main([str(a) for a in arguments])
     captured = capsys.readouterr()

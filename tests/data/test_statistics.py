@@ -1,5 +1,6 @@
 """What is in a data set, what is wrong with it, and what is advised."""
 
+import json
 import time
 
 import numpy as np
@@ -172,6 +173,30 @@ def test_who_is_told_to_end_does_not_wait_for_all_pictures(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         examine(dataset, "objects", threads=1, progress=True)
     assert 1 <= len(seen) < 15
+
+
+def test_what_was_found_is_kept_until_a_list_of_objects_or_a_map_of_classes_changes(tmp_path):
+    save(tmp_path / "images/a.png", np.zeros((20, 20), np.uint8))
+    save(
+        tmp_path / "instances/a.png",
+        np.kron(np.arange(4).reshape(2, 2), np.ones((10, 10))).astype(np.uint8),
+    )
+    (tmp_path / "classes.txt").write_text("background\nsmall\nlarge\n")
+    cache = tmp_path / "found.json"
+
+    def counted():
+        dataset = open_dataset(tmp_path, task="instance")
+        return dict(examine(dataset, "objects", cache=cache).good[0].classes)
+
+    for label in (1, 2):
+        save(tmp_path / "labels/a.png", np.full((20, 20), label, np.uint8))
+        assert counted() == {label - 1: 3}
+    listed = {"classes": {"1": "small", "2": "large"}, "images": {"a": {}}}
+    for kind in (2, 1):
+        listed["images"]["a"]["segments"] = [{"id": n, "class": kind} for n in (1, 2, 3)]
+        (tmp_path / "classes.txt").unlink(missing_ok=True)
+        (tmp_path / "segments.json").write_text(json.dumps(listed))
+        assert counted() == {kind - 1: 3}
 
 
 def test_what_was_found_is_kept_until_a_file_changes(tmp_path, monkeypatch):

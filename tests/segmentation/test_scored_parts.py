@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from helpers.models import SMALL
 from helpers.training import ROOT, write_folder
@@ -80,6 +81,27 @@ def test_what_is_done_is_not_done_again(dataset, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("often")
+@pytest.mark.usefixtures("often")
+def test_what_has_changed_is_scored_again(dataset, tmp_path, monkeypatch):
+    model, kept = model_of(), tmp_path / "kept"
+    evaluate(model, dataset, resume=kept)
+    read, looked = type(dataset[0]).read_image, []
+    monkeypatch.setattr(
+        type(dataset[0]), "read_image", lambda self, **r: looked.append(self.name) or read(self)
+    )
+    for number, kind in ((1, "image"), (4, "labels")):
+        path = getattr(dataset.entries[number], kind)
+        values = np.roll(np.asarray(Image.open(path)), 20, 0)
+        Image.fromarray(values).save(path)
+        looked.clear()
+        again = evaluate(model, dataset, resume=kept)
+        assert looked == [str(number)]
+        np.testing.assert_equal(again.scores, evaluate(model, dataset).scores)
+    looked.clear()
+    evaluate(model, dataset, resume=kept)
+    assert looked == []
+
+
 def test_parts_of_something_else_are_refused(dataset, tmp_path):
     kept = tmp_path / "kept"
     evaluate(model_of(), dataset, resume=kept)
@@ -165,14 +187,14 @@ def test_neighboring_parts_are_one_and_no_picture_counts_twice(spans):
 
 def test_what_a_killed_start_left_is_no_other_file(tmp_path):
     (tmp_path / f"{TEMPORARY_PREFIX}a").write_bytes(b"{")
-    assert PartsFolder(tmp_path, list).open({"model": "a"}) == []
+    assert PartsFolder(tmp_path, list, []).open({"model": "a"}) == []
     assert json.loads((tmp_path / "evaluation.json").read_text()) == {"model": "a"}
 
 
 def test_a_part_is_due_half_a_minute_after_the_last(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr("pointformer.scored_parts.time", SimpleNamespace(monotonic=lambda: now))
-    folder = PartsFolder(tmp_path / "kept", list)
+    folder = PartsFolder(tmp_path / "kept", list, [])
     folder.open({})
     for number in range(2):
         assert not folder.due
