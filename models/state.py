@@ -279,6 +279,12 @@ def copy_weights(
     if problems:
         raise CheckpointError(f"{source}: not a checkpoint of {model.name}: {'; '.join(problems)}")
     taken = {name: weights[plain_name(name)] for name in state if plain_name(name) not in initial}
+    broken = [name for name, value in taken.items() if not value.isfinite().all()]
+    if broken:  # which finds nothing, without a word
+        raise CheckpointError(
+            f"{source}: holds NaN or infinity in {len(broken)} of its weights (first: "
+            f"{broken[0]}): the training that wrote it went wrong"
+        )
     model.load_state_dict(taken, strict=not initial)
     if initial or left:
         parts = []

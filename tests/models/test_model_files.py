@@ -421,6 +421,17 @@ def test_what_cannot_be_fine_tuned(tmp_path, listed):
         load_model(path, num_classes=5, categories=[Category(1, "cell")])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_named(tmp_path, value):
+    """What a training that went wrong leaves finds nothing, without a word."""
+    model = small()
+    with torch.no_grad():
+        model.backbone.patch_embed.conv1.weight[0, 0, 0, 0] = value
+    save_model(model, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"in 1 of its weights \(first: backbone.patch_embed"):
+        load_model(tmp_path / "m.safetensors")
+
+
 # What a file says of its model ----------------------------------------------------------------
 
 
