@@ -31,6 +31,22 @@ def test_counts_by_hand():
     assert result.mean == pytest.approx((2 / 4 + 6 * (1 / 5)) / 10)
 
 
+def test_an_iou_of_just_the_threshold_matches_and_a_little_less_does_not():
+    """Also of thresholds that were rounded up."""
+    annotated = row((1, 1000))
+    for covered, threshold in ((300, 3 * 0.1), (600, np.arange(0.5, 1, 0.05)[2])):
+        assert threshold > covered / 1000
+        predicted = row((1, covered), (0, 1000 - covered))
+        assert match_instances(predicted, annotated, (threshold,)).tolist() == [[1, 0, 0]]
+        predicted[0, 0] = 0
+        assert match_instances(predicted, annotated, (threshold,)).tolist() == [[0, 1, 1]]
+
+
+def test_ids_may_be_negative():
+    predicted, annotated = row((-3, 4), (0, 2), (5, 2)), row((1, 4), (0, 2), (-1, 2))
+    assert match_instances(predicted, annotated, (1.0,)).tolist() == [[2, 0, 0]]
+
+
 def test_matching_is_one_to_one_and_largest():
     # Predicted a overlaps both annotated instances, b only the first: greedy by IoU would give a
     # the first and leave b without partner.
@@ -52,6 +68,31 @@ def test_pooled_and_per_image_scores_differ():
     )
     assert result.pooled == (0.5,)
     assert result.per_image == (pytest.approx((1 + 0 + 1) / 3),)
+    assert result.mean == 0.5
+
+
+def test_names_of_scores():
+    """By hand: of one of two objects four of five pixels are found, and then one."""
+    truth = row((1, 5), (2, 1))
+    annotation = Annotation(
+        "a", None, (1, 6), "a", ids=truth, segments=(Segment(1, 0, 5), Segment(2, 0, 1))
+    )
+    metric = InstanceAP((0.5, 0.7, 0.9))
+    metric.update(SegmentMap.of(row((1, 4), (0, 1), (2, 1)), [0] * 2, [1.0] * 2), annotation)
+    metric.update(SegmentMap.of(row((0, 4), (1, 1), (2, 1)), [0] * 2, [1.0] * 2), annotation)
+    assert metric.compute() == {
+        "AP at IoU 0.5 (TP / (TP + FP + FN))": pytest.approx(3 / 5),
+        "mean AP (TP / (TP + FP + FN))": pytest.approx((3 / 5 + 3 / 5 + 2 / 6) / 3),
+    }
+
+
+def test_objects_are_shown_from_a_score_of_a_half():
+    truth = row((1, 2), (2, 2))
+    segments = Segment(1, 0, 2), Segment(2, 0, 2)
+    annotation = Annotation("a", None, (1, 4), "a", ids=truth, segments=segments)
+    metric = InstanceAP()
+    metric.update(Objects([truth == 1, truth == 2], [0, 0], [0.5, 0.49], (1, 4)), annotation)
+    assert metric.scores().at(0.5) == 1 / 2
 
 
 def test_nothing_to_find():
