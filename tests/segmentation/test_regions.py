@@ -86,11 +86,12 @@ def test_parts_of_an_even_cloud_lie_in_the_middle_of_their_regions():
         assert region.weights[region.own].mean() > 2 * region.weights[~region.own].mean()
 
 
-def test_points_far_away_change_nothing_for_the_others():
+@pytest.mark.parametrize("away", [1e6, -1e6])
+def test_points_far_away_change_nothing_for_the_others(away):
     """Neither what the others are seen with, nor the height at which they are."""
     rng = np.random.default_rng(0)
     positions = rng.random((4000, 3)) * [100, 100, 5]
-    positions[[0, 1]] = [[1e6, 50, -80], [0, 0, -4000]]
+    positions[[0, 1]] = [[away, 50, -80], [0, 0, -4000]]
     for region in Regions(tokens(positions), 1000):
         far = np.isin(region.rows[region.own], [0, 1])
         assert region.weights[region.own][~far].mean() > 2 * region.weights[~region.own].mean()
@@ -123,6 +124,13 @@ def test_so_many_values_can_be_strays(count, strays):
         assert 0 <= low < 0.002
         assert high == 1
         assert sorted(sign * end for end in range_of(sign * more))[1] == 1e6
+
+
+@pytest.mark.parametrize(("count", "number"), [(40, 1), (41, 3)])
+def test_as_many_points_as_asked_for_are_one_region(count, number):
+    regions = [*Regions(tokens(np.random.default_rng(0).random((count, 3))), 40)]
+    assert len(regions) == number
+    assert all((region.weights == 1).all() == (number == 1) for region in regions)
 
 
 @pytest.mark.parametrize("points", [0, -1, 1.5, True, None])

@@ -1,5 +1,6 @@
 """The main job: a picture in, objects out, with the weights that come with the package."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,8 @@ def test_every_query_can_be_an_object_and_scores_are_the_published_ones(mask_mod
         mask_model.task != "panoptic"
         or segment(mask_model, picture, min_score=0.5).num_objects == 150
     )
+    surer = segment(mask_model, picture, min_score=0.7).num_objects
+    assert surer == (mask_model.task == "semantic")
 
 
 def test_objects_that_are_lost_in_the_pictures_own_pixels_take_their_classes_along(monkeypatch):
@@ -184,6 +187,18 @@ def test_tiles_of_a_dense_model_find_the_same_nuclei(nuclei_model, result):
     tiled = segment(nuclei_model, EXAMPLE, tile=160, overlap=48)
     score = average_precision([(tiled.labels, result.labels)])
     assert score.at(0.5) > 0.85
+
+
+def test_tiles_may_lie_side_by_side(nuclei_model, result):
+    """Without an overlap no pixel is seen twice."""
+    assert segment(nuclei_model, EXAMPLE, tile=128, overlap=0).tokens[0] == result.tokens[0]
+    assert segment(nuclei_model, EXAMPLE, tile=128, overlap=1).tokens[0] > result.tokens[0]
+
+
+def test_seconds_are_those_of_the_call(mask_model):
+    start = time.perf_counter()
+    result = segment(mask_model, EXAMPLE)
+    assert 0 < result.seconds <= time.perf_counter() - start
 
 
 def test_a_mask_model_without_a_task_is_an_error():
