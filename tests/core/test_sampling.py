@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from helpers.strategies import KINDS, UNEVEN, tokens
 from pointformer import (
     TokenSet,
+    balanced_cluster,
     curve_sample,
     farthest_point_sample,
     interpolate,
@@ -16,6 +17,7 @@ from pointformer import (
     segment_reduce,
     voxel_pool,
 )
+from pointformer.geometry.curves import CURVES
 from pointformer.kernels.sampling import fused_farthest_points
 
 IMPLS = ("reference", "cpu")
@@ -93,6 +95,7 @@ def test_first_picks():
     assert draw[0] == draw[1]
     assert len(set(map(tuple, draw))) > 1
     assert all(a < 10 <= b < 30 for a, b in draw)
+    assert any(a // 2 != (b - 10) // 4 for a, b in draw)  # each sample has its own
 
 
 def test_opcheck():
@@ -126,6 +129,17 @@ def test_points_along_a_curve_are_spread():
     assert counts.max() <= 35
 
 
+@pytest.mark.parametrize("curve", CURVES)
+def test_points_along_a_curve_are_the_middles_of_its_parts(curve):
+    """Of 35 points in 5 parts the 4th of each 7; of 9 in 2 the 3rd and the 7th."""
+    positions = torch.rand(44, 2, generator=torch.Generator().manual_seed(0))
+    sizes = (35, 9)
+    index, counts = curve_sample(positions, count=(5, 2), sizes=sizes, curve=curve)
+    order = balanced_cluster(positions, 1, sizes=sizes, curve=curve, anchors=False).order
+    assert counts == (5, 2)
+    assert index.tolist() == order[[3, 10, 17, 24, 31, 35 + 2, 35 + 6]].tolist()
+
+
 def test_all_rows_are_as_likely():
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(30)
@@ -155,6 +169,13 @@ def test_voxels(impl, sample, side, reduce):
         positions.double(), "mean", index=index, count=count, impl="reference"
     )
     torch.testing.assert_close(pooled.positions.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cells_end_where_their_sides_do_in_float64():
+    """0.7 in float32 is less than 7 * 0.1, and in float32 their ratio is 7."""
+    positions = torch.tensor([[0.65, 0.0], [0.7, 0.0], [0.7, 0.7], [-0.3, 0.0], [-0.29, 0.0]])
+    assert float(positions[1, 0] / 0.1) == 7.0
+    assert voxel_pool(positions, None, 0.1).assignment.tolist() == [2, 2, 3, 0, 1]
 
 
 def test_voxels_do_not_depend_on_other_points():
@@ -216,6 +237,10 @@ X = torch.rand(9, 2)
         (lambda: voxel_pool(X, X[:3], 1.0), "features: expected 9 rows"),
         (lambda: voxel_pool(X, X, 0.0), "side: expected a positive"),
         (lambda: voxel_pool(X, X, 1e-30), "side: expected a larger one"),
+        (lambda: voxel_pool(-1 - X, X, 1e-30), "side: expected a larger one"),
+        (lambda: voxel_pool(X * torch.nan, X, 1.0), "positions: sample 0 has a NaN"),
+        (lambda: farthest_point_sample(X, count=[-1]), "count: expected .* at least 0, got -1"),
+        (lambda: farthest_point_sample(X, count=2, start=[-1]), "start: expected .* at least 0"),
     ],
 )
 def test_errors_name_the_argument(call, message):
