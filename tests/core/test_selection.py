@@ -317,6 +317,18 @@ def test_a_measured_canvas_ends_after_the_last_cell(impl, lattice, kept):
     assert index.tolist() == [0, 4, 20, 24][:kept]
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("lattice", [True, False])
+def test_a_measured_canvas_begins_at_a_node(impl, lattice):
+    """Cells 2 to 9 have nodes of spacing 4 at 4 and 8, wherever the lowest one is."""
+    positions = full_lattice((8, 8)) + 2
+    index, keep = select_centers(
+        torch.zeros(64), positions, rate=0.01, stride=2, lattice=lattice, impl=impl
+    )
+    assert {(4, 4), (8, 4), (4, 8), (8, 8)} <= {*map(tuple, positions[index].tolist())}
+    assert not lattice or keep == (4,)
+
+
 def test_spacing_by_hand():
     """Powers of two not below the distance, between float32's steps and twice the canvas' side."""
     positions = torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.0], [7.0, 4.0], [0.0, 1e-9]])
@@ -508,6 +520,7 @@ def test_selection_compiles_in_one_graph(lattice):
         ({"extent": None, "origin": (1, 2)}, "origin: give extent too, or neither"),
         ({"prior": "density"}, "prior: expected one of adaptive, grid, None, got 'density'"),
         ({"stride": 1.5}, "stride: expected a positive integer, got 1.5"),
+        ({"stride": 2.0**61}, r"stride: expected at most 1\.15292e\+18, got 2\.3"),
         ({"extent": (4, 3)}, r"positions: sample 0 has \[0.0, 3.0\] in row 12, which is not on"),
         ({"positions": full_lattice((4, 4)) / 2}, r"sample 0 has \[0.5, 0.0\] in row 1.*lattice="),
         ({"positions": full_lattice((4, 4)) * math.inf}, "positions: sample 0 has a NaN"),
