@@ -737,13 +737,15 @@ def test_stages_of_other_weights():
     trained = create_model("aff_nano.nuclei").backbone
     (nucleus,) = create_model("aff_nano.nuclei").categories
     recipe = read_recipe(task="instance", head="stars", init="aff_nano.nuclei", init_stages=2)
-    with pytest.warns(UserWarning, match="weights of the backbone and 0 of 34 weights of the head"):
-        started = make_model(recipe, [nucleus]).backbone
     fresh = make_model(replace(recipe, init=None, init_stages=None, model="aff_nano"), [nucleus])
-    assert same(started.patch_embed.state_dict(), trained.patch_embed.state_dict())
-    for stage in range(4):
-        source = trained if stage < 2 else fresh.backbone
-        assert same(started.stages[stage].state_dict(), source.stages[stage].state_dict())
+    for kept in (2, 0, 4):
+        backbone = "the backbone" if kept == 4 else "weights of the backbone"
+        with pytest.warns(UserWarning, match=f"{backbone} and 0 of 34 weights of the head"):
+            started = make_model(replace(recipe, init_stages=kept), [nucleus]).backbone
+        assert same(started.patch_embed.state_dict(), trained.patch_embed.state_dict())
+        for stage in range(4):
+            source = trained if stage < kept else fresh.backbone
+            assert same(started.stages[stage].state_dict(), source.stages[stage].state_dict())
     whole = make_model(replace(recipe, init_stages=None), [nucleus])
     assert same(whole.state_dict(), create_model("aff_nano.nuclei").state_dict())
     with pytest.raises(ValueError, match=r"init: aff_nano\.nuclei holds weights of aff_nano, not"):
@@ -793,6 +795,7 @@ def test_heads_by_task():
     for task, head in heads.items():
         model = make_model(read_recipe(task=task, model="aff_nano"), kinds)
         assert (model.head_name, model.task, model.num_classes) == (head, task, 2)
+        assert model.categories == tuple(kinds)
     assert (
         make_model(read_recipe(task="instance", model="aff_nano"), kinds[:1]).head_name == "dense"
     )
@@ -816,6 +819,41 @@ def test_a_model_that_is_not_named(monkeypatch):
     assert make_model(recipe, kinds).name == "aff_tiny"
     recipe = replace(read_recipe(task="point_classification"), model=None)
     assert make_model(recipe, kinds, 0).name == "point_nano"
+
+
+def test_a_start_may_be_of_another_task():
+    """The backbone stays, the head is that of the data, as is what the recipe's options say."""
+    recipe = read_recipe(task="semantic", init="aff_nano.nuclei", overrides=["options.rate=0.4"])
+    kinds = [Category(n, str(n)) for n in range(4)]
+    with pytest.warns(UserWarning, match="kept: the backbone"):
+        started = make_model(recipe, kinds)
+    assert (started.task, started.num_classes, started.config.rate) == ("semantic", 4, 0.4)
+    assert started.categories == tuple(kinds)
+    trained = create_model("aff_nano.nuclei")
+    assert same(started.backbone.state_dict(), trained.backbone.state_dict())
+
+
+def test_weights_are_no_model(tmp_path):
+    (tmp_path / "own.safetensors").touch()
+    kinds = [Category(1, "round")]
+    for weights in ("aff_nano.nuclei", str(tmp_path / "own.safetensors")):
+        recipe = read_recipe(task="instance", model=weights)
+        with pytest.raises(ValueError, match=r"model: expected a name, not weights; .*as init"):
+            make_model(recipe, kinds)
+    for unknown, message in (("aff_pico", "name: unknown model"), ("aff_nano.", "no such weights"),
+                             ("nowhere.safetensors", "not a readable")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            make_model(read_recipe(task="instance", model=unknown), kinds)
+
+
+def test_channels_are_those_of_the_points():
+    """Also where they have none."""
+    recipe = read_recipe(task="point_classification", model="point_nano")
+    kinds = [Category(1, "round"), Category(2, "long")]
+    for channels in (0, 3):
+        assert make_model(recipe, kinds, channels).config.in_channels == channels
+        with pytest.raises(ValueError, match=r"options\.in_channels: in_channels follows from"):
+            make_model(replace(recipe, options={"in_channels": 2}), kinds, channels)
 
 
 def test_no_budget():
