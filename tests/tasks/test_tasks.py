@@ -1,5 +1,7 @@
 """Tasks: which there are, what they learn, and that parts of a data set score as the whole."""
 
+import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -441,6 +443,51 @@ def test_copies_are_averaged(dataset):
     scaled, _ = predict(model, own, picture, windows_for(model, picture, 32), scales=(0.5, 1.0))
     assert scaled.shape == picture.shape
     assert set(np.unique(scaled)) <= {0, 1, 2}
+
+
+def test_scaled_copies_are_averaged(dataset):
+    """Smaller ones without aliases, larger ones as bilinear interpolation makes them."""
+    model, seen = made("hcformer", "semantic").eval(), []
+    own = task_of(model)
+    picture = open_picture(dataset[0].image)
+    image = model.preprocess(torch.from_numpy(picture.read()).movedim(2, 0))[None]
+    scores = []
+    for scale in (0.5, 1.5):
+        size = tuple(round(side * scale) for side in picture.shape)
+        seen.append(F.interpolate(image, size, mode="bilinear", antialias=scale < 1))
+        with torch.no_grad():
+            scores += own.decode(model(seen[-1]), [size], [picture.shape])
+    expected = list(seen)
+    model.backbone.register_forward_pre_hook(lambda _, images: seen.append(images[0]))
+    found, _ = predict(model, own, picture, windows_for(model, picture), scales=(0.5, 1.5))
+    for ours, copy in zip(seen[2:], expected, strict=True):
+        assert torch.equal(ours, copy)
+    np.testing.assert_array_equal(found, ((scores[0] + scores[1]) / 2).argmax(0))
+
+
+@pytest.mark.parametrize("scales", [(), (0.0,), (1.0, -1.0), (math.inf,), (math.nan,)])
+def test_scales_that_cannot_be(dataset, scales):
+    model = made("dense", "semantic")
+    picture = open_picture(dataset[0].image)
+    with pytest.raises(ValueError, match="scales: expected positive numbers, got"):
+        predict(model, task_of(model), picture, windows_for(model, picture), scales=scales)
+
+
+def test_windows_are_as_large_as_the_model_sees_them(monkeypatch):
+    """Tiles in its pixels, on the side that is magnified most, and memory of its pixels."""
+    model = made("dense", "semantic")
+    picture = open_picture(np.zeros((60, 100, 3), np.uint8))
+    sides = {side for w in windows_for(model, picture, 50, 4, Resize((30, 200))) for side in w.size}
+    assert sides == {25}
+    sysconf = os.sysconf
+    pages = 2**27 // sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(os, "sysconf", lambda n: pages if n == "SC_PHYS_PAGES" else sysconf(n))
+    large = Resize((600, 1000))
+    with pytest.raises(ValueError, match="600 x 1000 pixels at once need more than"):
+        windows_for(model, picture, resize=large)
+    assert len(windows_for(model, picture)) == 1
+    assert len(windows_for(model, picture, 500, 10, large)) > 1
+    assert len(windows_for(model, picture, resize=Resize((400, 1000)))) == 1
 
 
 def test_objects_as_targets_of_queries():
