@@ -126,6 +126,38 @@ def test_a_file_in_parts_gives_a_mapped_file(tmp_path, one_thread):
         map_tiles(classes, tokens, 50.0, 5.0, out=out)
 
 
+def test_tiles_are_in_the_order_of_the_source_and_beside_the_result(tmp_path, one_thread):
+    tokens, out = map_cloud(300), tmp_path / "rows.npy"
+    seen = []
+
+    def rows(tile):
+        row = tile.fields["row"]
+        seen.append((row.diff() > 0).all() and not tile.fields["inner"].all())
+        assert any(name.startswith("tiles-") for name in os.listdir(tmp_path))
+        return row
+
+    parts = [tokens.select(torch.arange(300).view(2, 150)[n], [150]) for n in range(2)]
+    assert torch.equal(map_tiles(rows, parts, 50.0, 20.0, out=out), torch.arange(300))
+    assert len(seen) > 10
+    assert all(seen)
+
+
+def test_a_function_may_look_as_far_as_the_halo_from_the_points_of_the_box(one_thread):
+    tokens = map_cloud(100)
+
+    def look(tile, inside, outside):
+        inner = tile.fields["inner"]
+        return inner.long(), torch.where(inner, inside, outside)
+
+    found = map_tiles(partial(look, inside=20.0, outside=1e9), tokens, 50.0, 20.0)
+    assert torch.equal(found, torch.ones(100, dtype=torch.int64))
+    with pytest.raises(ValueError, match="halo: expected more"):
+        map_tiles(partial(look, inside=torch.nan, outside=1.0), tokens, 50.0, 20.0)
+    # Of one tile that has all points no one knows better.
+    whole = map_tiles(partial(nearest, k=120), tokens, 1000.0, 500.0)
+    assert torch.equal(whole, nearest(tokens, 120)[0])
+
+
 def test_odd_clouds(one_thread):
     for count in (0, 1, 5):
         same = TokenSet(torch.full((count, 3), 3.5), torch.ones(count, 2, dtype=torch.bfloat16))
@@ -142,6 +174,8 @@ def test_what_does_not_fit(one_thread):
         map_tiles(partial(nearest, k=99), tokens, 100.0, 5.0)
     with pytest.raises(ValueError, match="tile_size: expected at least the halo, 20, got 1"):
         map_tiles(blurred, tokens, 1.0, 20.0)
+    with pytest.raises(ValueError, match=r"tile_size: expected at least the halo, 20, got .*1"):
+        map_tiles(blurred, tokens, (99.0, 99.0, 1.0), 20.0)
     with pytest.raises(ValueError, match="tile_size: expected 1 or 3 numbers, got 2"):
         map_tiles(blurred, tokens, (9.0, 9.0), 5.0)
     with pytest.raises(ValueError, match="tile_size: expected tiles that can be counted"):
