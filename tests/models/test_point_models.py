@@ -111,6 +111,19 @@ def test_all_parameters_learn(head):
     assert not idle
 
 
+@pytest.mark.parametrize("coordinates", ["z", "xyz", ""])
+def test_points_are_embedded_by_these_coordinates_and_their_neighbors(coordinates):
+    points = cloud(channels=1)
+    embed = tiny(in_channels=1, coordinates=coordinates).backbone.patch_embed
+    columns = [points.positions[:, "xyz".index(axis), None] / 8 for axis in coordinates]
+    with torch.no_grad():
+        inputs = torch.cat([*columns, points.features], 1)
+        x = torch.nn.functional.gelu(embed.norm1(embed.linear(inputs)))
+        around = embed.conv(points.with_features(x)).features
+        found = embed(points, None).features
+        torch.testing.assert_close(found, embed.norm2(x + around))
+
+
 def test_two_dimensions():
     model = tiny("point_segmentation", dimensions=2, coordinates="xy")
     assert run(model, cloud(dimensions=2)).shape == (130, 3)
@@ -175,9 +188,9 @@ def test_images_are_refused():
 def test_a_lower_rate_keeps_fewer():
     model, points = tiny(), cloud((200,))
     counts = []
-    for rate in (0.25, 0.5):
+    for rate in (0.25, 0.5, (0.25, 0.5)):
         model.reconfigure(rate=rate)
         with torch.no_grad():
             _, stages = model(model.preprocess(points), with_stages=True)
         counts.append([stage.tokens.num_tokens for stage in stages])
-    assert counts == [[200, 50, 13], [200, 100, 50]]
+    assert counts == [[200, 50, 13], [200, 100, 50], [200, 50, 25]]
