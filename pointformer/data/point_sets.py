@@ -31,8 +31,9 @@ from pointformer.data.annotations import (
     renumbered,
 )
 from pointformer.data.images import Reading
+from pointformer.data.json_files import repeated
 from pointformer.data.points import read_points
-from pointformer.data.points.asprs import class_codes, standard_name
+from pointformer.data.points.asprs import class_codes, standard_code, standard_name
 from pointformer.data.points.columns import column_named
 from pointformer.tokens import TokenSet
 
@@ -189,8 +190,9 @@ def read_objects(
     xyz = _checked(archive.path, f"{start}xyz", archive[f"{start}xyz"], (None, None, 3))
     labels = _checked(archive.path, f"{start}label", archive[f"{start}label"], (len(xyz),))
     listed = archive.classes()
-    named = _named(categories, _names(listed, [labels]), listed)
-    _warn_of_others(path, {archive.path: labels}, named)
+    found = _counted(labels)
+    named = _named(categories, _names(listed, found), listed)
+    _warn_of_others(path, found, named)
     kept = _numbered(archive.path, labels, named)
     name = archive.path.stem
     entries = []
@@ -222,6 +224,7 @@ class _Scene:
 
     Attributes:
         label: the column of the classes, "" if there is none.
+        numbers: those of the data set for the labels in the file; `None`: the same.
         problem: why the file cannot be read, "" if it can.
     """
 
@@ -229,6 +232,7 @@ class _Scene:
         self.path = path
         self._read: dict[tuple[str, ...], TokenSet] = {}
         self.archive: _Archive | None = None
+        self.numbers: dict[int, int] | None = None
         self.problem = ""
         names: Iterable[str] = ()
         try:
@@ -268,13 +272,28 @@ class _Scene:
                 )
         return self._read[features]
 
-    def labels(self) -> np.ndarray:
-        """(T,) int64."""
-        return self.labels_of(self.points(next(iter(self._read), ())))
+    def counts(self) -> Counter[int]:
+        """How many points have which label in the file."""
+        labels = self.points(next(iter(self._read), ())).fields[self.label]
+        return _counted(labels.flatten().long().numpy())
 
     def labels_of(self, points: TokenSet) -> np.ndarray:
-        """(T,) int64, of what `points` gave."""
-        return points.fields[self.label].flatten().long().numpy()
+        """(T,) int64 in the numbers of the data set, of what `points` gave."""
+        labels = points.fields[self.label].flatten().long().numpy()
+        if self.numbers is None:
+            return labels
+        values, places = np.unique(labels, return_inverse=True)
+        return np.array([self.number_of(v) for v in values.tolist()], np.int64)[places]
+
+    @property
+    def is_renumbered(self) -> bool:
+        """Whether the data set has other numbers for its labels."""
+        return any(label != number for label, number in (self.numbers or {}).items())
+
+    def number_of(self, label: int) -> int:
+        """The number of the data set for a label in the file, VOID if that is none of those for
+        which it has others."""
+        return label if self.numbers is None else self.numbers.get(label, VOID)
 
     def rows(self, split: str) -> torch.Tensor | None:
         """A mask of the points of a split, `None` for all."""
@@ -339,9 +358,12 @@ def read_scenes(
     .ply, .xyz, .pts; in folders train, val and test, or all in one) with a column `label`, `labels`
     or `classification`.
 
-    Classes are those that an archive names in `classes`; else the numbers found in any split, by
-    the LAS standard's names where all are `classification`. A warning names classes of the points
-    that are not among given ones: these points are void.
+    Classes are those that archives name in `classes`; else the numbers found in any split, by the
+    LAS standard's names where all are `classification`. Archives may list other classes, or in
+    another order, and there may be files with codes of the LAS standard beside them: classes are
+    the same by their names, whatever their numbers in the file; other files without names have the
+    numbers of the archives, which must be the same then. A warning names classes of the points that
+    are not among given ones: these points are void.
 
     Args:
         categories: classes, as a model has them, or names of the labels 0, 1, ... Classes are found
@@ -359,32 +381,42 @@ def read_scenes(
         ImportError: a package of the extra `points` is missing.
     """
     found = _scenes(path)
-    labels: dict[Path, np.ndarray] = {}
+    counts: dict[_Scene, Counter[int]] = {}
     problems: dict[str, str] = {}
-    scenes = []
     for scene in (scene for part in found.values() for scene in part):
         try:
             if scene.problem:
                 raise ValueError(scene.problem)
             if not scene.label:
                 raise ValueError(f"{scene.path}: has no classes, none of {', '.join(_LABELS)}")
-            labels[scene.path] = scene.labels()
-            scenes.append(scene)
+            counts[scene] = scene.counts()
         except (ValueError, OSError) as error:
             problems[scene.path.name] = str(error)
-    archives = [scene.archive for scene in scenes if scene.archive is not None]
-    listed = next((own for archive in archives if (own := archive.classes())), None)
-    standard = bool(scenes) and all(scene.has_codes for scene in scenes)
-    names = _names(listed, [*labels.values()], standard_name if standard else str)
+    listed = _common_list(counts)
+    differing = next((scene for scene in counts if scene.is_renumbered), None)
+    given = void is not None or not all(isinstance(c, Category) for c in categories or ())
+    if differing is not None and given:
+        raise ValueError(
+            f"{differing.path}: numbers its classes in another way than other files of {path}, so "
+            "names and void labels by number (data.categories, data.void) cannot hold for all; "
+            "leave them out"
+        )
+    standard = bool(counts) and all(scene.has_codes for scene in counts)
+    found_labels = {label for own in counts.values() for label in own}
+    names = _names(listed, found_labels, standard_name if standard else str)
     if void is None:
         void = [number for number, name in names.items() if name.lower() in _IGNORED]
     named = _named(categories, names, listed, standard, void)
-    if scenes and not named:
+    if counts and not named:
         raise ValueError(
             f"{path}: expected points with classes, found only {', '.join(names.values())}"
         )
-    used = [scene for scene in found.get("") or found.get(split, []) if scene in scenes]
-    _warn_of_others(path, {scene.path: labels[scene.path] for scene in used}, named, names, void)
+    used = [scene for scene in found.get("") or found.get(split, []) if scene in counts]
+    labels: Counter[int] = Counter()
+    for scene in used:
+        for label, count in counts[scene].items():
+            labels[scene.number_of(label)] += count
+    _warn_of_others(path, labels, named, names, void)
     stems = Counter(scene.path.stem for scene in used)
     entries = []
     for scene in used:
@@ -412,16 +444,69 @@ def _read_scene(
     return PointAnnotation(name, tokens, labels=numbers)
 
 
+def _common_list(counts: Mapping[_Scene, Iterable[int]]) -> list[str] | None:
+    """Names of the classes 0, 1, ... of all files, `None` if none lists any. Files that number
+    them in another way are told their `numbers`.
+
+    Args:
+        counts: the labels in each file.
+
+    Raises:
+        ValueError: naming the file whose classes cannot be found by name.
+    """
+    lists = {s: own for s in counts if s.archive is not None and (own := s.archive.classes())}
+    first = next(iter(lists), None)
+    others = [scene for scene in counts if scene not in lists]
+    if first is None:
+        return None
+    if not any(s.has_codes for s in others) and all(x == lists[first] for x in lists.values()):
+        return lists[first]
+    names: dict[str, str] = {}  # as first spelled, by what they are in all files
+    for scene, own in lists.items():
+        keys = [name.lower() for name in own]
+        twice = repeated(keys)
+        if twice:
+            raise ValueError(
+                f"{scene.path}: has two classes {min(twice)!r}, so that they cannot be found in "
+                "other files by name; give them different names"
+            )
+        names |= {key: name for key, name in zip(keys, own, strict=True) if key not in names}
+        places = {key: number for number, key in enumerate(names)}
+        scene.numbers = {number: places[key] for number, key in enumerate(keys)}
+    differing = next((scene for scene in lists if scene.is_renumbered), None)
+    numbers = {number: number for number in range(len(names))}
+    codes = {code: key for key in reversed(names) if (code := standard_code(key)) is not None}
+    for scene in others:
+        if not scene.has_codes and differing is not None:
+            raise ValueError(
+                f"{scene.path}: has classes without names beside {first.path.name} and "
+                f"{differing.path.name}, which number theirs differently; name them in `classes` "
+                "of an .npz archive"
+            )
+        if not scene.has_codes:
+            scene.numbers = numbers
+            continue
+        own_keys = {code: codes.get(code, standard_name(code)) for code in sorted(counts[scene])}
+        names |= {key: key for key in own_keys.values() if key not in names}
+        places = {key: number for number, key in enumerate(names)}
+        scene.numbers = {code: places[key] for code, key in own_keys.items()}
+    return [*names.values()]
+
+
+def _counted(labels: np.ndarray) -> Counter[int]:
+    numbers, counts = np.unique(labels, return_counts=True)
+    return Counter(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+
+
 def _names(
     listed: Sequence[str] | None,
-    labels: Sequence[np.ndarray],
+    labels: Iterable[int],
     name_of: Callable[[int], str] = str,
 ) -> dict[int, str]:
     """Names of labels: as a file lists them, or of those that are there."""
     if listed is not None:
         return dict(enumerate(listed))
-    found = sorted(set().union(*(np.unique(x).tolist() for x in labels)))
-    return {int(number): name_of(int(number)) for number in found}
+    return {int(number): name_of(int(number)) for number in sorted(labels)}
 
 
 def _named(
@@ -462,16 +547,12 @@ def _labelled(
 
 def _warn_of_others(
     path: Path,
-    labels: Mapping[Path, np.ndarray],
+    found: Mapping[int, int],
     categories: Sequence[Category],
     names: Mapping[int, str] = MappingProxyType({}),
     void: Sequence[int] = (),
 ) -> None:
-    """Warn of labels that are neither of the classes nor void."""
-    found: Counter[int] = Counter()
-    for values in labels.values():
-        numbers, counts = np.unique(values, return_counts=True)
-        found.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+    """Warn of labels, by which there are how many, that are neither of the classes nor void."""
     known = {category.id for category in categories} | set(void)
     others = {number: count for number, count in found.items() if number not in known}
     if others:

@@ -164,6 +164,65 @@ def test_classes_of_a_model_are_found_by_names_that_files_list(tmp_path):
     assert [c.name for c in found.categories] == ["car", "boat", "tree"]
 
 
+def write_named(path, labels, classes):
+    xyz = np.random.default_rng(0).random((len(labels), 3))
+    np.savez(path, xyz=xyz, label=labels, classes=classes)
+
+
+def test_classes_are_found_by_name_where_files_number_them_in_their_own_ways(tmp_path, recwarn):
+    write_named(tmp_path / "a.npz", [0, 1, 2], ["ground", "Building", "ignored"])
+    write_named(tmp_path / "b.npz", [0, 1, 2, -1], ["building", "tree", "ground"])
+    write_codes(tmp_path / "c.las", (2, 6, 9, 0), count=4)
+    write_named(tmp_path / "d.npz", [0, 1], ["ground", "Building"])
+    dataset = open_dataset(tmp_path, task="point_segmentation")
+    names = [c.name for c in dataset.categories]
+    assert names == ["ground", "Building", "tree", "water"]
+    expected = [[0, 1, VOID], [1, 2, 0, VOID], [0, 1, 3, VOID], [0, 1]]
+    assert [a.labels.tolist() for a in pickle.loads(pickle.dumps(dataset))] == expected
+    model = [Category(0, "building"), Category(1, "Ground")]
+    assert not [w for w in recwarn if "'-1'" not in str(w.message)]
+    with pytest.warns(UserWarning, match=r"none of the classes, .*: \['-1', 'tree', 'water'\]"):
+        found = open_dataset(tmp_path, task="point_segmentation", categories=model)
+    assert [a.labels[:2].tolist() for a in found] == [[1, 0], [0, VOID], [1, 0], [1, 0]]
+
+
+def test_a_label_that_its_file_does_not_list_is_no_class_of_others(tmp_path):
+    write_named(tmp_path / "a.npz", [0, 1], ["ground", "tree"])
+    write_named(tmp_path / "b.npz", [0, 1], ["ground"])
+    with pytest.warns(UserWarning, match="25% have labels that are none of the classes"):
+        dataset = open_dataset(tmp_path, task="point_segmentation")
+    assert [a.labels.tolist() for a in dataset] == [[0, 1], [0, VOID]]
+
+
+@pytest.mark.parametrize(
+    ("more", "given", "message"),
+    [
+        ({"label": [0, 1]}, {}, r"c.npz: has classes without names beside a.npz and b.npz, which"),
+        ({"label": [0, 1], "classes": ["x", "X"]}, {}, "c.npz: has two classes 'x'"),
+        ({}, {"categories": ["earth", "house"]}, r"b.npz: numbers its classes in another way"),
+        ({}, {"void": [0]}, r"b.npz: numbers its classes in another way .* \(data.categories, "),
+    ],
+)
+def test_classes_that_cannot_be_found_by_name(tmp_path, more, given, message):
+    write_named(tmp_path / "a.npz", [0, 1], ["ground", "building"])
+    write_named(tmp_path / "b.npz", [0, 1], ["building", "ground"])
+    if more:
+        np.savez(tmp_path / "c.npz", xyz=np.eye(3)[:2], **more)
+    with pytest.raises(ValueError, match=message):
+        open_dataset(tmp_path, task="point_segmentation", **given)
+
+
+def test_files_without_names_have_the_numbers_of_those_with_names(tmp_path):
+    write_named(tmp_path / "a.npz", [0, 1], ["tree", "car"])
+    write_codes(tmp_path / "b.ply", (1, 0), "label", 2)
+    for names in (["tree", "car"], ["tree", "car", "ground"]):
+        dataset = open_dataset(tmp_path, task="point_segmentation")
+        assert [c.name for c in dataset.categories] == names
+        assert [a.labels.tolist() for a in dataset][:2] == [[0, 1], [1, 0]]
+        if "ground" not in names:
+            write_codes(tmp_path / "c.las", (2,))
+
+
 def test_objects_are_scored_by_the_classes_of_the_model(tmp_path):
     write_objects(tmp_path / "all.npz")
     every = read_objects(tmp_path / "all.npz", "train").categories

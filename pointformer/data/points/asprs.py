@@ -67,7 +67,7 @@ def class_codes(categories: Sequence[Category], most: int = 255) -> list[int]:
         )
     codes: dict[int, int] = {}
     for number, category in enumerate(categories):
-        code = _standard(category.name)
+        code = standard_code(category.name)
         if code is not None and code <= most and code not in codes.values():
             codes[number] = code
     taken = {*codes.values(), *(_DEFINED if codes else ())}
@@ -84,6 +84,7 @@ def class_codes(categories: Sequence[Category], most: int = 255) -> list[int]:
     return [codes[n] if n in codes else next(rest) for n in range(len(categories))]
 
 
-def _standard(name: str) -> int | None:
+def standard_code(name: str) -> int | None:
+    """The standard's code of a class of this name, see `class_codes`; `None` if it has none."""
     words = re.sub(r"[^a-z]+", " ", name.lower()).strip()
     return _CODES.get(words, _CODES.get(words.removesuffix("s")))
