@@ -374,6 +374,22 @@ def test_features_of_points(tmp_path):
         read_points(tmp_path / "tile.laz", features="intensity")
 
 
+def test_intensities_are_relative_to_their_largest(tmp_path):
+    """Which means nothing of decibels; NaN is named, nothing but zeros stays so."""
+    path = tmp_path / "a.npz"
+    for intensity, message in (
+        ([-30, -20, -10], r"a.npz: Intensity: is negative at 3 of 3 points, down to -30, .* \*\* "),
+        ([0, 100, -1], "Intensity: is negative at 1 of 3 points"),
+        ([0, np.nan, 1], "intensity: is NaN or infinite at 1 of 3 points"),
+    ):
+        np.savez(path, xyz=np.eye(3), Intensity=np.array(intensity, np.float32))
+        with pytest.raises(ValueError, match=message):
+            read_points(path, features=["intensity"])
+    np.savez(path, xyz=np.eye(3), Intensity=np.zeros(3), height=-np.arange(3.0))
+    features = read_points(path, features=["intensity", "height"]).features
+    assert features.tolist() == [[0, 0], [0, -1], [0, -2]]
+
+
 @pytest.mark.parametrize(
     ("classes", "most", "codes"),
     [

@@ -78,15 +78,16 @@ def read_points(
         fields: names of those to keep; `None` keeps all.
         origin: as for `TokenSet.from_world`; zeros leave the coordinates as they are, rounded.
         features: names of columns that become the features (T, C) float32, in this order, as
-            models of points are trained with them: `intensity` is divided by its 99th percentile
-            in the file and at most 1, others are as they are. Groups are not joined here: `red`.
-            Other spellings of a name are found too: `ReturnNumber` and `scalar_Return_Number`, as
-            PDAL and CloudCompare write it, for `return_number`. `None`: the file's own.
+            models of points are trained with them: `intensity`, which must not be negative, is
+            divided by its 99th percentile in the file and at most 1, others are as they are. Groups
+            are not joined here: `red`. Other spellings of a name are found too: `ReturnNumber` and
+            `scalar_Return_Number`, as PDAL and CloudCompare write it, for `return_number`. `None`:
+            the file's own.
 
     Raises:
         OSError: the file is not there or cannot be read.
         ValueError: it is no such file, or damaged, has no such field, or a position or a feature
-            is NaN; the message names it.
+            is NaN, or an intensity negative; the message names it.
         ImportError: a package of the extra `points` is missing.
     """
     path = _checked_path(path)

@@ -120,6 +120,13 @@ def feature_of(name: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     if bad:
         raise ValueError(f"{name}: is NaN or infinite at {bad} of {len(values)} points")
     if name == "intensity" and len(values):
+        below = np.count_nonzero(values < 0)
+        if below:
+            raise ValueError(
+                f"{column}: is negative at {below} of {len(values)} points, down to "
+                f"{values.min():.4g}, but is to be relative to its 99th percentile; write it on a "
+                "linear scale from 0 on (decibels as 10 ** (dB / 10))"
+            )
         values = np.minimum(values / max(float(np.percentile(values, 99)), 1e-6), 1)
     return values
 
