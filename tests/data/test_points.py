@@ -326,9 +326,58 @@ def test_what_cannot_be_read_or_written(tmp_path):
         write_points(tmp_path / "a.las", wrong)
     with pytest.raises(ValueError, match=r"tokens: \.las files hold 3-D positions"):
         write_points(tmp_path / "a.las", TokenSet(torch.rand(3, 2)))
-    with pytest.raises(ValueError, match="fields: there are two columns x"):
-        write_points(tmp_path / "a.ply", tokens.with_fields(x=torch.zeros(2)))
+    two = {"x": torch.zeros(2, 2), "x_0": torch.zeros(2)}
+    with pytest.raises(ValueError, match="fields: there are two columns x_0"):
+        write_points(tmp_path / "a.ply", tokens.with_fields(**two))
+    with pytest.raises(ValueError, match="field c: expected real numbers, got complex64"):
+        write_points(tmp_path / "a.xyz", tokens.with_fields(c=torch.zeros(2, dtype=torch.cfloat)))
     assert not list(tmp_path.iterdir())
+
+
+NAMES = (
+    *("x", "X", "Z", "positions", "origin", "features", "points", "file", "my col", "'q'", "é"),
+    *("1", "nan", "a,b", "a;b", "a\tb", "a\nb", "#a", " a", "", "a" * 40, "scales", "\0", "label"),
+)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "dimensions"),
+    [(suffix, 3) for suffix in ("las", "ply", "npz", "xyz", "csv")]
+    + [(suffix, 2) for suffix in ("npz", "xyz", "csv")],
+)
+def test_fields_are_read_by_their_names_or_refused(tmp_path, suffix, dimensions):
+    """No field becomes a coordinate, or one that is called otherwise."""
+    path = tmp_path / f"a.{suffix}"
+    world = torch.rand(4, dimensions).double()
+    refused = []
+    for name in NAMES:
+        tokens = TokenSet.from_world(world, fields={name: torch.tensor([1, 0, 1, 1])})
+        try:
+            write_points(path, tokens, overwrite=True)
+        except ValueError as error:
+            assert f"field {name!r}: " in str(error)  # noqa: PT017
+            refused.append(name)
+            continue
+        again = read_points(path)
+        torch.testing.assert_close(again.world_positions(), world, rtol=0, atol=1e-6)
+        assert again.fields[name].tolist() == [1, 0, 1, 1], name
+    assert {"x", "features", ""} <= {*refused}
+    fine = {"label", "#a", "points"} - ({"points"} if suffix == "las" else set())
+    assert not fine & {*refused}
+    assert ("my col" in refused) == (suffix == "ply")
+
+
+def test_classes_of_text_whose_columns_have_names_of_several_words(tmp_path):
+    (tmp_path / "a.txt").write_text("x\ty\tz\tscan angle\n1\t2\t3\t4\n")
+    write_classes(tmp_path / "b.txt", tmp_path / "a.txt", torch.tensor([7]))
+    fields = read_points(tmp_path / "b.txt").fields
+    assert {name: rows.tolist() for name, rows in fields.items()} == {
+        "scan angle": [4],
+        "classification": [7],
+    }
+    (tmp_path / "a.txt").write_text("x;y;z;a,b\n1;2;3;4\n")
+    with pytest.raises(ValueError, match=r"a.txt: field 'a,b': it cannot stand in the first line"):
+        write_classes(tmp_path / "c.txt", tmp_path / "a.txt", torch.tensor([7]))
 
 
 @pytest.mark.parametrize(

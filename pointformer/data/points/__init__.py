@@ -1,7 +1,8 @@
 """Point clouds in files: LAS and LAZ, PLY, NPZ, and text in columns (XYZ, PTS, CSV).
 
-A format is a module with `read`, from a path to columns by name, `write`, the way back, and
-`write_classes`, a copy of a file with a class per point.
+A format is a module with `read`, from a path to columns by name, `write`, the way back,
+`objection`, what speaks against a name of a column in a file of a suffix, and `write_classes`, a
+copy of a file with a class per point.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _FORMATS = {
     text: (".xyz", ".txt", ".csv", ".pts", ".asc"),
 }
 
-_WRITERS = {suffix: kind.write for kind, suffixes in _FORMATS.items() for suffix in suffixes}
+_KINDS = {suffix: kind for kind, suffixes in _FORMATS.items() for suffix in suffixes}
 
 
 def read_points(
@@ -204,7 +205,7 @@ def write_points(
     Raises:
         FileExistsError: there is such a file, and not `overwrite`.
         TypeError, ValueError: there are several samples, the suffix is another, or a field does not
-            fit the format.
+            fit the format, or has a name by which it would be read as something else.
         ImportError: a package of the extra `points` is missing.
     """
     path = _checked_path(path)
@@ -213,19 +214,20 @@ def write_points(
         raise TypeError(f"tokens: expected a TokenSet, got {describe(tokens)}")
     if len(tokens) != 1:
         raise ValueError(f"tokens: expected one sample, got {len(tokens)}; write tokens.sample(b)")
-    writer = _WRITERS.get(path.suffix.lower())
-    if writer is None:
+    suffix = path.suffix.lower()
+    kind: Any = _KINDS.get(suffix)
+    if kind is None:
         raise ValueError(
-            f"path: expected a name that ends in {', '.join(_WRITERS)}, got {brief(str(path))}"
+            f"path: expected a name that ends in {', '.join(_KINDS)}, got {brief(str(path))}"
         )
-    if tokens.dimensions != 3 and writer in (las.write, ply.write):
+    if tokens.dimensions != 3 and kind in (las, ply):
         raise ValueError(f"tokens: {path.suffix} files hold 3-D positions, got {tokens}")
     if not overwrite and os.path.lexists(path):
         raise FileExistsError(f"{path}: is there already")
     try:
-        columns = columns_of(tokens, whole=writer is npz.write)
+        columns = columns_of(tokens, kind is npz, lambda name: kind.objection(name, suffix))
         with atomic_path(path, replace=overwrite) as temporary:
-            writer(temporary, columns)
+            kind.write(temporary, columns)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {_in_a_line(error)}") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -131,12 +131,39 @@ def feature_of(name: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     return values
 
 
-def columns_of(tokens: TokenSet, whole: bool) -> dict[str, np.ndarray]:
-    """World coordinates and fields; `whole` fields, and features, or columns of numbers."""
+def check_names(names: Iterable[str], objection: Callable[[str], str]) -> None:
+    """Raise `ValueError` where a column would not be read by its name.
+
+    Args:
+        objection: of the file's format: what speaks against a name, "" if nothing does.
+    """
+    for name in names:
+        against = objection(name)
+        if against:
+            raise ValueError(f"field {brief(name)}: {against}; give it another name")
+
+
+def columns_of(
+    tokens: TokenSet, whole: bool, objection: Callable[[str], str]
+) -> dict[str, np.ndarray]:
+    """World coordinates and fields; `whole` fields, and features, or columns of numbers.
+
+    Raises:
+        ValueError: naming the field, if it would not be read as what it is.
+    """
+
+    def against(name: str) -> str:
+        taken = not name or name in (*AXES, "features") or "\0" in name  # in all formats
+        return "it would be read as something else" if taken else objection(name)
+
     tokens = tokens.input_order()
     world = tokens.world_positions().cpu().numpy()
     fields = {name: _array(rows) for name, rows in tokens.fields.items()}
+    for name, rows in fields.items():
+        if rows.dtype.kind == "c":
+            raise ValueError(f"field {name}: expected real numbers, got {rows.dtype}")
     if whole:
+        check_names(fields, against)
         features = {"features": _array(tokens.features)} if tokens.channels else {}
         return {"positions": world, **features, **fields}
     columns = dict(zip(AXES, world.T, strict=False))
@@ -147,6 +174,7 @@ def columns_of(tokens: TokenSet, whole: bool) -> dict[str, np.ndarray]:
             parts = _GROUPS.get(name, ())
             if len(parts) != width:
                 parts = tuple(f"{name}_{i}" for i in range(width))
+        check_names(parts, against)
         for part, column in zip(parts, rows.reshape(len(rows), width).T, strict=True):
             if part in columns:
                 raise ValueError(f"fields: there are two columns {part}")

@@ -16,6 +16,11 @@ _INDEX = "copc"  # records of cloud-optimized files with places of points within
 _WKT, _GEO_KEYS = 2112, 34735  # records with the coordinate system
 _MODEL_TYPE, _LINEAR_UNIT = 1024, 3076  # keys of GeoTIFF
 _GEOGRAPHIC, _FEET = 2, range(9002, 9006)
+_OWN = (  # what laspy has under such names instead of a dimension
+    *("X", "Y", "Z", "points", "header", "point_format", "scales", "offsets"),
+    *("bit_fields", "classification_flags"),
+)
+_LONGEST = 32  # name of an extra dimension, in bytes
 _EXTRA = {"bool": np.dtype(np.uint8), "float16": np.dtype(np.float32)}  # dtypes that LAS has not
 
 
@@ -59,6 +64,13 @@ def iterate(path: Path, size: int | None) -> Iterator[dict[str, np.ndarray]]:
         raise _unreadable(path, error) from None
     if found != expected:
         raise ValueError(f"is cut off: {found} of {expected} points are there")
+
+
+def objection(name: str, suffix: str) -> str:
+    if name in _OWN:
+        return f"LAS files call something else {name}"
+    longer = len(name.encode()) > _LONGEST
+    return f"names in LAS files have at most {_LONGEST} bytes" if longer else ""
 
 
 def write(path: Path, columns: dict[str, np.ndarray]) -> None:

@@ -12,6 +12,8 @@ from pointformer._checks import brief
 from pointformer.data.points.columns import AXES, column_named, with_axes
 
 _POSITIONS = ("positions", "xyz", "points", "coord", "pos", "xyz_cm")
+# Names that fields cannot have: of positions and their origin, and of arguments of NumPy.
+_TAKEN = (_POSITIONS[0], "origin", "file", "allow_pickle")
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -34,7 +36,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
                 positions = positions + origin.astype(np.float64)
             arrays |= dict(zip(AXES, positions.T, strict=False))
             break
-    arrays = with_axes(arrays)
+    else:
+        arrays = with_axes(arrays)
     if "x" not in arrays:
         raise ValueError(f"has no array {', '.join(_POSITIONS)} or x, only {brief([*arrays])}")
     rows = arrays["x"].shape[:1]
@@ -51,6 +54,10 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot be read as NPZ: {error}") from None
+
+
+def objection(name: str, suffix: str) -> str:
+    return "it would be read as something else" if name in _TAKEN else ""
 
 
 def write(path: Path, columns: dict[str, np.ndarray]) -> None:

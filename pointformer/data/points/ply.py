@@ -45,6 +45,11 @@ def read(path: Path) -> dict[str, np.ndarray]:
     return columns
 
 
+def objection(name: str, suffix: str) -> str:
+    plain = name.isascii() and name.split() == [name] and name.isprintable()
+    return "" if plain else "names in PLY files are single words in ASCII"
+
+
 def write(path: Path, columns: dict[str, np.ndarray]) -> None:
     plyfile = _plyfile()
     fitting = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pointformer.data.points.columns import AXES, as_table, column_named, resolution_of
+from pointformer.data.points.columns import AXES, as_table, check_names, column_named, resolution_of
 
 _COMMENTS = ("#", "//")
 _LINES = 100  # of comments, at most, before the first point
@@ -25,24 +25,13 @@ def read(path: Path) -> dict[str, np.ndarray]:
     names: list[str] = []
     skipped = 0
     for skipped, line in enumerate(lines):  # noqa: B007  (read after the loop)
-        words = line.strip()
-        comment = next((sign for sign in _COMMENTS if words.startswith(sign)), "")
-        words = words[len(comment) :].strip()
-        delimiter = next((sign for sign in ";\t," if sign in words), None)
-        if delimiter == "," and _decimal_commas(words):
-            delimiter, decimal = None, ","
-        else:
-            decimal = "," if delimiter in (";", "\t") else "."  # where a column has one
-        closed = delimiter in (";", ",") and words.endswith(delimiter)  # after each column
-        words = words[:-1] if closed else words
-        parts = [part.strip().strip("\"'") for part in words.split(delimiter)]
-        parts = [part.lower() if part.lower() in AXES else part for part in parts]
-        if comment and words:
+        comment, parts, delimiter, decimal, closed = _parsed(line)
+        if comment and parts:
             noted = parts
         elif any(_is_number(part.replace(decimal, ".")) for part in parts):
             if len(parts) > 1:
                 break  # the first point; else it is their number, with which PTS files begin
-        elif words:
+        elif parts:
             names = parts
     else:
         raise ValueError("has no points: expected lines of numbers, x, y and z first")
@@ -69,6 +58,24 @@ def read(path: Path) -> dict[str, np.ndarray]:
     return {name: _whole(column) for name, column in zip(names, table.T, strict=True)}
 
 
+def _parsed(line: str) -> tuple[str, list[str], str | None, str, bool]:
+    """Of a line: the sign of a comment, its columns (none of an empty line), what is between them
+    (`None`: spaces), its decimal sign, whether there is a delimiter after each column."""
+    words = line.strip()
+    comment = next((sign for sign in _COMMENTS if words.startswith(sign)), "")
+    words = words[len(comment) :].strip()
+    delimiter = next((sign for sign in ";\t," if sign in words), None)
+    if delimiter == "," and _decimal_commas(words):
+        delimiter, decimal = None, ","
+    else:
+        decimal = "," if delimiter in (";", "\t") else "."  # where a column has one
+    closed = delimiter in (";", ",") and words.endswith(delimiter)  # after each column
+    words = words[:-1] if closed else words
+    parts = [part.strip().strip("\"'") for part in words.split(delimiter)] if words else []
+    parts = [part.lower() if part.lower() in AXES else part for part in parts]
+    return comment, parts, delimiter, decimal, closed
+
+
 def _decimal_commas(words: str) -> bool:
     """Whether numbers with decimal commas stand between spaces: "1,5 2,5 3", not "1, 2, 3"."""
     parts = words.split()
@@ -92,6 +99,19 @@ def _whole(column: np.ndarray) -> np.ndarray:
     return column.astype(np.int64) if whole.all() else column
 
 
+def objection(name: str, suffix: str) -> str:
+    _, parts, *_ = _parsed(_delimiter([name], suffix).join(["x", name]))
+    number = suffix == ".csv" and _is_number(name)  # in a line that is no comment
+    kept = name.isprintable() and parts == ["x", name] and not number
+    return "" if kept else "it cannot stand in the first line of a file of text"
+
+
+def _delimiter(names: Iterable[str], suffix: str) -> str:
+    if suffix == ".csv":
+        return ","
+    return "\t" if any(" " in name for name in names) else " "
+
+
 def write(path: Path, columns: dict[str, np.ndarray]) -> None:
     comma = path.suffix.lower() == ".csv"
     axes = [axis for axis in AXES if axis in columns]
@@ -102,10 +122,16 @@ def write(path: Path, columns: dict[str, np.ndarray]) -> None:
         for name, rows in columns.items()
     ]
     table = as_table(columns)
-    delimiter = "," if comma else " "
+    delimiter = _delimiter(columns, path.suffix.lower())
     header = delimiter.join(columns)
     np.savetxt(
-        path, table, fmt=formats, delimiter=delimiter, header=header, comments="" if comma else "# "
+        path,
+        table,
+        fmt=formats,
+        delimiter=delimiter,
+        header=header,
+        comments="" if comma else "# ",
+        encoding="utf-8",
     )
 
 
@@ -115,4 +141,6 @@ def write_classes(path: Path, source: Path, codes: np.ndarray) -> None:
     if len(codes) != count:
         raise ValueError(f"classes: expected those of {count} points, got {len(codes)}")
     classes = column_named("classification", columns) or "classification"
+    others = [name for name in columns if name not in AXES]
+    check_names(others, lambda name: objection(name, path.suffix.lower()))
     write(path, {**columns, classes: codes})
