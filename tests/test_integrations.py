@@ -61,6 +61,71 @@ def test_pyg_both_ways(sizes):
     assert far.positions.abs().max() <= 1
 
 
+@pytest.mark.parametrize("name", ["y", "adj", "keys", "self", "_x", "num_graphs", "node_type", ""])
+@pytest.mark.parametrize("sizes", [(4, 2), (0, 3), ()])
+def test_fields_come_back_from_pyg(name, sizes):
+    rows = torch.arange(sum(sizes))
+    origin = torch.arange(len(sizes) * 3).view(-1, 3) * 1e6
+    extent = [(0.1, 2**24 + 1, 3)] * len(sizes)
+    tokens = TokenSet(
+        torch.rand(sum(sizes), 3), None, sizes, extent, origin.double(), fields={name: rows}
+    )
+    batch = to_pyg(tokens)
+    assert_same(from_pyg(batch), tokens)
+    assert from_pyg(batch).extent == tokens.extent
+    assert batch.num_graphs == len(sizes)
+
+
+def test_integers_called_x_come_back_from_pyg():
+    tokens = TokenSet(torch.rand(5, 3), None, (2, 3), fields={"x": torch.arange(5)})
+    assert_same(from_pyg(to_pyg(tokens)), tokens)
+
+
+PYG_NAMES = (
+    *("point_index", "batch_id", "face", "edge_attr", "edge_index", "edges"),
+    *("x", "pos", "batch", "ptr", "num_nodes", "num_edges", "origin", "extent"),
+)
+
+
+@pytest.mark.parametrize("name", PYG_NAMES)
+def test_fields_that_pyg_would_change_are_named(name):
+    tokens = TokenSet(torch.rand(5, 3), torch.rand(5, 1), (2, 3), fields={name: torch.arange(5)})
+    with pytest.raises(ValueError, match=f"tokens: field {name!r} would be changed or lost"):
+        to_pyg(tokens)
+
+
+def of_pyg(pos, **more):
+    from torch_geometric.data import Data
+
+    return from_pyg(Data(pos=pos, **more))
+
+
+def of_pointcept(pos, **more):
+    return from_pointcept({"coord": pos, **more})
+
+
+@pytest.mark.parametrize("take", [of_pyg, of_pointcept])
+def test_positions_keep_their_digits_and_their_origin(take):
+    whole = torch.tensor([[500_000_001, 3, 4], [500_000_017, 3, 4]])
+    assert take(whole).world_positions().tolist() == whole.tolist()
+    near = torch.tensor([[1.0, 3, 4], [2, 3, 4]])
+    for origin in (torch.full((1, 3), 100.0).double(), torch.full((3,), 100)):
+        for pos in (near, near.double(), near.long(), near.half()):
+            world = take(pos, origin=origin).world_positions()
+            assert world.tolist() == [[101, 103, 104], [102, 103, 104]]
+    two = take(near.double(), origin=torch.tensor([[1.0], [9]]).expand(2, 3), batch=torch.arange(2))
+    assert two.world_positions().tolist() == [[2, 4, 5], [11, 12, 13]]
+    with pytest.raises(ValueError, match=r"origin: expected shape \(1, 3\), got"):
+        take(near.double(), origin=torch.zeros(2, 3))
+
+
+def test_positions_on_a_canvas_stay_where_they_are():
+    pos = torch.tensor([[1.5, 2], [3, 3]]).double()
+    found = of_pyg(pos, extent=torch.tensor([[4, 4]]))
+    assert found.positions.tolist() == pos.tolist()
+    assert found.extent == ((4, 4),)
+
+
 def test_pyg_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch_geometric", None)
     with pytest.raises(ImportError, match="torch_geometric: pip install torch-geometric"):
@@ -111,3 +176,21 @@ def test_pointcept_both_ways():
         from_pointcept({"coord": torch.rand(9, 3), "offset": torch.tensor([5, 3, 9])})
     with pytest.raises(ValueError, match="add up to 7, expected 9"):
         from_pointcept({"coord": torch.rand(9, 3), "offset": torch.tensor([5, 7])})
+    with pytest.raises(ValueError, match="tokens: field 'coord' is something else in Pointcept"):
+        to_pointcept(TokenSet(torch.rand(3, 2), fields={"coord": torch.rand(3)}))
+
+
+def test_samples_of_pointcept():
+    coord = np.random.default_rng(0).random((6, 3))
+    batch = np.array([0, 0, 0, 0, 1, 1])
+    for more in (
+        {"batch": batch},
+        {"batch": torch.from_numpy(batch)},
+        {"offset": [4, 6]},
+        {"offset": np.array([4, 6], ">i4"), "batch": batch},
+    ):
+        assert from_pointcept({"coord": coord, **more}).sizes == (4, 2)
+    found = from_pointcept({"coord": coord[::-1].tolist(), "z": coord[::-1, 2]})
+    torch.testing.assert_close(found.world_positions()[:, 2], found.fields["z"], rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="batch: expected the tokens of a sample in consecutive"):
+        from_pointcept({"coord": coord, "batch": batch[::-1]})

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from pointformer import TokenSet, sizes_from_batch
 from pointformer._checks import brief, describe
+from pointformer.integrations._sets import set_of
 
 _KNOWN = {"pos", "x", "batch", "ptr", "origin", "extent"}
+_OWN = _KNOWN - {"x"} | {"num_nodes", "num_edges"}  # names that no field can have
 
 
 def _data() -> Any:
@@ -26,9 +28,10 @@ def _data() -> Any:
 def from_pyg(data: Any) -> TokenSet:
     """A token set of a `Data`, one sample, or of a `Batch`.
 
-    `pos` are the positions (float64 gets an origin), `x` the features if it is floating. The other
-    attributes of nodes are fields, such as `y` of segmentation; those of edges and of whole graphs
-    stay behind, but for `origin` and `extent`, which `to_pyg` makes.
+    `pos` are the positions (float64 and integers get an origin), `x` the features if it is
+    floating. The other attributes of nodes are fields, such as `y` of segmentation; those of edges
+    and of whole graphs stay behind, but for `origin`, to which `pos` is relative, and `extent`,
+    which `to_pyg` makes.
 
     Raises:
         TypeError, ValueError: it is neither, has no `pos`, or something does not fit.
@@ -52,31 +55,50 @@ def from_pyg(data: Any) -> TokenSet:
     if data.batch is not None:
         samples = data.num_graphs if isinstance(data, kinds.Batch) else None
         sizes = sizes_from_batch(data.batch, samples)
-    extent = data.to_dict().get("extent")
-    if data.pos.dtype == torch.float64:
-        return TokenSet.from_world(data.pos, features, sizes, extent, fields=fields)
-    origin = data.to_dict().get("origin")
-    origin = None if origin is None else origin.double().cpu()
-    return TokenSet(data.pos.float(), features, sizes, extent, origin, fields=fields)
+    origin, extent = (data.to_dict().get(name) for name in ("origin", "extent"))
+    return set_of("data.pos", data.pos, features, sizes, origin, fields, extent)
 
 
 def to_pyg(tokens: TokenSet) -> Any:
     """A `Batch` with `pos`, `x`, the fields, and `origin` and `extent` (B, D) where there are such.
 
     Raises:
+        ValueError: torch_geometric takes a field for something else, by its name.
         ImportError: torch_geometric is missing.
     """
     kinds = _data()
     if not isinstance(tokens, TokenSet):
         raise TypeError(f"tokens: expected a TokenSet, got {describe(tokens)}")
-    graphs = []
-    for sample in tokens:
-        more = dict(sample.fields)
-        if sample.origin is not None:
-            more["origin"] = sample.origin
-        if sample.extent is not None:
-            more["extent"] = torch.tensor(sample.extent)
-        if sample.channels:
-            more["x"] = sample.features
-        graphs.append(kinds.Data(pos=sample.positions, num_nodes=sample.num_tokens, **more))
+    for name, rows in tokens.fields.items():
+        features = name == "x" and (tokens.channels > 0 or rows.is_floating_point())
+        if features or name in _OWN or not _is_plain(kinds.Data, name):
+            raise ValueError(
+                f"tokens: field {name!r} would be changed or lost, since torch_geometric takes it "
+                "for something else by its name; give it another one"
+            )
+    graphs = [_graph(kinds.Data, sample) for sample in tokens]
+    if not graphs:
+        return _graph(kinds.Batch, tokens, batch=tokens.sample_index, ptr=tokens.batch_offsets)
     return kinds.Batch.from_data_list(graphs)
+
+
+def _is_plain(kind: Any, name: str) -> bool:
+    """Whether an attribute of this name has a row per node, and batches have these as they are."""
+    graph = kind(num_nodes=2)
+    graph[name] = rows = torch.zeros(2)
+    kept = graph.__cat_dim__(name, rows) == 0 and graph.__inc__(name, rows) == 0
+    return kept and graph.is_node_attr(name)
+
+
+def _graph(kind: Any, tokens: TokenSet, **more: Tensor) -> Any:
+    graph = kind(pos=tokens.positions, num_nodes=tokens.num_tokens, **more)
+    for name, rows in tokens.fields.items():
+        graph[name] = rows
+    if tokens.origin is not None:
+        graph.origin = tokens.origin
+    if tokens.extent is not None:
+        extent = torch.tensor(tokens.extent, dtype=torch.float64)
+        graph.extent = extent.view(len(tokens), tokens.dimensions)
+    if tokens.channels:
+        graph.x = tokens.features
+    return graph
