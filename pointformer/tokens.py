@@ -602,7 +602,9 @@ class TokenSet:
 
     @classmethod
     def cat(cls, sets: Sequence[TokenSet]) -> TokenSet:
-        """The samples of several token sets in one, in order; clusters are dropped."""
+        """The samples of several token sets in one, in order; clusters are dropped. Fields of
+        different dtypes get the one that holds both, unless numbers would be rounded.
+        """
         if not isinstance(sets, list | tuple) or not all(isinstance(s, TokenSet) for s in sets):
             raise TypeError(f"sets: expected a list of TokenSets, got {describe(sets)}")
         if not sets:
@@ -635,6 +637,13 @@ class TokenSet:
                 shapes = brief([*{tuple(x.shape[1:]): None for x in rows}])
                 raise ValueError(f"sets: field {name} has entries of different shapes: {shapes}")
             joined[name] = torch.cat(rows)
+            for x in rows:
+                if x.dtype != joined[name].dtype and not _holds(joined[name].dtype, x):
+                    dtypes = brief([*{_dtype_name(x): None for x in rows}])
+                    raise ValueError(
+                        f"sets: field {name} is of different dtypes, {dtypes}, and would be "
+                        f"rounded; give it one with tokens.with_fields({name}=...)"
+                    )
         return _unchecked(
             torch.cat([s.positions for s in sets]),
             torch.cat([s.features for s in sets]),
@@ -755,6 +764,14 @@ class TokenSet:
             f"TokenSet({self.num_tokens} tokens in {self.dimensions}-D, {self.channels} channels "
             f"{_dtype_name(self.features)} on {self.device}, {len(self)} samples: {sizes}{rest})"
         )
+
+
+def _holds(dtype: torch.dtype, values: Tensor) -> bool:
+    """Whether values of a dtype that `dtype` is promoted from stay what they are: all but large
+    integers, which become floating numbers."""
+    if values.is_floating_point() or values.is_complex() or not can_read(values):
+        return True
+    return torch.equal(values.to(dtype).to(values.dtype), values)
 
 
 def _dtype_name(tensor: Tensor) -> str:

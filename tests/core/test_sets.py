@@ -134,6 +134,21 @@ def test_fields_that_do_not_fit():
     assert TokenSet(positions, fields=with_label.fields).fields == {}
 
 
+def test_fields_of_different_dtypes_are_joined_but_not_rounded():
+    def joined(*rows):
+        sets = [TokenSet(torch.rand(len(x), 2), fields={"id": x}) for x in rows]
+        return TokenSet.cat(sets).fields["id"]
+
+    small, large = torch.tensor([1, 2**24]), torch.tensor([1, 2**24 + 1])
+    assert joined(small, torch.tensor([0.5])).tolist() == [1, 2**24, 0.5]
+    assert joined(large, torch.tensor([0.5]).double()).tolist() == [1, 2**24 + 1, 0.5]
+    assert joined(torch.tensor([7], dtype=torch.uint8), large).tolist() == [7, 1, 2**24 + 1]
+    assert joined(torch.tensor([torch.nan]), torch.zeros(1).double()).isnan().tolist() == [1, 0]
+    for rows in (large, torch.tensor([0.5])), (torch.tensor([0.5]), large, small):
+        with pytest.raises(ValueError, match=r"sets: field id is of different dtypes, .*rounded"):
+            joined(*rows)
+
+
 def test_other_positions():
     tokens = numbered(8, 9).cluster(4)
     turned = tokens.with_positions(tokens.positions[:, [1, 0, 2]], (50, 50, 50))
