@@ -178,6 +178,8 @@ TEXTS = {
     "header": "X,Y,Z\n1,2,3\n4,5,6\n",
     "quoted": '"x", "y", "z"\n1, 2, 3\n4, 5, 6\n',
     "comments": "# a survey\n# of 1999\n\n1 2 3\n4 5 6\n",
+    "many comments": "# a survey\n" * 150 + "x y z\n1 2 3\n4 5 6\n",
+    "many empty lines": "\n" * 150 + "1 2 3\n4 5 6\n",
     "noted": "//X Y Z\n1 2 3\n4 5 6\n",
     "other order": "z y x\n3 2 1\n6 5 4\n",
     "number of points": "2\n1 2 3\n4 5 6\n",

@@ -11,30 +11,30 @@ import numpy as np
 from pointformer.data.points.columns import AXES, as_table, check_names, column_named, resolution_of
 
 _COMMENTS = ("#", "//")
-_LINES = 100  # of comments, at most, before the first point
+_LINES = 100  # that tell whether it is text
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        lines = list(itertools.islice(file, _LINES))
-    if any("\0" in line or "\ufffd" in line for line in lines):
-        raise ValueError("is neither LAS, LAZ, PLY nor NPZ, nor text")
-    if not any(line.strip() for line in lines):
-        raise ValueError("is empty, has no points")
     noted: list[str] = []  # names in the last comment, or none
     names: list[str] = []
     skipped = 0
-    for skipped, line in enumerate(lines):  # noqa: B007  (read after the loop)
-        comment, parts, delimiter, decimal, closed = _parsed(line)
-        if comment and parts:
-            noted = parts
-        elif any(_is_number(part.replace(decimal, ".")) for part in parts):
-            if len(parts) > 1:
-                break  # the first point; else it is their number, with which PTS files begin
-        elif parts:
-            names = parts
-    else:
-        raise ValueError("has no points: expected lines of numbers, x, y and z first")
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        lines = list(itertools.islice(file, _LINES))
+        if any("\0" in line or "\ufffd" in line for line in lines):
+            raise ValueError("is neither LAS, LAZ, PLY nor NPZ, nor text")
+        if len(lines) < _LINES and not any(line.strip() for line in lines):
+            raise ValueError("is empty, has no points")
+        for skipped, line in enumerate(itertools.chain(lines, file)):  # noqa: B007  (read after it)
+            comment, parts, delimiter, decimal, closed = _parsed(line)
+            if comment and parts:
+                noted = parts
+            elif any(_is_number(part.replace(decimal, ".")) for part in parts):
+                if len(parts) > 1:
+                    break  # the first point; else it is their number, with which PTS files begin
+            elif parts:
+                names = parts
+        else:
+            raise ValueError("has no points: expected lines of numbers, x, y and z first")
     try:
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             rows: Iterable[str] = file
