@@ -1,6 +1,7 @@
 """Pictures with their labels or maps in one file of NumPy arrays: NAME.npz.
 
-Arrays are known by words in their names, as x_train and y_train, or val_images and val_labels. The
+Arrays are known by words in their names, as x_train and y_train, or val_images and val_labels; of
+two that may be the same, the one with fewer other words counts ("labels", not "class_weights"). The
 first axis is that of pictures. Files of pictures, such as JPEGs, may lie one after the other in an
 array of bytes beside an array of their N + 1 offsets, after a header that they share.
 """
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pointformer._files import path_inside
 from pointformer.annotations import OBJECT, Category
 from pointformer.data.annotations import (
     CategoryTable,
@@ -28,6 +30,7 @@ from pointformer.data.annotations import (
     named_categories,
 )
 from pointformer.data.classes import ClassNumbers, labeled_classes, read_class
+from pointformer.data.discovery import picture_name
 from pointformer.data.folders import read_objects
 from pointformer.data.labels import found_classes, label_table, read_label_file
 from pointformer.data.packed import FileState, Packed
@@ -37,14 +40,17 @@ from pointformer.data.stored import PictureError
 _KINDS: dict[str, set[str]] = {
     "header": {"header"},
     "offsets": {"offset", "offsets"},
-    "names": {"names", "classes", "categories"},
+    "names": {"classes", "categories"},
     "maps": {"mask", "masks", "seg", "segmentation", "segmentations", "semantic", "instances"},
     "labels": {"y", "label", "labels", "target", "targets", "cls", "class"},
     "files": {"scan", "scans", "jpeg", "jpegs", "jpg", "jpgs", "png", "pngs", "bytes", "files",
               "encoded"},
     "pictures": {"x", "image", "images", "img", "imgs", "picture", "pictures", "data", "input",
                  "inputs", "pixels"},
+    "titles": {"file", "filename", "filenames", "path", "paths"},
 }  # fmt: skip
+_WORDS = set[str]().union(*_KINDS.values())
+_NAMING = {"name", "names", "id", "ids", "path", "paths"}  # what they name, other words say
 _CHANNELS = (1, 3, 4)
 
 
@@ -225,24 +231,32 @@ def find_columns(path: str | os.PathLike[str], splits: Iterable[str]) -> dict[st
     arrays = Arrays(Path(path))
     known = set(splits)
     found: dict[str, dict[str, str]] = {}
+    others: dict[tuple[str, str], int] = {}  # in the name of the array that counts
+    rows = []
     for name in arrays.names:
-        words = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
-        parts = set(re.findall(r"[a-z]+", words))
-        split = next(iter(sorted(parts & known)), "")
-        kind = next((kind for kind, words in _KINDS.items() if parts & words), None)
-        if kind is None:
-            continue
+        text = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
+        words = set(re.findall(r"[a-z]+", text))
+        split = next(iter(sorted(words & known)), "")
+        kind = _kind(words - known)
+        if kind is not None:
+            rows.append((len(words - known - _WORDS), split, kind, name))
+    for count, split, kind, name in sorted(rows, key=lambda row: row[0]):
         if kind == "labels" and arrays[name].ndim > 2:
             kind = "maps"
         if kind == "maps" and arrays[name].ndim == 4 and 1 not in arrays[name].shape[1::2]:
             continue
         kinds = found.setdefault(split, {})
+        # What is of no split is not the same as something of one, unless its name says more.
+        least = [n for (other, k), n in others.items() if k == kind and split in ("", other)]
+        if count > min(least, default=count) or (kind == "titles" and kind in kinds):
+            continue
         if kind in kinds:
             raise ValueError(
                 f"{path}: both {kinds[kind]!r} and {name!r} may be {kind}; expected one"
                 + (f" of the split {split!r}" if split else "")
             )
         kinds[kind] = name
+        others[split, kind] = count
     shared = found.get("", {})
     common = {kind: name for kind, name in shared.items() if kind in ("header", "names")}
     columns = {split: Columns(arrays, {**common, **kinds}) for split, kinds in found.items()}
@@ -254,6 +268,16 @@ def find_columns(path: str | os.PathLike[str], splits: Iterable[str]) -> dict[st
             f"labels, got {names or 'none'}"
         )
     return columns
+
+
+def _kind(words: set[str]) -> str | None:
+    """What an array holds, by the words in its name."""
+    kind = next((kind for kind, known in _KINDS.items() if words & known), None)
+    if kind in ("files", "pictures") and words & _NAMING:
+        return "titles"
+    if "names" in words and (kind == "labels" or words == {"names"}):
+        return "names"
+    return None if "names" in words and kind == "maps" else kind
 
 
 def read_arrays(
@@ -268,8 +292,10 @@ def read_arrays(
     """Pictures in arrays of a .npz file: (N, H, W), (N, H, W, C) or (N, C, H, W) of any type that
     pictures may have, or files of pictures as bytes.
 
-    A picture is called by its number, "00017". Its class is in labels (N,) or (N, 1), as the id or
-    the name of a class, or (N, K), where one of K is 1; its map in an array (N, H, W).
+    A picture is called by its name in an array such as "image_names" or "file_ids", or else, also
+    where these are not a different path for each, by its number, "00017". Its class is in labels
+    (N,) or (N, 1), as the id or the name of a class, or (N, K), where one of K is 1; its map in an
+    array (N, H, W).
 
     Args:
         columns: see `find_columns`.
@@ -305,7 +331,7 @@ def read_arrays(
         listed = named_categories(_texts(arrays, columns.kinds["names"]))
         table = matched_classes(categories, listed, arrays.path)
     images = _items(arrays, pictures, count)
-    titles = [f"{n:0{len(str(count - 1))}d}" for n in range(count)]
+    titles = _titles(columns, count) or [f"{n:0{len(str(count - 1))}d}" for n in range(count)]
     problems: dict[str, str] = {}
     entries = []
     if task == "classification":
@@ -345,6 +371,21 @@ def _items(arrays: Arrays, part: Part, count: int) -> list[ArrayItem]:
         ArrayItem(arrays.path, arrays.state, f"{part.name}[{n}]", arrays, part, n)
         for n in range(count)
     ]
+
+
+def _titles(columns: Columns, count: int) -> list[str]:
+    """Names of the pictures; none where what may be names is something else."""
+    if "titles" not in columns.kinds:
+        return []
+    try:
+        values = columns.arrays[columns.kinds["titles"]].ravel()
+        texts = np.char.decode(values) if values.dtype.kind == "S" else values.astype(str)
+        titles = [picture_name(text.replace("\\", "/")) for text in texts.tolist()]
+        for title in titles:
+            path_inside("", title, follow_links=True)
+    except ValueError:
+        return []
+    return titles if len(set(titles)) == count == len(titles) else []
 
 
 def _labels(columns: Columns) -> Sequence[int | str]:

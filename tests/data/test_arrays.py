@@ -97,6 +97,48 @@ def test_files_of_pictures_one_after_the_other(tmp_path, header):
     np.testing.assert_array_equal(pictures(dataset), COLORS)
 
 
+@pytest.mark.parametrize("name", ["image_names", "file_names", "filenames", "imagePaths", "img_id"])
+def test_names_of_pictures_are_no_classes(tmp_path, name):
+    paths = np.array(["a/p.png", "a\\q.png", "b/p.jpg", "r.x", "s"])
+    for stored in (paths, paths.astype("S")):
+        dataset = opened(tmp_path, images=COLORS, labels=LABELS, **{name: stored})
+        assert [category.name for category in dataset.categories] == ["0", "1", "2"]
+        assert [entry.name for entry in dataset.entries] == ["a/p", "a/q", "b/p", "r.x", "s"]
+        np.testing.assert_array_equal(pictures(dataset), COLORS)
+
+
+@pytest.mark.parametrize(
+    "names", [["p"] * 5, ["../p", *"qrst"], ["/p", *"qrst"], ["p", "q"], [None]]
+)
+def test_names_that_tell_no_pictures_apart_are_numbers(tmp_path, names):
+    dataset = opened(tmp_path, images=COLORS, labels=LABELS, image_names=np.array([*names]))
+    assert [entry.name for entry in dataset.entries] == ["0", "1", "2", "3", "4"]
+
+
+OTHERS = {
+    "image_ids": np.array([7, 3, 5, 1, 9]),
+    "image_names": np.array(list("abcde")),
+    "image_sizes": np.full((5, 2), 9),
+    "class_weights": np.array([0.2, 0.3, 0.5]),
+    "channel_names": np.array(["red", "green", "blue"]),
+    "mask_names": np.array(list("abcde")),
+}
+
+
+@pytest.mark.parametrize("split", ["", "val_"])
+def test_what_more_is_in_a_file_does_no_harm(tmp_path, split):
+    arrays = {f"{split}images": COLORS, f"{split}labels": LABELS}
+    for others in (OTHERS, {f"{split}{name}": array for name, array in OTHERS.items()}):
+        for given in (arrays | others, others | arrays):
+            dataset = opened(tmp_path, **given)
+            assert [category.name for category in dataset.categories] == ["0", "1", "2"]
+            assert [annotation.label for annotation in dataset] == LABELS.tolist()
+            np.testing.assert_array_equal(pictures(dataset), COLORS)
+            assert find_source(tmp_path / "own.npz").splits == (split.strip("_"),)
+    named = opened(tmp_path, **arrays, **OTHERS, class_names=np.array(["cat", "dog", "bird"]))
+    assert [category.name for category in named.categories] == ["cat", "dog", "bird"]
+
+
 def test_files_of_pictures_as_texts_of_bytes(tmp_path):
     dataset = opened(tmp_path, image_bytes=np.array(FILES), labels=np.array(list("cabba")))
     assert [category.name for category in dataset.categories] == ["a", "b", "c"]
