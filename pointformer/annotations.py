@@ -100,6 +100,50 @@ def masks_of(values: np.ndarray, wanted: Sequence[int | str]) -> list[Mask]:
     return [masks[n] for n in place]
 
 
+@dataclass(frozen=True, eq=False)
+class Overlaps:
+    """Pairs of values of two maps that share pixels.
+
+    Attributes:
+        first, second: (N,), (M,) the values of each map, ascending.
+        rows, columns: (P,) the places in these of each pair, ordered by the first, then the second.
+        pixels: (P,) int64 that a pair shares.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    pixels: np.ndarray
+
+    @staticmethod
+    def of(first: np.ndarray, second: np.ndarray) -> Overlaps:
+        """Of two maps of integers of one shape."""
+        one, other = np.ravel(first), np.ravel(second)
+        begins = np.ones(one.size, bool)  # runs of equal pairs are far fewer than pixels
+        begins[1:] = (one[1:] != one[:-1]) | (other[1:] != other[:-1])
+        starts = np.flatnonzero(begins)
+        first, row = np.unique(one[starts], return_inverse=True)
+        second, column = np.unique(other[starts], return_inverse=True)
+        pairs, pair = np.unique(row * len(second) + column, return_inverse=True)
+        rows, columns = np.divmod(pairs, max(len(second), 1))
+        lengths = np.diff(starts, append=one.size)
+        return Overlaps(first, second, rows, columns, _sums(pair, lengths, len(pairs)))
+
+    def first_areas(self) -> np.ndarray:
+        """(N,) int64 pixels of each value of the first map."""
+        return _sums(self.rows, self.pixels, len(self.first))
+
+    def second_areas(self, chosen: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """(M,) int64 pixels of each value of the second map, of the chosen pairs alone."""
+        return _sums(self.columns[chosen], self.pixels[chosen], len(self.second))
+
+
+def _sums(places: np.ndarray, pixels: np.ndarray, count: int) -> np.ndarray:
+    """Numbers of pixels by place; float64, which bincount adds in, holds them exactly."""
+    return np.bincount(places, pixels, count).astype(np.int64)
+
+
 class Objects:
     """Objects of one picture; their masks may overlap. Memory is that of their bounding boxes.
 

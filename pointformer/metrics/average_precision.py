@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from pointformer.annotations import Objects, SegmentMap
+from pointformer.annotations import Objects, Overlaps, SegmentMap
 from pointformer.data import Annotation
 from pointformer.metrics.metric import map_of
 
@@ -65,14 +66,17 @@ def match_instances(
         )
     if not all(0 < threshold <= 1 for threshold in thresholds):
         raise ValueError(f"thresholds: expected values in (0, 1], got {tuple(thresholds)}")
-    iou = _iou_table(predicted, annotated)
+    overlaps = Overlaps.of(predicted, annotated)
+    rows, columns, pixels = overlaps.rows, overlaps.columns, overlaps.pixels
+    union = overlaps.first_areas()[rows] + overlaps.second_areas()[columns] - pixels
+    objects = (overlaps.first[rows] != 0) & (overlaps.second[columns] != 0)
+    iou = np.where(objects, pixels / union, -1)
+    found, known = (int((ids != 0).sum()) for ids in (overlaps.first, overlaps.second))
     counts = np.empty((len(thresholds), 3), np.int64)
     for row, threshold in enumerate(thresholds):
         candidates = iou >= threshold - 1e-9
-        # Overlaps above a half are unique; lower ones, and ties at a half, need the assignment.
-        pairs = linear_sum_assignment(candidates, maximize=True)
-        matched = int(candidates[pairs].sum())
-        counts[row] = matched, iou.shape[0] - matched, iou.shape[1] - matched
+        matched = _most_pairs(rows[candidates], columns[candidates])
+        counts[row] = matched, found - matched, known - matched
     return counts
 
 
@@ -179,13 +183,9 @@ def _precision(counts: np.ndarray) -> np.ndarray:
     return np.where(instances == 0, 1.0, counts[..., 0] / np.maximum(instances, 1))
 
 
-def _iou_table(predicted: np.ndarray, annotated: np.ndarray) -> np.ndarray:
-    """Intersection over union of every pair of instances (background left out), float64."""
-    predicted_ids, rows = np.unique(predicted, return_inverse=True)
-    annotated_ids, columns = np.unique(annotated, return_inverse=True)
-    shape = len(predicted_ids), len(annotated_ids)
-    joint = np.bincount(rows.ravel() * shape[1] + columns.ravel(), minlength=shape[0] * shape[1])
-    overlap = joint.reshape(shape)
-    union = overlap.sum(1, keepdims=True) + overlap.sum(0, keepdims=True) - overlap
-    iou = overlap / union
-    return iou[predicted_ids != 0][:, annotated_ids != 0]
+def _most_pairs(rows: np.ndarray, columns: np.ndarray) -> int:
+    """How many of some pairs a one-to-one matching can have."""
+    if max(np.bincount(rows).max(initial=0), np.bincount(columns).max(initial=0)) <= 1:
+        return len(rows)  # overlaps above a half are unique
+    table = csr_array((np.ones(len(rows), np.int8), (rows, columns)))
+    return int((maximum_bipartite_matching(table) >= 0).sum())

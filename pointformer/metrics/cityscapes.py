@@ -83,7 +83,7 @@ class CityscapesAP:
         classes = found.classes.tolist()
         if any(not 0 <= category < len(self.categories) for category in classes):
             raise ValueError(f"predicted: unknown class in the objects of {annotation.name}")
-        known: dict[str, list[dict[str, Any]]] = {name: [] for name in self._args.instLabels}
+        known: dict[str, dict[int, dict]] = {name: {} for name in self._args.instLabels}  # by id
         matched: dict[str, list[dict[str, Any]]] = {name: [] for name in self._args.instLabels}
         ids, areas = np.unique(annotation.ids, return_counts=True)
         for value, area in zip(ids.tolist(), areas.tolist(), strict=True):
@@ -92,7 +92,7 @@ class CityscapesAP:
             if name in known:
                 # The package's values where distances are unknown.
                 row = {"instID": value, "labelID": label, "pixelCount": area}
-                known[name].append({**row, "medDist": -1, "distConf": 0.0, "matchedPred": []})
+                known[name][value] = {**row, "medDist": -1, "distConf": 0.0, "matchedPred": []}
         void = np.isin(annotation.ids, self._void)
         for n, (mask, category) in enumerate(zip(found.masks, classes, strict=True)):
             label = self.categories[category].id
@@ -100,7 +100,6 @@ class CityscapesAP:
             values, counts = np.unique(annotation.ids[mask.window][mask.pixels], return_counts=True)
             if name not in known or not len(values):
                 continue
-            overlaps = dict(zip(values.tolist(), counts.tolist(), strict=True))
             prediction: dict[str, Any] = {
                 "predID": n,
                 "labelID": label,
@@ -109,14 +108,15 @@ class CityscapesAP:
                 "voidIntersection": int(void[mask.window][mask.pixels].sum()),
                 "matchedGt": [],
             }
-            for truth in known[name]:
-                overlap = overlaps.get(truth["instID"], 0)
-                if overlap:
+            for value, overlap in zip(values.tolist(), counts.tolist(), strict=True):
+                truth = known[name].get(value)
+                if truth is not None:
                     seen = {key: truth[key] for key in truth if key != "matchedPred"}
                     truth["matchedPred"].append({**prediction, "intersection": overlap})
                     prediction["matchedGt"].append({**seen, "intersection": overlap})
             matched[name].append(prediction)
-        self._matches[annotation.name] = {"groundTruth": known, "prediction": matched}
+        truths = {name: list(rows.values()) for name, rows in known.items()}
+        self._matches[annotation.name] = {"groundTruth": truths, "prediction": matched}
 
     def merge(self, other: CityscapesAP) -> None:
         """Add the pictures of another part of the data set."""

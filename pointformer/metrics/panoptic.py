@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pointformer.annotations import VOID, Category
+from pointformer.annotations import VOID, Category, Overlaps
 from pointformer.data import Annotation
 from pointformer.metrics.metric import map_of
 
@@ -77,44 +77,38 @@ class PanopticQuality:
         found = {int(s.id): int(s.category) for s in predicted.segments}
         known = {s.id: s for s in annotation.segments if s.category != VOID}
         predicted_ids = map_of(predicted.ids, annotation.ids.shape, annotation.name)
-        pairs = annotation.ids.astype(np.int64) << 32 | predicted_ids.astype(np.int64)
-        pairs, pixels = np.unique(pairs, return_counts=True)
-        names, rows = np.unique(pairs >> 32, return_inverse=True)
-        values, columns = np.unique(pairs & 0xFFFFFFFF, return_inverse=True)
-        overlap = np.zeros((len(names), len(values)), np.int64)
-        overlap[rows, columns] = pixels
-        if set(found) != set(values.tolist()) - {0} or 0 in found:
+        overlaps = Overlaps.of(annotation.ids, predicted_ids)
+        names, values = overlaps.first.tolist(), overlaps.second.tolist()
+        if set(found) != set(values) - {0} or 0 in found:
             raise ValueError(
                 f"predicted: expected one segment for each id in the map of {annotation.name}, "
                 f"got {len(found)} segments for {len(values)} values"
             )
         if any(not 0 <= category < len(self.categories) for category in found.values()):
             raise ValueError(f"predicted: unknown category in the segments of {annotation.name}")
-        predicted_areas, areas = overlap.sum(0), overlap.sum(1)
-        void = overlap[[name not in known for name in names.tolist()]].sum(0)
-        excused = void.copy()  # pixels that a spurious segment is not blamed for
+        rows, columns, pixels = overlaps.rows, overlaps.columns, overlaps.pixels
+        classes = np.array([found.get(value, VOID) for value in values], np.int64)
+        segments = [known.get(name) for name in names]
+        truth = np.array([VOID if s is None else s.category for s in segments], np.int64)
+        crowd = np.array([s is not None and s.crowd for s in segments], bool)
+        void = overlaps.second_areas(truth[rows] == VOID)
+        same = (truth[rows] == classes[columns]) & (truth[rows] != VOID)
+        # Pixels that a spurious segment is not blamed for.
+        excused = void + overlaps.second_areas(same & crowd[rows])
 
-        classes = np.array([found.get(v, VOID) for v in values.tolist()])
-        spurious = classes != VOID
-        for row, name in enumerate(names.tolist()):
-            segment = known.get(name)
-            if segment is None:
-                continue
-            same = classes == segment.category
-            if segment.crowd:
-                excused[same] += overlap[row, same]
-                continue
-            union = areas[row] + predicted_areas - overlap[row] - void
-            matches = np.flatnonzero(same & (2 * overlap[row] > union))
-            if len(matches):  # at most one, as segments do not overlap
-                iou = float(overlap[row, matches[0]] / union[matches[0]])
-                self._sums[:, segment.category] += divmod(round(iou * 2**53), 2**23)
-                self.counts[0, segment.category] += 1
-                spurious[matches[0]] = False
-            else:
-                self.counts[2, segment.category] += 1
-        spurious &= 2 * excused <= predicted_areas
-        np.add.at(self.counts[1], classes[spurious], 1)
+        predicted_areas = overlaps.second_areas()
+        union = overlaps.first_areas()[rows] + (predicted_areas - void)[columns] - pixels
+        # At most one pair of each segment, as segments do not overlap.
+        matches = same & ~crowd[rows] & (2 * pixels > union)
+        hits = truth[rows[matches]]
+        for category, iou in zip(hits.tolist(), pixels[matches] / union[matches], strict=True):
+            self._sums[:, category] += divmod(round(float(iou) * 2**53), 2**23)
+        missed = (truth != VOID) & ~crowd
+        missed[rows[matches]] = False
+        spurious = (classes != VOID) & (2 * excused <= predicted_areas)
+        spurious[columns[matches]] = False
+        for counts, some in zip(self.counts, (hits, classes[spurious], truth[missed]), strict=True):
+            np.add.at(counts, some, 1)
 
     def merge(self, other: PanopticQuality) -> None:
         """Add the pictures of another part of the data set."""

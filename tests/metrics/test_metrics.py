@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.optimize import linear_sum_assignment
 
 from pointformer.annotations import Objects, Segment, SegmentMap
 from pointformer.data import Annotation
@@ -55,6 +56,42 @@ def test_matching_is_one_to_one_and_largest():
     # IoU: a-1 = 4/7, a-2 = 1/7, b-1 = 2/6, b-2 = 0
     counts = match_instances(predicted, annotated, (0.1, 0.3, 0.5))
     np.testing.assert_array_equal(counts, [[2, 0, 0], [1, 1, 1], [1, 1, 1]])
+
+
+def dense_counts(predicted, annotated, thresholds):
+    """By a table of all pairs and an assignment, as `match_instances` is defined."""
+    found, known = ([ids == n for n in np.unique(ids) if n] for ids in (predicted, annotated))
+    table = [[(a & b).sum() / (a | b).sum() for b in known] for a in found]
+    table = np.reshape(table, (len(found), len(known)))
+    counts = []
+    for threshold in thresholds:
+        candidates = (table >= threshold - 1e-9) & (table > 0)
+        matched = candidates[linear_sum_assignment(candidates, maximize=True)].sum()
+        counts.append([matched, len(found) - matched, len(known) - matched])
+    return counts
+
+
+@given(
+    shape=st.tuples(st.integers(0, 5), st.integers(0, 8)),
+    most=st.integers(1, 12),
+    kinds=st.tuples(*[st.sampled_from([np.int64, np.uint64, np.uint8, np.int32])] * 2),
+    seed=st.integers(0, 2**20),
+)
+def test_counts_are_those_of_all_pairs(shape, most, kinds, seed):
+    random = np.random.default_rng(seed)
+    thresholds = (1e-12, 0.05, 0.1, 0.2, 1 / 3, *IOU_THRESHOLDS, 1)
+    annotated = random.integers(0, most, shape)
+    moved = np.where(random.random(shape) < 0.3, random.integers(0, most, shape), annotated)
+    for found in (moved, np.roll(annotated, 1), random.integers(0, most, shape)):
+        predicted = (7 * found).astype(kinds[0])
+        counts = match_instances(predicted, annotated.astype(kinds[1]), thresholds)
+        np.testing.assert_array_equal(counts, dense_counts(predicted, annotated, thresholds))
+
+
+def test_memory_of_many_objects_is_that_of_pairs_that_overlap():
+    ids = np.arange(1, 200 * 200 + 1).reshape(200, 200).repeat(2, 0)  # all pairs: 12 GiB
+    counts = match_instances(np.roll(ids, 1, 0), ids, (0.3, 0.5))
+    np.testing.assert_array_equal(counts, [[40000, 0, 0], [0, 40000, 40000]])
 
 
 def test_pooled_and_per_image_scores_differ():

@@ -144,6 +144,42 @@ def test_parts_in_any_order_give_the_same_bits(sizes, draw):
     assert one.iou[0] == pytest.approx(expected, rel=1e-14)
 
 
+@given(st.integers(0, 2**20))
+def test_scores_are_those_of_all_pairs(seed):
+    """By the definition, a pair of masks after the other."""
+    random = scenes.rng(seed)
+    ids = random.integers(0, 6, (4, 8))
+    moved = np.where(random.random(ids.shape) < 0.3, random.integers(0, 6, ids.shape), ids)
+    classes = {n: int(random.integers(0, 2)) for n in range(1, 6)}
+    found = annotation(moved, {n: c for n, c in classes.items() if (moved == n).any()})
+    kept = {n: c for n, c in classes.items() if n != 4 and (ids == n).any()}  # 4 is void
+    truth = annotation(ids, kept, crowds=(5,))
+    void, crowd = ~np.isin(ids, list(kept)), ids == 5
+    hits, spurious, missed = np.zeros((3, len(TABLE)), int)
+    iou, matched = np.zeros(len(TABLE)), set()
+    for n, category in kept.items():
+        overlaps = {}
+        for m, other in classes.items():
+            either = ((ids == n) | (moved == m) & ~void).sum()
+            if n != 5 and other == category and either:
+                overlaps[m] = ((ids == n) & (moved == m)).sum() / either
+        best = max(overlaps, key=overlaps.get, default=None)
+        if best is not None and overlaps[best] > 0.5:
+            hits[category] += 1
+            iou[category] += overlaps[best]
+            matched.add(best)
+        elif n != 5:
+            missed[category] += 1
+    for segment in found.segments:
+        here = moved == segment.id
+        excused = here & (void | crowd & (kept.get(5) == segment.category))
+        if segment.id not in matched and 2 * excused.sum() <= here.sum():
+            spurious[segment.category] += 1
+    scores = score((found, truth))
+    assert counts(scores) == [*zip(hits, spurious, missed, strict=True)]
+    np.testing.assert_allclose(scores.sq * hits, np.where(scores.sq >= 0, iou, np.nan), atol=1e-12)
+
+
 def predicted_from(truth, seed):
     """Segments that are moved, lost, merged or given another class."""
     random = scenes.rng(seed)
