@@ -32,7 +32,7 @@ from pointformer.data.annotations import (
 from pointformer.data.classes import ClassNumbers, labeled_classes, read_class
 from pointformer.data.discovery import picture_name
 from pointformer.data.folders import read_objects
-from pointformer.data.labels import found_classes, label_table, read_label_file
+from pointformer.data.labels import LabelTable, found_classes, read_label_file
 from pointformer.data.packed import FileState, Packed
 from pointformer.data.stored import PictureError
 
@@ -353,7 +353,7 @@ def read_arrays(
     if task == "semantic":
         void = (255,) if void is None else void
         table = table or found_classes(maps, f"{arrays.path}/{name}", void)
-        values = label_table(CategoryTable(table).numbers(), void)
+        values = LabelTable(CategoryTable(table).numbers(), void)
         for title, image, path in zip(titles, images, maps, strict=True):
             look = partial(read_label_file, title, image, path, values)
             entries.append(Entry(title, image, path, look))

@@ -30,7 +30,7 @@ from pointformer.data.annotations import (
 from pointformer.data.categories import CITYSCAPES, CITYSCAPES_THINGS
 from pointformer.data.discovery import pictures_in
 from pointformer.data.images import read_labels
-from pointformer.data.labels import label_table, read_label_file
+from pointformer.data.labels import LabelTable, read_label_file
 from pointformer.data.writing import write_png, write_text
 
 LABEL_IDS = range(34)
@@ -59,7 +59,7 @@ def read_cityscapes(
     images, labels = Path(root) / "leftImg8bit" / split, Path(root) / "gtFine" / split
     kind = "labelIds" if task == "semantic" else "instanceIds"
     categories = CITYSCAPES_THINGS if task == "instance" else CITYSCAPES
-    table = label_table({category.id: n for n, category in enumerate(categories)}, LABEL_IDS)
+    table = LabelTable({category.id: n for n, category in enumerate(categories)}, LABEL_IDS)
     ending = f"_gtFine_{kind}.png"
     pictures, maps = _by_name(images, "_leftImg8bit.png"), _by_name(labels, ending)
     entries = []

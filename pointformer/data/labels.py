@@ -28,6 +28,7 @@ from pointformer.data.writing import write_png, write_tiff
 
 MOST_PNG_IDS = 65535
 _UNKNOWN = VOID - 1
+_LARGEST_INDEX = (1 << 20) - 1  # larger labels, of 32 bits, are searched for, not looked up
 _LOSSY = {".jpg", ".jpeg"}
 _ENDING = re.compile(r"[-_. ][A-Za-z][A-Za-z_-]*")  # no number, which may tell pictures apart
 
@@ -55,7 +56,7 @@ def label_entries(
     images: Path, labels: Path, categories: Sequence[Category], void: Sequence[int]
 ) -> list[Entry]:
     """Entries for all pictures and all label PNGs of two folders, which must have equal names."""
-    table = label_table({category.id: n for n, category in enumerate(categories)}, void)
+    table = LabelTable({category.id: n for n, category in enumerate(categories)}, void)
     return [
         Entry(name, image, path, partial(read_label_file, name, image, path, table))
         for name, image, path in paired_files(images, labels)
@@ -186,39 +187,52 @@ def found_classes(
     )
 
 
-def label_table(classes: dict[int, int], void: Iterable[int]) -> np.ndarray:
-    """int32 table from a file's labels to classes; `void` labels become VOID."""
-    classes = dict.fromkeys(void, VOID) | classes
-    table = np.full(max(classes) + 1, _UNKNOWN, np.int32)
-    table[list(classes)] = list(classes.values())
-    return table
+class LabelTable:
+    """The classes of a file's labels.
 
-
-def classes_of_labels(values: np.ndarray, table: np.ndarray, path: PictureFile) -> np.ndarray:
-    """(H, W) int32 classes of a file's labels.
-
-    Raises:
-        ValueError: naming the file, the value and its place, if a label is not in the table.
+    Args:
+        classes: by label.
+        void: labels that become VOID, where they have no class.
     """
-    classes = table[np.minimum(values, len(table) - 1)]
-    unknown = (values >= len(table)) | (classes == _UNKNOWN)
-    if unknown.any():
-        row, column = np.argwhere(unknown)[0].tolist()
-        known = np.flatnonzero(table != _UNKNOWN).tolist()
-        gaps = len(known) <= known[-1] - known[0]
-        raise ValueError(
-            f"{path}: label {values[row, column]} at row {row}, column {column} is outside the "
-            f"{len(known)} known labels {brief(known) if gaps else f'{known[0]} to {known[-1]}'}"
-        )
-    return classes
+
+    def __init__(self, classes: dict[int, int], void: Iterable[int]) -> None:
+        rows = sorted((dict.fromkeys(void, VOID) | classes).items())
+        self._labels = np.array([label for label, _ in rows], np.int64)
+        self._classes = np.array([number for _, number in rows], np.int32)
+
+    def classes_of(self, values: np.ndarray, path: PictureFile) -> np.ndarray:
+        """(H, W) int32 classes of the labels in a file.
+
+        Raises:
+            ValueError: naming the file, the value and its place, if a label is not in the table.
+        """
+        largest = int(self._labels[-1])
+        if largest <= _LARGEST_INDEX:
+            table = np.full(largest + 2, _UNKNOWN, np.int32)  # the last is of what is beyond
+            table[self._labels[self._labels >= 0]] = self._classes[self._labels >= 0]
+            classes = table[np.minimum(values, largest + 1)]
+        else:
+            place = np.minimum(np.searchsorted(self._labels, values), len(self._labels) - 1)
+            classes = np.where(self._labels[place] == values, self._classes[place], _UNKNOWN)
+        unknown = classes == _UNKNOWN
+        if unknown.any():
+            row, column = np.argwhere(unknown)[0].tolist()
+            known = self._labels.tolist()
+            gaps = len(known) <= known[-1] - known[0]
+            raise ValueError(
+                f"{path}: label {values[row, column]} at row {row}, column {column} is outside the "
+                f"{len(known)} known labels "
+                f"{brief(known) if gaps else f'{known[0]} to {known[-1]}'}"
+            )
+        return classes
 
 
 def read_label_file(
-    name: str, image: PictureFile, path: PictureFile, table: np.ndarray
+    name: str, image: PictureFile, path: PictureFile, table: LabelTable
 ) -> Annotation:
     values = read_labels(path)
     check_size(path, values.shape, image)
-    classes = classes_of_labels(values, table, path)
+    classes = table.classes_of(values, path)
     return Annotation(name, image, values.shape, name, semantic=classes)
 
 

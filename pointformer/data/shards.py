@@ -45,7 +45,7 @@ from pointformer.data.discovery import (
 )
 from pointformer.data.folders import read_objects
 from pointformer.data.json_files import WHOLE, parse_json
-from pointformer.data.labels import found_classes, label_table, read_label_file
+from pointformer.data.labels import LabelTable, found_classes, read_label_file
 from pointformer.data.packed import FileState, Packed
 from pointformer.data.stored import PictureError
 
@@ -524,7 +524,7 @@ def _labeled_entries(samples: Sequence[_Sample], table: Sequence[Category]) -> l
 def _semantic_entries(
     samples: Sequence[_Sample], table: Sequence[Category], void: Sequence[int]
 ) -> list[Entry]:
-    labels = label_table(CategoryTable(tuple(table)).numbers(), void)
+    labels = LabelTable(CategoryTable(tuple(table)).numbers(), void)
     entries = []
     for name, image, path, _ in _mapped(samples):
         read = partial(read_label_file, name, image, path, labels)

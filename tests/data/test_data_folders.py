@@ -91,6 +91,25 @@ def test_plain_labels(tmp_path):
     assert "label 11 at row 0, column 2 is outside" in message
 
 
+@pytest.mark.parametrize("void", [(), (2_000_000_000,), (1,)])
+def test_labels_of_32_bits(tmp_path, void):
+    """Without a table as long as the largest is large, 7 GiB."""
+    labels = np.array([[0, 1, 2], [2, 2_000_000_000, 0]])
+    scenes.picture(tmp_path / "images" / "a.jpg", (2, 3))
+    data.write_map(tmp_path / "labels" / "a.tif", labels)
+    dataset = data.open_dataset(tmp_path, void=void)
+    ids = [category.id for category in dataset.categories]
+    assert ids == [n for n in (0, 1, 2, 2_000_000_000) if n not in void]
+    numbers = {label: number for number, label in enumerate(ids)} | dict.fromkeys(void, VOID)
+    found = dataset[0].semantic
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, np.vectorize(numbers.get)(labels))
+    data.write_map(tmp_path / "labels" / "a.tif", labels + (labels == 2))
+    message = error_of(lambda: dataset[0])
+    assert message.startswith(str(tmp_path / "labels" / "a.tif"))
+    assert "label 3 at row 0, column 2 is outside the" in message
+
+
 def test_label_errors_name_file_and_value(tmp_path):
     good = np.array([[0, 1, 150]])
     root = ade20k(tmp_path, [good, np.array([[3, 151, 9]]), good, good])
