@@ -138,6 +138,13 @@ class Overlaps:
         """(M,) int64 pixels of each value of the second map, of the chosen pairs alone."""
         return _sums(self.columns[chosen], self.pixels[chosen], len(self.second))
 
+    def most_shared(self) -> dict[int, int]:
+        """By value of the first map, the value of the second that has most of its pixels; of
+        equals the least."""
+        order = np.lexsort((-self.columns, self.pixels, self.rows))  # of a row the last is right
+        names, values = self.first[self.rows[order]], self.second[self.columns[order]]
+        return dict(zip(names.tolist(), values.tolist(), strict=True))
+
 
 def _sums(places: np.ndarray, pixels: np.ndarray, count: int) -> np.ndarray:
     """Numbers of pixels by place; float64, which bincount adds in, holds them exactly."""

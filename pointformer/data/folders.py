@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pointformer._files import path_inside
-from pointformer.annotations import OBJECT, VOID, Category, Objects, Segment
+from pointformer.annotations import OBJECT, VOID, Category, Objects, Overlaps, Segment
 from pointformer.data.annotations import (
     Annotation,
     CategoryTable,
@@ -222,7 +222,8 @@ def read_objects(
         if class_map is not None:
             labels = read_labels(class_map)
             check_size(class_map, labels.shape, image)
-            own = {n: int(np.bincount(labels[ids == n]).argmax()) for n in numbers}
+            most = Overlaps.of(ids, labels).most_shared()
+            own = {n: most[n] for n in numbers}
         listed = class_map or path, [{"id": n, "class": label} for n, label in own.items()]
     source, rows = listed
     segments, problems = listed_segments(source, name, rows, path, ids, classes, (0, *void))

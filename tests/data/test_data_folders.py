@@ -199,6 +199,28 @@ def test_objects_are_of_the_class_of_most_of_their_pixels(tmp_path):
     assert [s.category for s in data.read_folder(tmp_path, task="instance")[0].segments] == [0] * 3
 
 
+@given(st.integers(0, 2**32))
+def test_classes_of_objects_are_those_of_each_alone(tmp_path_factory, seed):
+    random = scenes.rng(seed)
+    ids, labels = random.integers(0, 9, (8, 9)), random.integers(1, 5, (8, 9))
+    labels[labels == 4] = 2_000_000_000
+    root = tmp_path_factory.getbasetemp() / "classes of objects"
+    scenes.picture(root / "images" / "a.png", ids.shape)
+    data.write_map(root / "instances" / "a.png", ids)
+    data.write_map(root / "labels" / "a.tif", labels)
+    dataset = data.read_folder(
+        root,
+        task="instance",
+        categories=[data.Category(n, str(n)) for n in (1, 2, 3, 2_000_000_000)],
+    )
+    expected = []
+    for n in np.unique(ids[ids > 0]):
+        values, counts = np.unique(labels[ids == n], return_counts=True)
+        expected.append((n, values[counts.argmax()]))
+    names = [category.id for category in dataset.categories]
+    assert [(s.id, names[s.category]) for s in dataset[0].segments] == expected
+
+
 def test_plain_instances_with_classes_and_crowd(tmp_path):
     ids = np.array([[0, 1, 1], [255, 0, 2]])
     segments = [{"id": 2, "class": 7}, {"id": 1, "class": 1, "crowd": 1}]
