@@ -76,8 +76,8 @@ def encode_mask(mask: Mask, picture: tuple[int, int]) -> dict[str, Any]:
     return {"size": size, "counts": encoded["counts"].decode()}
 
 
-def decode_mask(segmentation: Any, size: tuple[int, int], source: str) -> np.ndarray:
-    """(H, W) bool from polygons or from run lengths, compressed or not.
+def decode_mask(segmentation: Any, size: tuple[int, int], source: str) -> Mask:
+    """The object in polygons or in run lengths, compressed or not.
 
     Polygons are cut off at the border of the picture.
 
@@ -103,8 +103,18 @@ def decode_mask(segmentation: Any, size: tuple[int, int], source: str) -> np.nda
     total = math.prod(size)
     if not ((runs >= 0) & (runs <= total) & (runs % 1 == 0)).all() or runs.sum() != total:
         raise ValueError(f"{source}: expected run lengths of {total} pixels together as a mask")
+    height = size[0]
     inside = np.arange(len(runs)) % 2 == 1
-    return np.repeat(inside, runs.astype(np.int64)).reshape(size[1], size[0]).T
+    ends = np.cumsum(runs.astype(np.int64))
+    filled = np.flatnonzero(inside & (runs > 0))
+    if not len(filled):
+        return Mask.of(np.zeros((0, 0), bool))
+    # Only the columns with pixels: an object is small beside its picture.
+    left = int(ends[filled[0] - 1]) // height
+    right = -(-int(ends[filled[-1]]) // height)
+    lengths = np.diff(np.clip(ends, left * height, right * height), prepend=left * height)
+    pixels = np.repeat(inside, lengths).reshape(right - left, height).T
+    return Mask.of(pixels, left=left)
 
 
 def _numbers(values: Any) -> np.ndarray | None:
@@ -140,7 +150,7 @@ def _run_lengths(text: str | bytes) -> np.ndarray:
     return counts
 
 
-def _filled_polygons(polygons: list, size: tuple[int, int], source: str) -> np.ndarray:
+def _filled_polygons(polygons: list, size: tuple[int, int], source: str) -> Mask:
     tools, (height, width) = mask_tools(), size
     touched = has_area = False
     for polygon in polygons:
@@ -366,7 +376,7 @@ def _read_objects(path: Path, picture: _Picture, rows: list[_Row]) -> Annotation
     segments, problems, left_out = [], {}, {}
     for row in rows:
         try:
-            mask = Mask.of(decode_mask(row.segmentation, size, f"{path}: {row.what}"))
+            mask = decode_mask(row.segmentation, size, f"{path}: {row.what}")
         except ValueError as error:
             problems[row.what] = str(error)
             continue

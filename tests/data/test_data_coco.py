@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_run_lengths(height, width, seed):
     mask = scenes.rng(seed).random((height, width)) < 0.4
     for form in (encode_mask(Mask.of(mask), mask.shape), scenes.run_lengths(mask)):
         json.dumps(form)
-        np.testing.assert_array_equal(decode_mask(form, mask.shape, ""), mask)
+        np.testing.assert_array_equal(decode_mask(form, mask.shape, "").dense(mask.shape), mask)
     package = mask_tools().encode(np.asfortranarray(mask, np.uint8))
     assert encode_mask(Mask.of(mask), mask.shape)["counts"].encode() == package["counts"]
 
@@ -53,7 +54,7 @@ def test_long_runs():
     for mask[:, 100:1000], mask[7:800, 200:203] in ((True, False), (False, True), (False, False)):
         package = mask_tools().encode(np.asfortranarray(mask, np.uint8))
         assert encode_mask(Mask.of(mask), mask.shape)["counts"].encode() == package["counts"]
-        np.testing.assert_array_equal(decode_mask(package, mask.shape, ""), mask)
+        np.testing.assert_array_equal(decode_mask(package, mask.shape, "").dense(mask.shape), mask)
 
 
 @given(st.text(st.characters(min_codepoint=40, max_codepoint=130), max_size=12))
@@ -63,7 +64,19 @@ def test_any_string_is_a_mask_or_an_error(text):
     except ValueError as error:
         assert str(error).startswith("file: expected ")  # noqa: PT017
     else:
-        assert encode_mask(Mask.of(mask), mask.shape)["counts"] or not text
+        assert encode_mask(mask, (5, 4))["counts"] or not text
+
+
+def test_a_small_object_takes_little_memory_in_a_large_picture():
+    size, small = (20_000, 20_000), Mask(12_345, 19_900, scenes.rng().random((30, 20)) < 0.8)
+    form = encode_mask(small, size)
+    tracemalloc.start()
+    found = decode_mask(form, size, "")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.box == small.box
+    np.testing.assert_array_equal(found.pixels, small.pixels)
+    assert peak < 10e6
 
 
 def test_coco_results_are_written_and_read(tmp_path, capsys):
