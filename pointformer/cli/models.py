@@ -30,12 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="NAME[.TAG]|FILE",
-        help="models to list (default: all by NAME)",
+        help="models to list (default: all by NAME that the head fits)",
     )
     parser.add_argument(
         "--head",
-        help="classification, dense, features, mask2former, hcformer or stars (default: of trained "
-        "models their own, otherwise classification)",
+        help="classification, dense, features, mask2former, hcformer or stars; of points "
+        "point_classification or point_segmentation (default: of trained models their own, "
+        "otherwise classification)",
     )
     parser.add_argument(
         "--size",
@@ -54,13 +55,19 @@ def run(options: argparse.Namespace) -> int:
     from pointformer.models import complexity_of, create_model, list_models
     from pointformer.models.complexity import PUBLISHED
     from pointformer.models.config import CONFIGS, PointConfig
+    from pointformer.models.heads import HEADS
 
     for name in ("size", "classes"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: expected at least 1, got {value}")
     untrained = list_models()
-    names = options.names or untrained
+    names = options.names or [
+        name
+        for name in untrained
+        if options.head not in HEADS  # said by the first model
+        or HEADS[options.head].of_points == isinstance(CONFIGS[name], PointConfig)
+    ]
     width = max(18, *(len(printable(name)) for name in names))
     title = (
         f"{'model':{width}}{'size':>8}{'parameters':>14}"

@@ -120,6 +120,25 @@ def test_models_lists_counts(capsys):
     assert " 1.067" in text
 
 
+@pytest.mark.parametrize(
+    ("head", "listed"),
+    [
+        (None, ["aff_nano", "point_nano", "swin_mini"]),
+        ("mask2former", ["aff_nano", "swin_mini"]),
+        ("point_segmentation", ["point_nano"]),
+    ],
+)
+def test_models_lists_those_that_the_head_fits(capsys, monkeypatch, head, listed):
+    names = ["aff_nano", "point_nano", "swin_mini"]
+    monkeypatch.setattr("pointformer.models.list_models", lambda **_: names)
+    options = ["--size", 64, "--classes", 3, *([] if head is None else ["--head", head])]
+    code, text, error = run(capsys, "models", *options)
+    assert (code, error) == (0, "")
+    assert [line.split()[0] for line in text.splitlines()[1:-2]] == listed
+    code, _, error = run(capsys, "models", "aff_nano", "point_nano", *options)
+    assert ("head: " in error) == (code == 1) == (head is not None)
+
+
 def test_models_shows_what_a_file_says(capsys, tmp_path):
     path = tmp_path / "a model of a long\nname.safetensors"
     categories = [Category(1, "cell"), Category(2, "glass", False)]
