@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +41,9 @@ _SPLIT_IN_NAME = re.compile(
 
 _CLASS_LISTS = ("categories.json", "classes.json", "classes.txt", "labels.txt", "classnames.txt")
 _BELONG = "maps of classes belong in labels/, of objects in instances/"
+_PICTURES = ("images", "jpegimages", "image", "imgs", "img")
+_MAPS = {"labels", "label", "masks", "mask", "instances", "annotations", "segmentationclass",
+         "segmentationobject"}  # fmt: skip
 _VOID = 255
 
 
@@ -137,10 +140,12 @@ def _lacking(path: Path) -> str:
         return f" ({boxes} has boxes but no outlines: each annotation needs a segmentation)"
     for folder in (path, *_folders(path)):
         inside = {f.name.lower(): f for f in _folders(folder)}
-        images = inside.pop("images", None)
-        if images is not None:
+        name = _folder_of_pictures(inside)
+        if name is not None:
+            images = inside.pop(name)
             beside = [f"{f.name}/" for name, f in inside.items() if name not in _SPLITS]
             found = f", only {', '.join(beside[:5])}: {_BELONG}"
+            found += ", pictures in images/" * (name != "images")
             return f" ({images} has neither labels/ nor instances/ beside it{found * bool(beside)})"
     classes = class_folders(path)
     if classes:
@@ -153,6 +158,14 @@ def _lacking(path: Path) -> str:
             "text end in .xyz or .pts)"
         )
     return ""
+
+
+def _folder_of_pictures(names: Collection[str]) -> str | None:
+    """Which of some folders, in lower case, has pictures that the others are of; `None` if they may
+    be classes."""
+    first = next((name for name in _PICTURES if name in names), None)
+    # "image" and "text" may be classes, "image" and "mask" are not; "JPEGImages" is Pascal VOC's.
+    return first if first in _PICTURES[:2] or not _MAPS.isdisjoint(names) else None
 
 
 def open_dataset(
@@ -414,7 +427,7 @@ def _class_splits(path: Path) -> list[str]:
     if _folder_splits(path):  # "images" and "labels" are no classes
         return []
     found = [class_folders(folder) for folder in (path, *_folders(path))]
-    if any(name.lower() == "images" for names in found for name in names):
+    if any(_folder_of_pictures({name.lower() for name in names}) for names in found):
         return []  # nor are "images" and "masks"
     named = [folder for folder in _folders(path) if folder.name.lower() in _SPLITS]
     if named:

@@ -241,6 +241,34 @@ def test_nearly_data_sets_are_told_what_they_lack(tmp_path):
         find_source(tmp_path / "boxes")
 
 
+@pytest.mark.parametrize(
+    ("pictures", "maps"),
+    [
+        ("JPEGImages", ["SegmentationClass", "SegmentationObject"]),
+        ("image", ["mask"]),
+        ("img", ["labels"]),
+    ],
+)
+@pytest.mark.parametrize("split", ["", "VOC2012", "train"])
+def test_pictures_beside_their_maps_are_no_classes(tmp_path, pictures, maps, split):
+    """Pascal VOC's folders, and others': they would be learned as classes."""
+    for name in (pictures, *maps):
+        picture(tmp_path / split / name / "a.png")
+    message = (
+        f"{pictures} has neither .*, only {'/, '.join(maps)}/: maps of .*, pictures in images/"
+    )
+    for task in ("classification", "semantic"):
+        with pytest.raises(ValueError, match=message):
+            find_source(tmp_path, task=task)
+
+
+@pytest.mark.parametrize("names", [("image", "text"), ("mask", "no mask")])
+def test_classes_may_be_called_as_pictures_or_maps_are(tmp_path, names):
+    classes(tmp_path, dict.fromkeys(names, 1), [""])
+    dataset = open_dataset(tmp_path, task="classification")
+    assert [category.name for category in dataset.categories] == [*names]
+
+
 def test_class_folders_count_classes_that_a_split_lacks(tmp_path):
     classes(tmp_path, {"a": 1, "b": 1, "c": 2}, ["train"])
     classes(tmp_path, {"a": 1, "c": 1}, ["val"])
