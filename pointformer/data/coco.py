@@ -112,7 +112,9 @@ def decode_mask(segmentation: Any, size: tuple[int, int], source: str) -> Mask:
     # Only the columns with pixels: an object is small beside its picture.
     left = int(ends[filled[0] - 1]) // height
     right = -(-int(ends[filled[-1]]) // height)
-    lengths = np.diff(np.clip(ends, left * height, right * height), prepend=left * height)
+    lengths: np.ndarray = np.diff(
+        np.clip(ends, left * height, right * height), prepend=left * height
+    )
     pixels = np.repeat(inside, lengths).reshape(right - left, height).T
     return Mask.of(pixels, left=left)
 

@@ -371,8 +371,8 @@ def read_scenes(
             where all labels are `classification`; else by their ids.
         features: names of the columns that points have as features, in this order; see
             `read_points`.
-        void: labels that are no classes; `None`: those that are named "ignored", "never classified"
-            or the like.
+        void: labels that are no classes; `None`: those below 0, and those that are named "ignored",
+            "never classified" or the like.
         skip_bad: leave out files that cannot be read, see `Dataset`.
 
     Raises:
@@ -405,7 +405,7 @@ def read_scenes(
     found_labels = {label for own in counts.values() for label in own}
     names = _names(listed, found_labels, standard_name if standard else str)
     if void is None:
-        void = [number for number, name in names.items() if name.lower() in _IGNORED]
+        void = [n for n, name in names.items() if n < 0 or name.lower() in _IGNORED]
     named = _named(categories, names, listed, standard, void)
     if counts and not named:
         raise ValueError(

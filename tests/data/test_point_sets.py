@@ -212,6 +212,16 @@ def test_classes_that_cannot_be_found_by_name(tmp_path, more, given, message):
         open_dataset(tmp_path, task="point_segmentation", **given)
 
 
+def test_labels_below_0_are_void(tmp_path):
+    labels = np.array([-1, 0, 2, -1, 0, 255])
+    np.savez(tmp_path / "a.npz", xyz=np.eye(6)[:, :3], labels=labels)
+    dataset = open_dataset(tmp_path, task="point_segmentation", split="")
+    assert [category.id for category in dataset.categories] == [0, 2, 255]
+    assert dataset[0].classes().tolist() == [VOID, 0, 1, VOID, 0, 2]
+    dataset = open_dataset(tmp_path, task="point_segmentation", split="", void=[255])
+    assert [category.id for category in dataset.categories] == [-1, 0, 2]
+
+
 def test_files_without_names_have_the_numbers_of_those_with_names(tmp_path):
     write_named(tmp_path / "a.npz", [0, 1], ["tree", "car"])
     write_codes(tmp_path / "b.ply", (1, 0), "label", 2)
