@@ -85,9 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         default=[1.0],
-        help="semantic: average copies of these sizes, relative to the picture",
+        help="classification, semantic: average copies of these sizes, relative to the picture",
     )
-    parser.add_argument("--flip", action="store_true", help="semantic: and mirrored copies")
+    parser.add_argument("--flip", action="store_true", help="the same tasks: and mirrored copies")
     parser.add_argument("--tile", type=int, metavar="PIXELS", help="work in windows of this side")
     parser.add_argument(
         "--resize",

@@ -267,6 +267,11 @@ class Recipe:
             raise ValueError(
                 f"accumulate: expected a divisor of the batch, {self.batch}, got {self.accumulate}"
             )
+        if self.init_stages is not None and self.init is None:
+            raise ValueError(
+                f"init_stages: expected none without init, whose stages these are, got "
+                f"{self.init_stages}"
+            )
         counts = [task.counts for task in TASKS if task.name == self.task]
         if self.augmentation.mix is not None and "pictures" not in counts:
             raise ValueError(

@@ -82,6 +82,7 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, content, message):
      ("score_weight=-1", "score_weight: expected a number of at least 0, got -1"),
      ("score_weight=.nan", "score_weight: expected a number of at least 0, got nan"),
      ("average=1", r"average: expected a decay in \[0, 1\), got 1"),
+     ("init_stages=9", "init_stages: expected none without init, whose stages these are, got 9"),
      ("seed=-1", "seed: expected a number from 0 to"),
      ("optimizer.learning_rate=.nan", r"optimizer\.learning_rate: expected a number of at least 0"),
      ("optimizer.clip=0", r"optimizer\.clip: expected a positive number or null, got 0"),
