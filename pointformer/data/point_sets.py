@@ -272,10 +272,16 @@ class _Scene:
                 )
         return self._read[features]
 
-    def counts(self) -> Counter[int]:
-        """How many points have which label in the file."""
-        labels = self.points(next(iter(self._read), ())).fields[self.label]
-        return _counted(labels.flatten().long().numpy())
+    def counts(self) -> tuple[Counter[int], Counter[int]]:
+        """How many points have which label in the file, and are of which split. Points are read
+        again when they are asked for: data sets are larger than what is open of them."""
+        fields = self.points().fields
+        labels, split = (
+            _counted(fields[name].flatten().long().numpy()) if name in fields else Counter()
+            for name in (self.label, "split")
+        )
+        self._read = {}
+        return labels, split
 
     def labels_of(self, points: TokenSet) -> np.ndarray:
         """(T,) int64 in the numbers of the data set, of what `points` gave."""
@@ -295,11 +301,10 @@ class _Scene:
         which it has others."""
         return label if self.numbers is None else self.numbers.get(label, VOID)
 
-    def rows(self, split: str) -> torch.Tensor | None:
+    def rows(self, points: TokenSet, split: str) -> torch.Tensor | None:
         """A mask of the points of a split, `None` for all."""
         if not (split and self.has_split):
             return None
-        points = self.points(next(iter(self._read), ()))
         return points.fields["split"] == SPLITS.index(split)
 
 
@@ -332,7 +337,7 @@ def scene_splits(path: Path) -> list[str]:
             return [split for split, part in found.items() if part]
         if not all(scene.has_split for scene in scenes):
             return [""]
-        used = {int(n) for s in scenes for n in s.points().fields["split"].unique()}
+        used = {number for scene in scenes for number in scene.counts()[1]}
         return [name for number, name in enumerate(SPLITS) if number in used]
     except (ValueError, OSError):
         return []
@@ -382,6 +387,7 @@ def read_scenes(
     """
     found = _scenes(path)
     counts: dict[_Scene, Counter[int]] = {}
+    parts: dict[_Scene, Counter[int]] = {}
     problems: dict[str, str] = {}
     for scene in (scene for part in found.values() for scene in part):
         try:
@@ -389,7 +395,7 @@ def read_scenes(
                 raise ValueError(scene.problem)
             if not scene.label:
                 raise ValueError(f"{scene.path}: has no classes, none of {', '.join(_LABELS)}")
-            counts[scene] = scene.counts()
+            counts[scene], parts[scene] = scene.counts()
         except (ValueError, OSError) as error:
             problems[scene.path.name] = str(error)
     listed = _common_list(counts)
@@ -420,8 +426,7 @@ def read_scenes(
     stems = Counter(scene.path.stem for scene in used)
     entries = []
     for scene in used:
-        rows = scene.rows(split)
-        if rows is not None and not rows.any():
+        if split and scene.has_split and SPLITS.index(split) not in parts[scene]:
             continue
         name = scene.path.stem if stems[scene.path.stem] == 1 else scene.path.name
         read: Any = partial(_read_scene, scene, name, split, tuple(features), named)
@@ -436,7 +441,8 @@ def _read_scene(
     features: tuple[str, ...],
     categories: tuple[Category, ...],
 ) -> PointAnnotation:
-    tokens, rows = scene.points(features), scene.rows(split)
+    tokens = scene.points(features)
+    rows = scene.rows(tokens, split)
     if rows is not None:
         tokens = tokens.select(rows).with_origin(None)
     numbers = _numbered(scene.path, scene.labels_of(tokens), categories)

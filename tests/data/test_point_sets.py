@@ -1,5 +1,6 @@
 """Archives of points, and changes of point sets."""
 
+import gc
 import pickle
 
 import numpy as np
@@ -66,6 +67,18 @@ def test_scenes(tmp_path):
     assert sum(facts.per_class) + sum(f.void for f in facts.facts) == 480
     assert facts.facts[0].void == 5
     assert "3 point sets of 160 points" in facts.lines()[0]
+
+
+def test_opening_scenes_keeps_no_points(tmp_path):
+    def sets():
+        gc.collect()
+        return sum(type(found) is TokenSet for found in gc.get_objects())
+
+    write_scenes(tmp_path)
+    before = sets()
+    dataset = open_dataset(tmp_path, task="point_segmentation", split="val")
+    assert sets() == before
+    assert [a.tokens.num_tokens for a in dataset] == [40] * 3
 
 
 @pytest.mark.parametrize(
