@@ -282,13 +282,15 @@ def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
-    """Small objects found, and the main score, over multiply-adds after the first stage."""
+    """Small objects found, and the main score, over multiply-adds after the first stage; of heads
+    of which a model finds something."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    heads = [head for head in HEADS if any(line["cell"]["head"] == head for line in lines)]
+    seeing = [line for line in lines if line["scores"]["small"]] or lines  # others have no curves
+    heads = [head for head in HEADS if any(line["cell"]["head"] == head for line in seeing)]
     figure, axes = plt.subplots(
         len(heads), 2, figsize=(12, 4 * len(heads)), squeeze=False, layout="constrained"
     )
@@ -319,7 +321,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                     label=f"{arm}, {steps} steps" if longer else arm,
                 )
                 budgets |= set(x)
-            axis.set(xscale="log", title=f"{head}: {name}, %")
+            axis.set(xscale="log", title=f"{head}: {name.partition(' (')[0]}, %")
             axis.set_xlabel("million multiply-adds after the first stage")
             ticks: list[float] = []
             for x in sorted(budgets):  # labels closer to each other would overlap
