@@ -279,7 +279,7 @@ def copy_weights(
     if problems:
         raise CheckpointError(f"{source}: not a checkpoint of {model.name}: {'; '.join(problems)}")
     taken = {name: weights[plain_name(name)] for name in state if plain_name(name) not in initial}
-    broken = [name for name, value in taken.items() if not value.isfinite().all()]
+    broken = [n for n, value in taken.items() if not value.to(state[n].dtype).isfinite().all()]
     if broken:  # which finds nothing, without a word
         raise CheckpointError(
             f"{source}: holds NaN or infinity in {len(broken)} of its weights (first: "

@@ -432,6 +432,15 @@ def test_broken_weights_are_named(tmp_path, value):
         load_model(tmp_path / "m.safetensors")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_weights_of_fewer_bits_are_taken(dtype):
+    state = {name: value.to(dtype) for name, value in small().state_dict().items()}
+    model = small(seed=1)
+    load_state(model, state, "few")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name].to(value.dtype)), name
+
+
 # What a file says of its model ----------------------------------------------------------------
 
 
