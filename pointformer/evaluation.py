@@ -245,6 +245,7 @@ def predictions(
     Args:
         indices: which pictures; the other arguments, and errors, are those of `evaluate`.
     """
+    reading = reading_of(model, reading)
     sets: list[tuple[Annotation, TokenSet]] = []  # to be seen at once
 
     def seen_sets() -> Iterator[tuple[Annotation, Any, Any]]:
@@ -256,7 +257,7 @@ def predictions(
     for index in indices:
         try:
             annotation = dataset[index]
-            image = read_sample(annotation, reading_of(model, reading))
+            image = read_sample(annotation, reading)
         except ValueError as error:
             if not dataset.skip_bad:
                 raise

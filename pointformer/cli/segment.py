@@ -54,6 +54,7 @@ from pointformer.cli.common import (
 )
 from pointformer.cli.inputs import Inputs, inputs_of, model_for
 from pointformer.cli.results import Found, Results, content_of, is_complete, is_result, write_sealed
+from pointformer.data.packed import FileState
 
 if TYPE_CHECKING:
     from pointformer.processes import Processes
@@ -291,11 +292,11 @@ def _is_done(path: Path, name: str, inputs: Inputs) -> bool:
 
 def _made_of(path: Path, name: str, inputs: Inputs) -> dict[str, Any]:
     """What results are of: the input, as it is now, and the model."""
-    state = os.stat(path)
+    state = FileState.of(os.stat(path))
     return {
         inputs.key: name,
-        "bytes": state.st_size,
-        "modified": state.st_mtime_ns,
+        "bytes": state.size,
+        "modified": state.modified,
         "model": inputs.options.model,
         "weights": inputs.weights,
     }
