@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from pointformer.cli.results import is_result
-from pointformer.data.discovery import PICTURE_SUFFIXES, has_picture_name, without_suffix
+from pointformer.data.discovery import (
+    PICTURE_SUFFIXES,
+    has_picture_name,
+    unread_format,
+    without_suffix,
+)
 
 if TYPE_CHECKING:
     from pointformer.data.images import Reading
@@ -243,7 +248,9 @@ def _files_of(argument: str, noun: str, suffixes: frozenset[str]) -> list[Path]:
         there = [p for p in map(Path, sorted(glob.glob(argument, recursive=True))) if p.is_file()]
     found = [path for path in there if has_picture_name(path, suffixes)]
     if not found:
-        raise ValueError(f"{argument or repr('')}: no {noun} found (a file, a folder or a pattern)")
+        unread = next(filter(None, map(unread_format, (path, *there))), "")
+        reason = unread or "a file, a folder or a pattern"
+        raise ValueError(f"{argument or repr('')}: no {noun} found ({reason})")
     return found
 
 

@@ -22,6 +22,15 @@ PICTURE_SUFFIXES = MAP_SUFFIXES | {
 CLOUD_SUFFIXES = frozenset({".las", ".laz", ".ply", ".npz", ".xyz", ".pts", ".asc"})
 """Of point clouds; columns of text in .txt and .csv are some only where a user says so."""
 
+_INSTEAD = {
+    "TIFF": (
+        *(".czi", ".lif", ".nd2", ".oib", ".oif", ".oir", ".vsi", ".ims", ".mrxs"),  # microscopes
+        *(".dcm", ".nii", ".mha", ".nrrd", ".zarr", ".h5", ".hdf5", ".heic", ".dng", ".pdf"),
+    ),
+    "PLY, LAS or LAZ": (".pcd", ".e57", ".rcp", ".ptx", ".obj", ".stl", ".off"),
+}
+"""What files of known formats that are not read can be written as."""
+
 _LITTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
 """Folders that operating systems and file servers put beside pictures."""
 
@@ -37,6 +46,21 @@ def has_picture_name(
     """Whether something of this name would be a picture if it is a file that can be read."""
     path = Path(path)
     return not is_litter(path.name) and path.suffix.lower() in suffixes
+
+
+def unread_format(path: str | os.PathLike[str]) -> str:
+    """What to do about a file whose name says that it is of a format that is not read; "" for all
+    others."""
+    name = PurePosixPath(os.fspath(path)).name.lower()
+    suffix = PurePosixPath(name.removesuffix(".gz")).suffix
+    return next(
+        (
+            f"{suffix} files are not read, write it as {instead}"
+            for instead, suffixes in _INSTEAD.items()
+            if suffix in suffixes
+        ),
+        "",
+    )
 
 
 def is_litter(name: str) -> bool:

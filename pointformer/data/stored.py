@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from pointformer.data.discovery import unread_format
+
 RGB = ("red", "green", "blue")
 
 
@@ -136,12 +138,12 @@ def decoding(name: object) -> Iterator[None]:
             path = path if len(path) <= 200 else f"...{path[-200:]}"
             reason = "there is no such file"
         elif isinstance(error, IsADirectoryError):
-            reason = "this is a folder"
+            reason = unread_format(path) or "this is a folder"
         elif isinstance(error, MemoryError):
             reason = "there is not enough memory for the size that it claims"
         else:
             text = " ".join(str(error).split())[:300] or type(error).__name__
-            reason = f"it cannot be decoded: {text}"
+            reason = f"it cannot be decoded: {unread_format(path) or text}"
         raise PictureError(f"{path}: expected a picture, but {reason}") from None
 
 

@@ -552,13 +552,18 @@ def test_errors_outside_of_the_batch_are_one_line_too(capsys, model, monkeypatch
 
 def test_arguments_that_are_no_pictures(capsys, model, quick, tmp_path):
     picture("a.png")
-    Path("empty").mkdir()
+    for folder in ("empty", "stacks", "a.zarr"):
+        Path(folder).mkdir()
+    Path("stacks/a.czi").write_bytes(b"ZISRAWFILE")
     Path("broken.png").symlink_to("nowhere")
     Path("zero.png").write_bytes(b"")
     os.mkfifo("pipe.png")
     Path("loop.png").symlink_to("loop.png")
     bad = {
         "nosuch.png": "no picture found",
+        "stacks": "no picture found (.czi files are not read, write it as TIFF)",
+        "stacks/a.czi": "cannot be decoded: .czi files are not read, write it as TIFF",
+        "a.zarr": "no picture found (.zarr files are not read, write it as TIFF)",
         "no*.png": "no picture found",
         "empty": "no picture found",
         "": "no picture found",

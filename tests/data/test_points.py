@@ -412,6 +412,15 @@ def test_text_is_not_what_its_name_says(tmp_path, suffix):
         read_points(path)
 
 
+@pytest.mark.parametrize("name", ["scan.pcd", "scan.E57", "scan.pcd.gz"])
+def test_formats_that_are_not_read_have_a_way_out(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("1 2 3\n4 5 6\n")
+    suffix = name.removeprefix("scan").removesuffix(".gz").lower()
+    with pytest.raises(ValueError, match=f"{name}: {suffix} files are not read, write it as PLY"):
+        read_points(path)
+
+
 def test_features_of_points(tmp_path):
     cloud = tile(tmp_path / "tile.laz")
     tokens = read_points(tmp_path / "tile.laz", fields=(), features=("intensity", "red"))
@@ -431,11 +440,14 @@ def test_intensities_are_relative_to_their_largest(tmp_path):
     for intensity, message in (
         ([-30, -20, -10], r"a.npz: Intensity: is negative at 3 of 3 points, down to -30, .* \*\* "),
         ([0, 100, -1], "Intensity: is negative at 1 of 3 points"),
-        ([0, np.nan, 1], "intensity: is NaN or infinite at 1 of 3 points"),
+        ([0, np.nan, 1], "ntensity: is NaN or infinite at 1 of 3 points"),
     ):
         np.savez(path, xyz=np.eye(3), Intensity=np.array(intensity, np.float32))
-        with pytest.raises(ValueError, match=message):
-            read_points(path, features=["intensity"])
+        for spelled in ("intensity", "Intensity", "scalar_Intensity"):
+            with pytest.raises(ValueError, match=message):
+                read_points(path, features=[spelled])
+    np.savez(path, xyz=np.eye(3), Intensity=np.array([1, 2, 4]))
+    assert read_points(path, features=["Intensity"]).features.max() == 1
     np.savez(path, xyz=np.eye(3), Intensity=np.zeros(3), height=-np.arange(3.0))
     features = read_points(path, features=["intensity", "height"]).features
     assert features.tolist() == [[0, 0], [0, -1], [0, -2]]

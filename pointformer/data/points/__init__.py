@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pointformer._checks import brief, check_count, check_flags, check_tensor, describe
 from pointformer._files import atomic_path
+from pointformer.data.discovery import unread_format
 from pointformer.data.points import las, npz, ply, text
 from pointformer.data.points.columns import (
     columns_of,
@@ -79,11 +80,11 @@ def read_points(
         fields: names of those to keep; `None` keeps all.
         origin: as for `TokenSet.from_world`; zeros leave the coordinates as they are, rounded.
         features: names of columns that become the features (T, C) float32, in this order, as
-            models of points are trained with them: `intensity`, which must not be negative, is
-            divided by its 99th percentile in the file and at most 1, others are as they are. Groups
-            are not joined here: `red`. Other spellings of a name are found too: `ReturnNumber` and
-            `scalar_Return_Number`, as PDAL and CloudCompare write it, for `return_number`. `None`:
-            the file's own.
+            models of points are trained with them: `intensity`, however it is spelled, which must
+            not be negative, is divided by its 99th percentile in the file and at most 1, others
+            are as they are. Groups are not joined here: `red`. Other spellings of a name are found
+            too: `ReturnNumber` and `scalar_Return_Number`, as PDAL and CloudCompare write it, for
+            `return_number`. `None`: the file's own.
 
     Raises:
         OSError: the file is not there or cannot be read.
@@ -158,6 +159,8 @@ def _format_of(path: Path) -> Any:
         return ply
     if start == b"PK\x03\x04":
         return npz
+    if unread := unread_format(path):
+        raise ValueError(unread)
     kind = next((kind for kind, own in _FORMATS.items() if path.suffix.lower() in own), text)
     if start and kind is not text:
         raise ValueError(f"is named {path.suffix}, but does not begin like one")

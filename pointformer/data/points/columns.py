@@ -119,7 +119,7 @@ def feature_of(name: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     bad = len(values) - np.count_nonzero(np.isfinite(values))
     if bad:
         raise ValueError(f"{name}: is NaN or infinite at {bad} of {len(values)} points")
-    if name == "intensity" and len(values):
+    if _plain(name) == "intensity" and len(values):
         below = np.count_nonzero(values < 0)
         if below:
             raise ValueError(
