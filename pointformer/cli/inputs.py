@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import argparse
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -309,7 +310,7 @@ def model_for(options: argparse.Namespace, arguments: Sequence[str | Path]) -> M
     if options.model is None:
         clouds = all(_holds_clouds(Path(argument)) for argument in arguments)
         options.model = CLOUD_MODEL if clouds else DEFAULT_MODEL
-        for folder in () if clouds else (str(a) for a in arguments if Path(a).is_dir()):
+        for folder in () if clouds else (str(a) for a in arguments if os.path.isdir(a)):
             others, _, _ = find_files([folder], Clouds.noun, Clouds.suffixes)
             if others:
                 count = f"{len(others)} {Clouds.noun}{'s' * (len(others) > 1)}"
@@ -323,7 +324,10 @@ def model_for(options: argparse.Namespace, arguments: Sequence[str | Path]) -> M
 
 def _holds_clouds(path: Path) -> bool:
     """Whether it is named like a cloud, or is a folder of nothing else that a model takes."""
-    files = path.iterdir() if path.is_dir() else [path]
+    try:
+        files = list(path.iterdir()) if path.is_dir() else [path]
+    except OSError:  # said where files are looked for
+        files = [path]
     only = [has_picture_name(p, CLOUD_SUFFIXES) for p in files if has_picture_name(p, _ALL)]
     return bool(only) and all(only)
 

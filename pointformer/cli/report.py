@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from pointformer.train.pictures import open_data
     from pointformer.train.recipe import read_recipe
     from pointformer.train.report import write_report
-    from pointformer.train.run import RECIPE, WEIGHTS, validation_tile
+    from pointformer.train.run import RECIPE, WEIGHTS, validation_region, validation_tile
 
     if options.pictures < 0:
         raise ValueError(f"--pictures: expected at least 0, got {options.pictures}")
@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
         tile=validation_tile(recipe, task),
         resize=recipe.validation.resize,
         crop=recipe.validation.crop,
+        region=validation_region(recipe, task),
         say=say,
     )
     say(f"the report is in {out}")

@@ -14,6 +14,7 @@ interrupted. What can be changed as field=value is shown by --fields.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from pointformer.cli.common import (
@@ -110,7 +111,7 @@ def _sorted(sources: list[str]) -> tuple[str | None, str | None, list[str]]:
     recipe = data = None
     changes = []
     for source in sources:
-        if "=" in source and not Path(source).exists():
+        if "=" in source and not os.path.exists(source):
             changes.append(source)
         elif source.endswith((".yaml", ".yml")) and recipe is None:
             recipe = source

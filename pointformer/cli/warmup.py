@@ -1,10 +1,10 @@
 """Compile what a model needs, so that no later command does: for images of containers.
 
-Runs the model on small random pictures of every kind. CPU kernels are compiled as they run on one
-thread and on several, for the CPU at hand (NUMBA_CPU_NAME=x86-64-v3 and NUMBA_CPU_FEATURES= serve
-several kinds, where later commands have them too); with --device cuda, Triton's for that GPU. They
-are kept in NUMBA_CACHE_DIR, else beside the package, else in the user's cache folder, and read from
-there even where it cannot be written.
+Runs the model on small random pictures, or point clouds, of every kind. CPU kernels are compiled
+as they run on one thread and on several, for the CPU at hand (NUMBA_CPU_NAME=x86-64-v3 and
+NUMBA_CPU_FEATURES= serve several kinds, where later commands have them too); with --device cuda,
+Triton's for that GPU. They are kept in NUMBA_CACHE_DIR, else beside the package, else in the user's
+cache folder, and read from there even where it cannot be written.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from pointformer.cli.common import DEFAULT_MODEL, add_model_arguments, model_fro
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pointformer import TokenSet
     from pointformer.models import Model
 
-SIDES = ((64, 64), (192, 256))  # all tokens attend to all in some stages, and in none
+# All tokens attend to all in some stages, and in none.
+SIDES, POINTS = ((64, 64), (192, 256)), (64, 20_000)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +68,9 @@ def compile_for(model: Model, training: bool = False) -> None:
     from pointformer.kernels.cpu.runtime import every_build
     from pointformer.models.inference import eval_mode
 
-    device = next(model.parameters()).device
-    pictures = [
-        torch.rand(model.config.in_channels, *size, device=device).sub_(0.5) for size in SIDES
-    ]
     # In eval mode the kernels are the same, and nothing of the model moves.
     with every_build(), eval_mode(model):
-        for batch in (*(picture[None] for picture in pictures), pictures):
+        for batch in (_clouds if model.of_points else _pictures)(model):
             with torch.no_grad():
                 model(batch)
             if training:
@@ -80,6 +78,29 @@ def compile_for(model: Model, training: bool = False) -> None:
                 parameters = [p for p in model.parameters() if p.requires_grad]
                 total = torch.stack([x.sum() for x in outputs]).sum()
                 torch.autograd.grad(total, parameters, allow_unused=True)
+
+
+def _pictures(model: Model) -> Iterator[Tensor | list[Tensor]]:
+    import torch
+
+    like = next(model.parameters())
+    pictures = [like.new_empty(model.config.in_channels, *size) for size in SIDES]
+    pictures = [torch.rand_like(picture).sub_(0.5) for picture in pictures]
+    yield from (picture[None] for picture in pictures)
+    yield pictures
+
+
+def _clouds(model: Model) -> Iterator[TokenSet]:
+    import torch
+
+    from pointformer import TokenSet
+
+    config, device = model.config, next(model.parameters()).device
+    clouds = [
+        TokenSet(torch.rand(n, config.dimensions), torch.rand(n, config.in_channels)).to(device)
+        for n in POINTS
+    ]
+    yield from map(model.preprocess, (*clouds, TokenSet.cat(clouds)))
 
 
 def _model(options: argparse.Namespace) -> Model:

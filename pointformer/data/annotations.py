@@ -168,6 +168,7 @@ class Entry:
         read: gives the annotation.
         label: class of the picture as a whole, where that is known without reading.
         more: other files that the annotation depends on, such as the one that lists all objects.
+        part: the split, where a file has samples or points of several.
     """
 
     name: str
@@ -176,6 +177,7 @@ class Entry:
     read: Callable[[], Annotation]
     label: int = VOID
     more: tuple[PictureFile, ...] = ()
+    part: str = ""
 
     @property
     def files(self) -> list[Path]:

@@ -198,7 +198,9 @@ def read_objects(
     entries = []
     for index, label in enumerate(kept.tolist()):
         read: Any = partial(_read_object, archive, start, index, label)
-        entries.append(Entry(f"{name}/{start}{index:05d}", archive.path, None, read, label))
+        entries.append(
+            Entry(f"{name}/{start}{index:05d}", archive.path, None, read, label, part=split)
+        )
     return PointDataset(path, named, entries, 0)
 
 
@@ -430,7 +432,8 @@ def read_scenes(
             continue
         name = scene.path.stem if stems[scene.path.stem] == 1 else scene.path.name
         read: Any = partial(_read_scene, scene, name, split, tuple(features), named)
-        entries.append(Entry(name, scene.path, None, read))
+        part = split if scene.has_split else ""
+        entries.append(Entry(name, scene.path, None, read, part=part))
     return PointDataset(path, named, entries, len(features), problems, skip_bad)
 
 

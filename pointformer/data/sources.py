@@ -296,8 +296,8 @@ def open_splits(
 
 def _warn_of_shared(training: Dataset, validation: Dataset) -> None:
     """Warn of pictures to be scored on that are learned from too."""
-    learned = {str(entry.image) for entry in training.entries if entry.image is not None}
-    shared = [e.image for e in validation.entries if str(e.image) in learned]
+    learned = {(str(entry.image), entry.part) for entry in training.entries}
+    shared = [e.image for e in validation.entries if e.image and (str(e.image), e.part) in learned]
     if shared:
         warnings.warn(
             f"{shared[0]}: is in both {training.source} and {validation.source}, as are "

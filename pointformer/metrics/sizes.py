@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from pointformer.annotations import VOID, Category, Objects, SegmentMap
 from pointformer.data import Annotation
+from pointformer.data.point_sets import PointAnnotation
 from pointformer.metrics.metric import class_scores_of, map_of
 
 SIDES = (8, 16, 32, 96)
@@ -44,7 +46,9 @@ class RecallBySize:
     its class, has an IoU of at least 0.5 with it; a segment of an uncountable class if at least
     half of its pixels have its class. For classes of pixels: a connected part is found if at least
     half of its pixels have its class. For classes of pictures: a picture is found if its class has
-    the highest score. Crowds do not count. Sizes are roots of annotated areas, in pixels.
+    the highest score. Of points, and of classes of point sets, the share is of those that have
+    their class; they have no size, and are all in the first group. Crowds do not count. Sizes are
+    roots of annotated areas, in pixels.
 
     Args:
         categories: of what is annotated.
@@ -61,11 +65,12 @@ class RecallBySize:
         self.categories, self.sides, self.min_score = tuple(categories), tuple(sides), min_score
         self.counts = np.zeros((2, len(self.categories), len(self.sides) + 1), np.int64)
 
-    def update(self, predicted: Any, annotation: Annotation) -> None:
-        """Add one picture.
+    def update(self, predicted: Any, annotation: Annotation | PointAnnotation) -> None:
+        """Add one picture or point set.
 
         Args:
-            predicted: `Objects`, a `SegmentMap`, classes (H, W) or scores (K,).
+            predicted: `Objects`, a `SegmentMap`, classes (H, W) of a picture, (n,) of points, or
+                scores (K,).
 
         Raises:
             TypeError: a map is not of integers.
@@ -74,14 +79,17 @@ class RecallBySize:
         """
         if isinstance(predicted, Objects):
             predicted = predicted.confident(self.min_score).segment_map()
-        if isinstance(predicted, SegmentMap):
+        of_points = isinstance(annotation, PointAnnotation)
+        if of_points and annotation.labels is not None:
+            self._add_points(predicted, annotation.labels)
+        elif isinstance(predicted, SegmentMap):
             self._add_segments(predicted, annotation)
         elif predicted.ndim == 2:
             self._add_parts(predicted, annotation)
         elif annotation.label != VOID:
-            height, width = annotation.size
+            area = 0 if of_points else math.prod(annotation.size)
             best = int(class_scores_of(predicted, annotation).argmax())
-            self._add(annotation.label, height * width, best == annotation.label)
+            self._add(annotation.label, area, best == annotation.label)
 
     def _add(self, category: int, area: float, found: bool) -> None:
         group = int(np.searchsorted(self.sides, area**0.5, "right"))
@@ -116,6 +124,11 @@ class RecallBySize:
             hits = np.bincount(parts[predicted == category], minlength=count + 1)
             for area, hit in zip(areas[1:].tolist(), hits[1:].tolist(), strict=True):
                 self._add(category, area, 2 * hit >= area)
+
+    def _add_points(self, predicted: np.ndarray, annotated: np.ndarray) -> None:
+        for row, chosen in ((0, annotated == predicted), (1, True)):
+            known = annotated[chosen & (annotated != VOID)]
+            self.counts[row, :, 0] += np.bincount(known, minlength=len(self.categories))
 
     def merge(self, other: RecallBySize) -> None:
         """Add the pictures of another part of the data set."""

@@ -28,15 +28,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 TARGET = GPUTarget("cuda", 90, 32)  # H100 and H200
-# Kind of an instruction by the beginning of its name; "other" is what is not listed.
+# Kind of an instruction by the beginning of its name, the first that fits (LDGDEPBAR is a barrier
+# and no LDG, REDUX no RED); "other" is what is not listed.
 _KINDS = {
     "matrix": ("HMMA", "HGMMA", "IMMA", "DMMA"),
     "special": ("MUFU",),
+    "shuffle": ("SHFL", "REDUX", "VOTE"),
+    "barrier": ("BAR", "BSYNC", "BSSY", "WARPSYNC", "DEPBAR", "LDGDEPBAR"),
     "load": ("LDG", "LD.", "UTMALDG"),
     "store": ("STG", "ST.", "ATOM", "RED"),
     "shared": ("LDS", "STS", "LDSM", "STSM"),
-    "shuffle": ("SHFL", "REDUX", "VOTE"),
-    "barrier": ("BAR", "BSYNC", "BSSY", "WARPSYNC", "DEPBAR", "LDGDEPBAR"),
     "float": ("FFMA", "FMUL", "FADD", "HFMA2", "HMUL2", "HADD2", "DFMA", "DMUL", "DADD"),
     "convert": ("F2F", "I2F", "F2I", "FRND"),
     "branch": ("BRA", "EXIT", "CALL", "RET", "NOP", "BREAK"),

@@ -68,7 +68,7 @@ OPS: dict[str, Op] = {
         },
         (
             *("query", "key", "value"),
-            *("position_weight", "position_bias", "blank_key", "blank_value"),
+            *("position_weight", "position_bias", "position_value", "blank_key", "blank_value"),
         ),
     ),
     "scored_merge": Op(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pointformer.annotations import VOID
 from pointformer.segmentation.drawing import (
     CAPTION,
     GAP,
@@ -23,6 +24,7 @@ from pointformer.segmentation.regions import range_of
 
 if TYPE_CHECKING:
     from pointformer import TokenSet
+    from pointformer.annotations import Category
     from pointformer.segmentation.clouds import KeptPoints, SegmentedCloud
 
 _SIDE = 1200  # pixels of the longer side
@@ -141,6 +143,19 @@ def cloud_pictures(result: SegmentedCloud) -> dict[str, Image.Image]:
             words.append(f"without {view.outside} far away")
         pictures[name] = with_legend(_captioned(picture, ", ".join(words)), shown)
     return pictures
+
+
+def cloud_from_above(
+    tokens: TokenSet, classes: np.ndarray | None = None, categories: Sequence[Category] = ()
+) -> np.ndarray:
+    """(H, W, 3) uint8 of points in the colors of their classes (n,), gray where these are void or
+    not given, the higher the brighter."""
+    positions = tokens.positions.cpu().numpy()
+    colors = np.array([*(c.color for c in categories), _GRAY], np.uint8)
+    if classes is None:
+        classes = np.full(len(positions), VOID)
+    rows = np.where(classes == VOID, len(categories), classes)
+    return np.array(above(positions).draw(_shaded(colors[rows], positions[:, -1])))
 
 
 def _shaded(colors: np.ndarray, heights: np.ndarray) -> np.ndarray:

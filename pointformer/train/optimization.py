@@ -53,7 +53,12 @@ class Optimizer:
                 )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas: expected two in [0, 1), got {list(self.betas)}")
-        if not self.eps >= 0:
+        if self.reference_batch is not None and self.reference_batch < 1:
+            raise ValueError(
+                "optimizer.reference_batch: expected at least 1 or null, got "
+                f"{self.reference_batch}"
+            )
+        if not 0 <= self.eps < math.inf:
             raise ValueError(f"optimizer.eps: expected a number of at least 0, got {self.eps}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optimizer.clip: expected a positive number or null, got {self.clip}")
@@ -113,6 +118,11 @@ class Schedule:
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
             raise ValueError(f"schedule.warmup: expected a share in [0, 1), got {self.warmup}")
+        for name, most in (("start", 1.0), ("end", 1.0), ("power", math.inf)):
+            value = getattr(self, name)
+            if not 0 <= value <= most or value == math.inf:
+                words = "a number from 0 to 1" if most == 1 else "a number of at least 0"
+                raise ValueError(f"schedule.{name}: expected {words}, got {value}")
         if any(not 0 <= share <= 1 for share in self.milestones):
             raise ValueError(
                 f"schedule.milestones: expected shares from 0 to 1, got {list(self.milestones)}"
@@ -149,7 +159,7 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "minutes"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"budget.{name}: expected a positive number, got {value}")
 
     def used(self, steps: int, seconds: float, epoch_steps: float) -> float:
@@ -158,7 +168,7 @@ class Budget:
         if self.steps is not None:
             shares.append(steps / self.steps)
         if self.epochs is not None:
-            shares.append(steps / math.ceil(self.epochs * epoch_steps))
+            shares.append(steps / math.ceil(self.epochs * epoch_steps - 1e-9))  # rounding
         if self.minutes is not None:
             shares.append(seconds / (60 * self.minutes))
         return min(1.0, max(shares))

@@ -415,7 +415,7 @@ def read_recipe(
         place = changed
         for name in outer:
             inside = place.get(name)
-            inside = _loaded(inside) if isinstance(inside, _Text) else inside
+            inside = _read(inside, name) if isinstance(inside, _Text) else inside
             place[name] = place = dict(inside) if isinstance(inside, Mapping) else {}
         place[last] = _Text(match[2])
     try:
@@ -438,10 +438,7 @@ def _made(kind: Any, value: Any, path: str = "") -> Any:
     kinds = get_args(kind) if get_origin(kind) in _UNIONS else (kind,)
     listed = path not in _FILES and str(value).startswith(("[", "{"))
     if isinstance(value, _Text) and (str not in kinds or value == "null" or listed):
-        try:
-            value = _loaded(value)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        value = _read(value, path)
     group: Any = next((k for k in kinds if is_dataclass(k)), None)
     if group is None:
         return _checked(kind, value, path)
@@ -468,6 +465,13 @@ def _made(kind: Any, value: Any, path: str = "") -> Any:
     except (ValueError, TypeError) as error:
         text = str(error)
         raise ValueError(text if text.startswith(path) else f"{path}.{text}") from None
+
+
+def _read(value: _Text, path: str) -> Any:
+    try:
+        return _loaded(value)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _checked(kind: Any, value: Any, path: str) -> Any:

@@ -21,11 +21,14 @@ from pointformer.data.statistics import samples_in_words
 from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.evaluation import predictions
 from pointformer.metrics import RecallBySize, SemanticIoU, size_names
+from pointformer.metrics.sizes import SIDES
 from pointformer.models import Model
 from pointformer.models.inference import evaluating
 from pointformer.prediction import to_tensor
-from pointformer.segmentation.drawing import focus_picture, outline, panels
+from pointformer.segmentation.cloud_drawing import cloud_from_above
+from pointformer.segmentation.drawing import focus_picture, outline, panels, with_legend
 from pointformer.tasks import MapTask, Task, task_of
+from pointformer.tokens import TokenSet
 from pointformer.train.curves import plot_curves
 from pointformer.train.logs import read_table
 
@@ -85,6 +88,7 @@ def write_report(
     tile: int | None = None,
     resize: Resize | None = None,
     crop: CenterCrop | None = None,
+    region: int | None = None,
     say: Callable[[str], None] = tqdm.write,
 ) -> None:
     """Write one page of HTML that opens without a network.
@@ -100,7 +104,7 @@ def write_report(
         task: of the model; `None`: as it says.
         pictures: how many of the data set, drawn at random, are looked at.
         worst: how many are shown.
-        tile, resize, crop: see `pointformer.evaluation.evaluate`.
+        tile, resize, crop, region: see `pointformer.evaluation.evaluate`.
 
     Pictures are read as in the model's training.
 
@@ -112,17 +116,27 @@ def write_report(
     scores = read_table(run / "scores.csv")
     content: dict[str, Any] = {
         "title": run.resolve().name,
+        "noun": "point set" if model.of_points else "picture",
         "facts": _facts(model, run),
         "curves": _uri(curves.getvalue(), "png"),
         "scores": {n: v.tolist() for n, v in scores.items() if n not in ("step", "final")},
-        "steps": [int(step) for step in scores.get("step", ())],
+        "steps": scores.get("step", np.zeros(0)).tolist(),
         "final": bool(scores and scores["final"][-1]),
         "token_maps": _token_maps(run),
     }
     if dataset is not None:
         task = task or task_of(model, None, dataset.categories)
         content |= _examined(
-            model, task, dataset, pictures, worst, say, tile=tile, resize=resize, crop=crop
+            model,
+            task,
+            dataset,
+            pictures,
+            worst,
+            say,
+            tile=tile,
+            resize=resize,
+            crop=crop,
+            region=region,
         )
     environment = Environment(
         loader=PackageLoader("pointformer.train", "."), autoescape=True, trim_blocks=True
@@ -151,7 +165,9 @@ def _facts(model: Model, run: Path) -> dict[str, Any]:
 def _waited(run: Path) -> str | None:
     """Share of the time that was waited for data: the median over the lines of the log."""
     shares = read_table(run / "log.csv").get("waiting")
-    return None if shares is None else f"{100 * float(np.nanmedian(shares)):.1f}% of the time"
+    if shares is None or np.isnan(shares).all():
+        return None
+    return f"{100 * float(np.nanmedian(shares)):.1f}% of the time"
 
 
 def _token_maps(run: Path) -> list[list[tuple[int, str]]]:
@@ -179,7 +195,8 @@ def _examined(
     """
     order = np.random.default_rng(0).permutation(len(dataset))[:pictures].tolist()
     bar = tqdm(order, "looking at pictures", leave=False)
-    sizes = RecallBySize(task.categories, min_score=task.min_score)
+    sides = () if model.of_points else SIDES
+    sizes = RecallBySize(task.categories, sides, task.min_score)
     cases: list[_Case] = []
     whole = task.metrics()[0]
     for annotation, image, prediction in predictions(model, task, dataset, bar, **seen):
@@ -189,7 +206,7 @@ def _examined(
         single.update(prediction, truth)
         whole.merge(single)
         score = next(iter(single.compute().values()))
-        if not math.isnan(score) and (len(cases) < worst or score < cases[-1].score):
+        if worst and not math.isnan(score) and (len(cases) < worst or score < cases[-1].score):
             cases.append(_Case(annotation.name, score, _compared(task, image, truth, prediction)))
             cases = sorted(cases, key=lambda case: case.score)[:worst]
     say(f"{samples_in_words(len(order), task.counts)} looked at")
@@ -215,21 +232,31 @@ def _examined(
     }
 
 
-def _compared(task: Task, image: np.ndarray, truth: Annotation, prediction: Any) -> Image.Image:
-    """Annotations beside findings; of a whole picture, in words."""
+def _compared(task: Task, image: np.ndarray | TokenSet, truth: Any, prediction: Any) -> Image.Image:
+    """Annotations beside findings; of a whole picture or point set, in words."""
+    shown: Sequence[Category] = ()
     if isinstance(task, MapTask):
         annotated = SegmentMap.of(*_regions(truth))
         sides = [
             (_tinted(image, annotated, task.categories), "annotated"),
             (_tinted(image, task.shown(prediction), task.categories), "found"),
         ]
+    elif isinstance(image, TokenSet) and truth.labels is not None:
+        sides = [
+            (cloud_from_above(image, classes, task.categories), caption)
+            for classes, caption in ((truth.labels, "annotated"), (prediction, "found"))
+        ]
+        seen = np.union1d(truth.labels, prediction)
+        shown = [task.categories[number] for number in seen.tolist() if number != VOID]
     else:
         guess = task.categories[int(np.argmax(prediction))].name
-        sides = [(image, f"{task.categories[truth.label].name}, taken for {guess}")]
-    scale = min(1.0, _SEEN / max(image.shape[:2]))
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+        picture = cloud_from_above(image) if isinstance(image, TokenSet) else image
+        sides = [(picture, f"{task.categories[truth.label].name}, taken for {guess}")]
+    height, width = sides[0][0].shape[:2]
+    scale = min(1.0, _SEEN / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     row = [(Image.fromarray(side).resize(size), caption) for side, caption in sides]
-    return panels([row], size)
+    return with_legend(panels([row], size), shown)
 
 
 def _regions(truth: Annotation) -> tuple[np.ndarray, list[int], list[float]]:

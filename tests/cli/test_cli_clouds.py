@@ -15,8 +15,10 @@ from PIL import Image
 from helpers.processes import finished, started
 from helpers.tiles import CLASSES, CORNER, write_cloud, write_point_model
 from pointformer import cli
+from pointformer.cli.inputs import Clouds
 from pointformer.cli.results import is_result
 from pointformer.data import read_points
+from pointformer.segmentation import clouds
 
 PREDICT = "pointformer.segmentation.clouds.predict_points"
 DRAWN = ("above.png", "classes.csv", "side.png", "summary.json")
@@ -368,3 +370,46 @@ def test_faces_and_other_arrays_stay(capsys, points_model, quick):
             assert after[name].dtype == values.dtype
     world = read_points("scene.npz").world_positions().numpy()
     assert np.allclose(world, CORNER + np.arange(12).reshape(4, 3) / 100, rtol=0, atol=1e-6)
+
+
+def test_clouds_are_scaled_and_have_a_time(capsys, points_model, quick, monkeypatch):
+    seen, plain = [], clouds.segment_points
+
+    def segment_points(model, tokens, *, budget, **options):
+        seen.append((np.ptp(tokens.positions.numpy(), 0), budget and budget.seconds))
+        return plain(model, tokens, **options)
+
+    monkeypatch.setattr(clouds, "segment_points", segment_points)
+    write_cloud("tile.npz")
+    arguments = ("segment", "tile.npz", "--out", "o", "--model", points_model)
+    assert run(capsys, *arguments)[0] == 0
+    assert run(capsys, *arguments, "--scale", 0.5, "--budget", "100s")[0] == 0
+    (whole, never), (half, seconds) = seen
+    np.testing.assert_allclose(half, whole / 2, rtol=1e-5)
+    assert (never, seconds) == (None, 100)
+    code, _, error = run(capsys, *arguments, "--rate", 0.5, "--budget", "1s")
+    assert (code, error.count("\n")) == (1, 1)
+    assert "--rate, --budget: only one of them can be given" in error
+
+
+@pytest.mark.parametrize("text", ["50", "0s", "-1s", "soon", "1min", "0.0ms", "1e3s"])
+def test_what_is_no_time(capsys, text):
+    with pytest.raises(SystemExit):
+        cli.main(["segment", "x.laz", "--out", "o", f"--budget={text}"])
+    assert f"expected a time such as 50ms or 2s, got {text!r}" in capsys.readouterr().err
+
+
+def test_small_clouds_are_those_of_small_files():
+    """Or those that cannot be read, which is said later."""
+    clouds = object.__new__(Clouds)
+    for name, size in (("small.laz", 2**20), ("large.laz", 2**20 + 1)):
+        Path(name).write_bytes(bytes(size))
+    assert clouds.are_small([Path("small.laz"), Path("none.laz")])
+    assert not clouds.are_small([Path("small.laz"), Path("large.laz")])
+
+
+def test_kernels_for_points_are_compiled(capsys, points_model, monkeypatch):
+    monkeypatch.setattr("pointformer.cli.warmup.POINTS", (64, 500))
+    code, text, error = run(capsys, "warmup", "--model", points_model, "--training")
+    assert (code, error) == (0, "")
+    assert "compiled CPU kernels" in text

@@ -599,10 +599,15 @@ def test_a_folder_that_cannot_be_listed(capsys, model, quick, monkeypatch):
         return listing(path)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    code, text, error = run(capsys, "segment", "secret", "good", "--out", "o", "--model", model)
+    for chosen in (["--model", model], []):
+        code, text, error = run(capsys, "segment", "secret", "good", "--out", "o", *chosen)
+        assert code == 1
+        assert error == "pointformer: error: secret: Permission denied\n"
+        assert "1 of 2 pictures done" in text
+    code, text, error = run(capsys, "segment", "n" * 300, "good", "--out", "o")
     assert code == 1
-    assert error == "pointformer: error: secret: Permission denied\n"
-    assert "1 of 2 pictures done" in text
+    assert error.count("\n") == 1
+    assert "File name too long" in error
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_computing(capsys, model, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from helpers import scenes
+from helpers.clouds import write_objects, write_scenes
 from helpers.scenes import encoded, picture, pixels, rectangles, save
 from pointformer.annotations import Category
 from pointformer.cli.evaluate import _FORMATS
@@ -391,6 +392,21 @@ def test_pictures_that_are_learned_and_scored_are_told(tmp_path):
     (tmp_path / "annotations/instances_val2017.json").write_text(text)
     with pytest.warns(UserWarning, match=r"is in both .* as are 5 of the 5 pictures to be scored"):
         open_splits(tmp_path, task="instance")
+
+
+@pytest.mark.parametrize(
+    ("task", "write", "count"),
+    [("point_segmentation", write_scenes, 3),
+     ("point_classification", lambda path: write_objects(path / "all.npz"), 12)],
+)  # fmt: skip
+def test_splits_within_a_file_share_nothing(tmp_path, task, write, count):
+    write(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_splits(tmp_path, task=task)
+    message = f"is in both .* as are {count} of the {count} point sets to be scored on"
+    with pytest.warns(UserWarning, match=message):
+        open_splits(tmp_path, task=task, val="train")
 
 
 @pytest.mark.parametrize("val", ["val/images", "images/Valid"])

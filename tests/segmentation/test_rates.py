@@ -1,6 +1,8 @@
 """Shares of tokens that merges keep: ranges of them, and the largest that fits into a time."""
 
 import contextlib
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -233,3 +235,27 @@ def test_one_rate_is_a_range_too():
     assert rates.steps() == [0.2, 0.2]
     assert rates.draw(small(), np.random.default_rng(0)) == pytest.approx((0.2, 0.25))
     assert Rates.of(small(rate=0.5)).steps()[::2] == pytest.approx([0.5, 0.25, 0.125, 0.0625])
+
+
+def test_the_ends_of_a_range_are_in_it():
+    for ends in ((0.25, 0.5), (0.1, 0.25), (0.25, 0.25)):
+        Rates(*ends).check(small())
+
+
+def test_calls_in_other_threads_wait():
+    """Times of calls side by side say nothing, and one would run at the rate of another."""
+    model, now, most = small(WIDE), [], []
+
+    def call():
+        now.append(threading.current_thread())
+        most.append(len(now))
+        time.sleep(0.002)
+        now.pop()
+
+    budget = TimeBudget(model, 60.0)
+    threads = [threading.Thread(target=budget.run, args=(100, call)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(most) == {1}

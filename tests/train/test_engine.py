@@ -26,7 +26,7 @@ from pointformer.annotations import Category
 from pointformer.data import read_folder
 from pointformer.data.statistics import PictureFacts, Statistics, examine
 from pointformer.evaluation import evaluate
-from pointformer.models import AFFConfig, create_model, save_model
+from pointformer.models import AFFConfig, Output, create_model, save_model
 from pointformer.models.aff import AFF
 from pointformer.models.config import CONFIGS
 from pointformer.models.released import to_released
@@ -919,3 +919,103 @@ def test_a_released_checkpoint_is_a_start(tmp_path, monkeypatch):
     assert same(started.backbone.state_dict(), model.backbone.state_dict())
     with pytest.raises(ValueError, match=r"model: needed, as .*mini\.pth does not say"):
         make_model(replace(recipe, model=None), [Category(1, "x")])
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """Each step takes one by the clock of the run."""
+    now, plain = [0.0], Trainer._loss
+
+    def loss(self, images, annotations):
+        now[0] += 1
+        return plain(self, images, annotations)
+
+    monkeypatch.setattr(Trainer, "_loss", loss)
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+
+@pytest.mark.usefixtures("seconds")
+def test_checkpoints_are_written_by_the_clock(folder, tmp_path, monkeypatch):
+    """The first step counts as nothing here, the second for two."""
+    saved = []
+    monkeypatch.setattr(run, "save_checkpoint", lambda folder, step, *rest: saved.append(step))
+    recipe = recipe_of(
+        folder, "budget.steps=6", "validation.times=0", "log_every=1",
+        f"checkpoints.minutes={2 / 60}",
+    )  # fmt: skip
+    train(recipe, tmp_path, say=silent)
+    assert saved == [0, 2, 4, 6, 6, 6]  # the last ones at the end, and with its scores
+
+
+@pytest.mark.usefixtures("seconds")
+def test_a_line_of_the_log_is_of_all_steps_since_the_last(folder, tmp_path):
+    recipe, logs = recipe_of(folder, "budget.steps=5", "validation.times=0"), []
+    for often in (1, 2):
+        train(replace(recipe, log_every=often), tmp_path / str(often), say=silent)
+        logs.append(read_table(tmp_path / str(often) / "log.csv"))
+    every, some = logs
+    assert some["step"].tolist() == [2, 4, 5]
+    for name in ("loss", "gradient"):
+        means = [every[name][:2].mean(), every[name][2:4].mean(), every[name][4]]
+        np.testing.assert_allclose(some[name], means, rtol=1e-6)
+    assert some["images_per_second"].tolist() == [2, 2, 2]
+
+
+@pytest.mark.usefixtures("seconds")
+def test_the_file_says_from_what_and_for_how_long(folder, tmp_path):
+    recipe = recipe_of(folder, "budget.steps=12", "validation.times=0")
+    train(recipe, tmp_path / "first", say=silent)
+    weights = tmp_path / "first/model.safetensors"
+    assert create_model(weights).trained["minutes"] == 0.2
+    train(recipe_of(folder, "budget.steps=1", f"init={weights}"), tmp_path / "next", say=silent)
+    trained = create_model(tmp_path / "next/model.safetensors").trained
+    assert trained["recipe"]["init"] == "model.safetensors"  # not where it is on this machine
+    assert str(tmp_path) not in str(trained)
+
+
+def test_some_pictures_are_scored_on_the_way_and_all_at_the_end(folder, tmp_path):
+    changes = ["validation.times=1", "validation.pictures=1", "validation.token_maps=1"]
+    train(recipe_of(folder, "budget.steps=2", *changes), tmp_path, say=silent)
+    scores = [(row["step"], row["final"], row["pictures"]) for row in rows(tmp_path / "scores.csv")]
+    assert scores == [("1", "0", "1"), ("2", "1", "2")]
+    maps = sorted(path.name for path in (tmp_path / "tokens").iterdir())
+    assert maps == ["00000001-0.jpg", "00000002-0.jpg"]
+
+
+def test_what_is_scored_is_seen_as_in_training():
+    """Windows of the crops where queries are, regions of points; or as is said."""
+    masks, borders = (SimpleNamespace(output=output) for output in (Output.MASKS, Output.BORDERS))
+    for changes, tile in (
+        (["augmentation.crop.size=[64,32]"], 32),
+        (["augmentation.crop.size=48"], 48),
+        (["augmentation.crop.size=48", "validation.tile=96"], 96),
+        (["augmentation.crop=null"], None),
+    ):
+        recipe = read_recipe("instance.yaml", changes)
+        assert run.validation_tile(recipe, masks) == tile
+        assert run.validation_tile(recipe, borders) == recipe.validation.tile
+    recipe = read_recipe("point_segmentation.yaml", ["augmentation.points.region.points=80"])
+    for output, points in ((Output.POINT_CLASSES, 80), (Output.POINT_SCORES, None)):
+        assert run.validation_region(recipe, SimpleNamespace(output=output)) == points
+
+
+def test_the_learning_rate_that_is_shown_is_the_highest(tmp_path):
+    dataset = dataset_of(tmp_path, "instance", 2, 32)
+    recipe = recipe_of(
+        "x", "budget.steps=2", "optimizer.learning_rate=1e-2", "optimizer.backbone_rate=0.25",
+        "schedule.warmup=0",
+    )  # fmt: skip
+    trainer = trainer_of(dataset, recipe)
+    trainer.step(next(Batches(dataset, None, batch=2, seed=0).steps()))
+    assert trainer.learning_rate == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize(("wanted", "times"), [("true", 2), ("false", 1)])
+def test_blocks_are_computed_again_where_that_is_wanted(tmp_path, wanted, times):
+    dataset, seen = dataset_of(tmp_path, "instance", 2, 32), []
+    recipe = recipe_of("x", "budget.steps=1", f"gradient_checkpointing={wanted}")
+    trainer = trainer_of(dataset, recipe)
+    block = trainer.model.backbone.stages[0].blocks[0]
+    block.attn.register_forward_pre_hook(lambda module, inputs: seen.append(module))
+    trainer.step(next(Batches(dataset, None, batch=2, seed=0).steps()))
+    assert len(seen) == times

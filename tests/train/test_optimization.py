@@ -144,6 +144,7 @@ def test_budgets_end_with_what_is_used_up_first():
     assert Budget(epochs=2).used(3, 0, 2.5) == pytest.approx(0.6)
     assert Budget(epochs=1).used(2, 0, 2.5) == pytest.approx(2 / 3)
     assert Budget(epochs=1).used(3, 0, 2.5) == 1  # the last step goes beyond the pass
+    assert Budget(epochs=50).used(55, 0, 11 / 10) == 1  # 55.00000000000001
     with pytest.raises(ValueError, match=r"budget\.epochs: expected a positive number, got 0"):
         Budget(epochs=0)
 

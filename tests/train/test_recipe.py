@@ -192,3 +192,36 @@ def test_all_fields_are_described():
 def test_scores_learn_from_outlines_only(task):
     with pytest.raises(ValueError, match=f"score_weight: no outlines are annotated for '{task}'"):
         read_recipe(None, ["score_weight=1"], task=task)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [("semantic.yaml", "seed=4294967296", "seed: expected a number from 0 to"),
+     ("semantic.yaml", "score_weight=.inf", "score_weight: expected a number of at least 0"),
+     ("semantic.yaml", "checkpoints.minutes=0", r"checkpoints\.minutes: expected more than 0, got"),
+     ("semantic.yaml", "validation.pictures=0", r"validation\.pictures: expected at least 1, got"),
+     ("semantic.yaml", "schedule.warmup=-0.1", r"schedule\.warmup: expected a share"),
+     ("semantic.yaml", "schedule.start=.nan", r"schedule\.start: expected a number from 0 to 1"),
+     ("semantic.yaml", "schedule.end=-1", r"schedule\.end: expected a number from 0 to 1, got -1"),
+     ("semantic.yaml", "schedule.power=-1", r"schedule\.power: expected a number of at least 0"),
+     ("semantic.yaml", "schedule.power=.inf", r"schedule\.power: expected a number of at least 0"),
+     ("semantic.yaml", "optimizer.eps=.inf", r"optimizer\.eps: expected a number of at least 0"),
+     ("semantic.yaml", "optimizer.reference_batch=0", "expected at least 1 or null, got 0"),
+     ("semantic.yaml", "optimizer={x", r"optimizer: .*line 1"),
+     ("semantic.yaml", "budget.epochs=.inf", r"budget\.epochs: expected a positive number"),
+     ("semantic.yaml", "budget.minutes=.inf", r"budget\.minutes: expected a positive number"),
+     ("point_segmentation.yaml", "validation.tile=64", r"validation\.tile: is for pictures"),
+     ("point_segmentation.yaml", "validation.crop.size=64", r"validation\.crop: is for pictures"),
+     ("elsewhere/semantic.yaml", "batch=1", "elsewhere/semantic.yaml: no such file")],
+)  # fmt: skip
+def test_recipes_that_cannot_be(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        read_recipe(name, [change, "optimizer.clip=1"])
+
+
+def test_options_and_bad_pictures_in_other_runs():
+    """Options where there were none are said one by one; what is left out is in the digest."""
+    recipe = read_recipe("semantic.yaml", ["options={}"])
+    some = replace(recipe, options={"alpha": 2.0}, data=replace(recipe.data, skip_bad=True))
+    assert recipe.differences(asdict(some)) == ["options.alpha 2.0, now not given"]
+    assert some.differences(asdict(recipe)) == ["options.alpha not given, now 2.0"]

@@ -1,5 +1,7 @@
 """The recipes of the package: each makes its model, and trains."""
 
+import re
+import warnings
 from dataclasses import asdict
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 
 from helpers.clouds import write_objects, write_scenes
 from helpers.training import dataset_of, trainer_of
+from pointformer import cli
 from pointformer.annotations import Category
 from pointformer.data import ADE20K, CITYSCAPES, CITYSCAPES_THINGS, COCO
 from pointformer.data.transforms import (
@@ -23,6 +26,7 @@ from pointformer.models import load_model
 from pointformer.rates import Rates
 from pointformer.train.initial import make_model
 from pointformer.train.loading import Batches
+from pointformer.train.logs import read_table
 from pointformer.train.recipe import RECIPES, read_recipe, write_recipe
 from pointformer.train.run import train
 
@@ -188,7 +192,9 @@ def test_recipes_of_points_train(name, tmp_path):
     small = [*SMALL, *own, "budget.epochs=null", "validation.times=1", f"rates={asdict(rates)}"]
     recipe = read_recipe(name, [*small, f"data.path={tmp_path}", "budget.steps=2"])
     lines = []
-    first = train(recipe, out, say=lines.append)
+    with warnings.catch_warnings():  # splits within a file share no points
+        warnings.filterwarnings("error", "(?s).*is in both")
+        first = train(recipe, out, say=lines.append)
     assert set(first) == {
         *(("top-1 accuracy", "top-5 accuracy") if objects else ("mIoU", "mean accuracy")),
         *(() if objects else ("pixel accuracy",)),
@@ -202,6 +208,17 @@ def test_recipes_of_points_train(name, tmp_path):
     recipe = read_recipe(name, [*small, f"data.path={tmp_path}", "budget.steps=4"])
     train(recipe, out, say=lines.append)
     assert any("goes on from" in line for line in lines)
+    assert cli.main(["report", str(out)]) == 0
+    page = (out / "report.html").read_text("utf-8")
+    assert "<h2>What is found, by class</h2>" in page
+    assert "<h2>Worst point sets</h2>" in page
+    assert "<th>all</th>" in page
+    assert ("<th>IoU</th>" in page) != objects
+    shares = re.findall(r"<td>[01]\.\d\d <small>\((\d+)\)</small></td>", page)
+    # All of the split, but void points; of objects some splits have a share of those for training.
+    count = int(read_table(out / "scores.csv")["pictures"][-1])
+    assert sum(map(int, shares)) == (count if objects else 120)
+    assert page.count("data:image/jpeg") == count
 
 
 @pytest.mark.long

@@ -13,6 +13,7 @@ from pointformer.data import Annotation
 from pointformer.models import create_model
 from pointformer.tasks.semantic import SemanticClasses
 from pointformer.train import report
+from pointformer.train.curves import plot_curves
 from pointformer.train.logs import Logs
 from pointformer.train.report import write_report
 
@@ -125,3 +126,65 @@ def test_bad_input_is_one_line(run, capsys, tmp_path):
         assert len(lines) == 1
         assert message in lines[0]
     assert foreign.read_text() == "mine"
+
+
+def test_what_the_page_says_of_the_run_and_of_all_pictures(tmp_path, monkeypatch):
+    """The median of what was waited, of which scores the last are, IoU of all pictures together."""
+    truth = np.repeat([0, 1], 6)[:, None].repeat(12, 1).astype(np.int32)
+    half = truth.copy()
+    half[4:8] = 1 - half[4:8]
+    found = [1 - truth, half, truth, 0 * truth]
+    annotations = [Annotation(f"picture {n}", None, (12, 12), n, semantic=truth) for n in range(4)]
+    image = np.zeros((12, 12, 3), np.uint8)
+    monkeypatch.setattr(report, "predictions", lambda model, task, dataset, indices, **seen: (
+        (dataset[n], image, found[n]) for n in indices
+    ))  # fmt: skip
+    with Logs(tmp_path, 0) as logs:
+        for step, waiting in enumerate((0.1, 0.9, 0.2), 1):
+            logs.add_training(step, {"loss": 2.0, "learning_rate": 1e-3, "gradient": 1.0,
+                                     "waiting": waiting})  # fmt: skip
+        logs.add_scores(2, {"final": 0, "pictures": 1, "mIoU": 0.5})
+        logs.add_scores(3, {"final": 1, "pictures": 4, "mIoU": 0.25})
+    model = create_model("aff_nano", head="dense", num_classes=2, task="semantic", dims=(8, 8),
+                         depths=1, heads=1)  # fmt: skip
+    options = {"task": SemanticClasses(KINDS[:2]), "say": lambda text: None}
+    write_report(tmp_path, model, annotations, tmp_path / "a.html", **options)
+    text = (tmp_path / "a.html").read_text("utf-8")
+    assert "<td>20.0% of the time</td>" in text
+    assert "The last row is of all validation pictures." in text
+    assert "<td>background</td><td>0.421</td>" in text  # (0 + 48 + 72 + 72) / (144 + 96 + 72 + 144)
+    assert "<td>small</td><td>0.312</td>" in text
+    assert "Worst pictures" in text
+    write_report(tmp_path, model, annotations, tmp_path / "a.html", worst=0, **options)
+    text = (tmp_path / "a.html").read_text("utf-8")
+    assert "<td>small</td><td>0.312</td>" in text
+    assert "Worst pictures" not in text
+    (tmp_path / "scores.csv").write_text("step,final,pictures,mIoU\nx,0,1,0.5\n3,1,4,0.25\n")
+    log = tmp_path / "log.csv"
+    log.write_text(re.sub(r"0\.[192]$", "x", log.read_text(), flags=re.MULTILINE))
+    write_report(tmp_path, model, None, tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text("utf-8")
+    assert "<tr><td>–</td><td>1</td><td>0.500</td></tr>" in text
+    assert "waited" not in text
+
+
+def test_the_curves_have_what_was_logged(tmp_path):
+    with Logs(tmp_path, 0) as logs:
+        for step in (1, 2):
+            logs.add_training(step, {
+                "epoch": 0.5, "seconds": 1.0, "loss": 2.0, "dice": 1.0, "learning_rate": step - 1.0,
+                "gradient": 1.0, "images_per_second": 3.0, "loaded_per_second": 9.0, "waiting": 0.0,
+            })  # fmt: skip
+        logs.add_scores(2, {"final": 0, "pictures": 3, "AP": 0.5, "none": float("nan")})
+    panels = plot_curves(tmp_path).axes
+    assert {panel.get_title(): [line.get_label() for line in panel.lines] for panel in panels} == {
+        "loss": ["loss", "dice"],
+        "score": ["AP"],
+        "learning rate, gradient": ["learning_rate", "gradient"],
+        "pictures per second, learned and to be loaded": [
+            "images_per_second", "loaded_per_second"
+        ],
+    }  # fmt: skip
+    # A rate of 0 has no logarithm.
+    assert [panel.get_yscale() for panel in panels] == ["log", "linear", "linear", "log"]
+    assert panels[1].get_ylim() == (0, 1)

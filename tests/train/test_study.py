@@ -612,3 +612,81 @@ def test_a_killed_cell_goes_on_and_a_finished_one_is_skipped(tmp_path):
     table = [sys.executable, str(FOLDER / "tables.py"), "--results", str(tmp_path / "study.jsonl")]
     subprocess.run(table, env=environment, check=True)
     assert "| dense | 1/16 | 6 | supervised | 1 |" in (tmp_path / "study.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["budgets", "classification", "instances", "objects", "stages", "thresholds", "times"],
+)
+def test_pages_are_those_of_their_lines(monkeypatch, name):
+    results = ROOT / "bench" / "results"
+    lines = loaded("cells", monkeypatch).read_lines(results / f"{name}.jsonl")
+    page = loaded(name, monkeypatch).page(lines)
+    assert page == (results / f"{name}.md").read_text("utf-8")
+
+
+def test_todays_cells_are_those_of_the_results(monkeypatch):
+    """What is trained from now on is compared with what was: one of each kind."""
+    cells, ablations = loaded("cells", monkeypatch), loaded("ablations", monkeypatch)
+    tables = loaded("tables", monkeypatch)
+    for kind, results in (
+        (cells.Cell, cells.RESULTS),
+        (ablations.Ablation, ablations.ABLATION_RESULTS),
+    ):
+        chosen = {}
+        for line in tables.newest(cells.read_lines(results)):
+            cell, about = kind(**line["cell"]), line["cell"]
+            chosen[about.get("arm"), about.get("change"), cell.data] = cell, line["recipe"]
+        assert len(chosen) > 10
+        for cell, recipe in chosen.values():
+            assert cell.recipe(Path("data")).differences(recipe) == [], cell.name
+
+
+def test_the_most_telling_cells_come_first(monkeypatch):
+    """The budget of the goal, the scarcest, that with which the goal compares; one data set and the
+    dense head before the others."""
+    cells = loaded("cells", monkeypatch).CELLS
+    first = [c for c in cells if (c.data, c.head, c.seed) == ("hit_uav", "dense", 0)]
+    assert list(dict.fromkeys(cell.budget for cell in first)) == [16, 64, 4, 32, 8]
+    assert list(dict.fromkeys((cell.head, cell.data) for cell in cells)) == [
+        (head, data)
+        for head in ("dense", "mask2former")
+        for data in ("hit_uav", "nuclei_dsb2018", "camvid")
+    ]
+    assert list(dict.fromkeys(cell.seed for cell in cells)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_curve_of_a_run(monkeypatch, tmp_path):
+    """Of the loss means of tenths, and the scores on the way, not those of the end."""
+    script = loaded("run", monkeypatch)
+    rows = [f"{step},{step / 10},{6 * step}" for step in range(1, 41)]
+    (tmp_path / "log.csv").write_text("\n".join(["step,loss,seconds", *rows]))
+    scores = ["step,final,pictures,mIoU,accuracy", "10,0,3,0.25,0.5", "40,0,3,0.5,1", "40,1,9,1,1"]
+    (tmp_path / "scores.csv").write_text("\n".join(scores))
+    assert script.curve_of(tmp_path) == {
+        "steps": 40,
+        "minutes": 4.0,
+        "loss": [round(0.25 + 0.4 * tenth, 2) for tenth in range(10)],
+        "score": "mIoU",
+        "scores": [[10, 0.25], [40, 0.5]],
+    }
+    (tmp_path / "log.csv").write_text("\n".join(["step,loss,seconds", *rows[:3]]))
+    (tmp_path / "scores.csv").write_text("\n".join([scores[0], scores[-1]]))
+    curve = script.curve_of(tmp_path)
+    assert (curve["loss"], curve["score"], curve["scores"]) == ([0.1, 0.2, 0.3], "", [])
+
+
+def test_costs_are_of_the_most_frequent_size(monkeypatch):
+    """After the first stage: its merge and the later stages, without the head."""
+    script = loaded("run", monkeypatch)
+    model = create_model("aff_nano", head="dense", num_classes=3, **SMALL).eval()
+    pictures = [
+        SimpleNamespace(read_image=lambda size=size: np.zeros((*size, 3), np.uint8))
+        for size in ((64, 64), (32, 48), (32, 48))
+    ]
+    costs = script.costs_of(model, pictures, None)
+    stages = model.backbone.stages
+    later = complexity_of(model, 32, 48, parts=[stages[0].merge, *stages[1:]])
+    assert costs["size"] == [32, 48]
+    assert costs["multiply_adds"] == complexity_of(model, 32, 48).total
+    assert costs["multiply_adds_after"] == later.total > 0
