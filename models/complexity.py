@@ -135,6 +135,8 @@ def complexity_of(
         raise TypeError(f"model: expected a Model, got {describe(model)}")
     if model.of_points:
         check_count("points", points)
+        if height is not None or width is not None:
+            raise ValueError(f"height, width: expected None, {model.name} takes points")
     elif points is not None:
         raise ValueError(f"points: expected None, {model.name} takes images, got {brief(points)}")
     else:

@@ -6,6 +6,7 @@ import itertools
 import operator
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
+from numbers import Integral
 from typing import Any, ClassVar, Self
 
 from pointformer._checks import brief, check_count, check_flags, check_number, check_option
@@ -27,8 +28,10 @@ class _Config:
             value = getattr(self, field.name)
             if field.type == "int":
                 check_count(field.name, value, least=0 if field.name in self.may_be_zero else 1)
+                object.__setattr__(self, field.name, operator.index(value))
             elif field.type == "float":
                 check_number(field.name, value, least=0)
+                object.__setattr__(self, field.name, _plain(value))
             elif field.type == "bool":
                 check_flags(**{field.name: value})
             elif field.type == "tuple[int, ...]":
@@ -37,7 +40,7 @@ class _Config:
     def _per_stage(self, name: str, value: object) -> None:
         """Make the field a tuple of one number per stage; one number is for all stages."""
         stages = len(self.dims) if isinstance(self.dims, list | tuple) else 0
-        if isinstance(value, int) and name != "dims":
+        if isinstance(value, Integral) and name != "dims":
             value = (value,) * stages
         if name == "dims" and not 0 < stages <= _MOST_STAGES:
             raise ValueError(
@@ -49,7 +52,7 @@ class _Config:
             )
         for number in value:
             check_count(name, number)
-        object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, name, tuple(map(operator.index, value)))
 
     def _check_heads(self) -> None:
         for stage, (dim, heads) in enumerate(zip(self.dims, self.heads, strict=True)):
@@ -67,9 +70,16 @@ class _Config:
         return replace(self, **changes)  # type: ignore[type-var]
 
 
-def _check_stride(patch_stride: int) -> None:
-    if patch_stride not in (1, 2, 4):
-        raise ValueError(f"patch_stride: expected 1, 2 or 4, got {brief(patch_stride)}")
+def _plain(number: Any) -> int | float:
+    """A number of Python for one of NumPy: model files write it as text."""
+    return number if isinstance(number, int | float) else float(number)
+
+
+def _check_patches(config: AFFConfig | SwinConfig) -> None:
+    if config.patch_stride not in (1, 2, 4):
+        raise ValueError(f"patch_stride: expected 1, 2 or 4, got {brief(config.patch_stride)}")
+    if config.dims[0] < 2:
+        raise ValueError(f"dims: expected at least 2 channels in the first stage: {config.dims}")
 
 
 class _MergingConfig(_Config):
@@ -85,8 +95,12 @@ class _MergingConfig(_Config):
                     f"rate: expected one number, or one for each of {len(self.dims) - 1} merges, "
                     f"got {brief(self.rate)}"
                 )
-        for rate in self.rates:
+        listed = isinstance(self.rate, tuple)
+        rates = self.rate if isinstance(self.rate, tuple) else (self.rate,)
+        for rate in rates:
             check_number("rate", rate, above=0, most=1)
+        rates = tuple(map(_plain, rates))
+        object.__setattr__(self, "rate", rates if listed else rates[0])
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -167,12 +181,13 @@ class AFFConfig(_MergingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.reach, int):
+        if isinstance(self.reach, Integral):
             check_count("reach", self.reach)
+            object.__setattr__(self, "reach", operator.index(self.reach))
         else:
             self._per_stage("reach", self.reach)
         self._check_heads()
-        _check_stride(self.patch_stride)
+        _check_patches(self)
         self._check_rates()
         if self.reserve_share is not None:
             check_number("reserve_share", self.reserve_share, above=0, most=1)
@@ -227,7 +242,7 @@ class SwinConfig(_Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_heads()
-        _check_stride(self.patch_stride)
+        _check_patches(self)
         check_number("drop_path", self.drop_path, least=0, most=1)
         if isinstance(self.patch_merge, list | tuple):
             object.__setattr__(self, "patch_merge", tuple(self.patch_merge))

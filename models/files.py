@@ -372,6 +372,8 @@ def _category(row: dict[str, Any]) -> Category:
 def _head_of(state: Mapping[str, Tensor]) -> tuple[str | None, int | None]:
     """Name and number of classes of the head whose weights these are; `None` if not known."""
     for entry, head in (
+        ("head.hidden.bias", "point_classification"),
+        ("head.decoder.up.0.0.bias", "point_segmentation"),
         ("head.linear.bias", "classification"),
         ("head.classify.1.bias", "dense"),
         ("head.classify.bias", "stars"),
@@ -382,6 +384,7 @@ def _head_of(state: Mapping[str, Tensor]) -> tuple[str | None, int | None]:
         if entry in state:
             if "head.decoder.classify.bias" in state:
                 return head, len(state["head.decoder.classify.bias"]) - 1
+            entry = "head.linear.bias" if head.startswith("point_") else entry
             return head, None if head == "features" else len(state[entry])
     return None, None
 

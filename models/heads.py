@@ -89,7 +89,7 @@ class Head(nn.Module):
 
 def mean_tokens(tokens: TokenSet) -> Tensor:
     """(B, C) mean of each sample's features."""
-    if tokens.is_uniform:
+    if tokens.is_uniform and tokens.num_tokens:
         return tokens.features.view(tokens.batch_size, -1, tokens.channels).mean(1)
     features = at_least_float32(tokens.features)
     sums = features.new_zeros(tokens.batch_size, tokens.channels)
@@ -490,7 +490,7 @@ class PointClassificationHead(Head):
 
 def _largest(tokens: TokenSet) -> Tensor:
     """(B, C) maximum of each sample's features."""
-    if tokens.is_uniform:
+    if tokens.is_uniform and tokens.num_tokens:
         return tokens.features.view(tokens.batch_size, -1, tokens.channels).amax(1)
     sample = tokens.sample_index[:, None].expand_as(tokens.features)
     lowest = tokens.features.new_zeros(tokens.batch_size, tokens.channels)

@@ -27,7 +27,7 @@ from pointformer.nn import (
 from pointformer.nn.blocks import run_blocks
 
 _TYPICAL = 8.0  # distance from the middle, in units of the model
-_STRAY = 1e-3  # share of a sample's points that may be strays below the others
+_STRAY = 1000  # of so many points of a sample one may be a stray below the others
 
 
 class PointPreprocess(nn.Module):
@@ -70,7 +70,7 @@ def _starts(positions: Tensor, tokens: TokenSet) -> Tensor:
     """(B, D) where each sample's positions (T, D) begin but for strays."""
     sample, offsets = tokens.sample_index, tokens.batch_offsets
     sizes = offsets.diff()
-    strays = torch.minimum((sizes * _STRAY).ceil().long(), sizes // 10)
+    strays = torch.minimum((sizes + _STRAY - 1) // _STRAY, sizes // 10)
     # A row of zeros that an empty last sample points to.
     padded = torch.cat([positions, positions.new_zeros(1, positions.shape[1])])
     starts = []
@@ -83,10 +83,11 @@ def _starts(positions: Tensor, tokens: TokenSet) -> Tensor:
 
 
 def _means(values: Tensor, tokens: TokenSet) -> Tensor:
-    """(B, C) means over each sample's rows (T, C)."""
-    sums = values.new_zeros(tokens.batch_size, values.shape[1])
-    sums = sums.index_add(0, tokens.sample_index, values)
-    return sums / tokens.batch_offsets.diff().clamp(min=1)[:, None]
+    """(B, C) means over each sample's rows (T, C). float32 does not add up a million of them."""
+    wide = values if values.device.type == "mps" else values.double()
+    sums = wide.new_zeros(tokens.batch_size, values.shape[1])
+    sums = sums.index_add(0, tokens.sample_index, wide)
+    return (sums / tokens.batch_offsets.diff().clamp(min=1)[:, None]).to(values.dtype)
 
 
 class PointEmbed(nn.Module):

@@ -221,3 +221,33 @@ def test_two_workers(tmp_path):
         distributed.Client(cluster),
     ):  # fmt: skip
         assert torch.equal(map_tiles(blurred, tokens, 60, 40), expected)
+
+
+@pytest.mark.parametrize(
+    ("places", "origin"),
+    [((-(2.0**-26), 1.0), 0.0), ((999.99998, 1001.0), 1000.0)],
+    ids=["differences", "positions"],
+)
+def test_halos_have_what_rounding_brings_near(one_thread, places, origin):
+    """As far away as the halo in float32, in truth a little farther."""
+    world = torch.zeros(2, 3, dtype=torch.float64)
+    world[:, 0] = torch.tensor(places, dtype=torch.float64)
+    zero = torch.zeros(3, dtype=torch.float64)
+    expected = near(TokenSet.from_world(world, origin=zero), 1.0, 2)
+    assert expected.sort(1).values.tolist() == [[0, 1], [0, 1]]
+    source = TokenSet.from_world(world, origin=zero + origin)
+    found = map_tiles(partial(near, r=1.0, k=2), source, 1.0, 1.0, origin=zero)
+    assert torch.equal(found, expected)
+
+
+def test_an_empty_cloud_has_a_file_too(tmp_path, one_thread):
+    empty, out = TokenSet(torch.zeros(0, 3), torch.zeros(0, 2)), tmp_path / "none"
+    found = map_tiles(lambda tile: tile.features, empty, 1.0, 1.0, out=out)
+    assert found.shape == np.load(out).shape == (0, 2)
+    assert os.listdir(tmp_path) == ["none"]
+
+
+def test_positions_that_learn_are_taken_as_numbers(one_thread):
+    tokens = TokenSet(torch.rand(20, 3).requires_grad_(), torch.rand(20, 2))
+    found = map_tiles(lambda tile: tile.features, tokens, 1.0, 0.5)
+    assert torch.equal(found, tokens.features)

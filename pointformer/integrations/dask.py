@@ -126,7 +126,7 @@ class _Tiles:
         self.paths: dict[tuple[int, ...], Path] = {}
 
     def add(self, part: TokenSet) -> None:
-        world = part.world_positions().cpu()
+        world = part.world_positions().detach().cpu()
         rows = {"row": torch.arange(self.count, self.count + len(world)), "world": world}
         rows |= {"features": part.features.detach().cpu()}
         rows |= {f"field {name}": values.detach().cpu() for name, values in part.fields.items()}
@@ -287,8 +287,9 @@ def _checked(result: object, count: int) -> tuple[Tensor, Tensor | None]:
 
 def _kept(result: Tensor, out: str | os.PathLike[str] | None) -> Tensor:
     if out is not None:
-        with atomic_path(out, replace=False) as temporary:
-            np.save(temporary, result.numpy())
+        # A path without a suffix would get one from NumPy.
+        with atomic_path(out, replace=False) as temporary, temporary.open("wb") as file:
+            np.save(file, result.detach().cpu().numpy())
     return result
 
 

@@ -74,8 +74,9 @@ class NeighborhoodAttention(BlockAttention):
             tokens: where they are.
             project: whether to run the output projection `proj`.
         """
+        channels = self.qkv.out_features // (3 * self.heads)
         # Split by `unbind`, whose gradient is one copy.
-        query, key, value = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)
+        query, key, value = self.qkv(x).view(len(x), 3, self.heads, channels).unbind(1)
         blank_key = blank_value = None
         if self.blank_key is not None and self.blank_value is not None:
             blank_key = self.blank_key.view(self.heads, -1)

@@ -57,9 +57,9 @@ def drop_path(
     """Zero a residual branch (T, C) for whole samples with probability `rate`, rescale the rest."""
     if not training or rate == 0:
         return x
-    factor = part.bernoulli(1 - rate, tokens.batch_size, x)[:, None].div_(1 - rate)
+    factor = part.bernoulli(1 - rate, tokens.batch_size, x)[:, None].div_(1 - rate or 1)
     if tokens.is_uniform and tokens.batch_size:
-        samples = x.view(tokens.batch_size, -1, x.shape[1])
+        samples = x.view(tokens.batch_size, len(x) // tokens.batch_size, x.shape[1])
         return (samples * factor[:, None]).view(x.shape)
     return x * factor[tokens.sample_index]
 

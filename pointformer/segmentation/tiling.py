@@ -67,6 +67,8 @@ def windows_of(height: int, width: int, tile: int | None, overlap: int | None) -
     Raises:
         ValueError: the tile is not positive, or the overlap not less than the tile.
     """
+    check_count("height", height)
+    check_count("width", width)
     if tile is None:
         return tiles(height, width, max(height, width), 0)
     check_count("tile", tile)
@@ -144,7 +146,7 @@ def stitch_maps(
 
     The score of a segment is the highest of what it was joined from.
     """
-    if len(parts) == 1:
+    if len(parts) == 1 and not uncountable:
         return parts[0][1]
     maps = [(tile, found.ids, [s.category for s in found.segments]) for tile, found in parts]
     ids, sources = stitch(shape, maps, uncountable=uncountable)
@@ -217,8 +219,9 @@ def _cut(spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[tuple[i
 def _fade(window: Tile, like: Tensor) -> Tensor:
     """(h, w) weights that fall to the window's border, over the width of an overlap."""
     ramps = []
+    dtype = torch.promote_types(like.dtype, torch.float32)  # half precision counts to 256
     for side in window.size:
-        steps = torch.arange(side, device=like.device, dtype=like.dtype) + 0.5
+        steps = torch.arange(side, device=like.device, dtype=dtype) + 0.5
         ramps.append((torch.minimum(steps, side - steps) / max(window.overlap, 1)).clamp(max=1))
     return ramps[0][:, None] * ramps[1]
 

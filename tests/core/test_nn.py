@@ -170,3 +170,33 @@ def test_linear_layers_start_as_documented():
 def test_wrong_options_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_layers_heed_the_eps_of_their_norms():
+    torch.manual_seed(0)
+    tokens = tokens_of()
+    layer = PointConv(16, 24, 5, dimensions=3)
+    layer.weight_net[1].eps = 0.5
+    index = knn(tokens.positions, 5, sizes=tokens.sizes)
+    net = layer.weight_net.arguments() | {"eps": 0.5}
+    summed = point_conv(tokens.features, tokens.positions, index, **net)
+    torch.testing.assert_close(layer(tokens).features, layer.linear(layer.norm(summed)))
+    block = Block(NeighborhoodAttention(16, 2, dimensions=3), 16, 32).eval()
+    block.norm2.eps = 0.5
+    around = tokens.neighborhoods(2)
+    with torch.no_grad():
+        middle = tokens.features + block.attn(block.norm1(tokens.features), tokens, around)
+        expected = middle + block.mlp(block.norm2(middle))
+        out, pending = block(tokens, around)
+    assert pending is None
+    torch.testing.assert_close(out.features, expected)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (0, 0), ()])
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_on_no_tokens(sizes, training):
+    tokens = TokenSet(torch.zeros(0, 3), torch.zeros(0, 16), sizes).cluster(4)
+    block = Block(NeighborhoodAttention(16, 2, dimensions=3), 16, 32, drop_path_rate=0.5)
+    out, _ = block.train(training)(tokens, tokens.neighborhoods(2))
+    assert out.features.shape == (0, 16)
+    assert out.sizes == sizes

@@ -431,3 +431,38 @@ def test_impl_reaches_every_op(made, head, monkeypatch):
     expected = OPS[head] | (AFF_OPS if made is aff_model else set())
     assert expected <= {op for op, _ in asked}
     assert {impl for _, impl in asked} <= {"reference"}
+
+
+def test_images_of_a_list_come_back_in_its_order():
+    """Of four in an order by shape that is not its own inverse."""
+    model = swin_model("classification").eval()
+    batch = images((16, 16), (16, 24), (24, 16), (16, 16))
+    with torch.no_grad():
+        alone = torch.cat([model(image[None]) for image in batch])
+        torch.testing.assert_close(model(batch), alone, atol=1e-5, rtol=1e-4)
+
+
+def test_windows_of_odd_sides_move_by_half_rounded_down():
+    assert Windows(20, 5, 7, True, torch.device("cpu")).shift == (3, 0)
+    assert Windows(4, 3, 3, True, torch.device("cpu")).shift == (1, 0)
+
+
+@pytest.mark.parametrize("side", [4, 7])
+def test_biases_of_windows_start_small(side):
+    torch.manual_seed(0)
+    bias = WindowAttention(64, 32, side).bias
+    assert bias.shape == ((2 * side - 1) ** 2, 32)
+    assert bias.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_checkpointing_of_a_foreign_backbone_is_its_own():
+    module, asked = nn.Conv2d(3, 8, 4, 4), []
+    model = Model("foreign", GridBackbone(module, (8,)), "classification", 3)
+    with pytest.raises(
+        ValueError, match="set_grad_checkpointing: the backbone of foreign has none"
+    ):
+        model.set_grad_checkpointing()
+    module.set_grad_checkpointing = asked.append
+    for enable in (True, False):
+        model.set_grad_checkpointing(enable)
+    assert asked == [True, False]

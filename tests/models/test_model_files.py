@@ -582,3 +582,32 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_model(Model("small", SMALL, "dense", 3), tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["model_SWA", "swa", "Teacher", "EMA"])
+def test_averages_are_known_by_any_of_their_names(name):
+    raw, average = small(seed=0).state_dict(), small(seed=1).state_dict()
+    model = small(seed=2)
+    with pytest.warns(UserWarning, match="took 'model' of the weights in it"):
+        load_state(model, {name: average, "model": raw}, "m.pth")
+    assert all(torch.equal(value, raw[key]) for key, value in model.state_dict().items())
+
+
+def test_random_weights_have_the_normalization_that_fits(tmp_path):
+    path, model = tmp_path / "m.safetensors", small()
+    model.preprocess = Preprocess((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    save_model(model, path)
+    assert create_model(path, False).preprocess.mean == (0.1, 0.2, 0.3)
+    assert create_model(path, False, in_channels=1).preprocess.mean == pytest.approx((0.449,))
+
+
+@pytest.mark.parametrize("head", ["point_classification", "point_segmentation"])
+def test_the_head_of_points_is_read_off_the_weights(tmp_path, head):
+    options = {"dims": (16, 16), "depths": 1, "heads": 2, "neighborhood_size": 16}
+    made = create_model("point_nano", head=head, num_classes=7, **options)
+    torch.save(made.state_dict(), tmp_path / "m.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load_model(tmp_path / "m.pt", "point_nano", **options)
+    assert (loaded.head_name, loaded.num_classes) == (head, 7)
+    assert all(torch.equal(v, made.state_dict()[k]) for k, v in loaded.state_dict().items())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import math
 from functools import partial
 
@@ -635,6 +636,7 @@ def test_drop_path_drops_whole_samples(sizes):
     assert 0.77 < (samples > 0).float().mean() < 0.83
     assert drop_path(x, 0.2, tokens, False) is x
     assert drop_path(x, 0.0, tokens, True) is x
+    assert torch.equal(drop_path(x, 1.0, tokens, True), torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("config", [
@@ -875,3 +877,94 @@ def test_published_configurations():
         )
     local = create_model("aff_mini", head="features")
     assert local.config.neighborhood_size == (48,) * 4
+
+
+def test_neighborhoods_are_the_nearest_number_of_clusters():
+    """47 of clusters of 8 are 6 of these, as 48 are."""
+    image = torch.randn(1, 3, 96, 132, generator=torch.Generator().manual_seed(1))
+    model, found = tiny("features"), {}
+    with torch.no_grad():
+        for size in (40, 47, 48):
+            model.reconfigure(neighborhood_size=size)
+            found[size] = model.backbone(image)[0].tokens.features
+    assert torch.equal(found[47], found[48])
+    assert not torch.allclose(found[40], found[48])
+
+
+@pytest.mark.parametrize(("stride", "first", "second"), [(4, 2, 2), (2, 2, 1), (1, 1, 1)])
+def test_the_first_convolution_has_the_larger_stride(stride, first, second):
+    patch = tiny(patch_stride=stride).backbone.patch_embed
+    assert (patch.conv1.stride, patch.conv2.stride) == ((first,) * 2, (second,) * 2)
+
+
+def test_checkpointing_is_turned_on_and_off():
+    model = tiny()
+    blocks = [stage.blocks[0] for stage in model.backbone.stages]
+    for enable in (True, False):
+        model.set_grad_checkpointing(enable)
+        assert {block.recompute for block in blocks} == {enable}
+
+
+def test_reconfigured_ends_with_an_error_too():
+    model = tiny()
+    before = model.config
+
+    def fail():
+        with model.reconfigured(rate=0.5):
+            assert model.config.rate == 0.5
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert model.config == before
+
+
+def test_our_own_configurations():
+    shared = {
+        "mlp_ratio": 2.0, "cluster_size": 8, "neighborhood_size": (48,) * 4, "rate": 0.25,
+        "layer_scale": 0.0, "drop_path": 0.0, "curve": "hilbert",
+    }  # fmt: skip
+    points = shared | {
+        "in_channels": 0, "dimensions": 3, "coordinates": "xyz", "unit": None,
+        "embed_neighbors": 16, "points": 1024,
+    }  # fmt: skip
+    nano = {
+        "dims": (32, 64, 128, 192), "depths": (2, 2, 4, 2), "heads": (2, 4, 8, 8), "reach": 1,
+        "alpha": 4.0, "image_size": 256, "patch_stride": 4, "in_channels": 3, "anchors": True,
+        "remainder": "spread", "scope": "token", "include_own": False, "prior": "adaptive",
+        "reserve": True, "reserve_share": 0.5, "expanded_position": True, "blank_token": True,
+        "merge": "adaptive", "ranking": "scores", "spread": 0.0, "merge_center": False,
+    }  # fmt: skip
+    small = {"dims": (64, 128, 256, 384), "depths": (2, 2, 6, 2), "heads": (4, 8, 16, 16)}
+    of_points = {"dims": (32, 64, 128, 256), "depths": (1, 1, 2, 1), "heads": (2, 4, 8, 8)}
+    for name, expected in (
+        ("aff_nano", shared | nano),
+        ("point_nano", points | of_points),
+        ("point_small", points | small | {"drop_path": 0.1}),
+    ):
+        assert dataclasses.asdict(CONFIGS[name]) == expected, name
+
+
+def test_numbers_of_numpy_are_numbers():
+    given_ = {
+        "dims": (np.int64(16), 32), "depths": np.int64(1), "heads": [np.int32(2), 2],
+        "neighborhood_size": np.uint8(48), "cluster_size": np.int64(8), "reach": np.int64(2),
+        "rate": np.float32(0.25), "alpha": np.float32(3),
+    }  # fmt: skip
+    config = AFFConfig(**given_)
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["dims"] == [16, 32]
+    assert (config.depths, config.heads, config.reaches) == ((1, 1), (2, 2), (2, 2))
+    assert AFFConfig(**given_ | {"rate": (np.float32(0.5),)}).rate == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [(lambda: SwinConfig(dims=(1,), depths=1, heads=1), "dims: expected at least 2 channels in"),
+     (lambda: AFFConfig((1,), 1, 1, neighborhood_size=48), "dims: expected at least 2 channels in"),
+     (lambda: AFFConfig(dims=(16,), depths=1, heads=2, neighborhood_size=48, rate=7.0),
+      r"rate: expected a number in \(0, 1\], got 7")],
+)  # fmt: skip
+def test_configurations_that_cannot_be(config, message):
+    with pytest.raises(ValueError, match=message):
+        config()
+    AFFConfig(dims=(16,), depths=1, heads=2, neighborhood_size=48, rate=())

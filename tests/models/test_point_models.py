@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pointformer import TokenSet
+from pointformer import TokenSet, interpolate
 from pointformer.models import (
     PointConfig,
     PointPreprocess,
@@ -194,3 +194,65 @@ def test_a_lower_rate_keeps_fewer():
             _, stages = model(model.preprocess(points), with_stages=True)
         counts.append([stage.tokens.num_tokens for stage in stages])
     assert counts == [[200, 50, 13], [200, 100, 50], [200, 50, 25]]
+
+
+def test_neighborhoods_are_the_nearest_number_of_clusters():
+    """23 of clusters of 8 are 3 of these, as 24 are."""
+    model, points, found = tiny("point_segmentation"), cloud((200,)), {}
+    for size in (16, 23, 24):
+        model.reconfigure(neighborhood_size=size)
+        found[size] = run(model, points)
+    assert torch.equal(found[23], found[24])
+    assert not torch.allclose(found[16], found[24])
+
+
+@pytest.mark.parametrize(
+    ("count", "strays"), [(9, 0), (10, 1), (19, 1), (1000, 1), (1001, 2), (3000, 3)]
+)
+def test_one_of_ten_points_and_one_of_each_thousand_may_be_strays(count, strays):
+    seen = PointPreprocess(2.0)(cloud((count,))).positions
+    assert (seen < 0).sum(0).tolist() == [strays] * 3
+
+
+def test_the_decoder_adds_what_three_near_tokens_say():
+    """By their squared distances, from the coarsest stage to the finest."""
+    model = tiny("point_segmentation")
+    decoder = model.head.decoder
+    decoder.blocks = torch.nn.ModuleList(torch.nn.ModuleList() for _ in decoder.blocks)
+    with torch.no_grad():
+        _, stages = model(model.preprocess(cloud()), with_stages=True)
+        expected = stages[-1].tokens
+        for stage, up in ((stages[1], decoder.up[1]), (stages[0], decoder.up[0])):
+            fine = stage.tokens
+            raised = interpolate(
+                up(expected.features), expected.positions, fine.positions,
+                sizes=expected.sizes, query_sizes=fine.sizes, k=3, power=2.0,
+            )  # fmt: skip
+            expected = fine.with_features(fine.features + raised)
+        torch.testing.assert_close(decoder(stages, None).features, expected.features)
+
+
+def test_work_on_three_points_by_hand():
+    """Stages of 3, 1 and 1 tokens: each sees all and a blank one, and all are near."""
+    counts = complexity_of(tiny(), points=3)
+    pairs, tokens, dims, heads = (9, 1, 1), (3, 1, 1), (16, 16, 24), (2, 2, 3)
+    assert counts.attention == sum(
+        2 * (p + t) * dim + 7 * h * p
+        for p, t, dim, h in zip(pairs, tokens, dims, heads, strict=True)
+    )
+    assert counts.merge == (3 + 1) * 4 * (16 + 7)
+    assert counts.points == 9 * 4 * (16 + 7)
+
+
+def test_large_objects_are_centered():
+    """A million points, far from zero."""
+    generator = torch.Generator().manual_seed(0)
+    points = TokenSet(torch.rand(1_000_000, 3, generator=generator) + 100)
+    seen = PointPreprocess()(points).positions.double()
+    assert seen.mean(0).abs().max() < 1e-3
+    assert seen.square().sum(1).mean().sqrt().item() == pytest.approx(8, rel=1e-4)
+
+
+def test_work_of_points_takes_no_picture_size():
+    with pytest.raises(ValueError, match="height, width: expected None, point_nano takes points"):
+        complexity_of(tiny(), 64, 64, points=64)

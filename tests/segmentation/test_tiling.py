@@ -291,3 +291,27 @@ def test_blended_scores_leave_no_seams(height, width, size, overlap, seed):
     for place, scores in blend(windows, parts):
         found[:, *place] = scores
     torch.testing.assert_close(found, total / weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_half_precision_are_averages(dtype):
+    """Of windows whose sides are beyond what the type counts to."""
+    windows = windows_of(300, 2100, 2060, None)
+    scores = torch.tensor([0.25, 0.75], dtype=dtype)[:, None, None]
+    for _, part in blend(windows, (scores.expand(2, *window.size) for window in windows)):
+        torch.testing.assert_close(part.float(), scores.float().expand_as(part))
+
+
+def test_uncountable_segments_of_one_tile_are_one():
+    ids = np.array([[1, 1, 2, 3, 3]], np.int32)
+    found = SegmentMap.of(ids, [5, 6, 5], [0.25, 0.5, 0.75])
+    (tile,) = windows_of(1, 5, None, None)
+    joined = stitch_maps((1, 5), [(tile, found)], uncountable=[5])
+    assert [(s.category, s.score, s.area) for s in joined.segments] == [(5, 0.75, 4), (6, 0.5, 1)]
+    assert stitch_maps((1, 5), [(tile, found)]) is found
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_windows_of_nothing_are_refused(size):
+    with pytest.raises(ValueError, match=r"(height|width): expected a positive integer, got 0"):
+        windows_of(*size, None, None)
