@@ -9,7 +9,14 @@ from dataclasses import MISSING, dataclass, fields, replace
 from numbers import Integral
 from typing import Any, ClassVar, Self
 
-from pointformer._checks import brief, check_count, check_flags, check_number, check_option
+from pointformer._checks import (
+    brief,
+    check_count,
+    check_flags,
+    check_number,
+    check_option,
+    plain_number,
+)
 from pointformer.geometry.curves import CURVES
 
 _MOST_STAGES = 16  # each halves the picture's sides
@@ -31,7 +38,7 @@ class _Config:
                 object.__setattr__(self, field.name, operator.index(value))
             elif field.type == "float":
                 check_number(field.name, value, least=0)
-                object.__setattr__(self, field.name, _plain(value))
+                object.__setattr__(self, field.name, plain_number(value))
             elif field.type == "bool":
                 check_flags(**{field.name: value})
             elif field.type == "tuple[int, ...]":
@@ -70,11 +77,6 @@ class _Config:
         return replace(self, **changes)  # type: ignore[type-var]
 
 
-def _plain(number: Any) -> int | float:
-    """A number of Python for one of NumPy: model files write it as text."""
-    return number if isinstance(number, int | float) else float(number)
-
-
 def _check_patches(config: AFFConfig | SwinConfig) -> None:
     if config.patch_stride not in (1, 2, 4):
         raise ValueError(f"patch_stride: expected 1, 2 or 4, got {brief(config.patch_stride)}")
@@ -99,7 +101,7 @@ class _MergingConfig(_Config):
         rates = self.rate if isinstance(self.rate, tuple) else (self.rate,)
         for rate in rates:
             check_number("rate", rate, above=0, most=1)
-        rates = tuple(map(_plain, rates))
+        rates = tuple(map(plain_number, rates))
         object.__setattr__(self, "rate", rates if listed else rates[0])
 
     @property

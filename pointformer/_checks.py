@@ -9,6 +9,7 @@ import operator
 import reprlib
 from collections.abc import Collection, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ _CERTAINLY = 16  # sizes as many as tokens are no sizes from here on
 _LARGEST_NUMBER = torch.finfo(torch.float32).max  # kernels compute in float32
 _LARGEST_COUNT = 2**31 - 1  # kernels count in int32
 _LARGEST_SIDE = 2.0**64  # of a canvas: it holds any positions
+_PLAIN = 2**53  # integers up to here are floats, too
 
 
 class _Repr(reprlib.Repr):
@@ -515,12 +517,15 @@ def check_per_sample(
     if not compiling:
         with contextlib.suppress(TypeError):  # there is no hash of lists
             different = set(checked)
-    if len(different) > 1 and not compiling:  # many plain ones, quickly
-        numbers = list(itertools.chain.from_iterable(different))
+    plain = compiling
+    if not compiling:  # many at once, quickly
+        numbers = list(itertools.chain.from_iterable(checked))
         plain = set(map(type, numbers)) <= {int, float} and not any(
             map(operator.ne, numbers, numbers)
         )
-        if plain and least <= min(numbers) and max(numbers) <= _LARGEST_SIDE:
+        low, high = (min(numbers), max(numbers)) if plain and numbers else (0, 0)
+        plain = plain and low >= -_PLAIN and high <= _PLAIN
+        if plain and least <= low:
             return checked
     for row in different:
         for number in row:
@@ -530,4 +535,12 @@ def check_per_sample(
                     "finite numbers" if least == -_LARGEST_SIDE else f"finite numbers >= {least:g}"
                 )
                 raise ValueError(f"{name}: expected {wanted}, got {brief(row)}")
-    return checked
+    return checked if plain else tuple(tuple(map(plain_number, row)) for row in checked)
+
+
+def plain_number(number: Any) -> Any:
+    """One of Python for one of NumPy, which files would keep as an object; a float for an integer
+    that int64 may not hold."""
+    if isinstance(number, np.generic):
+        number = number.item()
+    return float(number) if type(number) is int and abs(number) > _PLAIN else number

@@ -134,7 +134,7 @@ def check_order(name: str, positions: Tensor, clusters: Clusters, wait: bool = F
         return
     if positions.shape != (clusters.num_tokens, centers.shape[1]) or len(centers) < 2:
         return
-    size = clusters.cluster_size
+    size = min(clusters.cluster_size, clusters.num_tokens)
     few = min(_LOOKED_AT, 1 + _ROWS_LOOKED_AT // size, len(centers))
     some = np.arange(few) * (len(centers) // few)
     expected = _taken(centers, some)
@@ -394,12 +394,13 @@ class Neighborhoods:
         return Neighborhoods(cluster_index.contiguous(), self.clusters, copies=self.copies)
 
     def members(self) -> tuple[Tensor, Tensor]:
-        """Token rows of each neighborhood: index (Q, R*m) int64 and mask (Q, R*m) bool.
+        """Token rows of each neighborhood: index (Q, R*m) int64 and mask (Q, R*m) bool, where m is
+        `cluster_size`, or the number of tokens if that is less.
 
         Entries follow `cluster_index`, then the row inside the cluster. Where the mask is False
         the index is 0. For references and graph tools: the fast ops never build it.
         """
-        size = self.clusters.cluster_size
+        size = min(self.clusters.cluster_size, self.clusters.num_tokens)
         index = self.cluster_index.long()
         known = index >= 0
         index = index.clamp(min=0)

@@ -141,6 +141,8 @@ class TokenSet:
             extent = check_per_sample("extent", extent, len(sizes), dimensions, least=0)
         if origin is not None:
             check_tensor("origin", origin, (len(sizes), dimensions), (torch.float64,))
+            if can_read(origin) and not bool(origin.isfinite().all()):
+                raise ValueError(f"origin: expected finite numbers, got {brief(origin.tolist())}")
         if clusters is not None and not isinstance(clusters, Clusters):
             raise TypeError(
                 f"clusters: expected Clusters, as tokens.cluster() makes, got {describe(clusters)}"
@@ -419,11 +421,12 @@ class TokenSet:
                 f"target: expected {self.batch_size} samples in {self.dimensions}-D, got "
                 f"{target.batch_size} in {target.dimensions}-D"
             )
-        query = target.positions
+        query, same = target.positions, self.same_positions and target.same_positions
         origins = [torch.zeros(()) if x.origin is None else x.origin for x in (self, target)]
         if not torch.equal(*origins):
-            move = (origins[1] - origins[0]).to(self.device)
-            query = (query + move[target.sample_index]).float()
+            move = origins[1] - origins[0]
+            same = same and bool((move == move[:1]).all())
+            query = (query + move.to(self.device)[target.sample_index]).float()
         features = interpolate(
             self.features,
             self.positions,
@@ -432,7 +435,7 @@ class TokenSet:
             query_sizes=target.sizes,
             k=k,
             power=power,
-            same_positions=self.same_positions and target.same_positions,
+            same_positions=same,
             check_values=check_values,
             impl=impl,
         )
@@ -556,6 +559,7 @@ class TokenSet:
     def to_grid(self, fill: float = 0.0, *, check_values: bool = True) -> Tensor | list[Tensor]:
         """Feature maps (B, C, H, W) or (B, C, Z, H, W) with each token in the cell that it lies
         in and `fill` in cells without one; a list of maps if the extents differ, or there are none.
+        Of several tokens in a cell it has one, whichever; of an extent the whole cells.
 
         Args:
             check_values: whether to look for tokens outside of the canvas, which waits for the
@@ -587,7 +591,10 @@ class TokenSet:
                 there = (place < 0) | (place >= side)
                 outside = there if outside is None else outside | there
         if outside is not None and bool(outside.any()):
-            raise ValueError(f"to_grid: a token lies outside of its canvas {brief(self.extent)}")
+            raise ValueError(
+                "to_grid: a token lies outside of its canvas, or in no whole cell of it, "
+                f"{brief(self.extent)}"
+            )
         cell += offsets_of(volumes, self.device)[sample]
         flat = self.features.new_full((sum(volumes), self.channels), fill)
         flat = flat.index_copy(0, cell, self.features)
@@ -667,6 +674,9 @@ class TokenSet:
                 f"samples: expected a list of token sets or positions, got {describe(samples)}"
             )
         if isinstance(samples[0], TokenSet):
+            other = next((x for x in samples if not isinstance(x, TokenSet)), None)
+            if other is not None:
+                raise TypeError(f"samples: expected token sets only, got {describe(other)} too")
             return cls.cat(samples)
         pairs = [sample if isinstance(sample, list | tuple) else (sample,) for sample in samples]
         lengths = dict.fromkeys(map(len, pairs))

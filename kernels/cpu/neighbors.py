@@ -448,7 +448,7 @@ def _search(
                 farthest = f32(np.inf)
             last_sample = sample
             pending = (1 << count) - 1
-            if limit <= _MOST_IN_BLOCK:
+            if 0 < limit <= _MOST_IN_BLOCK:
                 low, high = _bounding_box(place, count)
                 around = min(reach, farthest * _SAME_REACH)
                 number = _leaves_within(nodes, sample, low, high, around, leaves, spare)
@@ -487,6 +487,8 @@ def _search(
                 pending &= pending - 1
                 own = own_rows[lane] * width
                 _write(ranked, 0, width, advance(found_rows, own), advance(squared, own))
+                if limit == 0:  # a sample without points
+                    continue
                 x, y, z = place[lane], place[_BLOCK + lane], place[2 * _BLOCK + lane]
                 worst = min(reach, _widen(last[3], x - last[0], y - last[1], z - last[2]))
                 _search_one(

@@ -23,6 +23,7 @@ from pointformer._checks import (
     check_positions,
     check_same_positions,
     check_sizes,
+    plain_number,
 )
 from pointformer._dispatch import choose, lacks_nothing
 from pointformer.clusters import Clusters, offsets_of
@@ -45,6 +46,7 @@ _REMAINDERS = ("spread", "last")
 _Grids = tuple[list[int] | np.ndarray, list[float] | np.ndarray, list[int] | np.ndarray]
 _MAX_CELLS = 1 << 20  # per axis: the curves' codes hold 21 bits of each coordinate
 _MOST_TOKENS = 1 << 28  # on GPUs: places along the walk are counted in 32 bits
+_LEAST_SIDE = 2.0**-149  # of float32; a canvas that is smaller has no cells
 _CROWDED = 4  # a cell with more clusters than this is divided; even density makes hardly any
 
 
@@ -148,6 +150,7 @@ def balanced_cluster(
         return Clusters(*found[:3], sizes, found[3], cluster_size, global_size, same_positions)
     check_count("cluster_size", cluster_size)
     check_count("global_size", global_size, least=0)
+    cluster_size, global_size = plain_number(cluster_size), plain_number(global_size)
     check_option("curve", curve, CURVES)
     check_option("remainder", remainder, _REMAINDERS)
     check_flags(anchors=anchors, same_positions=same_positions, check_values=check_values)
@@ -163,7 +166,8 @@ def balanced_cluster(
         sides = check_per_sample("extent", extent, len(sizes), dimensions, least=0)
         if same_positions and len(set(zip(corners, sides, strict=True))) > 1:
             raise ValueError(f"same_positions: expected one extent and origin, got {brief(extent)}")
-        canvas = [*itertools.chain(*corners)], [*itertools.chain(*sides)]
+        lengths = [0.0 if side < _LEAST_SIDE else side for side in itertools.chain(*sides)]
+        canvas = [*itertools.chain(*corners)], lengths
     elif origin is not None:
         raise ValueError("origin: give extent too, or neither")
     if adaptive is not None:
@@ -463,9 +467,11 @@ def _fine_grids(
 ) -> _Grids:
     """The same for the plain order of a curve: fine lattices of cells with equal sides."""
     levels = plain_levels(curve, dimensions, len(in_order))
+    tiny = torch.finfo(torch.float32).tiny
     cell = []
     for row, still in zip(_rows(sides, len(in_order)), in_order, strict=True):
-        cell += [math.inf if still else max(row) / levels or math.inf] * dimensions
+        side = max(row)
+        cell += [math.inf if still or side == 0 else max(side / levels, tiny)] * dimensions
     return [levels] * len(cell), cell, [0] * len(in_order)
 
 

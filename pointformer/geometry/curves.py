@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pointformer._checks import describe
+from pointformer._checks import check_tensor, describe
 
 CURVES = ("hilbert", "morton", "peano", "snake", "kd")
 
@@ -38,7 +38,8 @@ def _interleave(axes: list[Tensor]) -> Tensor:
 
 
 def _split(cells: Tensor) -> list[Tensor]:
-    if cells.shape[-1] not in (2, 3) or cells.dtype != torch.int64:
+    check_tensor("cells", cells)
+    if cells.shape[-1:] not in ((2,), (3,)) or cells.dtype != torch.int64:
         raise ValueError(f"cells: expected int64 of shape (..., 2 or 3), got {describe(cells)}")
     return list(cells.unbind(-1))
 
@@ -129,6 +130,7 @@ def snake_code(cells: Tensor, shape: Tensor) -> Tensor:
         (...,) int64 from 0 to the number of cells of the grid minus one.
     """
     axes = _split(cells)
+    check_tensor("shape", shape)
     code = axes.pop()
     while axes:
         axis, length = axes.pop(), shape[..., len(axes)]

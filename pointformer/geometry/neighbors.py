@@ -513,7 +513,7 @@ def _distances(query: Tensor, points: Tensor, index: Tensor) -> Tensor:
     square = reference.squared_distance(query[:, None], points[index.clamp(min=0).long()])
     apart = (index >= 0) & (square > 0)
     found = square.where(apart, 1.0).sqrt()
-    return found.where(apart, torch.where(index < 0, torch.inf, 0.0))
+    return found.where(apart, torch.zeros_like(found).masked_fill(index < 0, torch.inf))
 
 
 def _of_first(

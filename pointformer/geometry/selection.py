@@ -38,6 +38,7 @@ from pointformer.reference import selection as reference
 _CELLS_PER_TOKEN = 1024  # emptier lattices are searched with `knn`
 _KEY_BITS = 30  # what the score and the reserved flag leave of a 64-bit key for (sample, row)
 _LONGEST_SIDE = 1 << 31  # of a lattice on GPUs: coordinates are integers of 32 bits
+_LEAST_STRIDE = 2.0**-126  # with all digits in float32
 _LARGEST_STRIDE = 2.0**60  # twice of it fits int64, and squared float32
 _PRIORS = ("adaptive", "grid", None)
 _ROW_BITS = MOST_ROWS.bit_length()
@@ -145,8 +146,14 @@ def select_centers(
     if reserve_share is not None:
         check_number("reserve_share", reserve_share, above=0, most=1)
     check_number("stride", stride, above=0)
-    if stride > _LARGEST_STRIDE:
-        raise ValueError(f"stride: expected at most {_LARGEST_STRIDE:g}, got {brief(stride)}")
+    if not _LEAST_STRIDE <= stride <= _LARGEST_STRIDE:
+        raise ValueError(
+            f"stride: expected a number from {_LEAST_STRIDE:g} to {_LARGEST_STRIDE:g}, got "
+            f"{brief(stride)}"
+        )
+    alpha = float(alpha)
+    if alpha == 0:  # an infinite score has no say either
+        scores = torch.zeros_like(scores)
     if lattice and stride != int(stride):
         raise ValueError(
             f"stride: expected a positive integer, got {stride}; use lattice=False for others"
@@ -270,7 +277,7 @@ def spread_scores(
     )  # fmt: skip
     assert isinstance(nearest, Tensor)
     better = (scores[nearest.clamp(min=0).long()] > scores[:, None]) & (nearest >= 0)
-    return scores * (1 - spread) ** better.sum(1)
+    return scores * (1 - spread) ** better.sum(1, dtype=scores.dtype)
 
 
 def best_of_runs(
@@ -310,9 +317,9 @@ def best_of_runs(
     # 70 * 0.1 is a little more than 7 in binary numbers, and not meant so.
     counts: tuple[int, ...]
     if isinstance(sizes, Tensor):
-        counts = (sizes.double() * rate - 1e-6).ceil().long()
+        counts = (sizes.double() * rate - 1e-6).ceil().long().maximum(sizes.clamp(max=1))
     else:
-        counts = tuple(math.ceil(size * rate - 1e-6) for size in sizes)
+        counts = tuple(max(math.ceil(size * rate - 1e-6), min(size, 1)) for size in sizes)
     longest = math.ceil(1 / rate)
     if not torch.compiler.is_compiling():
         longest = min(longest, max(sizes, default=0))

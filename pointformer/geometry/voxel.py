@@ -84,6 +84,7 @@ def voxel_pool(
             )
     sizes = check_sizes("sizes", sizes, points, batch)
     check_number("side", side, above=0)
+    side = float(side)
     check_flags(check_values=check_values)
     if check_values:
         check_finite("positions", positions, sizes)

@@ -17,8 +17,10 @@ from pointformer import (
     scored_merge,
     select_centers,
     sizes_from_batch,
+    spread_scores,
     weighted_gather,
 )
+from pointformer.geometry import hilbert_code, morton_code, peano_code, snake_code
 from pointformer.models import create_model
 
 CPU_AND_TRITON = ["cpu", pytest.param("triton", marks=pytest.mark.filterwarnings("ignore"))]
@@ -327,3 +329,38 @@ def test_arguments_that_do_not_fit_are_named(tokens):
         scored_merge(
             tokens.features, torch.rand(60), tokens.positions, torch.arange(3), torch.ones(3), **net
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_batch_vectors_of_all_integers(dtype):
+    assert sizes_from_batch(torch.tensor([0, 2, 2], dtype=dtype)) == (1, 0, 2)
+    with pytest.raises(ValueError, match="got one that descends"):
+        sizes_from_batch(torch.tensor([0, 2, 1], dtype=dtype))
+
+
+def test_more_samples_than_there_can_be():
+    with pytest.raises(ValueError, match="batch: expected at most 2147483584 samples"):
+        sizes_from_batch(torch.tensor([0, 2**40]))
+
+
+def test_results_have_their_type_whatever_the_default():
+    positions, scores = torch.rand(9, 2), torch.rand(9)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        _, distance = knn(positions.requires_grad_(), 3, return_distance=True)
+        spread = spread_scores(scores, positions, spread=0.5)
+    finally:
+        torch.set_default_dtype(before)
+    assert distance.dtype == spread.dtype == torch.float32
+    assert torch.equal(spread, spread_scores(scores, positions, spread=0.5))
+
+
+def test_cells_that_are_no_tensors_are_named():
+    for code in (hilbert_code, morton_code, peano_code):
+        with pytest.raises(TypeError, match="cells: expected a tensor"):
+            code([[1, 2]])
+    with pytest.raises(TypeError, match="shape: expected a tensor"):
+        snake_code(torch.tensor([[1, 2]]), (3, 2))
+    with pytest.raises(ValueError, match="cells: expected int64 of shape"):
+        hilbert_code(torch.tensor(3))

@@ -7,6 +7,7 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,8 +16,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers.strategies import KINDS, UNEVEN, Tokens, full_lattice, scattered, tokens
-from pointformer import balanced_cluster, nearest_clusters
-from pointformer.geometry import clustering, hilbert_code, morton_code, peano_code, snake_code
+from pointformer import TokenSet, balanced_cluster, curve_sample, nearest_clusters
+from pointformer.geometry import (
+    boxes,
+    clustering,
+    hilbert_code,
+    morton_code,
+    peano_code,
+    snake_code,
+)
 from pointformer.kernels.clustering import fused_cluster_centers, fused_cluster_keys, fused_kd_keys
 from pointformer.reference import clustering as reference
 
@@ -596,3 +604,90 @@ def test_wrong_positions_are_named():
         balanced_cluster(torch.zeros(10, 4))
     with pytest.raises(TypeError, match=r"adaptive: expected True or False, got int 1"):
         balanced_cluster(torch.zeros(10, 2), adaptive=1)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("curve", ["hilbert", "morton", "peano"])
+def test_plain_orders_have_the_stated_levels(curve, dimensions):
+    """Points so near each other that coarser levels do not tell them apart."""
+    levels = {"peano": 3 ** (10 if dimensions == 2 else 9)}.get(curve, 2 ** (18 - dimensions))
+    if curve != "peano":
+        levels = 2**16 if dimensions == 2 else 2**15
+    side = torch.tensor(1 / levels, dtype=torch.float32)
+    unit = torch.rand(400, dimensions, generator=torch.Generator().manual_seed(5))
+    positions = 0.3 + unit * 16 * side
+    code = {"hilbert": hilbert_code, "morton": morton_code, "peano": peano_code}[curve]
+    expected = torch.sort(code((positions / side).long()), stable=True).indices
+    result = balanced_cluster(positions, extent=(1.0,) * dimensions, curve=curve, anchors=False)
+    assert torch.equal(result.order, expected)
+
+
+@pytest.mark.parametrize("sizes", [(9,), (4, 0, 5), (0, 9), (3, 3, 3, 0), (0,), ()])
+def test_bounding_boxes_are_those_of_each_sample(sizes):
+    """By NumPy, and by torch as on GPUs."""
+    positions = torch.randn(sum(sizes), 3, generator=torch.Generator().manual_seed(0))
+    parts = [part if len(part) else torch.zeros(1, 3) for part in positions.split(sizes)]
+    for can_read in (True, False):
+        with mock.patch.object(boxes, "can_read", return_value=can_read):
+            low, high = boxes.bounding_boxes(positions, sizes)
+        assert low.tolist() == [part.amin(0).tolist() for part in parts]
+        assert high.tolist() == [part.amax(0).tolist() for part in parts]
+
+
+@pytest.mark.parametrize("anchors", [True, False])
+@pytest.mark.parametrize("curve", GRIDS)
+def test_boxes_too_small_to_be_divided(curve, anchors):
+    """Of one step of float32, at zero."""
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(0, 2, (16, 2), generator=generator) * 1e-45
+    orders = [
+        balanced_cluster(positions, 1, sizes=[8, 8], curve=curve, anchors=anchors, impl=impl).order
+        for impl in IMPLEMENTATIONS
+    ]
+    assert torch.equal(*orders)
+    assert (orders[0] // 8).tolist() == [0] * 8 + [1] * 8
+
+
+@pytest.mark.parametrize("curve", GRIDS)
+def test_a_box_of_no_numbers_cannot_be_measured(curve):
+    positions = torch.rand(9, 2)
+    positions[4, 1] = math.nan
+    with pytest.raises(ValueError, match="extent: cannot measure it, a position is NaN"):
+        balanced_cluster(positions, 2, curve=curve, check_values=False)
+
+
+def test_more_tokens_than_a_thread_takes_at_once():
+    positions = torch.rand(10_000, 2, generator=torch.Generator().manual_seed(0))
+    first, second = (
+        balanced_cluster(positions, 1, sizes=[3000, 0, 7000], impl=impl) for impl in IMPLEMENTATIONS
+    )
+    assert torch.equal(first.order, second.order)
+    assert torch.equal(first.centers, second.centers)
+
+
+@pytest.mark.parametrize("anchors", [True, False])
+@pytest.mark.parametrize("side", [1e-200, 1e-41])
+def test_canvases_too_small_for_cells(side, anchors):
+    """Nothing is divided by what float32 does not hold, nor is there a cell for each step of it."""
+    positions = torch.rand(12, 2, generator=torch.Generator().manual_seed(0))
+    for curve, impl in itertools.product(GRIDS, IMPLEMENTATIONS):
+        order = balanced_cluster(
+            positions, 2, sizes=[6, 6], extent=(side, side), curve=curve, anchors=anchors, impl=impl
+        ).order
+        assert (order // 6).tolist() == [0] * 6 + [1] * 6
+
+
+def test_a_sample_of_a_tiny_cloud_is_its_own():
+    positions = torch.tensor([[0.0, 0], [1e-44, 0], [0, 1e-44]]).repeat(2, 1)
+    rows, counts = curve_sample(positions, count=1, sizes=[3, 3])
+    assert counts == (1, 1)
+    assert (rows // 3).tolist() == [0, 1]
+
+
+def test_clusters_larger_than_the_samples_cost_nothing():
+    """One for each sample, however many tokens it may have."""
+    tokens = TokenSet(torch.rand(10, 2), sizes=(5, 5)).cluster(2**31 - 1)
+    around = tokens.neighborhoods(1)
+    rows, mask = around.members()
+    assert rows.shape == mask.shape == (10, 10)
+    assert mask.sum(1).tolist() == [5] * 10

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.strategies import UNEVEN, cloud, scattered
-from pointformer import Clusters, TokenSet, balanced_cluster, knn, nearest_clusters
+from pointformer import (
+    Clusters,
+    Neighborhoods,
+    TokenSet,
+    balanced_cluster,
+    knn,
+    nearest_clusters,
+)
 from pointformer.kernels.cpu import neighbors as cpu
 from pointformer.kernels.neighbors import fused_nearest
 
@@ -476,3 +483,10 @@ CLUSTERS = balanced_cluster(POINTS, 4)
 def test_errors_name_the_argument(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_what_is_not_looked_for_passes():
+    positions = torch.rand(20, 2)
+    clusters = balanced_cluster(positions, 4)
+    nearest_clusters(positions, clusters, 2, check_values=False)  # rows in input order
+    Neighborhoods.from_lists(torch.tensor([[1, 1]]), positions, check_values=False)  # twice

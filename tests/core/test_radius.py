@@ -132,3 +132,27 @@ def test_distances_have_gradients(impl, with_query):
 def test_errors_name_the_argument(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call(torch.rand(9, 2))
+
+
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("flow", ["source_to_target", "target_to_source"])
+def test_graphs_by_definition(flow, loop):
+    positions = torch.rand(40, 3, generator=torch.Generator().manual_seed(0))
+    batch = torch.arange(40) // 25
+    square = (positions[:, None] - positions).square().sum(2)
+    square = square.masked_fill(batch[:, None] != batch, torch.inf)
+    if not loop:
+        square.fill_diagonal_(torch.inf)
+
+    def assert_edges(index, linked):
+        pairs = linked.nonzero().tolist()  # query, neighbor
+        expected = {tuple(pair if flow == "target_to_source" else pair[::-1]) for pair in pairs}
+        assert len(pairs) == index.shape[1]
+        assert set(map(tuple, index.T.tolist())) == expected
+
+    nearest = torch.zeros(40, 40).bool().scatter(1, square.argsort(1)[:, :4], True)
+    near = square <= 0.3**2
+    how = {"batch": batch, "loop": loop, "flow": flow}
+    assert_edges(knn_graph(positions, 4, **how), nearest)
+    assert_edges(radius_graph(positions, 0.3, **how), near)
+    assert_edges(radius_graph(positions, 0.3, 4, **how), near & nearest)

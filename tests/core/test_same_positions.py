@@ -224,3 +224,28 @@ def test_a_promise_that_does_not_hold(call, message):
         positions = positions[:2].repeat(2, 1)
     with pytest.raises(ValueError, match=f"same_positions: .*{message}"):
         call(positions)
+
+
+def test_interpolation_between_grids_and_other_positions():
+    """Only where both have the same positions in all samples they are searched for once."""
+    g = torch.Generator().manual_seed(0)
+    grid = TokenSet.from_grid(torch.rand(2, 3, 4, 5, generator=g))
+    other = TokenSet(torch.rand(12, 2, generator=g) * 4, torch.rand(12, 3, generator=g), (6, 6))
+    for source, target in ((grid, other), (other, grid)):
+        expected = interpolate(
+            source.features, source.positions, target.positions,
+            sizes=source.sizes, query_sizes=target.sizes,
+        )  # fmt: skip
+        assert torch.equal(source.interpolate_to(target).features, expected)
+
+
+@pytest.mark.parametrize("check_values", [True, False])
+def test_interpolation_where_origins_differ(check_values):
+    """Positions that are the same relative to origins that are not are searched for in each."""
+    grid = TokenSet.from_grid(torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+    for moved in ([[0.0, 0.0], [4.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]):
+        origin = torch.tensor(moved, dtype=torch.float64)
+        given_ = grid.positions, grid.features, grid.sizes, grid.extent, origin
+        promised, plain = (TokenSet(*given_, same_positions=same) for same in (True, False))
+        found = promised.interpolate_to(grid, check_values=check_values)
+        assert torch.equal(found.features, plain.interpolate_to(grid).features)

@@ -520,7 +520,7 @@ def test_selection_compiles_in_one_graph(lattice):
         ({"extent": None, "origin": (1, 2)}, "origin: give extent too, or neither"),
         ({"prior": "density"}, "prior: expected one of adaptive, grid, None, got 'density'"),
         ({"stride": 1.5}, "stride: expected a positive integer, got 1.5"),
-        ({"stride": 2.0**61}, r"stride: expected at most 1\.15292e\+18, got 2\.3"),
+        ({"stride": 2.0**61}, r"stride: expected a number from .* to 1\.15292e\+18, got 2\.3"),
         ({"extent": (4, 3)}, r"positions: sample 0 has \[0.0, 3.0\] in row 12, which is not on"),
         ({"positions": full_lattice((4, 4)) / 2}, r"sample 0 has \[0.5, 0.0\] in row 1.*lattice="),
         ({"positions": full_lattice((4, 4)) * math.inf}, "positions: sample 0 has a NaN"),
@@ -632,3 +632,61 @@ def test_spread_scores_of_a_batch_and_of_low_precision():
     assert found[10] == scores[10]  # alone
     assert spread_scores(scores.bfloat16(), places, spread=0.3).dtype == torch.float32
     assert spread_scores(scores[:0], places[:0], spread=0.3).shape == (0,)
+
+
+def test_more_tokens_than_a_thread_takes_at_once():
+    extent = [(70, 70), (30, 30)]
+    positions = torch.cat([full_lattice(sides) for sides in extent])
+    scores = torch.rand(5800, generator=torch.Generator().manual_seed(0))
+    first, second = (
+        select_centers(
+            scores, positions, sizes=[4900, 900], extent=extent, rate=0.25, stride=2, impl=impl
+        )
+        for impl in IMPLEMENTATIONS
+    )
+    assert first[1] == second[1]
+    assert torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_position_below_the_canvas_is_named(impl):
+    positions = full_lattice((4, 4)) - torch.tensor([0.0, 1.0])
+    with pytest.raises(ValueError, match=r"sample 0 has \[0.0, -1.0\] in row 0, which is not on"):
+        select_centers(torch.zeros(16), positions, extent=(4, 4), rate=0.5, stride=2, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_of_rows_along_a_curve_every_second_comes_first(impl):
+    """The order of the rows is taken, whatever their positions."""
+    positions = torch.rand(19, 2, generator=torch.Generator().manual_seed(0))
+    index, keep = select_centers(
+        torch.zeros(19), positions, sizes=(13, 6), rate=1.0, stride=1.0, prior=None,
+        reserve=False, lattice=False, along_curve=True, impl=impl,
+    )  # fmt: skip
+    assert keep == (13, 6)
+    places = sorted(range(13), key=lambda row: f"{row:04b}"[::-1])
+    assert index.tolist() == [*places, *(13 + row for row in places if row < 6)]
+
+
+def test_a_small_rate_keeps_a_run_of_each_sample():
+    index, counts = best_of_runs(torch.rand(10), sizes=[7, 0, 3], rate=1e-7)
+    assert counts == (1, 0, 1)
+    assert index[0] < 7 <= index[1]
+
+
+def test_infinite_scores_have_no_say_at_alpha_zero():
+    positions, scores = full_lattice((4, 4)), torch.zeros(16)
+    for impl in IMPLEMENTATIONS:
+        found = [
+            select_centers(
+                scores + infinite, positions, extent=(4, 4), rate=0.25, stride=2, alpha=0,
+                impl=impl,
+            )[0]
+            for infinite in (0.0, torch.where(torch.arange(16) == 0, torch.inf, 0.0))
+        ]  # fmt: skip
+        assert torch.equal(*found)
+
+
+def test_a_stride_that_float32_does_not_hold_is_named():
+    with pytest.raises(ValueError, match="stride: expected a number from"):
+        select_centers(torch.rand(9), torch.rand(9, 2), rate=0.5, stride=1e-300, lattice=False)

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -374,3 +375,69 @@ def test_ptr_that_is_none():
         ValueError, match=r"look like offsets, use sizes=pointformer\.sizes_from_ptr"
     ):
         knn(torch.rand(5, 2), 2, sizes=(0, 2, 5))
+
+
+def test_a_mask_of_rows_of_other_samples():
+    tokens, mask = numbered(5, 6), torch.arange(11) > 2
+    assert tokens.select(mask, (2, 6)).sizes == (2, 6)
+    with pytest.raises(ValueError, match=r"index\[2\] = 5 is a row of sample 1"):
+        tokens.select(mask, (4, 4))
+    assert tokens.select(mask, (4, 4), check_values=False).sizes == (4, 4)
+
+
+def test_cat_has_a_canvas_where_all_have_one():
+    on, off = TokenSet(torch.rand(3, 2), extent=(2, 2)), TokenSet(torch.rand(4, 2))
+    assert TokenSet.cat([on, on]).extent == ((2, 2), (2, 2))
+    assert TokenSet.cat([on, off]).extent is None
+    assert TokenSet.cat([off, on]).extent is None
+
+
+def test_to_casts_no_fields():
+    tokens = numbered(4, 5).cluster(2)
+    moved = tokens.to(dtype=torch.float16)
+    assert moved.dtype == torch.float16
+    for name, rows in tokens.fields.items():
+        assert moved.fields[name].dtype == rows.dtype
+        assert torch.equal(moved.fields[name], rows)
+
+
+def test_fields_are_those_that_were_given():
+    given_ = {"row": torch.arange(6)}
+    tokens = TokenSet(torch.rand(6, 2), fields=given_)
+    given_["other"] = torch.zeros(1)
+    assert tokens.fields.keys() == {"row"}
+
+
+def test_numbers_of_numpy_are_loaded_again():
+    """As weights are: files of them hold no objects of NumPy."""
+    size = np.float64(4)
+    tokens = TokenSet(torch.rand(9, 2), extent=(size, np.int64(5))).cluster(np.int64(4))
+    tokens = tokens.cluster(np.int32(3), global_size=np.int64(2))
+    buffer = io.BytesIO()
+    torch.save(tokens, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=True)
+    assert again.extent == ((4.0, 5),)
+    assert again.clusters.cluster_size == 3
+
+
+def test_large_integers_are_numbers_too():
+    positions = torch.rand(9, 2)
+    assert TokenSet(positions, extent=(2**64, 1)).extent == ((2.0**64, 1),)
+    pointformer.balanced_cluster(positions, extent=(1, 1), origin=(2**64, 0))
+    scores = torch.rand(9)
+    options = {"rate": 0.5, "stride": 2, "lattice": False}
+    index, _ = pointformer.select_centers(scores, positions, alpha=10**30, **options)
+    assert torch.equal(
+        index, pointformer.select_centers(scores, positions, alpha=1e30, **options)[0]
+    )
+    pointformer.voxel_pool(positions, positions, 10**30)
+    pointformer.select_centers(scores, positions, extent=(2**64, 1), **options)
+
+
+def test_what_is_no_origin_and_no_sample():
+    positions = torch.rand(1, 2)
+    with pytest.raises(ValueError, match="origin: expected finite numbers, got"):
+        TokenSet(positions, origin=torch.tensor([[float("nan"), 0]]).double())
+    with pytest.raises(TypeError, match="samples: expected token sets only, got"):
+        TokenSet.from_list([TokenSet(positions), positions])

@@ -262,3 +262,20 @@ def test_edges_are_the_neighborhoods():
 def test_errors_name_the_argument(arguments, error, message):
     with pytest.raises(error, match=message):
         TokenSet(*arguments)
+
+
+def test_tokens_between_cells():
+    """They are in the cell that they lie in, not in the nearest one."""
+    positions = torch.tensor([[0.9, 0.0], [1.6, 1.99], [2.999, 0.5]])
+    tokens = TokenSet(positions, torch.tensor([[1.0], [2.0], [3.0]]), extent=(3, 2))
+    assert tokens.to_grid()[0, 0].tolist() == [[1, 0, 3], [0, 2, 0]]
+    with pytest.raises(ValueError, match="a token lies outside of its canvas"):
+        TokenSet(torch.tensor([[-0.5, 0.0]]), torch.ones(1, 1), extent=(3, 2)).to_grid()
+
+
+@pytest.mark.parametrize(("least", "corner"), [(-2.5, -2.5), (-3.0, 5.0)])
+def test_a_point_far_below_the_others_does_not_move_the_corner(least, corner):
+    """Farther than 16 times the width of the middle half, 0.505, below that, which is at 5.242."""
+    line = torch.linspace(5, 6, 100, dtype=torch.float64)
+    world = torch.cat([line.new_tensor([least]), line])[:, None].expand(101, 2)
+    assert TokenSet.from_world(world).origin.tolist() == [[corner, corner]]
