@@ -94,8 +94,10 @@ def _clouds(model: Model) -> Iterator[TokenSet]:
     import torch
 
     from pointformer import TokenSet
+    from pointformer.models.config import PointConfig
 
     config, device = model.config, next(model.parameters()).device
+    assert isinstance(config, PointConfig)
     clouds = [
         TokenSet(torch.rand(n, config.dimensions), torch.rand(n, config.in_channels)).to(device)
         for n in POINTS

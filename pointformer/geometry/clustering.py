@@ -166,8 +166,8 @@ def balanced_cluster(
         sides = check_per_sample("extent", extent, len(sizes), dimensions, least=0)
         if same_positions and len(set(zip(corners, sides, strict=True))) > 1:
             raise ValueError(f"same_positions: expected one extent and origin, got {brief(extent)}")
-        lengths = [0.0 if side < _LEAST_SIDE else side for side in itertools.chain(*sides)]
-        canvas = [*itertools.chain(*corners)], lengths
+        all_sides = [0.0 if side < _LEAST_SIDE else side for side in itertools.chain(*sides)]
+        canvas = [*itertools.chain(*corners)], all_sides
     elif origin is not None:
         raise ValueError("origin: give extent too, or neither")
     if adaptive is not None:

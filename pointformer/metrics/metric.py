@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from pointformer.data import Annotation
+from pointformer.data.point_sets import PointAnnotation
 
 
 class Metric(Protocol):
@@ -53,7 +54,7 @@ def map_of(values: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
     return values
 
 
-def class_scores_of(values: Any, annotation: Annotation) -> np.ndarray:
+def class_scores_of(values: Any, annotation: Annotation | PointAnnotation) -> np.ndarray:
     """Predicted scores of the classes, (K,).
 
     Raises:

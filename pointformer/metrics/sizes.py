@@ -79,17 +79,15 @@ class RecallBySize:
         """
         if isinstance(predicted, Objects):
             predicted = predicted.confident(self.min_score).segment_map()
-        of_points = isinstance(annotation, PointAnnotation)
-        if of_points and annotation.labels is not None:
-            self._add_points(predicted, annotation.labels)
+        if isinstance(annotation, PointAnnotation):
+            self._add_set(predicted, annotation)
         elif isinstance(predicted, SegmentMap):
             self._add_segments(predicted, annotation)
         elif predicted.ndim == 2:
             self._add_parts(predicted, annotation)
         elif annotation.label != VOID:
-            area = 0 if of_points else math.prod(annotation.size)
             best = int(class_scores_of(predicted, annotation).argmax())
-            self._add(annotation.label, area, best == annotation.label)
+            self._add(annotation.label, math.prod(annotation.size), best == annotation.label)
 
     def _add(self, category: int, area: float, found: bool) -> None:
         group = int(np.searchsorted(self.sides, area**0.5, "right"))
@@ -125,7 +123,13 @@ class RecallBySize:
             for area, hit in zip(areas[1:].tolist(), hits[1:].tolist(), strict=True):
                 self._add(category, area, 2 * hit >= area)
 
-    def _add_points(self, predicted: np.ndarray, annotated: np.ndarray) -> None:
+    def _add_set(self, predicted: np.ndarray, annotation: PointAnnotation) -> None:
+        annotated = annotation.labels
+        if annotated is None:
+            if annotation.label == VOID:
+                return
+            annotated = np.array([annotation.label])
+            predicted = class_scores_of(predicted, annotation).argmax(0, keepdims=True)
         for row, chosen in ((0, annotated == predicted), (1, True)):
             known = annotated[chosen & (annotated != VOID)]
             self.counts[row, :, 0] += np.bincount(known, minlength=len(self.categories))

@@ -232,7 +232,7 @@ def _examined(
     }
 
 
-def _compared(task: Task, image: np.ndarray | TokenSet, truth: Any, prediction: Any) -> Image.Image:
+def _compared(task: Task, image: Any, truth: Any, prediction: Any) -> Image.Image:
     """Annotations beside findings; of a whole picture or point set, in words."""
     shown: Sequence[Category] = ()
     if isinstance(task, MapTask):

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
+from pointformer import TokenSet
 from pointformer.annotations import VOID, Category, Mask, Objects, Segment, SegmentMap
 from pointformer.data import Annotation
+from pointformer.data.point_sets import PointAnnotation
 from pointformer.metrics import RecallBySize, size_names
 
 KINDS = (Category(1, "sky", False), Category(2, "car"))
@@ -139,3 +142,18 @@ def test_predictions_that_are_no_predictions(predicted, error, message):
         annotation = Annotation("a", None, (40, 40), "a", label=1)
     with pytest.raises(error, match=message):
         RecallBySize(KINDS, (8, 32)).update(predicted, annotation)
+
+
+def test_recall_of_points_and_of_point_sets():
+    """They have no size: all are in the first group."""
+    points, labels = TokenSet(torch.rand(6, 3)), np.array([0, 0, 0, 1, VOID, 1], np.int32)
+    recall = RecallBySize(KINDS[:2], (8,))
+    recall.update(np.array([0, 1, 0, 1, 1, 0]), PointAnnotation("a", points, VOID, labels))
+    assert recall.scores().found.tolist() == [[2, 0], [1, 0]]
+    assert recall.scores().annotated.tolist() == [[3, 0], [2, 0]]
+    for label, scores in ((1, [0.2, 0.8]), (1, [0.6, 0.4]), (VOID, [0.1, 0.9])):
+        recall.update(np.array(scores), PointAnnotation("b", points, label))
+    assert recall.scores().found.tolist() == [[2, 0], [2, 0]]
+    assert recall.scores().annotated.tolist() == [[3, 0], [4, 0]]
+    with pytest.raises(ValueError, match="the scores of b have NaN"):
+        recall.update(np.full(2, np.nan), PointAnnotation("b", points, 1))
