@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import RESULTS
-from tables import markdown
+from tables import page_of
 from trained import Trained, add_arguments, add_line, measured
 
 from pointformer.rates import Rates
@@ -78,11 +78,7 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
     ]
     names = ("model", "data (samples)", "first rate", "score, %", "which score",
              "M multiply-adds", "CPU ms")  # fmt: skip
-    return (
-        "# One model at many budgets\n\n"
-        "Made by `python bench/study/budgets.py`; see ../study/README.md.\n\n"
-        f"{markdown(names, rows)}\n"
-    )
+    return page_of("One model at many budgets", "budgets.py", names, rows)
 
 
 def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cells import RESULTS
-from tables import markdown
+from tables import page_of
 from trained import Trained, measured_once
 
 CLASSIFICATION = RESULTS.with_name("classification.jsonl")
@@ -55,10 +55,7 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
         "model", "data (pictures)", "trained for", *(f"{name}, %" for name in SCORES),
         "M parameters", "M multiply-adds", "CPU ms",
     )  # fmt: skip
-    return (
-        "# Classifiers of pictures\n\nMade by `python bench/study/classification.py`; see "
-        f"../study/README.md.\n\n{markdown(names, rows)}\n"
-    )
+    return page_of("Classifiers of pictures", "classification.py", names, rows)
 
 
 if __name__ == "__main__":

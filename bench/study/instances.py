@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from cells import RESULTS
-from tables import markdown, shares
+from tables import page_of, shares
 from trained import Trained, measured_once
 
 from pointformer.evaluation import predictions
 from pointformer.metrics import InstanceAP, RecallBySize
+from pointformer.train.run import MIN_SCORES
 
 INSTANCES = RESULTS.with_name("instances.jsonl")
-MIN_SCORES = tuple(n / 20 for n in range(4, 20))
 SIDES = (7, 16, 32)  # pixels: limits between the groups of sizes
 
 
@@ -122,11 +122,7 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
         "mean AP, %", "found / in vain / missed, of any class",
         f"found with its class, %: below {limits} px / above", "M parameters", "M multiply-adds",
     )  # fmt: skip
-    return (
-        "# What models of objects find\n\nMade by `python bench/study/instances.py`; see "
-        "../study/README.md.\n\n"
-        f"{markdown(names, rows)}\n"
-    )
+    return page_of("What models of objects find", "instances.py", names, rows)
 
 
 if __name__ == "__main__":

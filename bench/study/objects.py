@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from cells import RESULTS
 from scipy import ndimage
-from tables import markdown, shares
+from tables import page_of, shares
 from trained import Trained, measured_once
 
 from pointformer.annotations import VOID
@@ -96,10 +96,7 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
         "model", "data (pictures)", "small objects", "tokens on each", f"with {groups} tokens, %",
         "seen, %: all, and of these", "found, %: all, and of these",
     )  # fmt: skip
-    return (
-        "# Small objects and their tokens\n\nMade by `python bench/study/objects.py`; see "
-        f"../study/README.md.\n\n{markdown(names, rows)}\n"
-    )
+    return page_of("Small objects and their tokens", "objects.py", names, rows)
 
 
 if __name__ == "__main__":

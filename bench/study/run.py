@@ -14,9 +14,7 @@ import argparse
 import contextlib
 import csv
 import fnmatch
-import json
 import os
-import platform
 import signal
 import sys
 import threading
@@ -32,9 +30,18 @@ from ablations import ABLATION_RESULTS, ABLATIONS
 from cells import CELLS, RESULTS, TrainingRun, read_lines
 from tables import IOU
 from torch import nn
-from trained import RECALL, SIDES, TIMED, cpu_seconds, kinds_of, recall_of, with_recall
+from trained import (
+    SIDES,
+    TIMED,
+    add_line,
+    cpu_seconds,
+    kinds_of,
+    made_on,
+    recall_of,
+    rounded,
+    with_recall,
+)
 
-import pointformer
 from pointformer.data import Dataset
 from pointformer.evaluation import evaluate
 from pointformer.metrics import SemanticIoU
@@ -93,8 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{cell.name}: {error}", file=sys.stderr, flush=True)
             failed += 1
             continue
-        with results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(results, line)
     if timer is not None:
         timer.cancel()
     return int(failed > 0)
@@ -117,8 +123,7 @@ def run(cell: TrainingRun, recipe: Recipe, out: Path) -> dict[str, Any]:
         **costs_of(model, validation, recipe),
         "curve": curve_of(out),
         "recipe": plain,
-        "machine": f"{platform.machine()} CPU, 1 thread",
-        "versions": {"pointformer": pointformer.__version__, "torch": torch.__version__},
+        **made_on(),
     }
 
 
@@ -130,13 +135,13 @@ def scores_of(model: Model, task: Task, validation: Dataset, recipe: Recipe) -> 
     result = evaluate(model, validation, task, metrics=metrics, tile=tile)
     kinds = kinds_of(validation.categories)
     small, found, annotated = recall_of(result.metrics)
-    scores = {name: value for name, value in result.scores.items() if RECALL not in name}
+    scores = dict(result.scores)
     for metric in result.metrics:
         if isinstance(metric, SemanticIoU):
             iou = metric.scores().iou
             scores |= {IOU + name: iou[n].item() for n, name in kinds.items()}
     return {
-        **{name: round(value, 4) if value == value else None for name, value in scores.items()},
+        **rounded(scores),
         "small": small,
         "kinds": [*kinds.values()],
         "sides": SIDES,

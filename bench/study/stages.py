@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from cells import RESULTS
-from tables import markdown, spread
+from tables import page_of, spread
 from torch import Tensor, nn
 from trained import Trained, add_arguments, add_line, measured
 
@@ -132,11 +132,8 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
             rows.append(row)
     changed = [name for change in CHANGES for name in (f"{change}, points lost", "times")]
     names = ("model", "data (samples)", "score", "as it is, %", "merge", *changed)
-    return (
-        "# How much the scores of each merge matter\n\n"
-        "Made by `python bench/study/stages.py`; see ../study/README.md. Mean (standard deviation) "
-        f"of the seeds of shuffling.\n\n{markdown(names, rows)}\n"
-    )
+    title, more = "How much the scores of each merge matter", " Mean (standard deviation) of the "
+    return page_of(title, "stages.py", names, rows, f"{more}seeds of shuffling.")
 
 
 if __name__ == "__main__":

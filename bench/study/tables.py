@@ -276,6 +276,18 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.1f}" + (f" ({stdev(values):.1f})" if len(values) > 1 else "")
 
 
+def page_of(
+    title: str,
+    script: str,
+    names: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    more: str = "",
+) -> str:
+    """A page with one table, which says how it was made."""
+    made = f"Made by `python bench/study/{script}`; see ../study/README.md."
+    return f"# {title}\n\n{made}{more}\n\n{markdown(names, rows)}\n"
+
+
 def markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [names, ["---"] * len(names), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

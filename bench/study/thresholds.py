@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from cells import RESULTS
 from objects import SIDE
-from tables import markdown
+from tables import page_of
 from trained import Trained, measured_once
 
 from pointformer.metrics import RecallBySize, SemanticIoU
@@ -68,11 +68,7 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
         rows.append([line["model"], f"{line['data']} ({line['pictures']})", *cells, equal])
     names = ("model", "data (pictures)", *(f"background x {factor:g}" for factor in FACTORS),
              f"where {' / '.join(f'{100 * share:.0f}' for share in FOUND)}% are found")  # fmt: skip
-    return (
-        "# Where less is painted\n\nMade by `python bench/study/thresholds.py`; see "
-        "../study/README.md.\n\n"
-        f"{markdown(names, rows)}\n"
-    )
+    return page_of("Where less is painted", "thresholds.py", names, rows)
 
 
 def at_equal(line: dict[str, Any], share: float) -> str:

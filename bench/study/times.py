@@ -9,17 +9,15 @@ A line for each call is added to the results, and times.md is made of the last o
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from cells import RESULTS, read_lines
-from tables import markdown
-from trained import TIMED, add_line, cpu_seconds, name_of
+from tables import page_of
+from trained import TIMED, add_line, cpu_seconds, made_on, name_of
 
-import pointformer
 from pointformer.data import open_dataset
 from pointformer.models import create_model
 from pointformer.prediction import to_tensor
@@ -50,8 +48,7 @@ def measure(data: Path, names: Sequence[str]) -> dict[str, Any]:
         "pictures": len(some),
         "models": [name_of(name) for name in names],
         "cpu_seconds": cpu_seconds(models, [to_tensor(pictures[n].read_image()) for n in some]),
-        "machine": f"{platform.machine()} CPU, 1 thread",
-        "versions": {"pointformer": pointformer.__version__, "torch": torch.__version__},
+        **made_on(),
     }
 
 
@@ -66,10 +63,8 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
                  f"{seconds / first:.2f}"]
             )  # fmt: skip
     names = ("model", "data (pictures)", "CPU ms", "times the first")
-    return (
-        "# CPU time of models\n\nMade by `python bench/study/times.py`; see ../study/README.md. "
-        f"One thread, medians of pictures.\n\n{markdown(names, rows)}\n"
-    )
+    more = " One thread, medians of pictures."
+    return page_of("CPU time of models", "times.py", names, rows, more)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -35,6 +35,23 @@ TIMED = 16  # pictures whose time is measured
 _TYPICAL = 8192  # points, where the recipe has no regions
 SIDES = (16, 32, 96)  # pixels: limits between the groups of sizes of objects
 RECALL = "recall, "  # in the names of its scores
+
+
+def made_on() -> dict[str, Any]:
+    """The machine and the versions, of each line of results."""
+    return {
+        "machine": f"{platform.machine()} CPU, 1 thread",
+        "versions": {"pointformer": pointformer.__version__, "torch": torch.__version__},
+    }
+
+
+def rounded(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """Scores as results have them: `None` for NaN, without recall by size."""
+    return {
+        name: None if score != score else round(score, 4)
+        for name, score in scores.items()
+        if RECALL not in name
+    }
 
 
 def kinds_of(categories: Sequence[Category]) -> dict[int, str]:
@@ -98,8 +115,7 @@ class Trained:
             "data": Path(self.recipe.data.path or "").resolve().name,
             "pictures": len(self.validation),
             "score": MAIN[self.task.name],
-            "machine": f"{platform.machine()} CPU, 1 thread",
-            "versions": {"pointformer": pointformer.__version__, "torch": torch.__version__},
+            **made_on(),
         }
 
     def lines(self, results: Path) -> list[dict[str, Any]]:
@@ -138,11 +154,7 @@ class Trained:
         pictures = not self.model.of_points
         metrics = with_recall(self.task, self.validation) if pictures else None
         result = evaluate(self.model, self.validation, self.task, metrics=metrics, **self.sight())
-        scores = {
-            name: None if score != score else round(score, 4)
-            for name, score in result.scores.items()
-            if RECALL not in name
-        }
+        scores = rounded(result.scores)
         return {**scores, "small": recall_of(result.metrics)[0]} if pictures else scores
 
     def multiply_adds(self) -> int:
