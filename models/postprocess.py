@@ -146,7 +146,7 @@ def panoptic(
 
     Args:
         things: the classes that are countable.
-        min_score: queries need a class with at least this probability.
+        min_score: queries need a class with more than this probability.
         min_visible: a segment is dropped if less than this share of its mask is left to it.
     """
     results = []

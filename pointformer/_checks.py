@@ -340,11 +340,13 @@ def check_number(
     above: float | None = None,
     least: float = -_LARGEST_NUMBER,
     most: float = _LARGEST_NUMBER,
-) -> None:
-    """Raise if `value` is no finite number of the host above `above` and from `least` to `most`."""
+) -> Any:
+    """Return `value`, see `plain_number`; raise if it is no finite number of the host above `above`
+    and from `least` to `most`."""
     real = isinstance(value, _NUMBERS) and type(value) is not bool
-    if real and least <= value <= most and (above is None or value > above):  # type: ignore[operator]
-        return
+    number = plain_number(value) if real else value
+    if real and least <= number <= most and (above is None or number > above):
+        return number
     lowest = least if above is None else above
     wanted = "a finite number"
     if most != _LARGEST_NUMBER:
@@ -361,17 +363,18 @@ def check_number(
 _NUMBERS = (float, int, torch.SymInt, torch.SymFloat, np.integer, np.floating)
 
 
-def check_power(power: object, device: torch.device) -> None:
-    """Raise if `power` is no positive number and no floating tensor of one element.
+def check_power(power: object, device: torch.device) -> Any:
+    """Return `power`, see `plain_number`; raise if it is no positive number and no floating tensor
+    of one element.
 
     What is in a tensor is not looked at, which would wait for the device.
     """
     if not isinstance(power, Tensor):
-        check_number("power", power, above=0)
-        return
+        return check_number("power", power, above=0)
     check_tensor("power", power, dtypes=FLOATS, device=device)
     if power.numel() != 1:
         raise ValueError(f"power: expected one number, got {describe(power)}")
+    return power
 
 
 def check_option(name: str, value: object, known: Sequence[str | None]) -> None:
@@ -543,4 +546,6 @@ def plain_number(number: Any) -> Any:
     that int64 may not hold."""
     if isinstance(number, np.generic):
         number = number.item()
-    return float(number) if type(number) is int and abs(number) > _PLAIN else number
+    if type(number) is int and abs(number) > _PLAIN:
+        return float(number) if abs(number) < 2**1023 else math.copysign(math.inf, number)
+    return number

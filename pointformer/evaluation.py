@@ -14,7 +14,7 @@ import numpy as np
 import pointformer
 from pointformer import TokenSet
 from pointformer.data.annotations import Annotation, Dataset
-from pointformer.data.images import Reading, open_picture
+from pointformer.data.images import MAX_PIXELS, Reading, open_picture
 from pointformer.data.point_sets import read_sample
 from pointformer.data.statistics import samples_in_words
 from pointformer.data.transforms import CenterCrop, Resize
@@ -108,7 +108,7 @@ def evaluate(
     if not isinstance(task, Task):
         task = task_of(model, task, dataset.categories)
     check_copies(task, scales, flip)
-    _check_seen(model, task, region, tile=tile, resize=resize, crop=crop)
+    _check_seen(model, task, region, tile=tile, resize=resize, crop=crop, **reading)
     if crop is not None and isinstance(task, MapTask):
         raise ValueError(
             f"crop: for classes of pictures, not for {task.name!r}, which is scored on all of a "
@@ -185,8 +185,9 @@ def _check_seen(model: Model, task: Task, region: int | None, **of_pictures: obj
     """Raise `ValueError` where an option is for what the model does not take."""
     if region is not None and task.counts != "points":
         raise ValueError(f"region: is for scenes of points, not for the task {task.name!r}")
+    unsaid = {"intensities": "percentiles", "max_pixels": MAX_PIXELS}
     for name, value in of_pictures.items():
-        if value is not None and model.of_points:
+        if model.of_points and value not in (None, unsaid.get(name)):
             raise ValueError(f"{name}: is for models of pictures; {model.name} takes points")
 
 

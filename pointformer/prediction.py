@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pointformer import TokenSet
-from pointformer._checks import check_count
+from pointformer._checks import check_count, describe
 from pointformer.data import Picture, Reading
 from pointformer.data.transforms import Resize, resized
 from pointformer.models import Model, Output
@@ -229,8 +229,12 @@ def check_copies(task: Task, scales: Sequence[float], flip: bool) -> None:
     Raises:
         ValueError: they cannot, or a scale is not positive.
     """
-    if not scales or not all(0 < scale < math.inf for scale in scales):
-        raise ValueError(f"scales: expected positive numbers, got {tuple(scales)}")
+    listed = scales.tolist() if isinstance(scales, np.ndarray) else scales
+    if isinstance(listed, str) or not isinstance(listed, Sequence):
+        raise TypeError(f"scales: expected positive numbers, got {describe(scales)}")
+    known = [type(scale) in (int, float) and 0 < scale < math.inf for scale in listed]
+    if not known or not all(known):
+        raise ValueError(f"scales: expected positive numbers, got {tuple(listed)}")
     if not task.averages and (flip or tuple(scales) != (1.0,)):
         averaging = dict.fromkeys(kind.name for kind in TASKS if kind.averages)
         raise ValueError(

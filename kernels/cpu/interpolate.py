@@ -55,12 +55,19 @@ def relative_to_nearest(squared, known, begin, k):
     """Replace the squares of k neighbors, where `known` is not 0, by the least one over each.
 
     If that is 0, by 1 where it is and by 0 elsewhere. Returns the least one, 1 where there is none.
+    Where one is NaN, `known` becomes NaN, for weights are multiplied with it.
     """
     nearest = f32(np.inf)
+    numbers = True
     for j in range(begin, begin + k):
-        squared[j] = max(squared[j], TINY)
+        own = squared[j]
+        squared[j] = max(own, TINY)
         if known[j] > f32(0.0):
             nearest = min(nearest, squared[j])
+            numbers &= own == own
+    if not numbers:  # which powers and maxima would lose
+        for j in range(begin, begin + k):
+            known[j] = f32(np.nan)
     for j in range(begin, begin + k):
         ratio = max(nearest / squared[j], TINY) if known[j] > f32(0.0) else f32(1.0)
         squared[j] = f32(0.0) if nearest == TINY and ratio < f32(1.0) else ratio

@@ -143,7 +143,7 @@ def without_background(
 ) -> tuple[Category, ...] | None:
     """Classes that objects may have; `None` if there are none."""
     table = category_table(categories or None) or ()
-    return tuple(c for c in table if c.name.lower() != "background") or None
+    return tuple(c for c in table if c.name.lower().strip("_") != "background") or None
 
 
 def _used_classes(segments: Mapping[str, Any]) -> set[int | None]:

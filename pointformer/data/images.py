@@ -178,6 +178,9 @@ class _Resampled(Picture):
     def __init__(self, whole: Picture, shape: tuple[int, int]) -> None:
         self.name, self.shape, self._whole = whole.name, shape, whole
 
+    def loaded(self) -> Picture:
+        return Picture(stored_array(self.read(), self.name), range(3), [0], None, "full")
+
     def __getitem__(self, window: tuple[slice, slice]) -> np.ndarray:
         spans, box = [], []
         for span, length, own in zip(

@@ -153,7 +153,9 @@ class StoredPillow:
         elif picture.mode == "1" and not self._numbers:
             picture = picture.convert("L")
         values = np.array(picture).astype(self.layout.dtype, copy=False)
-        return (values // self._scale if self._scale > 1 else values)[..., None]
+        if self._scale != 1:
+            values = np.rint(values / self._scale).astype(values.dtype)
+        return values[..., None]
 
 
 def _frames(picture: Image.Image) -> int:
@@ -197,10 +199,16 @@ def _with_all_bits(name: str, picture: Image.Image, content: bytes | None) -> np
     return imagecodecs.jpeg2k_decode(data)
 
 
-def _scale(picture: Image.Image) -> int:
-    """Factor by which Pillow multiplied the numbers of a gray picture of 2 or 4 bits."""
+def _scale(picture: Image.Image) -> float:
+    """Factor by which Pillow multiplied the numbers of a gray picture: of 2 or 4 bits, and in PGM
+    files whose largest number is none of a type."""
     arguments = _arguments(picture)
-    return {"L;2": 85, "L;4": 17}.get(arguments, 1) if isinstance(arguments, str) else 1
+    if isinstance(arguments, str):
+        return {"L;2": 85, "L;4": 17}.get(arguments, 1)
+    if picture.format != "PPM" or picture.mode not in ("L", "I"):
+        return 1
+    largest = arguments[-1]
+    return (255 if picture.mode == "L" else 65535) / largest
 
 
 def _arguments(picture: Image.Image) -> Any:

@@ -32,7 +32,7 @@ from pointformer.data.annotations import (
 )
 from pointformer.data.images import Reading
 from pointformer.data.json_files import repeated
-from pointformer.data.points import read_points
+from pointformer.data.points import npz, read_points
 from pointformer.data.points.asprs import class_codes, standard_code, standard_name
 from pointformer.data.points.columns import column_named
 from pointformer.tokens import TokenSet
@@ -115,7 +115,7 @@ class _Archive:
         try:
             with np.load(path, allow_pickle=False) as file:
                 self.names = tuple(file.files)
-        except (OSError, ValueError) as error:
+        except npz.UNREADABLE as error:
             raise ValueError(f"{path}: expected an archive of NumPy arrays: {error}") from None
 
     def __getstate__(self) -> dict[str, object]:
@@ -129,12 +129,15 @@ class _Archive:
             except KeyError:
                 known = ", ".join(self.names)
                 raise ValueError(f"{self.path}: has no {name!r}; there are {known}") from None
-            except (OSError, ValueError) as error:
+            except npz.UNREADABLE as error:
                 raise ValueError(f"{self.path}: {name!r} cannot be read: {error}") from None
         return self._arrays[name]
 
     def classes(self) -> list[str] | None:
-        return [str(c) for c in self["classes"].tolist()] if "classes" in self.names else None
+        if "classes" not in self.names:
+            return None
+        names = self["classes"]
+        return [str(c) for c in (np.char.decode(names) if names.dtype.kind == "S" else names)]
 
 
 def _archives(path: Path) -> list[Path]:

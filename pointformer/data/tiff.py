@@ -38,6 +38,7 @@ _GRAY = (_MIN_IS_WHITE, _MIN_IS_BLACK, _MASK)
 _ALPHA = (1, 2)  # values of ExtraSamples; 0 is "unspecified"
 _ORIENTATION = 274
 _NO_DATA = 42113  # GDAL's, a number as text
+_UNMEASURED = 1e37  # samples beyond are no measurement
 _REDUCED_OR_MASK = 1 | 4  # bits of NewSubfileType
 _BESIDES = {"thumbnail", "label", "macro", "overview", "map"}  # what slide scanners add
 _DECODED_TO_RGB = {6, 7, 33007, 34892}  # JPEG
@@ -268,6 +269,8 @@ class StoredTiff:
             return values
         with np.errstate(over="ignore"):  # the number may be none of the type
             missing = values == self._no_data
+        if abs(self._no_data) > _UNMEASURED:  # the type's last number, in whichever digits
+            missing |= np.abs(values) > _UNMEASURED
         if not missing.any():
             return values
         values = values.astype(np.result_type(values, np.float16))  # which holds all its integers

@@ -199,7 +199,7 @@ def _counts(
         given = "none" if rate is None else "both"
         raise ValueError(f"rate, count: expected one of them, got {given}")
     if rate is not None:
-        check_number("rate", rate, above=0, most=1)
+        rate = check_number("rate", rate, above=0, most=1)
     if isinstance(sizes, Tensor):  # while compiling
         if rate is not None:
             return torch.minimum(sizes, (sizes.double() * rate).long().clamp(min=1))

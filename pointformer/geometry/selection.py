@@ -137,8 +137,8 @@ def select_centers(
             scores, positions, sizes, canvas, corners, rate, alpha, stride, prior, reserve,
             reserve_share, lattice, along_curve, check_values, impl,
         )  # fmt: skip
-    check_number("rate", rate, above=0, most=1)
-    check_number("alpha", alpha)
+    rate = check_number("rate", rate, above=0, most=1)
+    alpha = check_number("alpha", alpha)
     check_option("prior", prior, _PRIORS)
     check_flags(
         reserve=reserve, lattice=lattice, along_curve=along_curve, check_values=check_values
@@ -151,7 +151,6 @@ def select_centers(
             f"stride: expected a number from {_LEAST_STRIDE:g} to {_LARGEST_STRIDE:g}, got "
             f"{brief(stride)}"
         )
-    alpha = float(alpha)
     if alpha == 0:  # an infinite score has no say either
         scores = torch.zeros_like(scores)
     if lattice and stride != int(stride):
@@ -310,7 +309,7 @@ def best_of_runs(
     """
     scores = check_tensor("scores", scores, ("T",), FLOATS).detach()
     sizes = check_sizes("sizes", sizes, len(scores), batch)
-    check_number("rate", rate, above=0, most=1)
+    rate = check_number("rate", rate, above=0, most=1)
     check_flags(check_values=check_values)
     if check_values:
         _check_scores(scores)

@@ -83,8 +83,7 @@ def voxel_pool(
                 f"features: expected {points} rows as in positions, got {tuple(features.shape)}"
             )
     sizes = check_sizes("sizes", sizes, points, batch)
-    check_number("side", side, above=0)
-    side = float(side)
+    side = check_number("side", side, above=0)
     check_flags(check_values=check_values)
     if check_values:
         check_finite("positions", positions, sizes)

@@ -58,10 +58,15 @@ def class_scores_of(values: Any, annotation: Annotation | PointAnnotation) -> np
     """Predicted scores of the classes, (K,).
 
     Raises:
-        ValueError: the annotated class is not one of them, or one is NaN, which is neither more
-            nor less than any other.
+        ValueError: there are several of a class, the annotated class is not one of them, or one
+            is NaN, which is neither more nor less than any other.
     """
     values = np.asarray(values)
+    if values.ndim != 1:
+        raise ValueError(
+            f"predicted: expected a score of each class of {annotation.name}, got shape "
+            f"{values.shape}"
+        )
     if not 0 <= annotation.label < len(values):
         raise ValueError(
             f"annotation: {annotation.name} has class {annotation.label}, the prediction "

@@ -79,10 +79,11 @@ class PanopticQuality:
         predicted_ids = map_of(predicted.ids, annotation.ids.shape, annotation.name)
         overlaps = Overlaps.of(annotation.ids, predicted_ids)
         names, values = overlaps.first.tolist(), overlaps.second.tolist()
-        if set(found) != set(values) - {0} or 0 in found:
+        agree = set(found) == set(values) - {0} and len(found) == len(predicted.segments)
+        if not agree or 0 in found:
             raise ValueError(
                 f"predicted: expected one segment for each id in the map of {annotation.name}, "
-                f"got {len(found)} segments for {len(values)} values"
+                f"got {len(predicted.segments)} segments for {len(values)} values"
             )
         if any(not 0 <= category < len(self.categories) for category in found.values()):
             raise ValueError(f"predicted: unknown category in the segments of {annotation.name}")

@@ -125,7 +125,9 @@ class RecallBySize:
 
     def _add_set(self, predicted: np.ndarray, annotation: PointAnnotation) -> None:
         annotated = annotation.labels
-        if annotated is None:
+        if annotated is not None:
+            predicted = map_of(predicted, annotated.shape, annotation.name)
+        else:
             if annotation.label == VOID:
                 return
             annotated = np.array([annotation.label])

@@ -118,7 +118,7 @@ def neighborhood_attention(
     if scale is None:
         scale = channels**-0.5 if channels else 1.0
     else:
-        check_number("scale", scale)
+        scale = check_number("scale", scale)
 
     lacks = {
         "cpu": lambda: _fused_lacks(query, positions, query_positions),

@@ -93,8 +93,8 @@ def deformable_attention(
     check_tensor("lookup", lookup, ("cells", levels, "k"), INTEGERS, device)
     canvas = _canvas(extent, lookup, device)
     check_rows("query_sample", query_sample, len(canvas), "samples", wait=False)
-    check_power(power, device)
-    check_number("eps", eps, above=0)
+    power = check_power(power, device)
+    eps = check_number("eps", eps, above=0)
 
     def lacks() -> str | None:
         if value.dtype == torch.float64:

@@ -100,8 +100,8 @@ def interpolate(
     if same_positions:
         check_same_positions("positions", positions, sizes, check_values)
         check_same_positions("query_positions", query_positions, query_sizes, check_values)
-    check_power(power, device)
-    check_number("eps", eps, above=0)
+    power = check_power(power, device)
+    eps = check_number("eps", eps, above=0)
     check_count("k", k)
     if neighbor_index is None:
         neighbor_index = knn(

@@ -30,8 +30,10 @@ def deformable_attention(
     place = query_positions[:, None, None, None].to(dtype) + offsets.to(dtype)
     first, width, height = (canvas[:, i, None, None, None] for i in range(3))
     x, y = place.detach().round().unbind(-1)  # half to even
-    column = torch.minimum(x.clamp(min=0), width - 1).long()
-    row = torch.minimum(y.clamp(min=0), height - 1).long()
+    column, row = (  # of no number any
+        torch.minimum(rounded.nan_to_num(0.0).clamp(min=0), side - 1).long()
+        for rounded, side in ((x, width), (y, height))
+    )
     level = torch.arange(levels, device=lookup.device)[:, None]
     index = lookup[first + row * width + column, level].long()  # (Q, H, L, P, k)
     squared = (place[..., None, :] - rows_or_zeros(positions.to(dtype), index)).square().sum(-1)
@@ -41,4 +43,5 @@ def deformable_attention(
     head = torch.arange(heads, device=lookup.device)[:, None, None, None]
     index = torch.where(index >= 0, index * heads + head, -1)
     sampled = rows_or_zeros(value.to(dtype).flatten(0, 1), index)
-    return torch.einsum("qhlpk,qhlpkd->qhd", share, sampled).to(value.dtype)
+    with torch.autocast(value.device.type, enabled=False):
+        return torch.einsum("qhlpk,qhlpkd->qhd", share, sampled).to(value.dtype)

@@ -36,10 +36,13 @@ def inverse_distance_shares(
     exponent = power.reshape(()).to(squared) / 2 if isinstance(power, Tensor) else power / 2
     closeness = (nearest / square).clamp(tiny, 1.0) ** exponent
     closeness = torch.where(hit, (squared <= tiny).to(squared), closeness)
-    softening = eps * closeness
-    if not relative:
+    if relative:
+        softening = eps * closeness
+    else:
         logarithm = exponent * nearest.log()  # of distance ** power, which may overflow
-        softening = softening * (-logarithm.clamp(math.log(eps * _FINEST), 80.0)).exp()
+        # In logarithms, since neither factor need be a number of the type.
+        finest = math.log(eps) + math.log(_FINEST)
+        softening = closeness * (math.log(eps) - logarithm.clamp(finest, 80.0)).exp()
     weights = torch.where(known, closeness / (1 + softening), 0.0)
     total = weights.sum(-1, keepdim=True)
     return weights / torch.where(total > 0, total, 1.0)

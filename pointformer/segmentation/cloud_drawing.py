@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -165,8 +166,10 @@ def _shaded(colors: np.ndarray, heights: np.ndarray) -> np.ndarray:
 
 
 def _captioned(picture: Image.Image, text: str) -> Image.Image:
-    sheet = Image.new("RGB", (picture.width + 2 * GAP, picture.height + GAP + CAPTION), "white")
-    ImageDraw.Draw(sheet).text((GAP, GAP - 2), text, "black", caption_font())
+    font = caption_font()
+    width = max(picture.width, math.ceil(font.getlength(text)))
+    sheet = Image.new("RGB", (width + 2 * GAP, picture.height + GAP + CAPTION), "white")
+    ImageDraw.Draw(sheet).text((GAP, GAP - 2), text, "black", font)
     sheet.paste(picture, (GAP, GAP + CAPTION - 4))
     return sheet
 

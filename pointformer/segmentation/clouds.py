@@ -84,10 +84,7 @@ def segment_points(
     """
     task = check_model(model)
     check_budget(budget, model)
-    if not isinstance(tokens, TokenSet):
-        raise TypeError(f"tokens: expected a TokenSet, got {describe(tokens)}")
-    if len(tokens) != 1 or not tokens.num_tokens:
-        raise ValueError(f"tokens: expected one sample with points, got {tokens}")
+    _check_cloud(tokens)
 
     def look() -> SegmentedCloud:
         start = time.perf_counter()
@@ -125,6 +122,7 @@ def focus_points(model: Model, tokens: TokenSet) -> list[KeptPoints]:
     """
     from scipy.spatial import cKDTree
 
+    _check_cloud(tokens)
     parts: list[list[tuple[np.ndarray, np.ndarray | None]]] = []
     device = next(model.parameters()).device
     with evaluating(model):
@@ -150,6 +148,13 @@ def focus_points(model: Model, tokens: TokenSet) -> list[KeptPoints]:
             )
         )
     return kept
+
+
+def _check_cloud(tokens: object) -> None:
+    if not isinstance(tokens, TokenSet):
+        raise TypeError(f"tokens: expected a TokenSet, got {describe(tokens)}")
+    if len(tokens) != 1 or not tokens.num_tokens:
+        raise ValueError(f"tokens: expected one sample with points, got {tokens}")
 
 
 def check_model(model: Model) -> PointSegmentation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -59,15 +60,16 @@ def overlay(result: Segmentation) -> Image.Image:
 def with_legend(picture: Image.Image, categories: Sequence[Category]) -> Image.Image:
     """The picture above a row of color keys, in as many lines as its width needs."""
     font = caption_font()
-    places, x, y = [], GAP, GAP
+    places, x, y, widest = [], GAP, GAP, picture.width
     for category in categories:
         width = 20 + round(font.getlength(category.name)) + 2 * GAP
         if x + width > picture.width and x > GAP:
             x, y = GAP, y + 20
         places.append((x, y))
         x += width
+        widest = max(widest, GAP + width)  # of one that is wider than the picture, too
     height = y + 20 + GAP if categories else 0
-    sheet = Image.new("RGB", (picture.width, picture.height + height), "white")
+    sheet = Image.new("RGB", (widest, picture.height + height), "white")
     sheet.paste(picture, (0, 0))
     draw = ImageDraw.Draw(sheet)
     for (x, y), category in zip(places, categories, strict=True):
@@ -156,10 +158,11 @@ def heat_legend(size: tuple[int, int]) -> Image.Image:
 def panels(rows: list[list[tuple[Image.Image, str]]], size: tuple[int, int]) -> Image.Image:
     """Pictures of one size, (width, height) in pixels, with captions, in rows."""
     columns = max(len(row) for row in rows)
-    step = (size[0] + GAP, size[1] + CAPTION + GAP)
+    font = caption_font()
+    widest = max(font.getlength(caption) for row in rows for _, caption in row)
+    step = (max(size[0], math.ceil(widest)) + GAP, size[1] + CAPTION + GAP)
     sheet = Image.new("RGB", (columns * step[0] + GAP, len(rows) * step[1] + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    font = caption_font()
     for r, row in enumerate(rows):
         for c, (panel, caption) in enumerate(row):
             left, upper = GAP + c * step[0], GAP + r * step[1]

@@ -413,3 +413,12 @@ def test_kernels_for_points_are_compiled(capsys, points_model, monkeypatch):
     code, text, error = run(capsys, "warmup", "--model", points_model, "--training")
     assert (code, error) == (0, "")
     assert "compiled CPU kernels" in text
+
+
+def test_the_shares_of_the_most_frequent_classes_are_said(capsys, points_model, quick):
+    write_cloud("tile.npz", 5)
+    text = run(capsys, "segment", "tile.npz", "--out", "o", "--model", points_model)[1]
+    assert text.endswith(" s: ground 40.0%, building 40.0%, odd thing 20.0%; results in o\n")
+    write_cloud("two.npz", 2)  # what there is none of is not said
+    text = run(capsys, "segment", "two.npz", "--out", "o", "--model", points_model)[1]
+    assert text.endswith(" s: ground 50.0%, building 50.0%; results in o\n")

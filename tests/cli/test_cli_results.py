@@ -847,3 +847,22 @@ def test_a_folder_of_everything(capsys, model):
         env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     check(again.returncode, again.stdout, again.stderr, good, bad)
+
+
+def test_the_table_and_the_summary_say_what_is_where(capsys, model, monkeypatch):
+    """x before y, left before top, ends exclusive; scores with three digits, middles with two."""
+    from dataclasses import replace
+
+    labels = np.zeros((6, 20), np.int32)
+    labels[1:3, 4:9], labels[4, 15] = 1, 2
+    result = replace(found(labels), classes=(0, 3), scores=(0.87654, 0.5), categories=None)
+    monkeypatch.setattr(SEGMENT, lambda *a, **k: result)
+    picture("c.png")
+    assert run(capsys, "segment", "c.png", "--out", "o", "--model", model)[0] == 0
+    assert Path("o/c_objects.csv").read_text().splitlines() == [
+        "id,class,score,area,x,y,left,top,right,bottom",
+        "1,0,0.877,10,6.00,1.50,4,1,9,3",
+        "2,3,0.500,1,15.00,4.00,15,4,16,5",
+    ]
+    summary = json.loads(Path("o/c_summary.json").read_text())
+    assert (summary["width"], summary["height"], summary["count"]) == (20, 6, 2)

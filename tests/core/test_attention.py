@@ -644,3 +644,18 @@ def test_what_the_fused_op_lacks(options, message):
         attend(*inputs, impl="cpu")
     with pytest.raises(ValueError, match=f"impl=None .*{message}"):  # no silent fallback
         attend(*inputs, impl=None)
+
+
+@APART_AND_BLOCKS
+@pytest.mark.parametrize("scale", [0.7, -0.2, 0])
+def test_fused_heeds_the_scale(scale, cluster_size):
+    """Not the default one, in any of the gradients either."""
+    tensors, *where = make_inputs(channels=16, cluster_size=cluster_size, value_features=5)
+    cotangent = torch.randn(24, 2, 16, generator=torch.Generator().manual_seed(1)).double()
+    out, grads = gradients(tensors, *where, cotangent, scale=scale)
+    single = {name: tensor.float() for name, tensor in tensors.items()}
+    found, found_grads = gradients(single, *where, cotangent, scale=scale, impl="cpu")
+    torch.testing.assert_close(found.double(), out, rtol=1e-4, atol=1e-4)
+    for name, grad in grads.items():
+        error = (found_grads[name] - grad).abs().max()
+        assert error <= 1e-5 * grad.abs().max() + 1e-4, name

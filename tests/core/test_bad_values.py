@@ -8,7 +8,9 @@ from pointformer import (
     TokenSet,
     balanced_cluster,
     batch_from_sizes,
+    curve_sample,
     deformable_attention,
+    farthest_point_sample,
     interpolate,
     knn,
     nearest_clusters,
@@ -18,6 +20,7 @@ from pointformer import (
     select_centers,
     sizes_from_batch,
     spread_scores,
+    voxel_pool,
     weighted_gather,
 )
 from pointformer.geometry import hilbert_code, morton_code, peano_code, snake_code
@@ -364,3 +367,23 @@ def test_cells_that_are_no_tensors_are_named():
         snake_code(torch.tensor([[1, 2]]), (3, 2))
     with pytest.raises(ValueError, match="cells: expected int64 of shape"):
         hilbert_code(torch.tensor(3))
+
+
+@pytest.mark.parametrize("name", ["farthest", "curve", "voxel", "interpolate", "point_conv"])
+def test_positions_that_no_one_is_to_look_at(name):
+    """Whoever says that they are fine, is not asked again: no wait for a look at them."""
+    positions, features = torch.rand(12, 2), torch.rand(12, 3)
+    positions[2] = 1e20
+    net = {name: torch.ones(4) for name in ("bias", "norm_weight", "norm_bias")}
+    net["weight"] = torch.ones(4, 5)
+    index = torch.zeros(12, 2, dtype=torch.int64)
+    run = {
+        "farthest": lambda **own: farthest_point_sample(positions, count=3, **own)[0],
+        "curve": lambda **own: curve_sample(positions, count=3, **own)[0],
+        "voxel": lambda **own: voxel_pool(positions, features, 1.0, **own).assignment,
+        "interpolate": lambda **own: interpolate(features, positions, positions, **own),
+        "point_conv": lambda **own: point_conv(features, positions, index, **net, **own),
+    }[name]
+    with pytest.raises(ValueError, match=r"positions: sample 0 is farther than|side: expected a"):
+        run()
+    assert len(run(check_values=False)) == (3 if name in ("farthest", "curve") else 12)

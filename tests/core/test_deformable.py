@@ -190,3 +190,77 @@ def test_half_precision_keeps_its_dtype():
 def test_errors(change, error, words):
     with pytest.raises(error, match=words):
         deformable_attention(**{**make_case(), **change}, impl="cpu")
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("eps", [1e-3, 0.5, 40.0])
+def test_shares_are_those_of_the_definition(impl, eps):
+    """1 / (distance ** power + eps), in units of the positions."""
+    positions = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    value, place = torch.tensor([1.0, 5.0, 20.0]), torch.tensor([0.3, 0.4])
+    shares = 1 / ((positions - place).double().norm(dim=1) ** 2.5 + eps)
+    expected = (shares / shares.sum() * value).sum()
+    found = deformable_attention(
+        value.view(3, 1, 1), positions, place.view(1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1),
+        torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.tensor([[[0, 1, 2]]]), (1, 1),
+        power=2.5, eps=eps, impl=impl,
+    )  # fmt: skip
+    torch.testing.assert_close(found.double().view(()), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("eps", [1e-3, 0.5, 40.0])
+def test_gradients_where_eps_matters(impl, eps):
+    case = make_case() | {"eps": eps, "power": torch.tensor([2.5])}
+    exact = with_gradients(case, torch.float64, impl="reference")
+    found = with_gradients(case, impl=impl)
+    for name, value in exact.items():
+        assert (found[name] - value).abs().max() <= 5e-5 * value.abs().max(), name
+
+
+def two_tokens(**changes):
+    """Of the values 1 and 5, at 0 and 1; a place at 0.3."""
+    arguments = {
+        "value": torch.tensor([[[1.0]], [[5.0]]]),
+        "positions": torch.tensor([[0.0, 0.0], [1.0, 0.0]]),
+        "offsets": torch.full((1, 1, 1, 1, 2), 0.3),
+        "weights": torch.ones(1, 1, 1, 1),
+        "query_positions": torch.zeros(1, 2),
+        "query_sample": torch.zeros(1, dtype=torch.int64),
+        "lookup": torch.tensor([[[0, 1]]]),
+        "extent": (1, 1),
+    }
+    return deformable_attention(**arguments | changes)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["offsets", "query_positions", "positions"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_what_is_not_a_number_gives_none(impl, name, axis):
+    """A loss that looks fine with gradients that are not would hide where training broke."""
+    shape = {"offsets": (1, 1, 1, 1, 2), "query_positions": (1, 2), "positions": (2, 2)}[name]
+    places = torch.zeros(shape)
+    places[(-1,) * (len(shape) - 1) + (axis,)] = torch.nan
+    assert two_tokens(**{name: places}, impl=impl).isnan().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("eps", [1e-20, 1e-30, 1e-310, np.float16(0.5), 10**30])
+def test_eps_of_any_size(impl, eps):
+    near = two_tokens(offsets=torch.full((1, 1, 1, 1, 2), 1e-7), eps=eps, impl=impl)
+    assert torch.isfinite(near).all()
+    if eps < 1e-11:
+        assert near.item() == 1
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_powers_beyond_64_bits(impl):
+    assert two_tokens(power=10**19, impl=impl).item() == 1
+
+
+def test_autocast_changes_no_bits():
+    torch.manual_seed(0)
+    value = torch.rand(2, 1, 1)
+    expected = two_tokens(value=value, impl="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(two_tokens(value=value, impl="reference"), expected)

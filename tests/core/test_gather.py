@@ -62,3 +62,26 @@ def test_errors():
         weighted_gather(features, index, weights[:, :3])
     with pytest.raises(ValueError, match=r"float64.*impl='reference'"):
         weighted_gather(features.double(), index, weights, impl="cpu")
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_weights_of_no_token_do_not_matter(impl):
+    features, index, weights = make_case(drop=0.4)
+    expected = weighted_gather(features, index, weights, impl=impl)
+    weights[index < 0] = torch.nan
+    assert torch.equal(weighted_gather(features, index, weights, impl=impl), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_any_dtype(dtype):
+    """As in float32; low precision features are rounded once."""
+    features, index, weights = make_case()
+    weights = weights.to(dtype).requires_grad_()
+    expected = weighted_gather(features, index, weights.detach().float(), impl="cpu")
+    out = weighted_gather(features, index, weights, impl="cpu")
+    assert torch.equal(out, expected)
+    (grad,) = torch.autograd.grad(out.sum(), weights)
+    assert grad.dtype == dtype
+    low = features.bfloat16()
+    out = weighted_gather(low, index, weights, impl="cpu")
+    assert torch.equal(out, weighted_gather(low.float(), index, weights, impl="cpu").bfloat16())

@@ -294,3 +294,26 @@ def test_compiles_without_graph_breaks(exponent, impl):
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         interpolate(**make_case() | change)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("eps", [1e-3, 0.5, 40.0])
+def test_shares_are_those_of_the_definition(impl, eps):
+    """1 / ((distance / distance of the nearest) ** power + eps); with large eps all alike."""
+    positions = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 20.0]])
+    features, place = torch.tensor([[1.0], [5.0], [20.0]]), torch.tensor([[3.0, 4.0]])
+    distance = (positions - place).double().norm(dim=1)
+    shares = 1 / ((distance / distance.min()) ** 2.5 + eps)
+    expected = (shares / shares.sum()) @ features.double()
+    found = interpolate(features, positions, place, k=3, power=2.5, eps=eps, impl=impl)
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS[1:])
+@pytest.mark.parametrize("eps", [1e-3, 0.5, 40.0])
+def test_gradients_where_eps_matters(impl, eps):
+    case = make_case(channels=3, exponent=2.5) | {"eps": eps}
+    exact = with_gradients(case, torch.float64, impl="reference")
+    found = with_gradients(case, impl=impl)
+    for name, value in exact.items():
+        assert (found[name] - value).abs().max() <= 5e-5 * value.abs().max(), name

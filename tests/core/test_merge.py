@@ -511,3 +511,31 @@ def test_bad_rows():
     index = torch.zeros(5, 2).int()
     with pytest.raises(ValueError, match="center_positions"):
         point_conv(case["features"], case["positions"], index, center_positions=nan, **net)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_eps_of_the_norm(impl):
+    """By definition, of both ops, and in the gradients."""
+    case, eps = make_case(drop=0.0), 0.7
+    rows, mask = case["neighborhoods"].select(case["center_index"]).members()
+    centers = case["positions"][case["center_index"]]
+    z = relative_position(case["positions"][rows] - centers[:, None]) @ case["weight"].T
+    z = z + case["bias"]
+    z = z - z.mean(-1, keepdim=True)
+    z = z / (z.square().mean(-1, keepdim=True) + eps).sqrt()
+    weights = F.gelu(z * case["norm_weight"] + case["norm_bias"]) * mask[..., None]
+    near = case["features"][rows]
+    listed = torch.einsum("qsm,qsc->qmc", weights, near).flatten(1)
+    scored = weights * case["scores"][rows][..., None]
+    scored = torch.einsum("qsm,qsc->qmc", scored, near).flatten(1)
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(scored_merge(**case, eps=eps, impl=impl), scored)
+    net = {name: case[name] for name in NET}
+    index = rows.masked_fill(~mask, -1)
+    places = {"center_positions": centers, "eps": eps, "impl": impl}
+    close(point_conv(case["features"], case["positions"], index, **net, **places), listed)
+    names = ("features", "scores", *NET)
+    exact = value_and_gradients(scored_merge, case, names, torch.float64, eps=eps, impl="reference")
+    found = value_and_gradients(scored_merge, case, names, eps=eps, impl=impl)
+    for name, value in exact.items():
+        assert (found[name] - value).abs().max() <= 1e-4 * value.abs().max(), name

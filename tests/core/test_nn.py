@@ -200,3 +200,12 @@ def test_blocks_on_no_tokens(sizes, training):
     out, _ = block.train(training)(tokens, tokens.neighborhoods(2))
     assert out.features.shape == (0, 16)
     assert out.sizes == sizes
+
+
+def test_scores_of_layers_in_half_precision_are_float32():
+    torch.manual_seed(0)
+    layer = ScoredMerge(16, 24).bfloat16()
+    features = torch.randn(7, 16).bfloat16()
+    logits = layer.logits(features)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, layer.score(features)[:, 0].float())

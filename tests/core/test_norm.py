@@ -133,3 +133,25 @@ def test_kernel_on_a_gpu(dtype, channels):
         assert error <= allowed + 1e-5 * true.abs().max()
     mixed = add_norm(**case | {"branch": case["branch"].bfloat16()})
     assert [x.dtype for x in mixed] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("x", "branch", "wide"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),  # also where scale is float32
+        (torch.float32, torch.float64, torch.float64),
+    ],
+)
+def test_dtypes_are_promoted_without_a_kernel(x, branch, wide, scaled):
+    case = make_case(scaled=scaled, device="cpu")
+    case |= {"x": case["x"].to(x), "branch": case["branch"].to(branch)}
+    exact = case["branch"].double() * (case["scale"].double() if scaled else 1)
+    exact = case["x"].double() + exact
+    for impl in (None, "reference"):
+        total, normed = add_norm(**case, impl=impl)
+        assert total.dtype == normed.dtype == wide
+        torch.testing.assert_close(total, exact.to(wide))

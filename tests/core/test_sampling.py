@@ -246,3 +246,28 @@ X = torch.rand(9, 2)
 def test_errors_name_the_argument(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_every_row_is_as_likely_the_first_pick():
+    generator = torch.Generator().manual_seed(0)
+    counts, positions = torch.zeros(8), torch.zeros(8, 2)
+    for _ in range(500):
+        rows, _ = farthest_point_sample(
+            positions, count=1, sizes=(1, 2, 5), generator=generator, impl="reference"
+        )
+        counts[rows] += 1
+    assert counts[0] == 500
+    assert ((counts[1:3] / 500 - 0.5).abs() < 0.1).all()
+    assert ((counts[3:] / 500 - 0.2).abs() < 0.1).all()
+
+
+def test_as_many_cells_as_float64_counts():
+    positions = torch.tensor([[0.5, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    assert voxel_pool(positions, None, 2.0**-52).assignment.tolist() == [0, 1, 1]
+    with pytest.raises(ValueError, match="side: expected a larger one"):
+        voxel_pool(positions, None, 2.0**-53)
+
+
+def test_rates_of_few_bits():
+    _, counts = random_sample([100_000], rate=np.float16(0.5))
+    assert counts == (50_000,)

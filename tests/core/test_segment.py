@@ -257,3 +257,36 @@ def test_the_kernel_looks_at_what_no_one_checked():
         run(offsets=OFFSETS * 2)
     with pytest.raises(IndexError, match="index: expected segments from 0 to 2"):
         run(index=INDEX.flip(0), count=3)
+
+
+def test_rows_out_of_order_beyond_those_that_are_looked_at_first():
+    index = torch.cat([torch.arange(1200) // 100, torch.zeros(300, dtype=torch.int64)])
+    for impl in IMPLS:
+        found = segment_reduce(torch.ones(1500), index=index, impl=impl)
+        assert found.tolist() == [400, *[100] * 11]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("correction", [0, 2, 7])
+def test_correction_of_deviations(correction, impl):
+    """Values and gradients are torch's; 0 where there are no more rows than that."""
+    lengths = (9, 0, 1, 2, 30)
+    values, _, offsets = make_case(lengths, (3,))
+    options = {"offsets": offsets, "correction": correction, "impl": impl}
+    found = with_gradients(partial(segment_reduce, reduce="std"), values, **options)
+    leaf = values.double().requires_grad_()
+    rows = [
+        part.std(0, correction=correction) if len(part) > correction else part.new_zeros(3)
+        for part in leaf.split(lengths)
+    ]
+    out = torch.stack(rows)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).double()
+    (grad,) = torch.autograd.grad(out, leaf, cotangent)
+    torch.testing.assert_close(found["out"].double(), out.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["grad"].double(), grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_count_that_is_one_too_small(impl):
+    with pytest.raises(IndexError, match="index: segment 4 of 4 does not exist"):
+        segment_reduce(VALUES, index=INDEX, count=4, impl=impl)

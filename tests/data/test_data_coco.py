@@ -315,3 +315,20 @@ def test_panoptic_numbers_written_otherwise(tmp_path):
         data.read_coco_panoptic(path, folder, images), annotations, strict=True
     ):
         assert (found.id, found.segments) == (truth.id, truth.segments)
+
+
+def test_panoptic_scores_and_areas_are_written(tmp_path):
+    ids = np.array([[1, 1, 1], [7, 0, 7]])
+    segments = (data.Segment(1, 0, 5, score=0.25), data.Segment(7, 1, 9, score=0.5))
+    annotation = data.Annotation("a", None, (2, 3), 4, None, ids, segments)
+    table = data.named_categories(["x", "y"], first=3)
+    data.write_coco_panoptic(tmp_path / "a.json", tmp_path, [(annotation, annotation)], table)
+    (read,) = data.read_coco_panoptic(tmp_path / "a.json", tmp_path)
+    assert [(s.id, s.category, s.area, s.score) for s in read.segments] == [
+        (1, 0, 3, 0.25),
+        (7, 1, 2, 0.5),
+    ]
+    content = json.loads((tmp_path / "a.json").read_text())
+    rows = content["annotations"][0]["segments_info"]
+    assert [(row["area"], row["bbox"]) for row in rows] == [(3, [0, 0, 3, 1]), (2, [0, 1, 3, 1])]
+    assert content["images"] == [{"id": 4, "file_name": "a.jpg", "height": 2, "width": 3}]

@@ -517,3 +517,29 @@ def test_any_change_leaves_all_else_right_or_is_refused(scene, draw):
         elif name in found and place[0] == "annotations":
             kept.pop(old["id"], None)
             assert kept.items() <= found[name].items()
+
+
+@pytest.mark.parametrize(
+    ("polygon", "box"),
+    [
+        ([30, 5, 75, 5, 75, 15, 30, 15], (30, 5, 40, 15)),
+        ([-38, 5, 8, 5, 8, 15, -38, 15], (0, 5, 8, 15)),
+        ([32, 20, 39, 20, 39, 70, 32, 70], (32, 20, 39, 30)),
+        ([5, -35, 15, -35, 15, 4, 5, 4], (5, 0, 15, 4)),
+    ],
+)
+def test_what_lies_over_a_border_is_cut_off(tmp_path, polygon, box):
+    path = scenes.dump(tmp_path / "a.json", content([{**GOOD, "segmentation": [polygon]}]))
+    (segment,) = read(path)[0].segments
+    assert segment.mask.box == box
+    assert segment.mask.pixels.all()
+
+
+@pytest.mark.parametrize("place", [(-15, 5), (45, 5), (5, -15), (5, 32)])
+def test_what_lies_beyond_any_border_is_outside(tmp_path, place):
+    x, y = place
+    polygon = [x, y, x + 8, y, x + 8, y + 6, x, y + 6]
+    path = scenes.dump(tmp_path / "a.json", content([{**GOOD, "segmentation": [polygon]}]))
+    assert error_of(lambda: read(path)[0]).startswith(
+        f"{path}: annotation 1: lies outside of its picture of 30 x 40 pixels"
+    )

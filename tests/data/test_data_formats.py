@@ -227,3 +227,24 @@ def test_files_with_broken_bytes_are_read_or_refused_in_one_line(tmp_path, kind)
         assert "\n" not in message
         assert len(message) < 1000
         assert message.startswith(str(tmp_path))
+
+
+def test_where_objects_overlap_the_smaller_one_is_on_top():
+    """By the area of the whole object, which is what a crop keeps; crowds are void."""
+    pixels = np.zeros((3, 6, 8), bool)
+    pixels[0, :5, :6], pixels[1, 1:3, 1:3], pixels[2, 4:, 4:] = True, True, True
+    rows = [
+        data.Segment(n, n, int(p.sum()), n == 2, mask=data.Mask.of(p)) for n, p in enumerate(pixels)
+    ]
+    expected = np.select([pixels[2], pixels[1], pixels[0]], [VOID, 1, 0], VOID)
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        segments = tuple(rows[n] for n in order)
+        annotation = data.Annotation("a", None, (6, 8), "a", segments=segments)
+        np.testing.assert_array_equal(annotation.classes(), expected)
+        numbers, crowds = annotation.instances()
+        np.testing.assert_array_equal(crowds, pixels[2])
+        np.testing.assert_array_equal(numbers == 1 + order.index(1), pixels[1])
+        np.testing.assert_array_equal(numbers == 1 + order.index(0), pixels[0] & ~pixels[1])
+    cut = data.Segment(0, 0, 1, mask=data.Mask.of(pixels[0]), whole=30)
+    annotation = data.Annotation("a", None, (6, 8), "a", segments=(rows[1], cut))
+    assert annotation.classes()[1, 1] == 1

@@ -1049,3 +1049,100 @@ def test_threads_that_read_pictures_leave_warnings_as_they_were():
         assert warnings.filters == before
         warnings.warn("seen", stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["seen"]
+
+
+def test_planes_whose_0_is_white_are_projected_as_they_are_shown(tmp_path):
+    path = tmp_path / "a.tif"
+    samples = np.random.default_rng(0).integers(0, 256, (3, 8, 9), np.uint8)
+    tifffile.imwrite(path, samples, photometric="miniswhite")
+    shown = read_image(path, project="max")[..., 0]
+    np.testing.assert_array_equal(shown, 255 - samples.min(0))
+    shown = read_image(path, project="mean", intensities="full")[..., 0]
+    assert np.abs(shown - (255 - samples.mean(0))).max() <= 0.5
+
+
+def test_planes_are_counted_over_all_pictures_of_a_file(tmp_path):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        for n in range(3):
+            file.write(np.full((20, 30), n, np.uint8), metadata=None, photometric="minisblack")
+        file.write(np.full((8, 9), 3, np.uint8), metadata=None, photometric="minisblack")
+    for plane in range(4):
+        assert read_image(path, plane=plane)[0, 0, 0] == plane
+    assert read_image(path, plane="image=0,page=2")[0, 0, 0] == 2
+    assert read_image(path, plane="image=0", project="max")[0, 0, 0] == 2
+    assert "there is no plane 4; the last of its planes is 3" in refusal(path, plane=4)
+    assert "it has 3 planes (page 3)" in refusal(path, plane="image=0")
+
+
+@pytest.mark.parametrize("name", ["label", "Macro", "thumbnail", "overview"])
+def test_what_slide_scanners_add_is_told_by_its_name(tmp_path, name):
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as file:
+        for title, size in (("slide", (64, 96)), (name, (20, 30))):
+            file.write(np.zeros(size, np.uint8), metadata={"axes": "YX", "Name": title})
+    assert read_image(path).shape == (64, 96, 3)
+    with tifffile.TiffWriter(path, ome=True) as file:
+        for title, size in (("slide", (64, 96)), ("labels of cells", (20, 30))):
+            file.write(np.zeros(size, np.uint8), metadata={"axes": "YX", "Name": title})
+    assert "holds 2 pictures" in refusal(path)
+
+
+def test_palettes_of_8_bits_and_colors_as_cameras_store_them(tmp_path):
+    """What programs write that take the 16 bits of TIFF's palettes for 8; YCbCr."""
+    path = tmp_path / "a.tif"
+    values = np.arange(16, dtype=np.uint8).reshape(2, 8)
+    table = np.random.default_rng(0).integers(0, 256, (3, 256), dtype=np.uint16)
+    tifffile.imwrite(path, values, photometric="palette", colormap=table)
+    np.testing.assert_array_equal(read_image(path), table.T[values])
+    stored = np.random.default_rng(1).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    tifffile.imwrite(path, stored, photometric="ycbcr", subsampling=(1, 1))
+    expected = np.asarray(Image.fromarray(stored, "YCbCr").convert("RGB"))
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
+def test_scaled_pictures_are_pillows(example):
+    """All at once as by windows, with sides to the nearest pixel."""
+    picture = open_picture(example[:150])
+    for factor in (0.37, 0.5, 1.69):
+        size = round(256 * factor), round(150 * factor)
+        expected = Image.fromarray(example[:150]).resize(size, Image.Resampling.BICUBIC)
+        seen = picture.scaled(factor)
+        assert seen.shape == size[::-1]
+        np.testing.assert_array_equal(seen.read(), np.asarray(expected))
+        window = np.asarray(expected)[10:33, 20:71].astype(int)
+        assert np.abs(seen[10:33, 20:71] - window).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("content", "values"),
+    [(b"P5 4 1 3\n" + bytes([0, 1, 2, 3]), [0, 1, 2, 3]),
+     (b"P2 3 1 10\n0 5 10\n", [0, 5, 10]),
+     (b"P2 3 1 1000\n0 7 1000\n", [0, 7, 1000]),
+     (b"P5 3 1 300\n" + np.array([0, 7, 300], ">u2").tobytes(), [0, 7, 300]),
+     (b"P5 3 1 255\n" + bytes([0, 7, 255]), [0, 7, 255]),
+     (b"P5 2 1 65535\n" + np.array([9, 65535], ">u2").tobytes(), [9, 65535])],
+)  # fmt: skip
+def test_numbers_of_pgm_files_are_those_in_the_file(tmp_path, content, values):
+    """Whatever their largest is said to be."""
+    (tmp_path / "a.pgm").write_bytes(content)
+    assert read_labels(tmp_path / "a.pgm").tolist() == [values]
+    assert read_instances(tmp_path / "a.pgm").tolist() == [values]
+
+
+def test_scaled_pictures_are_read_into_memory():
+    picture = open_picture(np.arange(64, dtype=np.uint8).reshape(8, 8)).scaled(0.5)
+    loaded = picture.loaded()
+    assert np.array_equal(loaded.read(), picture.read())
+    assert loaded.shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "tag", ["-3.40282e+38", "-1.79769313486232e+308", "-3.4028234663852886e+38"]
+)
+def test_numbers_for_no_data_may_have_few_digits(tmp_path, tag):
+    values = np.random.default_rng(0).random((8, 8)).astype(np.float32)
+    known = values.copy()
+    known[2, :5], values[2, :5] = np.nan, np.finfo(np.float32).min
+    tifffile.imwrite(tmp_path / "a.tif", values, extratags=[(42113, "s", 0, tag, True)])
+    assert np.array_equal(read_image(tmp_path / "a.tif"), read_image(known))

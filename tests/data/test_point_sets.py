@@ -388,3 +388,94 @@ def test_recipes_say_how_points_change():
     assert names[0] == "RandomRegion"
     assert "RandomJitter" in names
     assert not recipe.augmentation.transform().transforms
+
+
+def test_turns_and_mirror_images_are_those_that_are_asked_for():
+    """Turns by at most so many degrees, either way; mirror images along x, or along y."""
+    tokens, annotation = sample(40)
+    far = int(tokens.positions[:, :2].square().sum(1).argmax())
+    x, y, _ = tokens.positions[far].tolist()
+    angles = []
+    for seed in range(60):
+        turned, _ = RandomRotation(10.0)(tokens, annotation, np.random.default_rng(seed))
+        u, v, _ = turned.positions[far].tolist()
+        angles.append(np.angle(complex(u, v) / complex(x, y), deg=True))
+    assert -10.01 < min(angles) < -8
+    assert 8 < max(angles) < 10.01
+    for change, signs in (
+        (RandomMirror(1.0, 0.0), [-1, 1, 1]),
+        (RandomMirror(0.0, 1.0), [1, -1, 1]),
+    ):
+        changed, _ = change(tokens, annotation, np.random.default_rng(1))
+        assert torch.equal(changed.positions, tokens.positions * torch.tensor(signs))
+
+
+def test_lengths_are_scaled_alike_or_along_each_axis():
+    tokens, annotation = sample(40)
+    found = {}
+    for each_axis in (False, True):
+        change = RandomScale((0.5, 2.0), each_axis)
+        changed = [
+            change(tokens, annotation, np.random.default_rng(n))[0].positions for n in range(60)
+        ]
+        found[each_axis] = torch.stack([p.amax(0) / tokens.positions.amax(0) for p in changed])
+        assert 0.499 < found[each_axis].min() < 0.6
+        assert 1.9 < found[each_axis].max() < 2.001
+    assert (found[False] - found[False][:, :1]).abs().max() < 1e-5
+    assert ((found[True] - found[True][:, :1]).abs()[:, 1:] > 1e-4).all()
+
+
+def test_relative_noise_is_a_share_of_the_distance_from_the_middle():
+    tokens, annotation = sample(2000)
+    centered = tokens.positions.double() - tokens.positions.double().mean(0)
+    distance = float(centered.square().sum(1).mean().sqrt())
+    changed, _ = RandomJitter(0.1, relative=True)(tokens, annotation, np.random.default_rng(1))
+    noise = changed.positions - tokens.positions
+    assert noise.std() == pytest.approx(0.1 * distance, rel=0.05)
+
+
+def test_at_most_the_share_is_left_out_and_one_point_is_kept():
+    tokens, annotation = sample()
+    kept = np.zeros(300)
+    shares = []
+    for seed in range(100):
+        few, labels = RandomDrop(0.5)(tokens, annotation, np.random.default_rng(seed))
+        shares.append(few.num_tokens / 300)
+        kept[labels.labels] += 1
+    assert 0.5 <= min(shares) < 0.55
+    assert 0.95 < max(shares) <= 1
+    assert kept.min() > 45  # all points alike
+    assert kept.max() < 100
+    tokens, annotation = sample(1)
+    for seed in range(9):
+        few, _ = RandomDrop(1.0)(tokens, annotation, np.random.default_rng(seed))
+        assert few.num_tokens == 1
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_archives_that_are_cut_off_are_named_or_left_out(tmp_path, share):
+    write_scenes(tmp_path, 2)
+    path = tmp_path / "scene1.npz"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"scene1\.npz: "):
+        open_dataset(tmp_path, task="point_segmentation")[1]
+    dataset = open_dataset(tmp_path, task="point_segmentation", skip_bad=True)
+    assert [annotation.name for annotation in dataset] == ["scene0"]
+    with pytest.raises(ValueError, match=r"scene1\.npz"):
+        open_dataset(path, task="point_classification")
+
+
+def test_names_of_classes_may_be_bytes(tmp_path):
+    write_scenes(tmp_path, 1)
+    write_objects(tmp_path / "objects.npz")
+    for path, task in (
+        ("scene0.npz", "point_segmentation"),
+        ("objects.npz", "point_classification"),
+    ):
+        with np.load(tmp_path / path) as file:
+            arrays = dict(file)
+        names = arrays["classes"].tolist()
+        arrays["classes"] = np.array([name.encode() for name in names])
+        np.savez(tmp_path / path, **arrays)
+        dataset = open_dataset(tmp_path / path, task=task, split="train")
+        assert [c.name for c in dataset.categories] == [name for name in names if name != "ignored"]

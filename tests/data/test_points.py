@@ -2,6 +2,7 @@
 
 import io
 import re
+import zipfile
 
 import laspy
 import numpy as np
@@ -13,11 +14,12 @@ from pointformer import TokenSet
 from pointformer.annotations import Category
 from pointformer.data.points import (
     coordinate_unit,
+    iterate_points,
     read_points,
     write_classes,
     write_points,
 )
-from pointformer.data.points.asprs import class_codes
+from pointformer.data.points.asprs import class_codes, standard_name
 
 CORNER = np.array([651_000.0, 6_861_000.0, 30.0])  # of a tile in a map projection, in meters
 
@@ -557,3 +559,111 @@ def test_units_of_geotiff_keys(tmp_path, keys, unit):
     assert coordinate_unit(tmp_path / "a.las") == unit
     (tmp_path / "a.xyz").write_text("1 2 3\n")
     assert coordinate_unit(tmp_path / "a.xyz") == ""
+
+
+def test_digits_are_lost_from_an_eighth_of_the_distance_on(tmp_path, recwarn):
+    """Of points in the middle: a stray is no reason to see them farther apart."""
+    xyz = np.random.default_rng(0).random((2000, 3)) * 20  # 0.45 apart
+    for offset, lost in ((2e5, 0), (6e5, 1)):  # in steps of 0.016 and 0.063
+        far = xyz + np.array([offset, 0, 0])
+        far[7] = [offset, 1e5, 0]
+        np.savez(tmp_path / "a.npz", xyz=far.astype(np.float32))
+        read_points(tmp_path / "a.npz")
+        assert len(recwarn) == lost
+
+
+CODES = (
+    "never classified", "unclassified", "ground", "low vegetation", "medium vegetation",
+    "high vegetation", "building", "low point", None, "water", "rail", "road surface", None,
+    "wire guard", "wire conductor", "transmission tower", "wire structure connector",
+    "bridge deck", "high noise", "overhead structure", "ignored ground", "snow",
+    "temporal exclusion", None,
+)  # fmt: skip
+
+
+def test_codes_of_the_standard():
+    """ASPRS LAS 1.4 R15, table 17."""
+    for code, name in enumerate(CODES):
+        assert standard_name(code) == (name or str(code))
+        if name is not None:
+            assert class_codes([Category(70, f"{name.upper().replace(' ', '-')}S")]) == [code]
+    others = {"road": 11, "bridge": 17, "noise": 7, "unassigned": 1, "low noise": 7}
+    for name, code in others.items():
+        assert class_codes([Category(70, name)]) == [code]
+
+
+@pytest.mark.parametrize(("number", "unit"), [(9001, ""), (9002, "feet"), (9005, "feet")])
+def test_feet_of_several_kinds(tmp_path, number, unit):
+    header = laspy.LasHeader(version="1.2", point_format=3)
+    numbers = np.array([(1, 1, 0, 2), (1024, 0, 1, 1), (3076, 0, 1, number)], "<u2")
+    header.vlrs.append(laspy.VLR("LASF_Projection", 34735, "", numbers.tobytes()))
+    laspy.LasData(header).write(tmp_path / "a.las")
+    assert coordinate_unit(tmp_path / "a.las") == unit
+
+
+def test_parts_of_a_cloud_have_origins_of_their_own(tmp_path):
+    """Along a million meters float32 does not hold what is far from the first."""
+    x = np.linspace(0, 1e6, 1000) + 0.1234
+    np.savez(tmp_path / "a.npz", xyz=np.stack([x, x * 0, x * 0], 1), number=np.arange(1000))
+    parts = [*iterate_points(tmp_path / "a.npz", 400)]
+    assert [part.num_tokens for part in parts] == [400, 400, 200]
+    assert len({tuple(part.origin[0].tolist()) for part in parts}) == 3
+    world = torch.cat([part.world_positions() for part in parts])[:, 0]
+    assert (world - torch.from_numpy(x)).abs().max() < 0.02
+    assert torch.cat([part.fields["number"] for part in parts]).tolist() == [*range(1000)]
+    own = torch.zeros(1, 3, dtype=torch.float64)
+    for part in iterate_points(tmp_path / "a.npz", 400, origin=own):
+        assert torch.equal(part.origin, own)
+
+
+def test_an_index_without_a_heading(tmp_path):
+    """As pandas writes it."""
+    (tmp_path / "a.csv").write_text(",x,y,z\n0,1.5,2,3\n1,4,5,6\n")
+    tokens = read_points(tmp_path / "a.csv")
+    assert tokens.fields["column_0"].tolist() == [0, 1]
+    write_classes(tmp_path / "b.csv", tmp_path / "a.csv", torch.tensor([2, 6]))
+    again = read_points(tmp_path / "b.csv")
+    assert again.fields["classification"].tolist() == [2, 6]
+    assert again.fields["column_0"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("text", ["1\t2\t3\t\n4\t5\t6\t\n", "1 2 3\t\n4 5 6\t\n"])
+def test_tabs_at_the_end_of_lines(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    world = read_points(tmp_path / "a.txt").world_positions()
+    assert world.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_names_in_other_alphabets_are_different_names(tmp_path):
+    np.savez(tmp_path / "a.npz", **{"x": np.zeros(2), "y": np.zeros(2), "z": np.ones(2),
+                                    "反射": np.arange(2), "größe": np.arange(2)})  # fmt: skip
+    for name in ("高度", "gre", "gr"):
+        with pytest.raises(ValueError, match="has no '"):
+            read_points(tmp_path / "a.npz", features=[name])
+    assert read_points(tmp_path / "a.npz", features=["Größe"]).features[:, 0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("suffix", [".xyz", ".las", ".csv"])
+def test_a_single_place_keeps_its_digits(tmp_path, suffix):
+    place = torch.tensor([[0.123456, 5.4321987, 1.0]], dtype=torch.float64)
+    for count in (1, 3):
+        path = tmp_path / f"{count}{suffix}"
+        write_points(path, TokenSet.from_world(place.expand(count, 3)))
+        found = read_points(path).world_positions()
+        assert (found - place).abs().max() < 1e-6
+
+
+def test_archives_with_other_things_in_them(tmp_path):
+    np.savez(tmp_path / "a.npz", xyz=np.eye(3))
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as file:
+        file.writestr("README.txt", "about")
+    assert read_points(tmp_path / "a.npz").num_tokens == 3
+    np.savez(tmp_path / "b.npz", x=1.0, y=2.0, z=3.0)
+    with pytest.raises(ValueError, match="x: expected a number for each point, got one number"):
+        read_points(tmp_path / "b.npz")
+
+
+def test_text_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes("x,y,z,Höhe\n1,2,3,4\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="nor text in UTF-8"):
+        read_points(tmp_path / "a.csv")

@@ -8,7 +8,7 @@ import pytest
 
 from helpers import scenes
 from helpers.scenes import save
-from pointformer.data import open_dataset, read_coco_instances, statistics
+from pointformer.data import open_dataset, read_coco_instances, read_folder, statistics
 from pointformer.data.statistics import examine, without_bad
 
 
@@ -226,3 +226,31 @@ def test_what_was_found_is_kept_until_a_file_changes(tmp_path, monkeypatch):
     assert examined(plane=0)[1] == everything
     cache.write_text("[]")
     assert examined()[1] == everything
+
+
+def test_crowds_are_no_objects_and_factors_are_rounded_up(tmp_path):
+    cells(tmp_path)
+    found = examine(read_folder(tmp_path, task="instance", void=[1]), "objects")
+    assert found.per_class == [3]
+    assert found.diameters.tolist() == [2] * 3
+    assert found.lines()[2].startswith("3 objects, up to 1 in a picture, diameters 2 to 2 px")
+    found = examine(open_dataset(tmp_path, task="instance"), "objects")
+    assert found.lines()[2].endswith("(5% to 95%), median 3.5")
+    (small,) = found.advice(5)
+    assert small.startswith("3 of 6 objects (50%) are smaller than a token of 5 x 5 px")
+    assert small.endswith("enlarge the pictures 3 times")
+
+
+def test_few_small_objects_need_no_larger_pictures(tmp_path):
+    ids = np.zeros((200, 200), np.uint8)
+    for n in range(25):
+        row, column = divmod(n, 5)
+        ids[40 * row : 40 * row + 20, 40 * column : 40 * column + 20] = n + 1
+    ids[:20, :20] = 0
+    ids[:2, :2] = 1
+    for n in range(2):
+        save(tmp_path / f"images/{n}.png", ids)
+        save(tmp_path / f"instances/{n}.png", ids)
+    (small,) = examine(open_dataset(tmp_path, task="instance"), "objects").advice(4)
+    assert small.startswith("2 of 50 objects (4%) are smaller")
+    assert small.endswith("and are easily missed")

@@ -277,3 +277,10 @@ def test_annotation_without_a_map():
     truth = Annotation("a", None, (1, 2), 1, semantic=np.zeros((1, 2), np.int32))
     with pytest.raises(ValueError, match="a has no map of ids"):
         score((annotation(row((1, 2)), {1: 0}), truth))
+
+
+def test_two_segments_of_one_id_are_an_error():
+    truth = annotation(row((1, 3), (2, 3)), {1: 0, 2: 1})
+    twice = SegmentMap(truth.ids, (Segment(1, 0, 3), Segment(2, 1, 3), Segment(2, 0, 3)))
+    with pytest.raises(ValueError, match="one segment for each id in the map of a, got 3 segments"):
+        score((twice, truth))

@@ -157,3 +157,23 @@ def test_recall_of_points_and_of_point_sets():
     assert recall.scores().annotated.tolist() == [[3, 0], [4, 0]]
     with pytest.raises(ValueError, match="the scores of b have NaN"):
         recall.update(np.full(2, np.nan), PointAnnotation("b", points, 1))
+
+
+@pytest.mark.parametrize(("least", "found"), [(0.3, 1), (0.7, 0), (0.5, 1)])
+def test_objects_are_shown_from_a_score_that_can_be_chosen(least, found):
+    metric = RecallBySize(KINDS, (), min_score=least)
+    mask = Mask.of(np.ones((10, 10), bool), 20, 20)
+    metric.update(Objects([mask], [1], [0.4 if least == 0.3 else 0.6], (40, 40)), scene())
+    assert metric.scores().found.tolist() == [[0], [found]]
+
+
+def test_classes_of_points_are_as_many_as_the_points():
+    annotation = PointAnnotation("a", TokenSet(torch.rand(6, 3)), VOID, np.zeros(6, np.int32))
+    recall = RecallBySize(KINDS, ())
+    for predicted in (np.array([1]), np.zeros(7, int)):
+        with pytest.raises(ValueError, match="expected the map of a to be of shape"):
+            recall.update(predicted, annotation)
+    with pytest.raises(TypeError, match="expected the map of a to be of integers"):
+        recall.update(np.zeros(6), annotation)
+    with pytest.raises(ValueError, match="expected a score of each class of b, got shape"):
+        recall.update(np.ones((2, 3)), PointAnnotation("b", annotation.tokens, 1))

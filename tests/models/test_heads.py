@@ -502,3 +502,53 @@ def test_padded_samples(sizes):
         assert not sample[len(own) :].any()
         assert held.tolist() == [True] * len(own) + [False] * (max(sizes) - len(own))
     assert torch.equal(pack_samples(padded, sizes), rows)
+
+
+def test_options_of_the_assignments_and_of_the_powers_are_used():
+    """Temperature and neighbors of all clusterings; a power that is learned or is not."""
+    model = small_model("hcformer", neighbors=4, temperature=0.25)
+    assert [assign.k for assign in model.head.assignments] == [4] * 3
+    assert [assign.temperature.item() for assign in model.head.assignments] == [0.25] * 3
+    with torch.no_grad():
+        stages = model.eval().backbone(torch.randn(1, 3, 64, 64))
+        index, shares = model.head.assignments[0](stages[0].tokens, stages[1].inputs)
+    assert index.shape == shares.shape == (256, 4)
+    for learned in (False, True):
+        model = small_model("mask2former", power=3.0, learn_power=learned)
+        powers = [layer.attn.power for layer in model.head.pixel_decoder.layers]
+        assert [power.item() for power in powers] == [3.0] * 2
+        assert [isinstance(power, torch.nn.Parameter) for power in powers] == [learned] * 2
+
+
+def test_a_temperature_has_no_sign():
+    """A step of the optimizer may take it through zero; the most similar still get the most."""
+    fine, coarse = grids()
+    layer = SoftAssignment(5, 7, dim=16)
+    with torch.no_grad():
+        _, expected = layer(fine, coarse)
+        layer.temperature.neg_()
+        _, shares = layer(fine, coarse)
+    torch.testing.assert_close(shares, expected)
+
+
+def test_a_spotlight_is_at_most_so_wide_and_so_narrow():
+    """Of any scale that a query says: 3 cells times or over exp(5)."""
+    light = Spotlight(1)
+    x = torch.tensor([[[-1.0], [1]]])
+    positions, places = torch.zeros(1, 2, 2), torch.tensor([[[0.0, 0], [1, 0], [400, 0]]])
+    with torch.no_grad():
+        light.shape.weight[2] = 1e3
+        logits = light(x, positions, places)
+    for query, width in enumerate((3 * math.exp(-5), 3 * math.exp(5))):
+        expected = [9 * math.exp(-0.5 * (d / width) ** 2) - 6 for d in (0, 1, 400)]
+        assert logits[0, query].tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_most_cells_are_no_stars_at_first():
+    """One of a hundred, about."""
+    torch.manual_seed(0)
+    model = create_model("aff_nano", head="stars", num_classes=2, rays=8).eval()
+    assert torch.allclose(model.head.classify.bias.sigmoid(), torch.tensor(0.01))
+    with torch.no_grad():
+        output = model(torch.randn(1, 3, 64, 64))
+    assert output[:, :2].sigmoid().median() < 0.1

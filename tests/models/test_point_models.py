@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from helpers.clouds import write_scenes
 from pointformer import TokenSet, interpolate
+from pointformer.data import open_dataset
+from pointformer.evaluation import evaluate
 from pointformer.models import (
     PointConfig,
     PointPreprocess,
@@ -256,3 +259,16 @@ def test_large_objects_are_centered():
 def test_work_of_points_takes_no_picture_size():
     with pytest.raises(ValueError, match="height, width: expected None, point_nano takes points"):
         complexity_of(tiny(), 64, 64, points=64)
+
+
+@pytest.mark.parametrize("reading", [{"channel": 5}, {"plane": "z=9"}, {"project": "max"},
+                                     {"intensities": "full"}, {"max_pixels": 5}])  # fmt: skip
+def test_choices_for_pictures_are_not_for_points(tmp_path, reading):
+    write_scenes(tmp_path, 1)
+    dataset = open_dataset(tmp_path, task="point_segmentation", split="val")
+    model = tiny("point_segmentation", classes=2)
+    (name,) = reading
+    with pytest.raises(ValueError, match=f"{name}: is for models of pictures; point_nano takes"):
+        evaluate(model, dataset, **reading)
+    unsaid = {"channel": None, "intensities": "percentiles", "max_pixels": 2**30}
+    assert "mIoU" in evaluate(model, dataset, **unsaid).scores

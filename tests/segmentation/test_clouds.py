@@ -10,13 +10,22 @@ from helpers.tiles import CORNER, write_point_model
 from pointformer import TokenSet
 from pointformer.annotations import Category
 from pointformer.models import load_model
-from pointformer.segmentation.cloud_drawing import View, above, beside, cloud_pictures, focus_cloud
+from pointformer.segmentation.cloud_drawing import (
+    View,
+    above,
+    beside,
+    cloud_from_above,
+    cloud_pictures,
+    focus_cloud,
+)
 from pointformer.segmentation.clouds import (
+    KeptPoints,
     SegmentedCloud,
     focus_points,
     read_cloud,
     segment_points,
 )
+from pointformer.segmentation.drawing import caption_font, heat
 
 
 def cloud(count, seed=0, size=(20, 30, 5)):
@@ -169,3 +178,76 @@ def test_one_region_after_the_other_is_reported(tmp_path):
     segment_points(model, cloud(300), progress=progress)
     assert seen == [seen[0]] * seen[0]
     assert seen[0] > 2
+
+
+@pytest.mark.parametrize("east", [False, True])
+def test_from_the_side_the_nearer_hides_what_is_behind(east):
+    """From the south, or from the east if the cloud reaches further from there."""
+    points = np.array([[0, 0, 0], [9, 0, 9], [4, 1, 4], [4, 2, 4.0]])
+    if east:
+        points = points[:, [1, 0, 2]]
+    shown = set(beside(points).shown.ravel().tolist()) - {-1}
+    assert shown == ({0, 1, 3} if east else {0, 1, 2})
+
+
+def test_the_higher_the_brighter():
+    tokens = TokenSet(torch.tensor([[0.0, 0, 0], [10, 0, 5], [0, 10, 10]]))
+    kinds = (Category(0, "a", color=(200, 100, 0)), Category(1, "b", color=(0, 100, 200)))
+    image = cloud_from_above(tokens, np.array([0, 1, -1]), kinds)
+    colors = {tuple(c) for c in image.reshape(-1, 3).tolist()} - {(255, 255, 255)}
+    assert colors == {(130, 65, 0), (0, 82, 165), (150, 150, 150)}
+
+
+def test_captions_of_pictures_say_what_is_special(monkeypatch):
+    """How many points, from where, how much they are stretched, and how many are not shown."""
+    said = []
+
+    def captioned(picture, text):
+        said.append(text)
+        return picture
+
+    monkeypatch.setattr("pointformer.segmentation.cloud_drawing._captioned", captioned)
+    positions = np.random.default_rng(0).random((2000, 3)) * [100, 100, 2]
+    positions[7] = 1e6
+    count = len(positions)
+    result = SegmentedCloud(
+        TokenSet(torch.from_numpy(positions).float()), np.zeros(count, np.int32),
+        np.ones(count, np.float32), (Category(0, "a"),), 0.0,
+    )  # fmt: skip
+    cloud_pictures(result)
+    assert said == [
+        "2,000 points from above, without 1 far away",
+        "2,000 points from the side, heights 10.0 times as long, without 1 far away",
+    ]
+
+
+def test_scores_are_drawn_at_the_points_that_have_them():
+    """Each point in the color of the score of the nearest token; the rest of the panel is gray."""
+    tokens = TokenSet(torch.tensor([[0.0, 0, 0], [10, 0, 0], [0, 10, 0], [10, 10, 0]]))
+    stages = [
+        KeptPoints(np.array([3, 0]), np.array([1.0, 0.0], np.float32)),
+        KeptPoints(np.array([3]), None),
+    ]
+    picture = np.asarray(focus_cloud(tokens, stages))
+    panel = picture[-408:-8, 8 + 408 : 8 + 808]
+    assert panel[2, -3].tolist() == heat(np.array(1.0)).tolist()  # above, at the right
+    assert panel[-3, 2].tolist() == heat(np.array(0.0)).tolist()
+    assert panel[200, 200].tolist() == [150, 150, 150]
+
+
+def test_pictures_are_as_wide_as_their_captions():
+    points = torch.rand(2000, 3) * torch.tensor([1.0, 100.0, 1.0])
+    kinds = np.zeros(2000, np.int32), np.ones(2000, np.float32)
+    result = SegmentedCloud(TokenSet(points), *kinds, (Category(0, "a"),), 0.0)
+    length = caption_font().getlength("2,000 points from above")
+    assert cloud_pictures(result)["above"].width >= length
+
+
+def test_what_is_no_cloud_has_no_focus(tmp_path):
+    model = load_model(write_point_model(tmp_path / "m.safetensors", features=()))
+    for sizes in ((60, 60), (0,)):
+        tokens = TokenSet(torch.rand(sum(sizes), 3), sizes=sizes)
+        with pytest.raises(ValueError, match="tokens: expected one sample with points, got"):
+            focus_points(model, tokens)
+    with pytest.raises(TypeError, match="tokens: expected a TokenSet, got"):
+        focus_points(model, torch.rand(60, 3))

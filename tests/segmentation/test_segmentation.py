@@ -6,15 +6,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pointformer import TokenSet, segment
 from pointformer.annotations import SegmentMap
-from pointformer.data import Category, read_image, read_instances
+from pointformer.data import Category, open_picture, read_image, read_instances
 from pointformer.metrics import average_precision
 from pointformer.models import create_model
 from pointformer.models.mask2former import MaskPredictions
 from pointformer.prediction import to_tensor
-from pointformer.segmentation.drawing import focus_picture, heat, outline, overlay
+from pointformer.segmentation.drawing import (
+    caption_font,
+    focus_picture,
+    heat,
+    outline,
+    overlay,
+    panels,
+    with_legend,
+)
+from pointformer.segmentation.segment import Segmentation
 
 EXAMPLE = Path(__file__).parents[2] / "docs/nuclei.png"
 TRUTH = Path(__file__).parents[1] / "cases/nuclei_instances.png"
@@ -205,3 +215,64 @@ def test_a_mask_model_without_a_task_is_an_error():
     model = create_model("aff_nano", head="hcformer", num_classes=2, queries=2, decoder_layers=1)
     with pytest.raises(ValueError, match="has no task; possible: semantic, instance, panoptic"):
         segment(model.eval(), EXAMPLE)
+
+
+def test_objects_of_a_map_with_gaps():
+    """Ids that have no pixel are passed by."""
+    labels = np.array([[0, 1, 1, 4]], np.int32)
+    found = Segmentation(open_picture(np.zeros((1, 4, 3), np.uint8)), labels, (), 0.0)
+    assert [(item.id, item.area, item.box) for item in found.objects()] == [
+        (1, 2, (1, 0, 3, 1)), (4, 1, (3, 0, 4, 1)),
+    ]  # fmt: skip
+
+
+def test_objects_are_tinted_in_the_colors_of_their_classes():
+    """Half picture, half color inside of an object; all else as it was, but the rims."""
+    labels = np.zeros((20, 30), np.int32)
+    labels[2:12, 2:12], labels[2:12, 16:26] = 1, 2
+    image = np.full((20, 30, 3), 100, np.uint8)
+    result = Segmentation(open_picture(image), labels, (), 0.0, (1, 0), (1.0, 1.0), CATEGORIES)
+    shown = np.asarray(overlay(result))[:20, :30]  # without the legend
+    assert shown[7, 7].tolist() == [80, 130, 80]  # of tissue, (60, 160, 60)
+    assert shown[7, 20].tolist() == [160, 80, 80]  # of a nucleus, (220, 60, 60)
+    assert (shown[labels == 0] == 100).all()
+
+
+def test_rims_of_neighbors_differ():
+    labels = np.arange(1, 9, dtype=np.int32).repeat(4)[None].repeat(4, 0)
+    picture = outline(np.zeros((4, 32, 3), np.uint8), labels).astype(int)
+    rims = picture[0, 3:28:4]  # the last column of each but the last
+    assert (picture[:, 4:28:4] == rims[None, 1:]).all()  # each is of one color
+    assert (np.abs(np.diff(rims, axis=0)).max(1) > 80).all()
+
+
+def test_names_of_classes_take_as_many_lines_as_the_picture_is_narrow():
+    wide, narrow = (
+        with_legend(Image.new("RGB", (width, 50)), CATEGORIES).size for width in (600, 100)
+    )
+    assert (wide, narrow) == ((600, 50 + 36), (100, 50 + 56))
+
+
+def test_the_scores_of_a_stage_are_drawn_in_its_cells(nuclei_model, result):
+    """Under the first merge each cell has the color of its own token's score."""
+    with torch.inference_mode():
+        stages = nuclei_model.backbone(nuclei_model.preprocess(to_tensor(result.image))[None])
+    sheet = np.asarray(focus_picture(result.image, stages, 4)).astype(int)
+    height, width = result.image.shape[:2]
+    pitch = 4 * 400 / max(height, width)
+    panel = sheet[-(round(height * 400 / max(height, width)) + 8) : -8, 8 + 408 :]
+    places = stages[0].tokens.positions.numpy()
+    colors = heat(stages[0].scores.numpy()).astype(int)
+    rows, columns = ((places[:, n] + 0.5) * pitch for n in (1, 0))
+    inside = (rows < len(panel)) & (columns < 400)
+    shown = panel[rows[inside].astype(int), columns[inside].astype(int)]
+    assert np.mean(np.abs(shown - colors[inside]).max(1) <= 1) > 0.99
+
+
+def test_captions_are_not_cut():
+    """Beside pictures narrower than their captions, and of classes with long names."""
+    text = "a caption that is longer than its picture is wide"
+    length = caption_font().getlength(text)
+    sheet = panels([[(Image.new("RGB", (20, 20)), text)] * 2], (20, 20))
+    assert sheet.width >= 2 * length
+    assert with_legend(Image.new("RGB", (20, 20)), [Category(0, text)]).width >= 20 + length

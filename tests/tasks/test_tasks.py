@@ -23,7 +23,9 @@ from pointformer.prediction import predict, predict_points, to_tensor, windows_f
 from pointformer.scored_parts import PartsFolder
 from pointformer.segmentation.tiling import Tile
 from pointformer.tasks import TASKS, MapTask, task_of
+from pointformer.tasks.borders import instances_from_logits
 from pointformer.tasks.classification import Classification
+from pointformer.tasks.instance import InstanceBorders
 from pointformer.tasks.masks import targets_of
 from pointformer.tasks.panoptic import Panoptic
 from pointformer.tasks.points import PointSegmentation
@@ -465,12 +467,24 @@ def test_scaled_copies_are_averaged(dataset):
     np.testing.assert_array_equal(found, ((scores[0] + scores[1]) / 2).argmax(0))
 
 
-@pytest.mark.parametrize("scales", [(), (0.0,), (1.0, -1.0), (math.inf,), (math.nan,)])
+@pytest.mark.parametrize(
+    "scales", [(), (0.0,), (1.0, -1.0), (math.inf,), (math.nan,), ("1",), (True,), np.array([0.0])]
+)
 def test_scales_that_cannot_be(dataset, scales):
     model = made("dense", "semantic")
     picture = open_picture(dataset[0].image)
     with pytest.raises(ValueError, match="scales: expected positive numbers, got"):
         predict(model, task_of(model), picture, windows_for(model, picture), scales=scales)
+
+
+@pytest.mark.parametrize("scales", [0.5, None, "1"])
+def test_scales_are_a_list(dataset, scales):
+    model = made("dense", "semantic")
+    picture = open_picture(dataset[0].image)
+    with pytest.raises(TypeError, match="scales: expected positive numbers, got"):
+        predict(model, task_of(model), picture, windows_for(model, picture), scales=scales)
+    windows = windows_for(model, picture)
+    predict(model, task_of(model), picture, windows, scales=np.array([1.0, 0.5]))
 
 
 def test_windows_are_as_large_as_the_model_sees_them(monkeypatch):
@@ -500,3 +514,44 @@ def test_objects_as_targets_of_queries():
     np.testing.assert_array_equal(targets.masks[1], [[1, 1, 0], [0, 0, 0], [0, 0, 0]])
     empty = Annotation.of_objects(np.zeros((5, 6), np.int32)).objects()
     assert targets_of(empty, 2).masks.shape == (0, 3, 3)
+
+
+@pytest.mark.parametrize("options", [{"flip": True}, {"scales": (1.0, 0.5)}])
+def test_point_sets_have_no_copies(options):
+    with pytest.raises(ValueError, match=r"only for the tasks classification, semantic, not for"):
+        evaluate(made("point_classification", None), sets_of_points(), **options)
+
+
+def test_borders_are_read_in_the_pixels_of_the_picture():
+    """Of logits between the middles of those that the model saw, as bilinear interpolation has
+    them."""
+    logits = torch.randn(1, 3, 12, 16, generator=torch.Generator().manual_seed(0)) * 6
+    at = (np.arange(48) + 0.5) / 3 - 0.5
+
+    def weights(count, side):
+        place = at[:count].clip(0, side - 1)
+        return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(side)))
+
+    down, right = weights(36, 12), weights(48, 16)
+    large = np.einsum("yi,kij,xj->kyx", down, logits[0].numpy(), right)
+    task = InstanceBorders(CATEGORIES[1:2])
+    (found,) = task.decode(logits, [(12, 16)], [(36, 48)])
+    expected = instances_from_logits(large.astype(np.float32))
+    assert expected.max() > 2
+    np.testing.assert_array_equal(found.ids, expected)
+
+
+def test_options_of_the_loss_of_masks_are_used(monkeypatch):
+    seen = {}
+
+    def loss(output, targets, **options):
+        seen.update(options, targets=targets)
+        return {}
+
+    monkeypatch.setattr("pointformer.tasks.masks.segmentation_loss", loss)
+    model = made("hcformer", "panoptic")
+    task = task_of(model, points=77, stride=4, weights={"mask": 3.0})
+    task.loss(model.train()(torch.randn(1, 3, 40, 52)), [annotated()])
+    assert (seen["points"], seen["weights"].mask, seen["weights"].dice) == (77, 3.0, 5.0)
+    (target,) = seen["targets"]
+    assert (target.stride, target.masks.shape[1:]) == (4, (10, 13))

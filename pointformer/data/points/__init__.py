@@ -127,9 +127,10 @@ def iterate_points(
             return
         columns = kind.read(path)
         _warn_of_digits(path, columns)
-        whole = _set_of(columns, fields, origin)
-        for rows in torch.arange(whole.num_tokens).split(size):
-            yield whole.select(rows, (len(rows),))
+        count = len(next(iter(columns.values()), ()))
+        for start in range(0, max(count, 1), size):
+            part = {name: rows[start : start + size] for name, rows in columns.items()}
+            yield _set_of(part, fields, origin)
     except ValueError as error:
         raise ValueError(f"{path}: {_in_a_line(error)}") from None
 

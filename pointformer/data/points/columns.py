@@ -32,7 +32,7 @@ def column_named(name: str, names: Iterable[str]) -> str | None:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("scalar_"))
+    return re.sub(r"[\W_]", "", name.lower().removeprefix("scalar_"))
 
 
 def with_axes(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -196,6 +196,11 @@ def as_table(columns: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def resolution_of(world: np.ndarray) -> float:
-    """A power of ten that float32 does not resolve at the extent of these coordinates (n, D)."""
-    side = float(np.ptp(world, axis=0).max()) if len(world) else 0.0
+    """A power of ten that float32 does not resolve at the extent of these coordinates (n, D), or
+    at a single place."""
+    if not len(world):
+        return 1e-3
+    side = float(np.ptp(world, axis=0).max())
+    if side == 0:
+        side = min(float(np.abs(world).max()), 1e5)
     return 10.0 ** (np.floor(np.log10(side)) - 8) if side > 0 else 1e-3

@@ -11,6 +11,9 @@ import numpy as np
 from pointformer._checks import brief
 from pointformer.data.points.columns import AXES, column_named, with_axes
 
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+"""Errors of archives that are cut off or damaged."""
+
 _POSITIONS = ("positions", "xyz", "points", "coord", "pos", "xyz_cm")
 # Names that fields cannot have: of positions and their origin, and of arguments of NumPy.
 _TAKEN = (_POSITIONS[0], "origin", "file", "allow_pickle")
@@ -41,6 +44,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
     if "x" not in arrays:
         raise ValueError(f"has no array {', '.join(_POSITIONS)} or x, only {brief([*arrays])}")
     rows = arrays["x"].shape[:1]
+    if not rows:
+        raise ValueError("x: expected a number for each point, got one number")
     return {
         name: values
         for name, values in arrays.items()
@@ -51,9 +56,12 @@ def read(path: Path) -> dict[str, np.ndarray]:
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except UNREADABLE as error:
         raise ValueError(f"cannot be read as NPZ: {error}") from None
+    return {name: rows for name, rows in arrays.items() if isinstance(rows, np.ndarray)}
 
 
 def objection(name: str, suffix: str) -> str:

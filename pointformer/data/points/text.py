@@ -21,7 +21,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         lines = list(itertools.islice(file, _LINES))
         if any("\0" in line or "\ufffd" in line for line in lines):
-            raise ValueError("is neither LAS, LAZ, PLY nor NPZ, nor text")
+            raise ValueError("is neither LAS, LAZ, PLY nor NPZ, nor text in UTF-8")
         if len(lines) < _LINES and not any(line.strip() for line in lines):
             raise ValueError("is empty, has no points")
         for skipped, line in enumerate(itertools.chain(lines, file)):  # noqa: B007  (read after it)
@@ -31,8 +31,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
             elif any(_is_number(part.replace(decimal, ".")) for part in parts):
                 if len(parts) > 1:
                     break  # the first point; else it is their number, with which PTS files begin
-            elif parts:
-                names = parts
+            elif parts:  # an index, as pandas writes it, has no name
+                names = [part or f"column_{i}" for i, part in enumerate(parts)]
         else:
             raise ValueError("has no points: expected lines of numbers, x, y and z first")
     try:
@@ -71,6 +71,7 @@ def _parsed(line: str) -> tuple[str, list[str], str | None, str, bool]:
         decimal = "," if delimiter in (";", "\t") else "."  # where a column has one
     closed = delimiter in (";", ",") and words.endswith(delimiter)  # after each column
     words = words[:-1] if closed else words
+    closed |= delimiter == "\t" and line.rstrip("\r\n ").endswith("\t")
     parts = [part.strip().strip("\"'") for part in words.split(delimiter)] if words else []
     parts = [part.lower() if part.lower() in AXES else part for part in parts]
     return comment, parts, delimiter, decimal, closed
