@@ -344,7 +344,7 @@ def check_number(
     """Return `value`, see `plain_number`; raise if it is no finite number of the host above `above`
     and from `least` to `most`."""
     real = isinstance(value, _NUMBERS) and type(value) is not bool
-    number = plain_number(value) if real else value
+    number: Any = plain_number(value) if real else value
     if real and least <= number <= most and (above is None or number > above):
         return number
     lowest = least if above is None else above
