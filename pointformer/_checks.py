@@ -547,5 +547,7 @@ def plain_number(number: Any) -> Any:
     if isinstance(number, np.generic):
         number = number.item()
     if type(number) is int and abs(number) > _PLAIN:
-        return float(number) if abs(number) < 2**1023 else math.copysign(math.inf, number)
+        if abs(number) < 2**1023:
+            return float(number)
+        return math.inf if number > 0 else -math.inf
     return number
