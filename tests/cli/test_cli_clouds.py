@@ -408,6 +408,7 @@ def test_small_clouds_are_those_of_small_files():
     assert not clouds.are_small([Path("small.laz"), Path("large.laz")])
 
 
+@pytest.mark.long
 def test_kernels_for_points_are_compiled(capsys, points_model, monkeypatch):
     monkeypatch.setattr("pointformer.cli.warmup.POINTS", (64, 500))
     code, text, error = run(capsys, "warmup", "--model", points_model, "--training")
