@@ -15,7 +15,6 @@ from pointformer._checks import (
     check_flags,
     check_number,
     check_option,
-    plain_number,
 )
 from pointformer.geometry.curves import CURVES
 
@@ -37,8 +36,8 @@ class _Config:
                 check_count(field.name, value, least=0 if field.name in self.may_be_zero else 1)
                 object.__setattr__(self, field.name, operator.index(value))
             elif field.type == "float":
-                check_number(field.name, value, least=0)
-                object.__setattr__(self, field.name, plain_number(value))
+                number = check_number(field.name, value, least=0)
+                object.__setattr__(self, field.name, number)
             elif field.type == "bool":
                 check_flags(**{field.name: value})
             elif field.type == "tuple[int, ...]":
@@ -97,12 +96,9 @@ class _MergingConfig(_Config):
                     f"rate: expected one number, or one for each of {len(self.dims) - 1} merges, "
                     f"got {brief(self.rate)}"
                 )
-        listed = isinstance(self.rate, tuple)
-        rates = self.rate if isinstance(self.rate, tuple) else (self.rate,)
-        for rate in rates:
-            check_number("rate", rate, above=0, most=1)
-        rates = tuple(map(plain_number, rates))
-        object.__setattr__(self, "rate", rates if listed else rates[0])
+        given = self.rate if isinstance(self.rate, tuple) else (self.rate,)
+        rates = tuple(check_number("rate", rate, above=0, most=1) for rate in given)
+        object.__setattr__(self, "rate", rates if isinstance(self.rate, tuple) else rates[0])
 
     @property
     def rates(self) -> tuple[float, ...]:

@@ -543,7 +543,7 @@ def check_per_sample(
 
 def plain_number(number: Any) -> Any:
     """One of Python for one of NumPy, which files would keep as an object; a float for an integer
-    that int64 may not hold."""
+    beyond 2**53, which may be too large for int64."""
     if isinstance(number, np.generic):
         number = number.item()
     if type(number) is int and abs(number) > _PLAIN:

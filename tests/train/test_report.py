@@ -85,8 +85,9 @@ def test_every_task_has_its_page(task, tmp_path):
     assert ("IoU" in page.texts) == (task == "semantic")
 
 
-def test_the_worst_pictures_come_first(run, tmp_path, monkeypatch):
-    """Of an mIoU of 0, 0.5, 1 and 0.25."""
+@pytest.fixture
+def annotations(monkeypatch):
+    """Four pictures, in which a model finds an mIoU of 0, 0.5, 1 and 0.25."""
     truth = np.repeat([0, 1], 6)[:, None].repeat(12, 1).astype(np.int32)
     half = truth.copy()
     half[4:8] = 1 - half[4:8]
@@ -96,6 +97,10 @@ def test_the_worst_pictures_come_first(run, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "predictions", lambda model, task, dataset, indices, **seen: (
         (dataset[n], image, found[n]) for n in indices
     ))  # fmt: skip
+    return annotations
+
+
+def test_the_worst_pictures_come_first(run, tmp_path, annotations):
     model, task = create_model(run[1] / "model.safetensors"), SemanticClasses(KINDS[:2])
     write_report(run[1], model, annotations, tmp_path / "a.html", task=task, worst=2,
                  say=lambda text: None)  # fmt: skip
@@ -128,17 +133,8 @@ def test_bad_input_is_one_line(run, capsys, tmp_path):
     assert foreign.read_text() == "mine"
 
 
-def test_what_the_page_says_of_the_run_and_of_all_pictures(tmp_path, monkeypatch):
+def test_what_the_page_says_of_the_run_and_of_all_pictures(tmp_path, annotations):
     """The median of what was waited, of which scores the last are, IoU of all pictures together."""
-    truth = np.repeat([0, 1], 6)[:, None].repeat(12, 1).astype(np.int32)
-    half = truth.copy()
-    half[4:8] = 1 - half[4:8]
-    found = [1 - truth, half, truth, 0 * truth]
-    annotations = [Annotation(f"picture {n}", None, (12, 12), n, semantic=truth) for n in range(4)]
-    image = np.zeros((12, 12, 3), np.uint8)
-    monkeypatch.setattr(report, "predictions", lambda model, task, dataset, indices, **seen: (
-        (dataset[n], image, found[n]) for n in indices
-    ))  # fmt: skip
     with Logs(tmp_path, 0) as logs:
         for step, waiting in enumerate((0.1, 0.9, 0.2), 1):
             logs.add_training(step, {"loss": 2.0, "learning_rate": 1e-3, "gradient": 1.0,
