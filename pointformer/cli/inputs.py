@@ -182,7 +182,10 @@ class Pictures(Inputs):
     def prepare(self) -> None:
         from pointformer.segmentation.segment import check_options
 
-        check_options(self.model, **self._segmenting())
+        given = self._segmenting()
+        check_options(self.model, **given)
+        if given["overlap"] is not None and given["tile"] is None:
+            raise ValueError("--overlap: is of windows; say their side as well, with --tile")
         self._allow_time()
 
     def are_small(self, paths: Sequence[Path]) -> bool:

@@ -76,7 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tile", type=int, metavar="PIXELS", help="work in windows of this side (large pictures)"
     )
     parser.add_argument(
-        "--overlap", type=int, metavar="PIXELS", help="of the windows (default: 64, at most half)"
+        "--overlap",
+        type=int,
+        metavar="PIXELS",
+        help="of the windows of --tile (default: 64, at most half)",
     )
     parser.add_argument(
         "--min-score",

@@ -57,15 +57,14 @@ def match_instances(
         (len(thresholds), 3) int64: true positives, false positives, false negatives.
 
     Raises:
-        ValueError: if the shapes differ or a threshold is outside (0, 1].
+        ValueError: if the shapes differ, or there is no threshold or one outside (0, 1].
     """
     if predicted.ndim != 2 or predicted.shape != annotated.shape:
         raise ValueError(
             "predicted, annotated: expected two maps of one shape (H, W), "
             f"got {predicted.shape} and {annotated.shape}"
         )
-    if not all(0 < threshold <= 1 for threshold in thresholds):
-        raise ValueError(f"thresholds: expected values in (0, 1], got {tuple(thresholds)}")
+    _check_thresholds(thresholds)
     overlaps = Overlaps.of(predicted, annotated)
     rows, columns, pixels = overlaps.rows, overlaps.columns, overlaps.pixels
     union = overlaps.first_areas()[rows] + overlaps.second_areas()[columns] - pixels
@@ -87,6 +86,9 @@ class InstanceAP:
         thresholds: IoU thresholds in (0, 1].
         min_scores: from which objects are shown. Of several, scores are those of the best one: with
             the highest AP at the first threshold, of equals the one nearest to 0.5.
+
+    Raises:
+        ValueError: there is no threshold or one outside (0, 1], or no score.
     """
 
     def __init__(
@@ -95,6 +97,9 @@ class InstanceAP:
         min_scores: Sequence[float] = (0.5,),
     ) -> None:
         self.thresholds, self.min_scores = tuple(thresholds), tuple(min_scores)
+        _check_thresholds(self.thresholds)
+        if not self.min_scores:
+            raise ValueError("min_scores: expected at least one")
         # Of each picture, those of `match_instances` for each of the scores.
         self.counts: list[np.ndarray] = []
 
@@ -176,6 +181,11 @@ def average_precision(
     metric = InstanceAP(thresholds)
     metric.counts = [match_instances(*pair, metric.thresholds)[None] for pair in pairs]
     return metric.scores()
+
+
+def _check_thresholds(thresholds: Sequence[float]) -> None:
+    if len(thresholds) == 0 or not all(0 < threshold <= 1 for threshold in thresholds):
+        raise ValueError(f"thresholds: expected values in (0, 1], got {tuple(thresholds)}")
 
 
 def _precision(counts: np.ndarray) -> np.ndarray:

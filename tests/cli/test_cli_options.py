@@ -201,7 +201,7 @@ TABLE = {
         (["--tile", "256"], option("segment", "tile"), 256),
         (["--budget", "50ms"], lambda seen: seen.get("TimeBudget", ((0, 0),))[0][1], 0.05),
         (["--budget", "2s"], option("segment", "budget"), "allowed"),
-        (["--overlap", "32"], option("segment", "overlap"), 32),
+        (["--tile", "256", "--overlap", "32"], option("segment", "overlap"), 32),
         (["--resume"], lambda seen: "_is_done" in seen, True),
         (["--min-score", "0"], option("segment", "min_score"), 0.0),
         (

@@ -676,6 +676,7 @@ def test_a_batch_that_is_ended_has_whole_results_only(capsys, model, monkeypatch
         (["--tile", "0"], "tile: expected a positive integer"),
         (["--tile", "32", "--overlap", "32"], "overlap: expected 0 to 31"),
         (["--overlap", "-1"], "overlap: expected"),
+        (["--overlap", "32"], "--overlap: is of windows; say their side as well, with --tile"),
         (["--min-score", "2"], "min_score: expected a number in [0, 1]"),
         (["--scale", "nan"], "scale: expected a positive number"),
         (["--scale", "1", "--diameter", "3"], "scale, diameter: only one"),

@@ -221,6 +221,7 @@ def test_counts_add_up_fall_with_the_threshold_and_mirror(predicted, annotated):
         (np.zeros((3, 3), int), (0.5,), r"one shape .*\(3, 3\) and \(3, 2\)"),
         (np.zeros((3, 2), int), (0.0,), r"thresholds: expected values in \(0, 1\]"),
         (np.zeros((3, 2), int), (0.5, 1.01), r"thresholds: expected values in \(0, 1\]"),
+        (np.zeros((3, 2), int), (), r"thresholds: expected values in \(0, 1\], got \(\)"),
     ],
 )
 def test_bad_arguments(predicted, thresholds, message):
