@@ -288,7 +288,7 @@ def read_coco_instances(
 ) -> Dataset:
     """Objects of COCO's instances_*.json.
 
-    Numbers may be written as 3.0 or "3"; an area that is missing or null is that of the mask.
+    Whole numbers may be written as 3.0 or "3"; an area that is missing or null is that of the mask.
     With `skip_bad` only what is bad itself is left out: an object, with a malformed mask or an
     unknown category, not the picture; of several pictures or objects with one id, all of them.
     An object without a pixel, such as a polygon thinner than one, is no error: it is left out, and

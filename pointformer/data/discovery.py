@@ -93,6 +93,12 @@ def pictures_in(
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
+def archives_in(path: Path) -> list[Path]:
+    """The .npz files that a path stands for: itself, or those in a folder."""
+    suffixes = frozenset({".npz"})
+    return [path] if is_picture(path, suffixes) else pictures_in(path, suffixes=suffixes)
+
+
 def picture_name(
     file_name: str | os.PathLike[str], suffixes: frozenset[str] = PICTURE_SUFFIXES
 ) -> str:

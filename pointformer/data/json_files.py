@@ -35,10 +35,15 @@ def _number(value: Any) -> float | None:
         return None
 
 
+def _flag(value: Any) -> bool | None:
+    number = int(value) if isinstance(value, bool) else _whole(value)
+    return bool(number) if number in (0, 1) else None
+
+
 WHOLE = Kind("a whole number", _whole)
 """Other tools write 3 as 3.0 or "3" too; true is no number."""
 NUMBER = Kind("a finite number", _number)
-FLAG = Kind("0 or 1", lambda value: bool(value) if value in (0, 1) else None)
+FLAG = Kind("0 or 1", _flag)
 TEXT = Kind("a text", lambda value: value if isinstance(value, str) else None)
 IDENTIFIER = Kind(
     "a whole number or a text", lambda value: value if isinstance(value, str) else _whole(value)

@@ -135,7 +135,8 @@ class StoredPillow:
             with without_warnings():
                 self._decoded = plane, self._decode(plane)
         values = self._decoded[1][rows, columns]
-        return values if len(channels) == values.shape[2] else values[..., list(channels)]
+        every = range(values.shape[2])
+        return values if [*channels] == [*every] else values[..., list(channels)]
 
     def _decode(self, frame: int) -> np.ndarray:
         if self._deep:

@@ -30,6 +30,7 @@ from pointformer.data.annotations import (
     named_categories,
     renumbered,
 )
+from pointformer.data.discovery import CLOUD_SUFFIXES, archives_in, pictures_in
 from pointformer.data.images import Reading
 from pointformer.data.json_files import repeated
 from pointformer.data.points import npz, read_points
@@ -140,13 +141,6 @@ class _Archive:
         return [str(c) for c in (np.char.decode(names) if names.dtype.kind == "S" else names)]
 
 
-def _archives(path: Path) -> list[Path]:
-    """The archives that a path stands for."""
-    if path.is_file():
-        return [path] if path.suffix == ".npz" else []
-    return sorted(p for p in path.glob("*.npz") if not p.name.startswith("."))
-
-
 def _checked(
     path: Path, name: str, values: np.ndarray, shape: tuple[int | None, ...]
 ) -> np.ndarray:
@@ -167,7 +161,7 @@ def _checked(
 
 def object_splits(path: Path) -> list[str]:
     """Splits of an archive of objects; none if it is no such thing."""
-    files = _archives(path)
+    files = archives_in(path)
     if len(files) != 1:
         return []
     try:
@@ -188,7 +182,7 @@ def read_objects(
     Raises:
         ValueError: naming the file, if arrays do not fit each other or the classes.
     """
-    archive = _Archive(_archives(path)[0])
+    archive = _Archive(archives_in(path)[0])
     start = f"{split}_" if split else ""
     xyz = _checked(archive.path, f"{start}xyz", archive[f"{start}xyz"], (None, None, 3))
     labels = _checked(archive.path, f"{start}label", archive[f"{start}label"], (len(xyz),))
@@ -215,7 +209,6 @@ def _read_object(archive: _Archive, start: str, index: int, label: int) -> Point
 
 # Scenes -------------------------------------------------------------------------------------------
 
-_SUFFIXES = (".npz", ".las", ".laz", ".ply", ".xyz", ".pts")
 _LABELS = (
     "label",
     "labels",
@@ -243,7 +236,7 @@ class _Scene:
         try:
             if path.suffix.lower() == ".npz":
                 self.archive = _Archive(path)
-                names = self.archive.names
+                names = self.archive.names if npz.holds_points(self.archive.names) else ()
             elif path.suffix.lower() in (".las", ".laz"):
                 names = ("classification",)  # all have it
             else:
@@ -316,16 +309,14 @@ class _Scene:
 def _scenes(path: Path) -> dict[str, list[_Scene]]:
     """Scenes by the split that their folder or the points in them say; "" for no split."""
     if path.is_file():
-        return {"": [_Scene(path)] if path.suffix.lower() in _SUFFIXES else []}
-    here = [_Scene(file) for file in _files(path)]
+        return {"": [_Scene(path)] if path.suffix.lower() in CLOUD_SUFFIXES else []}
+    here = [_Scene(file) for file in pictures_in(path, suffixes=CLOUD_SUFFIXES)]
     if here:
         return {"": here}
-    return {split: [_Scene(file) for file in _files(path / split)] for split in SPLITS}
-
-
-def _files(folder: Path) -> list[Path]:
-    files = folder.iterdir() if folder.is_dir() else ()
-    return sorted(p for p in files if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
+    return {
+        split: [_Scene(file) for file in pictures_in(path / split, suffixes=CLOUD_SUFFIXES)]
+        for split in SPLITS
+    }
 
 
 def scene_splits(path: Path) -> list[str]:
@@ -365,8 +356,8 @@ def read_scenes(
     skip_bad: bool = False,
 ) -> PointDataset:
     """Scenes whose points have a class each: files that `read_points` reads (.npz, .las, .laz,
-    .ply, .xyz, .pts; in folders train, val and test, or all in one) with a column `label`, `labels`
-    or `classification`.
+    .ply, .xyz, .pts, .asc; in folders train, val and test, or all in one) with a column `label`,
+    `labels` or `classification`.
 
     Classes are those that archives name in `classes`; else the numbers found in any split, by the
     LAS standard's names where all are `classification`. Archives may list other classes, or in

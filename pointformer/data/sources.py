@@ -27,7 +27,7 @@ from pointformer.data.categories import ADE20K
 from pointformer.data.cityscapes import read_cityscapes
 from pointformer.data.classes import class_folders, read_class_folders
 from pointformer.data.coco import listed_path, read_coco_instances, read_coco_panoptic
-from pointformer.data.discovery import CLOUD_SUFFIXES, pictures_in
+from pointformer.data.discovery import CLOUD_SUFFIXES, archives_in, pictures_in
 from pointformer.data.folders import folder_of, map_folder, read_folder, without_background
 from pointformer.data.labels import found_classes, found_labels, paired_files, read_ade20k
 from pointformer.data.point_sets import object_splits, read_objects, read_scenes, scene_splits
@@ -155,7 +155,7 @@ def _lacking(path: Path) -> str:
     if path.is_dir() and pictures_in(path, suffixes=CLOUD_SUFFIXES | {".txt", ".csv"}):
         return (
             " (files, but none of points with a column label, labels or classification; columns of "
-            "text end in .xyz or .pts)"
+            "text end in .xyz, .pts or .asc)"
         )
     return ""
 
@@ -635,19 +635,22 @@ def _read_shards(request: _Request) -> Dataset:
 
 def _arrays(path: Path) -> dict[str, Columns]:
     """Content of the .npz file of a data set, or of its files, by split."""
-    if path.suffix.lower() == ".npz" and path.is_file():
-        return find_columns(path, _SPLITS)
-    files = (
-        {file.stem.lower(): file for file in sorted(path.glob("*.npz"))} if path.is_dir() else {}
-    )
+    files = archives_in(path)
     if len(files) == 1:
-        return find_columns(next(iter(files.values())), _SPLITS)
-    found = {}
-    for name, file in files.items():
-        split = _SPLIT_IN_NAME.search(name)
-        if split is not None:
-            columns = find_columns(file, _SPLITS)
-            found[split[1]] = columns.get(split[1], next(iter(columns.values())))
+        return find_columns(files[0], _SPLITS)
+    found: dict[str, Columns] = {}
+    for file in files:
+        named = _SPLIT_IN_NAME.search(file.stem.lower())
+        if named is None:
+            continue
+        split = named[1]
+        if split in found:
+            raise ValueError(
+                f"{found[split].arrays.path}: expected one file of the split {split!r}, there is "
+                f"{file.name} too; write them into one"
+            )
+        columns = find_columns(file, _SPLITS)
+        found[split] = columns.get(split, next(iter(columns.values())))
     return found
 
 
@@ -717,7 +720,7 @@ FORMATS: dict[str, _Format] = {
         lists_classes=False,
     ),
     "scenes": _Format(
-        "files of points (.npz, .las, .laz, .ply, .xyz) with a class each",
+        "files of points (.npz, .las, .laz, .ply, .xyz, .pts, .asc) with a class each",
         ("point_segmentation",),
         scene_splits,
         lambda r: read_scenes(

@@ -214,7 +214,7 @@ class StoredTiff:
     def _channel_names(self, count: int, photometric: int) -> tuple[str, ...]:
         if count == 1:
             return ("gray",)
-        names = _ome_names(self._handle.file) if self._series.kind == "ome" else ()
+        names = _ome_names(self._handle.file, self._series)
         if len(names) == count and len(set(names)) == count:
             return names
         one = len(self._page.extrasamples) + 3 == self._page.samplesperpixel >= count
@@ -415,11 +415,17 @@ def _name_of(value: object) -> str:
     return getattr(value, "name", str(value))
 
 
-def _ome_names(file: TiffFile) -> tuple[str, ...]:
-    """Names of the channels of the first image in OME metadata, as many as there are."""
+def _ome_names(file: TiffFile, series: TiffPageSeries) -> tuple[str, ...]:
+    """Names of the channels of a series in OME metadata, as many as there are."""
+    if series.kind != "ome":
+        return ()
+    images = []
     with contextlib.suppress(ElementTree.ParseError, TypeError):
         for element in ElementTree.fromstring(file.ome_metadata or "").iter():
             if element.tag.rpartition("}")[2] == "Pixels":
                 channels = (e for e in element if e.tag.rpartition("}")[2] == "Channel")
-                return tuple(e.get("Name", "") for e in channels)
-    return ()
+                images.append(tuple(e.get("Name", "") for e in channels))
+    if len(images) == len(file.series):
+        return images[next(n for n, other in enumerate(file.series) if other is series)]
+    # Some images are not in this file, and which is not said.
+    return images[0] if len(set(images)) == 1 else ()

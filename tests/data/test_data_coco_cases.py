@@ -262,7 +262,7 @@ def test_objects_with_one_id(tmp_path):
     [
         {"area": None}, {"id": 1.0}, {"image_id": 1.0}, {"image_id": "1"}, {"category_id": 1.0},
         {"category_id": "1"}, {"iscrowd": None}, {"iscrowd": False}, {"bbox": None},
-        {"bbox": "none"}, {"extra": {"a": [1]}}, {"score": None},
+        {"iscrowd": "0"}, {"bbox": "none"}, {"extra": {"a": [1]}}, {"score": None},
         {"segmentation": [[-3, 5, 15, 5, 15, 15, -3, 15]]},
         {"segmentation": {"size": [30.0, 40.0], "counts": scenes.run_lengths(SQUARE)["counts"]}},
     ],

@@ -462,6 +462,17 @@ def test_names_of_channels(tmp_path):
         assert "expected one, or three" in refusal_of_choice(path, channel=wrong)
 
 
+def test_each_image_of_a_file_has_names_of_its_own(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as file:
+        for first, names in ((10, ["DAPI", "GFP"]), (110, ["GFP", "DAPI"])):
+            samples = np.stack([np.full((9, 8), first + n, np.uint8) for n in (0, 10)])
+            metadata = {"axes": "CYX", "Channel": {"Name": names}}
+            file.write(samples, photometric="minisblack", metadata=metadata)
+    for image, value in ((0, 10), (1, 120)):
+        assert read_image(path, plane=f"image={image}", channel="DAPI")[0, 0, 0] == value
+
+
 def refusal_of_choice(path, **reading):
     with pytest.raises(ValueError, match="expected") as error:
         read_image(path, **reading)
@@ -534,6 +545,17 @@ def test_the_full_level_of_a_pyramid(tmp_path):
             file.write(level, subfiletype=1, tile=(16, 16))
     assert (read_image(path) == 5).all()
     assert image_size(path) == (64, 96)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_channels_in_the_order_that_is_asked_for(tmp_path, suffix):
+    """Also three of three."""
+    path = tmp_path / f"a.{suffix}"
+    colors = Image.fromarray(np.uint8([10, 100, 200]) * np.ones((8, 9, 1), np.uint8))
+    colors.save(path, **{"lossless": True} if suffix == "webp" else {})
+    for source in (path, colors, np.asarray(colors)):
+        assert read_image(source, channel="2,1,0")[0, 0].tolist() == [200, 100, 10]
+        assert read_image(source, channel="0,0,0")[0, 0].tolist() == [10, 10, 10]
 
 
 def test_four_samples_without_a_word_about_the_fourth(tmp_path):

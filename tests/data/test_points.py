@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 import zipfile
 
 import laspy
@@ -15,6 +16,7 @@ from pointformer.annotations import Category
 from pointformer.data.points import (
     coordinate_unit,
     iterate_points,
+    ply,
     read_points,
     write_classes,
     write_points,
@@ -234,6 +236,23 @@ def test_ply(tmp_path, byte_order):
     assert tokens.fields["color"].tolist() == [[0, 0, 200]] * 4
     assert tokens.fields["normal"].tolist() == [[0, 1, 0]] * 4
     assert tokens.fields["label"].tolist() == [60_000] * 4
+
+
+def test_classes_in_a_big_endian_ply_with_lists(tmp_path):
+    """What plyfile reads, it would write back in the order of this machine."""
+    path = tmp_path / "a.ply"
+    header = (
+        "ply\nformat binary_big_endian 1.0\nelement vertex 2\nproperty float x\n"
+        "property float y\nproperty float z\nproperty list uchar int near\nend_header\n"
+    )
+    rows = struct.pack(">3fB2i", 1, 2, 3, 2, 7, 8) + struct.pack(">3fB1i", 4, 5, 6, 1, 9)
+    path.write_bytes(header.encode() + rows)
+    ply.write_classes(tmp_path / "b.ply", path, np.array([3, 4]))
+    tokens = read_points(tmp_path / "b.ply")
+    assert tokens.world_positions().tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert tokens.fields["classification"].tolist() == [3, 4]
+    near = plyfile.PlyData.read(tmp_path / "b.ply")["vertex"]["near"]
+    assert [row.tolist() for row in near] == [[7, 8], [9]]
 
 
 def damaged(tmp_path, kind):
@@ -661,6 +680,9 @@ def test_archives_with_other_things_in_them(tmp_path):
     np.savez(tmp_path / "b.npz", x=1.0, y=2.0, z=3.0)
     with pytest.raises(ValueError, match="x: expected a number for each point, got one number"):
         read_points(tmp_path / "b.npz")
+    np.savez(tmp_path / "c.npz", x=np.arange(3), y=np.arange(3), z=np.arange(2))
+    with pytest.raises(ValueError, match="z: expected a number for each of 3 in x"):
+        read_points(tmp_path / "c.npz")
 
 
 def test_text_in_another_encoding_is_named(tmp_path):

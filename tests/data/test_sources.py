@@ -541,6 +541,29 @@ def test_classes_of_a_model_are_found_in_lists_by_name(tmp_path):
     assert [annotation.label for annotation in found] == [2, 1, 0]
 
 
+def test_archives_by_split(tmp_path):
+    """Of what else is there none is taken, and none of two of a split is left out."""
+    for name in ("train.NPZ", "val.npz", "._train.npz", "sizes.npz"):
+        with open(tmp_path / name, "wb") as file:
+            np.savez(file, images=np.zeros((5, 8, 8), np.uint8), labels=np.arange(5))
+    (tmp_path / "._train.npz").write_bytes(b"Mac OS X")
+    assert find_source(tmp_path).splits == ("train", "val")
+    assert [len(part) for part in open_splits(tmp_path, task="classification")] == [5, 5]
+    np.savez(tmp_path / "train_2.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.arange(2))
+    with pytest.raises(ValueError, match=r"train.NPZ: .* split 'train', there is train_2.npz too"):
+        open_splits(tmp_path, task="classification")
+
+
+def test_an_archive_of_pictures_is_none_of_points(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((5, 8, 8), np.uint8), labels=np.arange(5))
+    assert find_source(tmp_path / "a.npz").format == "arrays"
+    for name in ("M.NPZ", "m.npz"):
+        (tmp_path / name[0]).mkdir()
+        with open(tmp_path / name[0] / name, "wb") as file:
+            np.savez(file, xyz=np.zeros((4, 9, 3)), label=np.arange(4))
+        assert find_source(tmp_path / name[0]).format == "objects"
+
+
 def test_lists_of_segments_tell_classes_by_name(tmp_path):
     for split, classes in (("train", ("car", "person")), ("val", ("person", "car"))):
         picture(tmp_path / split / "images" / "a.png", (4, 6))

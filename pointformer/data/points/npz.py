@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,12 @@ UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.
 _POSITIONS = ("positions", "xyz", "points", "coord", "pos", "xyz_cm")
 # Names that fields cannot have: of positions and their origin, and of arguments of NumPy.
 _TAKEN = (_POSITIONS[0], "origin", "file", "allow_pickle")
+
+
+def holds_points(names: Iterable[str]) -> bool:
+    """Whether arrays of these names are those of points."""
+    names = {*names}
+    return not names.isdisjoint(_POSITIONS) or {"x", "y"} <= {name.lower() for name in names}
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -46,6 +53,11 @@ def read(path: Path) -> dict[str, np.ndarray]:
     rows = arrays["x"].shape[:1]
     if not rows:
         raise ValueError("x: expected a number for each point, got one number")
+    for axis in AXES:
+        if axis in arrays and arrays[axis].shape != arrays["x"].shape:
+            raise ValueError(
+                f"{axis}: expected a number for each of {rows[0]} in x, got {brief(arrays[axis])}"
+            )
     return {
         name: values
         for name, values in arrays.items()

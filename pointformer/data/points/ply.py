@@ -83,5 +83,7 @@ def write_classes(path: Path, source: Path, codes: np.ndarray) -> None:
         val_types={p.name: p.val_dtype for p in lists},
         comments=vertex.comments,
     )
+    if not content.text:  # plyfile swaps no bytes of elements with lists
+        content.byte_order = "<"
     content.elements = [element if e.name == "vertex" else e for e in content.elements]
     content.write(str(path))
