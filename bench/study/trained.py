@@ -8,7 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -108,22 +108,27 @@ class Trained:
         return cls(name, digest.hexdigest()[:16], model, task, validation, recipe)
 
     def about(self) -> dict[str, Any]:
-        """Of each line of the results."""
+        """Of each line of the results. `seen`: `sight`, where it is anything but all of a picture
+        at its own size."""
+        seen = {name: value for name, value in self.sight().items() if value is not None}
         return {
             "model": self.name,
             "weights": self.weights,
             "data": Path(self.recipe.data.path or "").resolve().name,
             "pictures": len(self.validation),
             "score": MAIN[self.task.name],
+            **({"seen": json.loads(json.dumps(seen, default=asdict))} if seen else {}),
             **made_on(),
         }
 
     def lines(self, results: Path) -> list[dict[str, Any]]:
         """Those of this model on these data that are in a file already."""
         about = self.about()
-        same = ("model", "weights", "data", "pictures")
+        same = ("model", "weights", "data", "pictures", "seen")
         return [
-            line for line in read_lines(results) if all(line[name] == about[name] for name in same)
+            line
+            for line in read_lines(results)
+            if all(line.get(name) == about.get(name) for name in same)
         ]
 
     def seen(self, number: int) -> tuple[Any, np.ndarray, list[StageOutput]]:

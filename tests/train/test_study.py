@@ -356,6 +356,21 @@ def test_lines_of_another_model_or_other_data_are_not_its_own(monkeypatch, tmp_p
     assert trained.lines(results) == [about | {"versions": "any"}]
 
 
+def test_lines_of_what_was_seen_otherwise_are_not_its_own(monkeypatch, tmp_path):
+    script = loaded("trained", monkeypatch)
+    model, results = create_model("aff_nano", head="dense", num_classes=2), tmp_path / "lines.jsonl"
+    changes = ([], ["validation.resize={size: 64}"], ["validation.tile=32"])
+    sides = [
+        script.Trained("m", "w", model, task_of(model), [None], read_recipe("nuclei.yaml", some))
+        for some in changes
+    ]
+    for number, trained in enumerate(sides):
+        assert trained.lines(results) == []
+        script.add_line(results, trained.about() | {"number": number})
+        (line,) = trained.lines(results)
+        assert line["number"] == number
+
+
 def test_small_objects_and_their_tokens(monkeypatch):
     """Found, seen as another class, and missed; with two tokens, one, and none."""
     objects = loaded("objects", monkeypatch)
