@@ -535,7 +535,9 @@ def test_what_lies_over_a_border_is_cut_off(tmp_path, polygon, box):
     assert segment.mask.pixels.all()
 
 
-@pytest.mark.parametrize("place", [(-15, 5), (45, 5), (5, -15), (5, 32)])
+@pytest.mark.parametrize(
+    "place", [(-15, 5), (-8, 5), (45, 5), (40, 5), (5, -15), (5, -6), (5, 32), (5, 30)]
+)
 def test_what_lies_beyond_any_border_is_outside(tmp_path, place):
     x, y = place
     polygon = [x, y, x + 8, y, x + 8, y + 6, x, y + 6]

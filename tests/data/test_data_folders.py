@@ -482,6 +482,7 @@ def pictures_and(root, kind, *maps, pictures=("a.png", "b_1.png")):
         (["a.xml", ".DS_Store"], r"it holds .xml, but no PNG or TIFF$"),
         ([".DS_Store"], "it is empty"),
         (["a_2.png"], "none has the name of a picture: maps are called as 'a_2', pictures as 'a';"),
+        (["a_mask2.png", "b_1_mask2.png"], "none has the name of a picture"),
         (["a_mask.png", "b_1_label.png"], "one ending behind these for all maps, as 'a_mask'"),
         (["mask_a.png"], "none has the name of a picture"),
     ],

@@ -24,11 +24,18 @@ def test_pictures_whatever_the_case_of_their_suffix(tmp_path):
     assert names(tmp_path, suffixes=MAP_SUFFIXES) == expected[:-1]
 
 
+def test_formats_of_pictures(tmp_path):
+    kinds = ".png .tif .tiff .bmp .gif .pgm .jpg .jpeg .jpe .jfif .jp2 .webp .avif .ppm .pbm .pnm"
+    scans = ".btf .tf8 .lsm .stk .svs .ndpi .scn .qptiff"
+    files = sorted(f"a{suffix}" for suffix in f"{kinds} {scans}".split())
+    assert names(made(tmp_path, *files)) == files
+
+
 def test_what_is_nobodys_picture(tmp_path):
     made(
         tmp_path, "._a.png", ".a.png", "Thumbs.db", ".DS_Store", "desktop.ini", "~$a.png",
         "a.png~", "a.png.part", "notes.txt", "png", ".png", "folder.png/x.txt",
-        "__MACOSX/a.png", "@eaDir/a.jpg/SMALL.jpg", ".cache/a.png",
+        "__MACOSX/a.png", "@eaDir/a.jpg/SMALL.jpg", ".cache/a.png", "$RECYCLE.BIN/a.png",
     )  # fmt: skip
     (tmp_path / "broken.png").symlink_to(tmp_path / "gone.png")
     assert names(tmp_path, deep=True) == []

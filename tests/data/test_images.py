@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pointformer import cli, segment
-from pointformer.data import read_image, read_instances, read_labels
+from pointformer.data import read_image, read_instances, read_labels, tiff
 from pointformer.data.images import image_size, open_picture
 from pointformer.data.intensities import full_levels, percentile_levels, to_8_bits
 from pointformer.data.pillow import without_warnings
@@ -586,6 +586,24 @@ def test_few_bits_palettes_and_inks(tmp_path):
     assert np.abs(shown - expected).max() <= 1
 
 
+def test_gray_of_4_bits_in_png_keeps_its_numbers(tmp_path):
+    """Which Pillow spreads to 255."""
+
+    def chunk(name, content):
+        checked = name + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    rows = b"".join(b"\0" + bytes([0x01 + 0x22 * n for n in range(4)]) for _ in range(2))
+    rows += b"".join(b"\0" + bytes([0x89 + 0x22 * n for n in range(4)]) for _ in range(2))
+    header = struct.pack(">IIBBBBB", 8, 4, 4, 0, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks))
+    expected = np.repeat(np.arange(16).reshape(2, 8), 2, 0)
+    np.testing.assert_array_equal(read_labels(path), expected)
+    np.testing.assert_array_equal(read_image(path)[..., 0], expected * 17)
+
+
 def test_jpeg_in_tiff_is_rgb(tmp_path, example):
     path = tmp_path / "a.tif"
     tifffile.imwrite(
@@ -1097,7 +1115,7 @@ def test_planes_are_counted_over_all_pictures_of_a_file(tmp_path):
     assert "it has 3 planes (page 3)" in refusal(path, plane="image=0")
 
 
-@pytest.mark.parametrize("name", ["label", "Macro", "thumbnail", "overview"])
+@pytest.mark.parametrize("name", ["label", "Macro", "thumbnail", "overview", "map"])
 def test_what_slide_scanners_add_is_told_by_its_name(tmp_path, name):
     path = tmp_path / "a.ome.tif"
     with tifffile.TiffWriter(path, ome=True) as file:
@@ -1108,6 +1126,24 @@ def test_what_slide_scanners_add_is_told_by_its_name(tmp_path, name):
         for title, size in (("slide", (64, 96)), ("labels of cells", (20, 30))):
             file.write(np.zeros(size, np.uint8), metadata={"axes": "YX", "Name": title})
     assert "holds 2 pictures" in refusal(path)
+
+
+def test_a_page_that_is_a_mask_of_another_is_no_picture(tmp_path):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        file.write(np.full((20, 30), 7, np.uint8), metadata=None)
+        file.write(np.zeros((8, 9), bool), metadata=None, subfiletype=4)
+    assert read_image(path).shape == (20, 30, 3)
+
+
+def test_what_was_decoded_does_not_pile_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiff, "_CACHE", 1000)
+    values = np.random.default_rng(0).integers(0, 256, (64, 96), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values, tile=(16, 16), compression="zlib")
+    (stored,) = tiff.stored_tiffs(tmp_path / "a.tif", 2**20)
+    read = stored.read(0, [0], slice(0, 64), slice(0, 96))[..., 0]
+    np.testing.assert_array_equal(read, values)
+    assert sum(part.nbytes for part in stored._decoded.values()) <= 1000
 
 
 def test_palettes_of_8_bits_and_colors_as_cameras_store_them(tmp_path):

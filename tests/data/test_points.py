@@ -22,6 +22,7 @@ from pointformer.data.points import (
     write_points,
 )
 from pointformer.data.points.asprs import class_codes, standard_name
+from pointformer.data.points.columns import resolution_of
 
 CORNER = np.array([651_000.0, 6_861_000.0, 30.0])  # of a tile in a map projection, in meters
 
@@ -253,6 +254,22 @@ def test_classes_in_a_big_endian_ply_with_lists(tmp_path):
     assert tokens.fields["classification"].tolist() == [3, 4]
     near = plyfile.PlyData.read(tmp_path / "b.ply")["vertex"]["near"]
     assert [row.tolist() for row in near] == [[7, 8], [9]]
+
+
+def test_small_numbers_in_ply_are_as_they_were(tmp_path):
+    """Which has no half precision."""
+    values = torch.tensor([0.1, 2, 65504], dtype=torch.float16)
+    write_points(tmp_path / "a.ply", TokenSet(torch.rand(3, 3), fields={"weight": values}))
+    back = read_points(tmp_path / "a.ply").fields["weight"]
+    assert back.dtype == torch.float32
+    assert torch.equal(back, values.float())
+
+
+@pytest.mark.parametrize(("side", "step"), [(99.9, 1e-7), (100, 1e-6), (0.5, 1e-9)])
+def test_steps_of_coordinates_are_below_those_of_float32(side, step):
+    corners = np.array([[0, 0, 0], [side, 0, 0]]) + CORNER
+    assert resolution_of(corners) == pytest.approx(step)
+    assert resolution_of(corners) < np.spacing(np.float32(side))
 
 
 def damaged(tmp_path, kind):

@@ -13,7 +13,7 @@ from helpers.scenes import encoded, picture, pixels, rectangles, save
 from pointformer.annotations import Category
 from pointformer.cli.evaluate import _FORMATS
 from pointformer.data import ADE20K, FORMATS, find_source, open_dataset, open_splits
-from pointformer.data.annotations import matched_classes
+from pointformer.data.annotations import matched_classes, renumbered
 
 
 def folder(root, splits=("train", "val"), labels=(0, 1, 2), number=3, kind="labels"):
@@ -319,6 +319,12 @@ def test_classes_with_accents_however_they_are_stored(tmp_path, stored):
     assert [c.id for c in matched_classes(wanted, listed, "x")] == [9, 8]
 
 
+def test_free_ids_are_none_of_8_bits():
+    table = [Category(0, "a"), Category(1, "b"), Category(2, "c")]
+    assert [c.id for c in renumbered(table, [0, None, None])] == [0, 256, 257]
+    assert [c.id for c in renumbered(table, [300, None, None], [301])] == [300, 302, 303]
+
+
 def test_names_of_classes_are_different(tmp_path):
     folder(tmp_path)
     (tmp_path / "classes.txt").write_text("cell\n\ncell\n")
@@ -367,6 +373,15 @@ def test_two_pictures_are_one_to_learn_from_and_one_to_score(tmp_path):
     assert [len(part) for part in open_splits(tmp_path, val_share=0.99)] == [1, 1]
 
 
+def test_the_one_that_is_kept_is_of_the_largest_class(tmp_path):
+    for name, count in (("few", 2), ("many", 4)):
+        for n in range(count):
+            picture(tmp_path / name / f"{n}.png", (4, 4))
+    training, validation = open_splits(tmp_path, task="classification", val_share=0.1)
+    assert (len(training), len(validation)) == (5, 1)
+    assert validation.categories[validation.entries[0].label].name == "many"
+
+
 def test_annotations_of_any_name(tmp_path):
     coco(tmp_path)
     (tmp_path / "annotations" / "instances_val2017.json").rename(tmp_path / "mine.json")
@@ -377,6 +392,10 @@ def test_annotations_of_any_name(tmp_path):
     )
     with pytest.raises(ValueError, match="may be the annotations; move one away"):
         open_dataset(tmp_path, task="instance", split="train")
+    (tmp_path / "annotations" / "instances_more_train2017.json").rename(
+        tmp_path / "annotations" / "a_person_keypoints_train2017.json"
+    )
+    assert len(open_dataset(tmp_path, task="instance", split="train")) == 5  # of the instances
 
 
 def test_pictures_that_are_learned_and_scored_are_told(tmp_path):
@@ -519,7 +538,7 @@ def test_classes_that_a_data_set_lacks_have_free_ids():
 
 def test_one_class_of_another_name_is_the_one_that_is_meant(tmp_path):
     folder(tmp_path, splits=("",), labels=(0, 1), number=1, kind="instances")
-    (tmp_path / "classes.txt").write_text("background\ncell\n")
+    (tmp_path / "classes.txt").write_text("_background_\ncell\n")
     with pytest.warns(UserWarning, match="its class 'cell' is taken for 'nucleus'"):
         dataset = open_dataset(tmp_path, task="instance", categories=[Category(0, "nucleus")])
     assert [segment.category for segment in dataset[0].segments] == [0]
