@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from pointformer.models.layers import MultiheadAttention
 from pointformer.models.mask2former import MaskDecoder, MaskPredictions
 from pointformer.models.model import Model
 from pointformer.models.pixel_decoder import DeformableAttention, PixelDecoder
+from pointformer.models.points import PointDecoder
 from pointformer.models.swin import WindowAttention
 from pointformer.nn import NeighborhoodAttention, PointConv, ScoredMerge
 
@@ -50,13 +53,14 @@ class Complexity:
     """Counts for one image.
 
     Attributes:
-        parameters: trainable numbers.
+        parameters: numbers in the weights, whether they are trained or not.
         dense: multiply-adds of the Linear and convolution layers.
-        attention: of the backbone's attention: scores, weighted values, position bias.
+        attention: of neighborhoods and windows, in the backbone and in decoders of points: scores,
+            weighted values, position bias.
         merge: of the scored merge: weight net and weighted sums.
         decoder: of the attention of queries, to tokens and to each other: scores, weighted values.
-        points: of sums over near tokens in heads: deformable attention, point convolution,
-            interpolation, learned clusters.
+        points: of sums over near tokens, in heads and where points are embedded: deformable
+            attention, point convolution, interpolation, learned clusters.
         masks: of the products of queries and mask features.
         semantic: of class scores and masks at every pixel, what a semantic map is made of; it comes
             after the model, so `total` leaves it out.
@@ -251,35 +255,49 @@ def _deformable(module: DeformableAttention, args: tuple, output: Tensor) -> dic
 
 def _point_conv(module: PointConv, args: tuple, output) -> dict[str, int]:
     tokens = args[0]
-    pairs = sum(size * min(size, module.k) for size in tokens.sizes)
+    pairs = _near(tokens, tokens, module.k)
     linear = module.weight_net.linear
     mid, features = linear.out_features, linear.in_features
     return {"points": merge_multiply_adds(pairs, tokens.channels, mid, features)}
 
 
+def _near(tokens: TokenSet, others: TokenSet, k: int) -> int:
+    """Pairs of tokens and their `k` nearest ones in other tokens of the same samples."""
+    return sum(size * min(other, k) for size, other in zip(tokens.sizes, others.sizes, strict=True))
+
+
 def _pixel_decoder(module: PixelDecoder, args: tuple, output: tuple) -> dict[str, int]:
     """The interpolation of the second stage's tokens, of which 4 are near, to the first's."""
-    return {"points": 4 * output[0].num_tokens * module.dim}
+    return {"points": _near(output[0], args[0][1], 4) * module.dim}
+
+
+def _point_decoder(module: PointDecoder, args: tuple, output: TokenSet) -> dict[str, int]:
+    """The interpolation of each stage's tokens to those of the stage before."""
+    sums = [
+        _near(fine.tokens, coarse.tokens, module.neighbors) * fine.tokens.channels
+        for fine, coarse in itertools.pairwise(args[0])
+    ]
+    return {"points": sum(sums)}
 
 
 def _map_head(module: DenseHead | StarHead, args: tuple, output) -> dict[str, int]:
     """The interpolation of later stages' tokens, of which 3 are near, to the first's."""
-    stages = args[0]
-    coarse = len(stages) - max(module.first_stage, 1)
-    return {"points": 3 * coarse * stages[0].tokens.num_tokens * module.channels}
+    tokens = [stage.tokens for stage in args[0]]
+    pairs = sum(_near(tokens[0], coarse, 3) for coarse in tokens[max(module.first_stage, 1) :])
+    return {"points": pairs * module.channels}
 
 
 def _assignment(module: SoftAssignment, args: tuple, output: tuple) -> dict[str, int]:
+    """Similarities; of absent tokens too, which are computed."""
     index, _ = output
     return {"points": index.numel() * module.fine_proj.out_features}
 
 
 def _decoding(module: HCFormerHead, args: tuple, output: MaskPredictions) -> dict[str, int]:
     queries = output.mask_logits.shape[1]
-    pairs = sum(
-        stage.tokens.num_tokens * assign.k
-        for stage, assign in zip(args[0][:-1], module.assignments, strict=True)
-    )
+    tokens = [stage.tokens for stage in args[0]]
+    steps: Any = zip(itertools.pairwise(tokens), module.assignments, strict=True)
+    pairs = sum(_near(fine, coarse, assign.k) for (fine, coarse), assign in steps)
     return {"points": pairs * queries}
 
 
@@ -298,6 +316,7 @@ _COUNTS: dict[type[nn.Module], Callable[..., dict[str, int]]] = {
     DeformableAttention: _deformable,
     PointConv: _point_conv,
     PixelDecoder: _pixel_decoder,
+    PointDecoder: _point_decoder,
     DenseHead: _map_head,
     StarHead: _map_head,
     SoftAssignment: _assignment,

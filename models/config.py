@@ -37,7 +37,7 @@ class _Config:
                 object.__setattr__(self, field.name, operator.index(value))
             elif field.type == "float":
                 number = check_number(field.name, value, least=0)
-                object.__setattr__(self, field.name, number)
+                object.__setattr__(self, field.name, float(number))
             elif field.type == "bool":
                 check_flags(**{field.name: value})
             elif field.type == "tuple[int, ...]":

@@ -36,6 +36,7 @@ from pointformer.models.heads import (
     tasks_of,
 )
 from pointformer.models.model import Model, Preprocess, configured, new_model
+from pointformer.models.points import PointPreprocess
 from pointformer.models.state import (
     WHOLE_HEAD,
     WRAPPERS,
@@ -69,8 +70,10 @@ def save_model(
 
     Raises:
         TypeError: there is no `Model` in the wrappers, or `trained` holds what JSON cannot.
-        ValueError: the backbone is a `GridBackbone`, which `load_model` could not make again, or
-            weights are no plain tensors with values; the message names the first.
+        ValueError: the backbone is a `GridBackbone`, or the preprocessing not this package's, which
+            `load_model` could not make again; weights are no plain tensors with values, the first
+            of which is named; or the model has been given what it cannot have, such as too few
+            categories.
     """
     inner = _unwrapped(model)
     if not isinstance(inner, Model):
@@ -78,6 +81,14 @@ def save_model(
     config: Any = _unwrapped(inner.backbone).config
     if isinstance(config, GridConfig):
         raise ValueError(f"{inner.name}: a foreign backbone is not saved; use torch.save")
+    look = inner.preprocess
+    if type(look) not in (Preprocess, PointPreprocess):
+        raise ValueError(
+            f"{inner.name}: preprocess: a foreign {type(look).__name__} is not saved; use "
+            "torch.save"
+        )
+    if isinstance(config, PointConfig) and isinstance(look, PointPreprocess):
+        config = config.override(unit=look.unit)
     if trained is not None and not isinstance(trained, Mapping):
         raise TypeError(f"trained: expected a dict, got {describe(trained)}")
     description = {
@@ -92,13 +103,11 @@ def save_model(
         "object_diameter": inner.object_diameter,
         "min_score": inner.min_score,
     }
-    if isinstance(inner.preprocess, Preprocess):  # that of points is in the configuration
-        description["preprocess"] = {
-            "mean": inner.preprocess.mean,
-            "std": inner.preprocess.std,
-        }
+    if isinstance(look, Preprocess):  # that of points is in the configuration
+        description["preprocess"] = {"mean": look.mean, "std": look.std}
     how = json.loads(_json("trained", inner.trained if trained is None else trained))
     metadata = {_METADATA: _json("model", {**description, "trained": how})}
+    _Description.of(json.loads(metadata[_METADATA]))  # what cannot be read is not written
     state = without_wrappers(model.state_dict(), inner.name)
     refused = [key for key, value in state.items() if not _can_save(value)]
     if refused:
@@ -178,7 +187,8 @@ def load_model(
             "model_ema", or what names begin with, such as "student". Default: the first that is
             not named as an average ("ema", "averaged", "teacher", "swa"), and a warning says so.
         head, impl, overrides: as for `create_model`.
-        num_classes: outputs of the head; default: those of the file, or as many as `categories`.
+        num_classes: outputs of the head; default: those of the file, or of files of `save_model` as
+            many as `categories`.
         task: default: that of the file, if the head can serve it.
         categories: default: those of the file, if there are as many classes. Other names than the
             file's are other classes; but not where either is the one class "object", which nobody
@@ -201,8 +211,6 @@ def load_model(
     state = state_of(weights, path, key)
     if "patch_embed.proj1.weight" in state or "backbone.patch_embed.proj1.weight" in state:
         raise CheckpointError(f"{path}: has the names of a released checkpoint: use load_released")
-    if "patch_embed.conv1.weight" in state:  # of a backbone alone
-        state = {f"backbone.{key}": value for key, value in state.items()}
     if description is not None:
         if name not in (None, description.name):
             raise CheckpointError(f"{path}: holds {description.name}, not {name:.60} (name)")
@@ -228,6 +236,8 @@ def load_model(
 
 def untrained_model(path: str | os.PathLike, **changes: Any) -> Model:
     """The model in a file of `save_model`, but with random weights; see `load_model`."""
+    chosen = {name: changes.get(name) for name in ("head", "num_classes", "task")}
+    check_choices(None, None, **chosen)
     _, metadata = read_safetensors(path)
     description = _Description.read(metadata.get(_METADATA, "{}"), path)
     model, _ = description.make(path, **changes)
@@ -259,7 +269,7 @@ class _Description:
             version = values.get("format", 1)
             check_count("format", version)
             if version <= _FORMAT:
-                return cls._of(values)
+                return cls.of(values)
         except KeyError as error:
             raise CheckpointError(f"{path}: its description lacks {error}") from None
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
@@ -270,7 +280,8 @@ class _Description:
         )
 
     @classmethod
-    def _of(cls, values: dict[str, Any]) -> _Description:
+    def of(cls, values: dict[str, Any]) -> _Description:
+        """Raise `KeyError`, `TypeError` or `ValueError` if something is missing or cannot be."""
         head, classes, rows = values["head"], values["num_classes"], values.get("categories")
         normalization, diameter = values.get("preprocess"), values.get("object_diameter")
         task, options = values.get("task"), values.get("head_options", {})
@@ -349,7 +360,7 @@ class _Description:
         renamed = all(names) and names[0] != names[1] and [OBJECT] not in names
         if renamed or (num_classes, kinds) != (self.num_classes, own_kinds):
             return model, tuple(f"head.{name}." for name in CLASSIFIERS[head])
-        if options != self.head_options:
+        if {**options_of(head), **options} != {**options_of(head), **self.head_options}:
             return model, ()
         model.object_diameter, model.min_score = self.object_diameter, self.min_score
         model.trained = self.trained

@@ -6,9 +6,11 @@ leaves out the loss and the optimizer.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -108,7 +110,8 @@ def _check_like(captured: Any, given: Any) -> None:
     if isinstance(captured, Tensor) and isinstance(given, Tensor):
         same = (captured.shape, captured.dtype) == (given.shape, given.dtype)
     else:
-        same = type(captured) is type(given) and captured == given
+        alike = np.array_equal if isinstance(captured, np.ndarray) else operator.eq
+        same = type(captured) is type(given) and bool(alike(captured, given))
     if not same:
         raise ValueError(f"inputs: expected {brief(captured)}, as captured, got {brief(given)}")
 

@@ -33,7 +33,7 @@ class SoftAssignment(nn.Module):
         self.coarse_norm = nn.LayerNorm(coarse_dim)
         self.fine_proj = nn.Linear(fine_dim, dim, bias=False)
         self.coarse_proj = nn.Linear(coarse_dim, dim, bias=False)
-        self.temperature = nn.Parameter(torch.tensor(temperature))
+        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
         for layer in (self.fine_proj, self.coarse_proj):
             nn.init.xavier_normal_(layer.weight)
 

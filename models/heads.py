@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -597,10 +598,10 @@ def head_for(task: str, kinds: int, head: str | None = None) -> tuple[str, int]:
     return head, needed[head]
 
 
-def options_of(head: str) -> list[str]:
-    """Names of the keyword options of a head."""
+def options_of(head: str) -> dict[str, Any]:
+    """The keyword options of a head, with their defaults."""
     parameters = inspect.signature(HEADS[head]).parameters
-    return [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+    return {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
 def _as_weights(head: nn.Module, stage: StageOutput) -> StageOutput:

@@ -225,6 +225,7 @@ def segmentation_loss(
     entropy, weight, mask, dice = all_sums[:-2].view(-1, 4).unbind(1)
     middles, objects = all_sums[-2:]
     objects = objects.clamp(min=1)
+    weight = weight.clamp(min=torch.finfo(weight.dtype).tiny)  # 0 where nothing counts
     total = {
         "classes": weights.classes * (entropy / weight).sum(),
         "mask": weights.mask * mask.sum() / objects,
@@ -328,7 +329,7 @@ def _layer_sums(
         queries, chosen = match(
             class_logits[image], maps, target, weights, sampling[0], stride, generator
         )
-        wanted[image, queries] = target.classes[chosen]
+        wanted[image, queries] = target.classes[chosen].to(wanted)
         if len(queries) == 0:
             mask_loss = mask_loss + 0 * maps.sum()  # keeps the masks in the graph
             continue

@@ -51,6 +51,9 @@ class MaskPredictions:
         return self.tokens.with_features(self.mask_logits).to_grid(check_values=False)
 
 
+torch.export.register_dataclass(MaskPredictions, serialized_type_name="pointformer.MaskPredictions")
+
+
 class DecoderLayer(nn.Module):
     """Masked cross-attention, self-attention, feed-forward; each followed by its LayerNorm."""
 
@@ -132,6 +135,7 @@ class TokenQueries(nn.Module):
         self, tokens: TokenSet, logits: Tensor, impl: str | None
     ) -> tuple[Tensor, Tensor | None]:
         """Rows of tokens (B, Q), and which of them count."""
+        logits = at_least_float32(logits)  # in which peaks of half precision are no ties
         near = knn(
             tokens.positions, self.neighbors, sizes=tokens.sizes, check_values=False, impl=impl
         )

@@ -126,7 +126,7 @@ def configured(
         ValueError, TypeError: an unknown head or option; the message lists the known ones.
     """
     _check_head(head)
-    known = {name: [field.name for field in fields(config)], f"head {head!r}": options_of(head)}
+    known = {name: [field.name for field in fields(config)], f"head {head!r}": [*options_of(head)]}
     _check_options(options, known)
     own = {key: value for key, value in options.items() if key in options_of(head)}
     changes = {key: value for key, value in options.items() if key not in own}
@@ -158,7 +158,8 @@ class Model(nn.Module):
 
     Attributes:
         name: the name it was made with.
-        backbone: `AFF`, `Swin` or `GridBackbone`; `backbone(images)` gives each stage's tokens.
+        backbone: `AFF`, `Swin`, `GridBackbone` or `PointBackbone`; `backbone(images)` gives each
+            stage's tokens.
         head: maps the stages to the output of `forward`.
         output: what the head says, an `Output`; it decides which tasks the model can serve.
         task: name of what is made of the output; `None`: nothing, or nobody said which of several.
@@ -186,7 +187,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         _check_head(head)
-        _check_options(head_options, {f"head {head!r}": options_of(head)})
+        _check_options(head_options, {f"head {head!r}": [*options_of(head)]})
         check_options(head, head_options)
         if not isinstance(name, str):
             raise TypeError(f"name: expected text, got {describe(name)}")
@@ -263,22 +264,30 @@ class Model(nn.Module):
         return isinstance(self.config, PointConfig)
 
     def reconfigure(self, **changes: object) -> None:
-        """Change `rate`, `neighborhood_size` or, of an AFF, `alpha` for the following calls."""
-        if not isinstance(self.backbone, AFF | PointBackbone):
+        """Change `rate`, `neighborhood_size` or, of an AFF, `alpha`, `spread` or `reach` for the
+        following calls."""
+        backbone = self._plain_backbone
+        if not isinstance(backbone, AFF | PointBackbone):
             raise ValueError(
                 f"reconfigure: the tokens of {self.name} are a grid, nothing can change"
             )
-        self.backbone.reconfigure(**changes)
+        backbone.reconfigure(**changes)
 
     @contextlib.contextmanager
     def reconfigured(self, **changes: object) -> Iterator[None]:
         """`reconfigure` for the calls within this context only."""
-        before = self.backbone.config
+        backbone = self._plain_backbone
+        before = backbone.config
         self.reconfigure(**changes)
         try:
             yield
         finally:
-            self.backbone.config = before
+            backbone.config = before
+
+    @property
+    def _plain_backbone(self) -> Any:
+        """Without what `torch.compile` puts around it."""
+        return getattr(self.backbone, "_orig_mod", self.backbone)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps only the inputs of the backbone's blocks, and runs each again in

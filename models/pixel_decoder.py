@@ -29,9 +29,9 @@ class DeformableAttention(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
         if learn_power:
-            self.power = nn.Parameter(torch.tensor([power]))
+            self.power = nn.Parameter(torch.tensor([float(power)]))
         else:
-            self.register_buffer("power", torch.tensor([power]), persistent=False)
+            self.register_buffer("power", torch.tensor([float(power)]), persistent=False)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -125,6 +125,8 @@ class PixelDecoder(nn.Module):
         lateral: bool = True,
     ) -> None:
         super().__init__()
+        if len(dims) < 2:
+            raise ValueError(f"dims: expected two stages or more to decode, got {len(dims)}")
         self.dim = dim
         self.position_norm = position_norm
         coarse = list(dims[:0:-1])  # coarsest first

@@ -31,7 +31,7 @@ _STRAY = 1000  # of so many points of a sample one may be a stray below the othe
 
 
 class PointPreprocess(nn.Module):
-    """Units of positions that a model of points expects; features stay as they are.
+    """Units of positions that a model of points expects; features and fields stay as they are.
 
     Args:
         unit: length of the model's unit in the units of the positions, about the distance between
@@ -63,7 +63,7 @@ class PointPreprocess(nn.Module):
             spread = _means((positions * positions).sum(1, keepdim=True), tokens).sqrt()
             scale = _TYPICAL / torch.where(spread > 0, spread, 1.0)
             positions = positions * scale[tokens.sample_index]
-        return TokenSet(positions, tokens.features, tokens.sizes)
+        return TokenSet(positions, tokens.features, tokens.sizes, fields=tokens.fields)
 
 
 def _starts(positions: Tensor, tokens: TokenSet) -> Tensor:

@@ -6,7 +6,7 @@ the padded image, cropped to the image, and then resized to `output_sizes` where
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Sized
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ def image_masks(
     """Mask logits per image: (Q, H, W), `image_sizes` being (H, W) of the images the model saw."""
     stride = predictions.stride
     cells = _cells(predictions, image_sizes)
+    _check_count("output_sizes", output_sizes, len(cells))
     wanted: Sequence[tuple[int, int] | None] = (
         [None] * len(cells) if output_sizes is None else output_sizes
     )
@@ -36,6 +37,7 @@ def image_masks(
 def _cells(predictions: MaskPredictions, image_sizes: Sizes) -> list[Tensor]:
     """Mask logits per image on the finest grid's cells, (Q, h, w), which `image_sizes` must fit."""
     cells, stride = predictions.masks(), predictions.stride
+    _check_count("image_sizes", image_sizes, len(cells))
     for number, (maps, (height, width)) in enumerate(zip(cells, image_sizes, strict=True)):
         if tuple(maps.shape[-2:]) != (-(-height // stride), -(-width // stride)):
             raise ValueError(
@@ -43,6 +45,11 @@ def _cells(predictions: MaskPredictions, image_sizes: Sizes) -> list[Tensor]:
                 f"{maps.shape[-2]} x {maps.shape[-1]} cells of {stride} x {stride} pixels"
             )
     return list(cells)
+
+
+def _check_count(name: str, sizes: Sized | None, images: int) -> None:
+    if sizes is not None and len(sizes) != images:
+        raise ValueError(f"{name}: expected one for each of {images} images, got {len(sizes)}")
 
 
 def _on_image(
@@ -70,6 +77,7 @@ def semantic_scores(
     """
     scores = []
     classes = predictions.class_logits.softmax(2)[..., :-1]
+    _check_count("output_sizes", output_sizes, len(classes))
     for number, maps in enumerate(image_masks(predictions, image_sizes)):
         score = torch.einsum("qk,qhw->khw", classes[number], maps.sigmoid())
         if output_sizes is not None:
@@ -98,6 +106,7 @@ def instances(
     """
     found = []
     sizes = image_sizes if output_sizes is None else output_sizes
+    _check_count("output_sizes", output_sizes, len(image_sizes))
     for number, cells in enumerate(_cells(predictions, image_sizes)):
         probability = predictions.class_logits[number].softmax(1)[:, :-1]
         classes = probability.shape[1]
@@ -109,7 +118,8 @@ def instances(
             query, category, scores = query[kept], category[kept], scores[kept]
         masks: dict[int, Mask] = {}
         inside = torch.zeros(len(probability), dtype=scores.dtype, device=scores.device)
-        for some in query.unique().split(_AT_ONCE):
+        chosen = query.unique()
+        for some in chosen.split(_AT_ONCE) if len(chosen) else ():
             target = None if output_sizes is None else output_sizes[number]
             logits = _on_image(cells[some], predictions.stride, image_sizes[number], target)
             pixels = logits > 0

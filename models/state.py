@@ -32,8 +32,10 @@ class CheckpointError(ValueError):
 # DistributedDataParallel and averaged models; FSDP; activation checkpointing.
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # The name that every backbone's weights begin with: ours, the released.
-_FIRST_WEIGHT = r"(?:backbone\.)?patch_embed\.(?:conv1|proj1)\.weight"
-_AVERAGES = ("ema", "averaged", "teacher", "swa")  # what containers call averages of weights
+_OWN_FIRST = ("patch_embed.conv1.weight", "patch_embed.linear.weight")  # of pictures, of points
+_FIRST_WEIGHT = r"(?:backbone\.)?patch_embed\.(?:conv1|linear|proj1)\.weight"
+# What containers call averages of weights: words, or begins or ends of such.
+_AVERAGES = re.compile(r"(?<![a-z])(ema|averaged|teacher|swa)|(ema|averaged|teacher|swa)(?![a-z])")
 _NOT_WEIGHTS = {"n_averaged", "criterion.empty_weight"}  # of averaged models, and of a loss
 WHOLE_HEAD = ("head.",)
 
@@ -132,7 +134,8 @@ def plain_name(name: str) -> str:
 def state_of(
     container: Mapping, source: object, key: str | None = None, first: str = _FIRST_WEIGHT
 ) -> dict[str, Tensor]:
-    """The weights of one model in a container, by names without wrappers' parts.
+    """The weights of one model in a container, by names without wrappers' parts. Those of a
+    backbone alone have the names that it has in a model.
 
     Args:
         container: a state dict, or a dict that has some, not deeper than two levels.
@@ -152,12 +155,18 @@ def state_of(
             raise CheckpointError(
                 f"{source}: key {brief(key)} fits {len(matching)} of the weights in it: {names}"
             )
-        return found[matching[0]]
-    plain = [n for n in names if not any(word in n.lower() for word in _AVERAGES)]
+        return _in_a_model(found[matching[0]])
+    plain = [n for n in names if not _AVERAGES.search(n.lower())]
     name = (plain or names)[0]
     if len(names) > 1:
         _warn(f"{source}: took {name!r} of the weights in it, {names}; key chooses others")
-    return found[name]
+    return _in_a_model(found[name])
+
+
+def _in_a_model(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    if any(name in weights for name in _OWN_FIRST):
+        return {f"backbone.{name}": value for name, value in weights.items()}
+    return weights
 
 
 def _weights_in(

@@ -194,3 +194,23 @@ def test_samples_of_pointcept():
     torch.testing.assert_close(found.world_positions()[:, 2], found.fields["z"], rtol=0, atol=1e-7)
     with pytest.raises(ValueError, match="batch: expected the tokens of a sample in consecutive"):
         from_pointcept({"coord": coord, "batch": batch[::-1]})
+
+
+def test_samples_of_pyg_by_their_offsets():
+    """What `Batch` calls `ptr`, in a `Data` without `batch`."""
+    assert of_pyg(torch.rand(5, 3), ptr=torch.tensor([0, 2, 5])).sizes == (2, 3)
+
+
+def test_one_feature_of_pyg_may_have_no_axis():
+    assert of_pyg(torch.rand(5, 3), x=torch.rand(5)).channels == 1
+
+
+def test_flags_of_pointcept_are_fields():
+    tokens = of_pointcept(np.eye(9, 3), mask=np.ones(9, bool))
+    assert tokens.fields["mask"].tolist() == [True] * 9
+
+
+def test_nested_channels_are_on_the_last_axis():
+    positions, features = to_nested(make(3, 4))
+    with pytest.raises(ValueError, match="features: expected samples that differ along axis 1"):
+        from_nested(positions, features.transpose(1, 2))

@@ -29,7 +29,7 @@ def from_nested(positions: Tensor, features: Tensor | None = None) -> TokenSet:
 def to_nested(tokens: TokenSet) -> tuple[Tensor, Tensor]:
     """Positions (B, n, D) and features (B, n, C) as nested tensors of the jagged layout.
 
-    They have one n, so that operations take both together.
+    They have one n, so that operations take both together. Fields, origin and extent stay behind.
     """
     if not isinstance(tokens, TokenSet):
         raise TypeError(f"tokens: expected a TokenSet, got {describe(tokens)}")
@@ -46,6 +46,9 @@ def _packed(name: str, nested: object) -> tuple[Tensor, tuple[int, ...]]:
         raise ValueError(
             f"{name}: expected 3 axes, samples, tokens and channels, got {tensor.dim()}"
         )
+    ragged = getattr(tensor, "_ragged_idx", 1)
+    if ragged != 1:
+        raise ValueError(f"{name}: expected samples that differ along axis 1, got axis {ragged}")
     if tensor.layout == torch.jagged and tensor.lengths() is None:
         return tensor.values(), sizes_from_ptr(tensor.offsets())
     samples = tensor.unbind()

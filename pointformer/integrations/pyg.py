@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pointformer import TokenSet, sizes_from_batch
+from pointformer import TokenSet, sizes_from_batch, sizes_from_ptr
 from pointformer._checks import brief, describe
 from pointformer.integrations._sets import set_of
 
@@ -26,7 +26,7 @@ def _data() -> Any:
 
 
 def from_pyg(data: Any) -> TokenSet:
-    """A token set of a `Data`, one sample, or of a `Batch`.
+    """A token set of a `Data`, one sample unless it has `batch` or `ptr`, or of a `Batch`.
 
     `pos` are the positions (float64 and integers get an origin), `x` the features if it is
     floating. The other attributes of nodes are fields, such as `y` of segmentation; those of edges
@@ -55,6 +55,8 @@ def from_pyg(data: Any) -> TokenSet:
     if data.batch is not None:
         samples = data.num_graphs if isinstance(data, kinds.Batch) else None
         sizes = sizes_from_batch(data.batch, samples)
+    elif (ptr := data.to_dict().get("ptr")) is not None:
+        sizes = sizes_from_ptr(ptr)
     origin, extent = (data.to_dict().get(name) for name in ("origin", "extent"))
     return set_of("data.pos", data.pos, features, sizes, origin, fields, extent)
 

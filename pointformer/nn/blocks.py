@@ -138,8 +138,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = FeedForward(dim, hidden)
         for name in ("gamma1", "gamma2"):
-            scale = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
-            self.register_parameter(name, scale)
+            scale = torch.full((dim,), float(layer_scale))
+            self.register_parameter(name, nn.Parameter(scale) if layer_scale > 0 else None)
 
     def forward(
         self,

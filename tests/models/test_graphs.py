@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,3 +106,11 @@ def test_what_cannot_be_captured():
         capture(torch.neg)
     with pytest.raises(ValueError, match="warmup"):
         capture(torch.neg, torch.ones(2), warmup=0)
+
+
+def test_arrays_of_numpy_are_values_that_stay(recorded):
+    run = capture(lambda x, factor: x * float(factor[0]), torch.ones(2), np.array([3.0, 4.0]))
+    assert run(torch.ones(2), np.array([3.0, 4.0])).tolist() == [3, 3]
+    for other in (np.array([3.0, 5.0]), np.array([3.0])):
+        with pytest.raises(ValueError, match="inputs: expected"):
+            run(torch.ones(2), other)

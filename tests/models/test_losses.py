@@ -373,3 +373,30 @@ def test_the_loss_of_middles_is_the_literal_one():
     assert middle_loss(out, targets).item() == pytest.approx(expected, rel=1e-5)
     terms = segmentation_loss(out, targets, points=10)
     assert terms["middles"].item() == pytest.approx(2 * expected / 2, rel=1e-5)  # of two objects
+
+
+def test_nothing_that_counts_costs_nothing():
+    class_logits = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(3))
+    out = predictions_of(class_logits, torch.randn(1, 3, 4, 4))
+    none = [Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4, 4))]
+    losses = segmentation_loss(out, none, points=10, weights=LossWeights(no_object=0.0))
+    assert all(float(value) == 0 for value in losses.values())
+    one = [Targets(torch.tensor([1], dtype=torch.int32), torch.ones(1, 4, 4), 4)]
+    assert all(float(value) > 0 for value in segmentation_loss(out, one, points=10).values())
+
+
+def test_masks_stay_in_the_graph_where_there_is_no_object():
+    maps = torch.randn(1, 3, 4, 4, requires_grad=True)
+    none = [Targets(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4, 4))]
+    sum(segmentation_loss(predictions_of(torch.randn(1, 3, 4), maps), none).values()).backward()
+    assert maps.grad is not None
+    assert maps.grad.abs().sum() == 0
+
+
+def test_matching_costs_are_float32_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    logits, maps = torch.randn(3, 4, generator=generator), torch.randn(3, 50, generator=generator)
+    labels, classes = torch.rand(2, 50, generator=generator), torch.tensor([0, 2])
+    expected = matching_cost(logits, maps, classes, labels, WEIGHTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(matching_cost(logits, maps, classes, labels, WEIGHTS), expected)

@@ -25,6 +25,8 @@ from pointformer.models import (
 )
 from pointformer.models.config import CONFIGS, PointConfig
 from pointformer.models.heads import HEADS, tasks_of
+from pointformer.models.points import PointPreprocess
+from pointformer.models.state import weights_digest
 
 SMALL = AFFConfig(dims=(16, 16, 16, 16), depths=(1, 1, 1, 1), heads=(2, 2, 2, 2), mlp_ratio=1.0)
 SMALL_OF_POINTS = PointConfig(
@@ -611,3 +613,84 @@ def test_the_head_of_points_is_read_off_the_weights(tmp_path, head):
         loaded = load_model(tmp_path / "m.pt", "point_nano", **options)
     assert (loaded.head_name, loaded.num_classes) == (head, 7)
     assert all(torch.equal(v, made.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
+def test_units_of_points_belong_to_the_file(tmp_path):
+    model = Model("small", SMALL_OF_POINTS, "point_classification", 3)
+    for unit in (0.25, None):
+        model.preprocess = PointPreprocess(unit)
+        save_model(model, tmp_path / "m.safetensors")
+        loaded = load_model(tmp_path / "m.safetensors")
+        assert loaded.preprocess.unit == loaded.config.unit == unit
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ({"preprocess": torch.nn.Identity()}, "small: preprocess: a foreign Identity is not saved"),
+        ({"min_score": 1.5}, "min_score: expected a number in"),
+        ({"categories": [Category(n, str(n)) for n in range(5)]}, "5 categories for"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, spoil, message):
+    model = small()
+    for name, value in spoil.items():
+        setattr(model, name, value)
+    with pytest.raises(ValueError, match=message):
+        save_model(model, tmp_path / "m.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_containers_of_models_of_points(tmp_path, monkeypatch):
+    monkeypatch.setitem(CONFIGS, "small_of_points", SMALL_OF_POINTS)
+    state = Model("small_of_points", SMALL_OF_POINTS, "point_classification", 3).state_dict()
+    path = tmp_path / "m.pth"
+    torch.save({"state_dict": {f"model.{name}": value for name, value in state.items()}}, path)
+    loaded = load_model(path, "small_of_points")
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+
+
+def test_weights_of_a_backbone_alone():
+    """Of pictures and of points, into a model with a fresh head."""
+    for config, head in ((SMALL, "dense"), (SMALL_OF_POINTS, "point_classification")):
+        source, model = (Model("small", config, head, 3) for _ in range(2))
+        state = source.backbone.state_dict()
+        with pytest.warns(UserWarning, match="kept: the backbone and 0 of"):
+            load_state(model, state, "b.pth", new_head=True)
+        assert all(torch.equal(v, state[k]) for k, v in model.backbone.state_dict().items())
+
+
+def test_words_in_which_an_average_is_spelled_by_chance():
+    raw, average = small(seed=0).state_dict(), small(seed=1).state_dict()
+    model = small(seed=2)
+    with pytest.warns(UserWarning, match="took 'semantic' of the weights in it"):
+        load_state(model, {"semantic": raw, "other": average}, "m.pth")
+    assert all(torch.equal(value, raw[key]) for key, value in model.state_dict().items())
+
+
+def test_an_option_that_is_the_default_changes_nothing(tmp_path):
+    model = small("hcformer", queries=4, dim=16, hidden=16)
+    model.trained, model.min_score = {"steps": 3}, 0.3
+    save_model(model, tmp_path / "m.safetensors")
+    same = load_model(tmp_path / "m.safetensors", neighbors=9)
+    assert (same.trained, same.min_score) == ({"steps": 3}, 0.3)
+    other = load_model(tmp_path / "m.safetensors", neighbors=5)
+    assert (other.trained, other.min_score) == (None, None)
+
+
+def test_an_unknown_head_for_random_weights_is_named(tmp_path):
+    save_model(small(), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"head: expected one of classification, .*, got 'foo'"):
+        create_model(tmp_path / "m.safetensors", pretrained=False, head="foo")
+
+
+def test_a_digest_is_of_buffers_too():
+    model = small()
+    before = weights_digest(model)
+    next(b for n, b in model.named_buffers() if n.endswith("running_mean")).add_(1)
+    assert weights_digest(model) != before
+
+
+def test_complex_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="1 weights are no dense tensors with values"):
+        save_model(with_parameter(small(), torch.zeros(2, dtype=torch.complex64)), tmp_path / "m")

@@ -272,3 +272,17 @@ def test_choices_for_pictures_are_not_for_points(tmp_path, reading):
         evaluate(model, dataset, **reading)
     unsaid = {"channel": None, "intensities": "percentiles", "max_pixels": 2**30}
     assert "mIoU" in evaluate(model, dataset, **unsaid).scores
+
+
+def test_interpolation_to_points_is_work():
+    """Of two stages of 16 channels: to 320 points, and to 80."""
+    one, three = (
+        complexity_of(tiny("point_segmentation", neighbors=k), points=320).points for k in (1, 3)
+    )
+    assert three - one == 2 * 16 * (320 + 80)
+
+
+def test_fields_stay_with_their_points():
+    tokens = TokenSet(torch.rand(9, 3), fields={"segment": torch.arange(9)})
+    for unit in (None, 0.5):
+        assert PointPreprocess(unit)(tokens).fields["segment"].tolist() == list(range(9))

@@ -180,3 +180,35 @@ def test_every_pixel_is_in_at_most_one_segment(
         assert segment.score > min_score
     stuff = [s.category for s in result.segments if s.category not in things]
     assert len(stuff) == len(set(stuff))
+
+
+@pytest.mark.parametrize("things", [[], [0]])
+def test_a_picture_without_things_has_no_objects(things):
+    """Where queries are sure of other classes, more of them than pairs that count."""
+    predictions = predictions_of([1] * 40 + [2] * 70, torch.full((110, 4, 4), 20.0))
+    (found,) = instances(predictions, [(16, 16)], things=things)
+    assert len(found) == 0
+
+
+def test_every_query_may_be_an_object():
+    predictions = predictions_of([0] * 120, torch.full((120, 2, 2), 20.0))
+    assert len(instances(predictions, [(8, 8)], min_score=0.5)[0]) == 100
+    assert len(instances(predictions, [(8, 8)], top=None, min_score=0.5)[0]) == 120
+
+
+def test_a_segment_is_surer_than_its_least_score():
+    predictions = predictions_of([0], torch.full((1, 4, 4), 20.0), certainty=2.0)
+    score = float(predictions.class_logits[0, 0].softmax(0)[0])
+    (found,) = panoptic(predictions, [(16, 16)], things=[0], min_score=score)
+    assert found.segments == ()
+    (found,) = panoptic(predictions, [(16, 16)], things=[0], min_score=score - 1e-4)
+    assert len(found.segments) == 1
+
+
+@pytest.mark.parametrize("function", [image_masks, semantic_scores, instances])
+def test_sizes_are_those_of_the_images(function):
+    predictions = predictions_of([0], torch.zeros(1, 4, 4))
+    with pytest.raises(ValueError, match="image_sizes: expected one for each of 1 images, got 2"):
+        function(predictions, [(16, 16)] * 2)
+    with pytest.raises(ValueError, match="output_sizes: expected one for each of 1 images, got 0"):
+        function(predictions, [(16, 16)], [])
