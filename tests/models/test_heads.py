@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -319,6 +320,36 @@ def test_queries_of_tokens_are_peaks_first():
     torch.testing.assert_close(queries.content[0, 0], choose.content(tokens.features[10]))
     start = math.log(0.01 / 0.99)  # of all tokens the same, but for their features
     torch.testing.assert_close(logits.features[:, 0], tokens.features[:, 0] + start)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_peaks_are_ranked_whatever_the_precision(dtype):
+    """Six of probabilities near 0.02, to which half precision adds 1 without a difference."""
+    logits = torch.full((1, 1, 3, 13), -6.0)
+    logits[0, 0, 1, 1::2] = torch.tensor([-3.89, -3.875, -3.86, -3.797, -3.75, -3.734])
+    tokens = TokenSet.from_grid(logits.to(dtype))
+    choose = TokenQueries(1, queries=4)
+    rows, present = choose._choose(tokens, tokens.features[:, 0], None)
+    assert present is None
+    assert tokens.positions[rows[0]].tolist() == [[11, 1], [9, 1], [7, 1], [5, 1]]
+
+
+@pytest.mark.parametrize(
+    ("head", "options"),
+    [
+        ("mask2former", {"power": 4}),
+        ("mask2former", {"power": 4, "learn_power": False}),
+        ("hcformer", {"temperature": 1}),
+        ("hcformer", {"temperature": np.float64(0.1)}),
+        ("dense", {"layer_scale": 1}),
+    ],
+)
+def test_numbers_of_any_kind_are_options(head, options):
+    few = {"dims": (16, 16, 16, 16), "depths": 1, "heads": 2, **SMALL.get(head, {})}
+    model = create_model("aff_nano", head=head, num_classes=3, **few, **options)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, 32, 32))
 
 
 def test_a_query_without_a_token_is_no_object():

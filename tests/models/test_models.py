@@ -34,6 +34,14 @@ def tiny(head="classification", num_classes=5, **overrides) -> Model:
     return Model("tiny", TINY.override(**overrides), head, num_classes).eval()
 
 
+def test_a_compiled_backbone_is_reconfigured():
+    model = tiny()
+    own, model.backbone = model.backbone, torch.compile(model.backbone)
+    with model.reconfigured(rate=0.5):
+        assert own.config.rate == model.config.rate == 0.5
+    assert own.config.rate == model.config.rate == TINY.rate
+
+
 def images(*shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(3, *shape, generator=generator) for shape in shapes]

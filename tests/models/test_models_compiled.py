@@ -141,6 +141,17 @@ def test_export():
         torch.testing.assert_close(program.module()(images), model(images))
 
 
+@pytest.mark.long
+def test_mask_heads_are_exported():
+    model = make("hcformer").eval()
+    images = torch.randn(2, 3, 64, 48)
+    program = torch.export.export(model, (images,), strict=False)
+    with torch.no_grad():
+        found, expected = program.module()(images), model(images)
+    torch.testing.assert_close(found.mask_logits, expected.mask_logits)
+    torch.testing.assert_close(found.class_logits, expected.class_logits)
+
+
 def on_fake_gpu(model, images, *, training=False):
     """What a model gives for images of (C, H, W), a batch or a list, with all values on the GPU."""
     for layer in model.modules():
