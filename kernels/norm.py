@@ -41,17 +41,20 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad, grad_normed, *_):
     total, mean, inverse, weight, bias, scale, branch = ctx.saved_tensors
     learned = [None, None]
+    wide = torch.promote_types(total.dtype, torch.float32)
     if grad_normed is not None:
-        vectors = [parameter.to(total.dtype) for parameter in (weight, bias)]
+        # As forward: parameters of float32 stay that.
+        dtype = total.dtype if weight.dtype == bias.dtype == total.dtype else wide
+        rows, added, *vectors = (x.to(dtype) for x in (grad_normed, total, weight, bias))
         through, *learned = torch.ops.aten.native_layer_norm_backward(
-            grad_normed, total, total.shape[1:], mean, inverse, *vectors, [True] * 3
+            rows, added, total.shape[1:], mean, inverse, *vectors, [True] * 3
         )
         grad = through if grad is None else grad + through
     x_dtype, branch_dtype = ctx.dtypes
     grad_branch, grad_scale = grad, None
     if scale is not None:
         grad_branch = grad * scale
-        grad_scale = (grad * branch).sum(0).to(scale.dtype)
+        grad_scale = (grad.to(wide) * branch).sum(0).to(scale.dtype)
     return grad.to(x_dtype), grad_branch.to(branch_dtype), grad_scale, *learned, None, None
 
 

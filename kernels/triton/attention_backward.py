@@ -503,5 +503,6 @@ def learned_gradients(shares, given, heads, channels):
         channels,
     )
     return [
-        total if x is None else total.to(x.dtype) for total, x in zip(gradients, given, strict=True)
+        total.to(torch.float32 if x is None else x.dtype)
+        for total, x in zip(gradients, given, strict=True)
     ]

@@ -34,8 +34,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def load_rows(data, row, head, token_stride, head_stride, octets, WIDTH: tl.constexpr):
     """One head's channels of some rows (N,), all of which exist: (N, WIDTH)."""
     lane = tl.arange(0, WIDTH)
-    data += head.to(tl.int64) * (head_stride * 8)
-    offset = row.to(tl.int64)[:, None] * (token_stride * 8) + lane[None, :]
+    # Strides in elements may not fit into 32 bits.
+    data += head.to(tl.int64) * head_stride * 8
+    offset = row.to(tl.int64)[:, None] * token_stride * 8 + lane[None, :]
     return tl.load(data + offset, mask=(lane < octets * 8)[None, :], other=0.0)
 
 

@@ -20,6 +20,7 @@ A value that is not finite can reach places whose list of tokens begins with a m
 """
 
 import itertools
+from functools import cache
 
 import torch
 import triton
@@ -378,6 +379,7 @@ def _warps(near, width, unit, most):
     return 4 if near > 8 or (near > most and unit < width) else 1
 
 
+@cache
 def _forward_variant(dtypes, near, width, unit):
     value, offsets, weights, power = dtypes
     f32, i32 = torch.float32, torch.int32
@@ -396,6 +398,7 @@ def _forward_variant(dtypes, near, width, unit):
     )
 
 
+@cache
 def _place_variant(dtypes, index, near, width, unit):
     value, offsets, weights, power = dtypes
     f32, i32 = torch.float32, torch.int32
@@ -415,6 +418,7 @@ def _place_variant(dtypes, index, near, width, unit):
     )
 
 
+@cache
 def _token_variant(dtype, listed, index, near, width, unit):
     return Variant(
         deformable_bwd_token_kernel,
@@ -451,6 +455,8 @@ def _prepare(value, positions, offsets, weights, query_positions, canvas, lookup
         lookup = torch.nn.functional.pad(lookup, (0, near - lookup.shape[2]), value=-1)
     tensors = (value, positions, offsets, weights, query_positions, canvas, lookup, power)
     tensors = [x.contiguous() for x in tensors]
+    if tensors[0].data_ptr() % 4:  # pairs of half precision are read as one word
+        tensors[0] = tensors[0].clone()
     width, unit = _channels(channels, near)
     sizes = (queries, tokens, heads, levels, levels * points, channels // unit, *division(points))
     dtypes = (value.dtype, offsets.dtype, weights.dtype, power.dtype)
@@ -477,7 +483,7 @@ def backward(grad, value, positions, offsets, weights, query_positions, canvas, 
     given = (value, positions, offsets, weights, query_positions, canvas, lookup, power)
     queries, (tokens, heads, channels) = offsets.shape[0], value.shape
     if value.numel() * weights.numel() * lookup.numel() == 0:
-        return [torch.zeros_like(x) for x in (value, offsets, weights, power)]
+        return [x.new_zeros(x.shape) for x in (value, offsets, weights, power)]
 
     def empty(shape, dtype):
         return torch.empty(shape, dtype=dtype, device=value.device)

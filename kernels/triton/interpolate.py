@@ -293,7 +293,7 @@ def backward(grad, features, positions, query_positions, neighbor_index, power, 
     like, power = power, _readable(power, features)
     kind = (features.dtype, power.dtype, positions.shape[1])
     if neighbor_index.numel() == 0 or features.numel() == 0:
-        return torch.zeros_like(features), torch.zeros_like(like)
+        return features.new_zeros(features.shape), like.new_zeros(like.shape)
     grad, features, positions, query_positions, neighbor_index, power = _contiguous(
         grad, features, positions, query_positions, neighbor_index, power
     )

@@ -667,7 +667,7 @@ def backward(
     per_query, clusters = index.shape[1], offsets.shape[0] - 1
     learned = (weight, bias, norm_weight, norm_bias)
     if index.numel() == 0 or features.numel() == 0:
-        return tuple(torch.zeros_like(x) for x in (features, scores, *learned))
+        return tuple(x.new_zeros(x.shape) for x in (features, scores, *learned))
     lists = inverse_lists(index, clusters)
     net = _net(*learned, features)
     # Several clusters per program where there are enough: sums cost as much as a cluster.

@@ -91,7 +91,7 @@ class Variant:
     @cached_property
     def _kinds(self) -> list[tuple[torch.dtype | str, bool | None]]:
         """Of each argument its type, and whether its value decides what is compiled; `None` for
-        tensors, whose alignment does."""
+        tensors, whose alignment does, and on AMD's devices their size."""
         params = [] if INTERPRETED else self.kernel.params
         free = {param.name for param in params if param.do_not_specialize}
         names = [name for name in self.kernel.arg_names if name not in self.constants]
@@ -117,6 +117,8 @@ class Variant:
                     )
                 device = device or given.device
                 traits.append(given.data_ptr() % 16 == 0)
+                if _BACKEND == "hip":  # smaller storages are read with 32-bit offsets
+                    traits.append(given.untyped_storage().size() <= _LARGEST)
             elif specialized:
                 traits.append((given == 1, given % 16 == 0, given > _LARGEST))
             elif given > _LARGEST:

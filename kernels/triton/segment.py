@@ -21,19 +21,21 @@ _MOST_PARTS = 256
 _NOWHERE = tl.constexpr((1 << 63) - 1)
 
 
-@triton.jit(do_not_specialize=("parts", "channels"))
+@triton.jit(do_not_specialize=("parts", "blocks", "channels"))
 def segment_fold_fwd_kernel(
-    values, other, offsets, out, places, parts, channels,
+    values, other, offsets, out, places, parts, blocks, channels,
     MODE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """See `pointformer.kernels.segment`; out and places (S * parts, C)."""
-    segment = tl.program_id(0) // parts
+    # Along one axis: others have no more than 65,535 programs.
+    part, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    segment = part // parts
     begin = tl.load(offsets + segment)
     end = tl.load(offsets + segment + 1)
     share = (end - begin + parts - 1) // parts
-    begin = tl.minimum(begin + (tl.program_id(0) % parts) * share, end)
+    begin = tl.minimum(begin + (part % parts) * share, end)
     end = tl.minimum(begin + share, end)
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)  # (WIDTH,)
+    channel = block * WIDTH + tl.arange(0, WIDTH)  # (WIDTH,)
     known = channel < channels
     extreme: tl.constexpr = (MODE == "max") | (MODE == "min") | (MODE == "largest")
     centered: tl.constexpr = (MODE == "squares") | (MODE == "exps")
@@ -63,7 +65,7 @@ def segment_fold_fwd_kernel(
             total += value * tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
         else:
             total += value
-    target = tl.program_id(0).to(tl.int64) * channels + channel
+    target = part.to(tl.int64) * channels + channel
     if extreme:
         nan = total != total
         found = tl.max(tl.where(nan, -float("inf"), total), 0)
@@ -77,14 +79,15 @@ def segment_fold_fwd_kernel(
     tl.store(out + target, found, mask=known)
 
 
-@triton.jit(do_not_specialize=("rows", "channels"))
+@triton.jit(do_not_specialize=("rows", "blocks", "channels"))
 def segment_spread_fwd_kernel(
-    table, segment, values, other, out, rows, channels,
+    table, segment, values, other, out, rows, blocks, channels,
     MODE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """See `pointformer.kernels.segment`; segment (rows,)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    part, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    row = part.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = block * WIDTH + tl.arange(0, WIDTH)
     here = row < rows
     inside = here[:, None] & (channel < channels)[None, :]
     at = row[:, None] * channels + channel[None, :]
@@ -116,7 +119,7 @@ def _fold_variant(mode, dtype, width):
     finds = mode in ("max", "min")
     return Variant(
         segment_fold_fwd_kernel,
-        (dtype, beside, _INT, _FLOAT, _INT, "i32", "i32"),
+        (dtype, beside, _INT, _FLOAT, _INT, "i32", "i32", "i32"),
         {"MODE": mode, "ROWS": _ROWS, "WIDTH": width},
         writes=("out", "places") if finds else ("out",),
         num_warps=max(1, width // 16),
@@ -131,7 +134,7 @@ def _spread_variant(mode, dtype, width):
     beside = dtype if mode == "products" else _FLOAT
     return Variant(
         segment_spread_fwd_kernel,
-        (_FLOAT, _INT, _FLOAT if mode == "copy" else dtype, beside, dtype, "i32", "i32"),
+        (_FLOAT, _INT, _FLOAT if mode == "copy" else dtype, beside, dtype, "i32", "i32", "i32"),
         {"MODE": mode, "ROWS": _ROWS, "WIDTH": width},
         writes=("out",),
         tiles={"ROWS": (64,)},
@@ -167,10 +170,11 @@ def fold(values, offsets, other, mode):
     if other is not None:
         other = other.to(values.dtype if mode == "products" else torch.float32).contiguous()
     values = values.contiguous()
+    blocks = triton.cdiv(channels, variant.constants["WIDTH"])
     variant.launch(
-        (count * parts, triton.cdiv(channels, variant.constants["WIDTH"])),
+        (count * parts * blocks,),
         *(values, values if other is None else other, offsets.contiguous(), out),
-        *(places if finds else offsets.contiguous(), parts, channels),
+        *(places if finds else offsets.contiguous(), parts, blocks, channels),
     )
     if parts > 1:
         again = mode if finds or mode == "largest" else "sum"
@@ -190,11 +194,11 @@ def spread(table, offsets, values, other, rows, dtype, mode):
     if other is not None:
         other = other.to(dtype if mode == "products" else torch.float32).contiguous()
     variant = _spread_variant(mode, dtype, _width(channels))
-    width = variant.constants["WIDTH"]
+    blocks = triton.cdiv(channels, variant.constants["WIDTH"])
     table = table.float().contiguous()
     variant.launch(
-        lambda constants: (triton.cdiv(rows, constants["ROWS"]), triton.cdiv(channels, width)),
+        lambda constants: (triton.cdiv(rows, constants["ROWS"]) * blocks,),
         *(table, segment, table if values is None else values.to(dtype).contiguous()),
-        *(table if other is None else other, out, rows, channels),
+        *(table if other is None else other, out, rows, blocks, channels),
     )
     return out

@@ -112,7 +112,10 @@ class Tuner:
         outputs: Sequence[Tensor],
         budget: float,
     ) -> Choice:
-        before = [output.clone() for output in outputs]
+        try:
+            before = [output.clone() for output in outputs]
+        except torch.OutOfMemoryError:
+            return choices[0]
         expected: list[Tensor] = []
         times: list[tuple[float, int]] = []
         for number, choice in enumerate(choices):
@@ -120,12 +123,17 @@ class Tuner:
                 _spoil(output)
             try:
                 compiled = run(choice)
-            except triton.TritonError:  # it needs more than there is, or cannot be compiled
+            except torch.AcceleratorError:  # the device is of no use any more
+                raise
+            except (triton.TritonError, RuntimeError, AssertionError):
                 if number == 0:
                     raise
-                continue
+                continue  # it needs more than there is, or cannot be compiled
             if number == 0:
-                expected = [output.clone() for output in outputs]
+                try:
+                    expected = [output.clone() for output in outputs]
+                except torch.OutOfMemoryError:
+                    break
             elif getattr(compiled, "n_spills", 0):
                 continue
             elif not all(agree(*pair, budget) for pair in zip(outputs, expected, strict=True)):
@@ -139,7 +147,7 @@ class Tuner:
             times.append((self.time(functools.partial(run, choice)), number))
         for output, content in zip(outputs, before, strict=True):
             output.copy_(content)
-        return choices[min(times)[1]]
+        return choices[min(times, default=(0.0, 0))[1]]
 
     def _read(self) -> dict[str, Choice]:
         try:
