@@ -5,6 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +32,7 @@ from pointformer.clusters import Neighborhoods
 from pointformer.kernels.attention import TILE, clusters_per_group
 from pointformer.kernels.triton import attention
 from pointformer.kernels.triton.attention_backward import learned_gradients
-from pointformer.kernels.triton.attention_pairs import division
+from pointformer.kernels.triton.attention_pairs import division, load_rows
 from pointformer.kernels.triton.runtime import INTERPRETED, Variant
 
 if not INTERPRETED:
@@ -396,3 +398,26 @@ def test_can_be_captured(training):
             if training:
                 attention.backward(output, output, normal, *arguments)
         assert launch.call_count == (6 if training else 2)
+
+
+@triton.jit
+def _read_rows(data, out, token_stride, head_stride):
+    row, head = tl.arange(0, 16), tl.program_id(0)
+    values = load_rows(data, row % 2, head, token_stride, head_stride, 2, 16)
+    place = head * 256 + row[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out + place, values)
+
+
+def test_strides_beyond_2_31_elements():
+    """Of tokens and of heads, in memory that is reserved only."""
+    far = (1 << 31) + 64
+    try:
+        memory = torch.empty(far + 2048, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("needs 4 GB of address space")
+    for token_stride, head_stride in ((far, 64), (64, far)):
+        rows = memory.as_strided((2, 2, 16), (head_stride, token_stride, 1))
+        rows.copy_(torch.randn(2, 2, 16))
+        out = torch.empty(2, 16, 16, dtype=torch.float16)
+        _read_rows[(2,)](memory, out, token_stride // 8, head_stride // 8)
+        assert torch.equal(out[:, :2], rows)

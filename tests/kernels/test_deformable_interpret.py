@@ -160,3 +160,16 @@ def test_nothing_waits_for_the_gpu():
         slopes = deformable.backward(out, *arguments.values(), *lists, 1e-11)
         expected = [tuple(arguments[name].shape) for name in LEARNED[:3]]
         assert [tuple(slope.shape) for slope in slopes] == [*expected, (1,)]
+
+
+def test_halves_at_an_odd_address_are_copied():
+    """Two of them are read as one word."""
+    values = torch.randn(1 + 6 * 2 * 8).bfloat16()
+    rest = [torch.zeros(1) for _ in range(5)]
+    lookup, power = torch.zeros(1, 1, 4, dtype=torch.int32), torch.ones(())
+    for start in (0, 1):
+        value = values[start : start + 96].view(6, 2, 8)
+        offsets = torch.zeros(3, 2, 1, 4, 2)
+        (prepared, *_), *_ = deformable._prepare(value, rest[0], offsets, *rest[2:], lookup, power)
+        assert prepared.data_ptr() % 4 == 0
+        assert torch.equal(prepared, value)

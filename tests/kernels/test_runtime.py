@@ -1,8 +1,16 @@
 """What a launch hands to Triton, with a stand-in for the driver: nothing is computed."""
 
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
+
+import torch
+
+import pointformer.kernels.triton as triton_kernels
+from pointformer.kernels.triton import gather, runtime
+from pointformer.kernels.triton.runtime import Variant
 
 SCRIPT = """
 from unittest import mock
@@ -82,3 +90,27 @@ def test_launches_are_what_triton_would_launch_without_its_lookup():
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_variants_are_made_once():
+    """What was compiled is kept in them."""
+    for module in pkgutil.iter_modules(triton_kernels.__path__):
+        content = vars(importlib.import_module(f"{triton_kernels.__name__}.{module.name}"))
+        for name, function in content.items():
+            if name.endswith("_variant"):
+                assert hasattr(function, "cache_info"), f"{module.name}.{name}"
+
+
+def test_amd_compiles_apart_for_large_storages(monkeypatch):
+    """Small ones are read with 32-bit offsets, which would read zeros beyond."""
+    seen = []
+    monkeypatch.setattr(runtime, "_BACKEND", "hip")
+    monkeypatch.setattr(
+        Variant, "_run", lambda self, grid, given, device, traits: seen.append(traits)
+    )
+    variant = gather._variant(gather.gather_fwd_kernel, torch.float16, 16)
+    index, weights = torch.zeros(32, 4, dtype=torch.int32), torch.rand(32, 4)
+    for rows in (64, 128, (1 << 26) + 1):
+        features, out = (torch.empty(n, 16, dtype=torch.float16) for n in (rows, 32))
+        variant.launch((2, 1), features, index, weights, out, 32, rows, 4, 16)
+    assert seen[0] == seen[1] != seen[2]

@@ -15,7 +15,7 @@ from helpers.segment import gradient_of_first, make_case, with_gradients
 from pointformer import segment_logsumexp, segment_reduce, segment_softmax
 from pointformer.kernels.segment import fused_segment_reduce, fused_segment_softmax
 from pointformer.kernels.triton import segment as kernels
-from pointformer.kernels.triton.runtime import INTERPRETED
+from pointformer.kernels.triton.runtime import INTERPRETED, Variant
 
 if not INTERPRETED:
     reason = "kernels run compiled here: set TRITON_INTERPRET=1"
@@ -88,3 +88,14 @@ def test_opcheck(name):
         fused_segment_reduce, (values.requires_grad_(), offsets, name, 1, "triton")
     )
     torch.library.opcheck(fused_segment_softmax, (values, offsets, "triton"))
+
+
+def test_channels_are_no_second_axis_of_programs(monkeypatch):
+    """Of which GPUs have no more than 65,535."""
+    grids = []
+    monkeypatch.setattr(Variant, "launch", lambda self, grid, *_: grids.append(self.programs(grid)))
+    values, offsets = torch.empty(2, 1 << 22), torch.tensor([0, 2])
+    kernels.fold(values, offsets, None, "sum")
+    kernels.spread(values[:1], offsets, None, None, 2, torch.float32, "copy")
+    assert [len(grid) for grid in grids] == [1, 1]
+    assert grids[0] == ((1 << 22) // 64,)

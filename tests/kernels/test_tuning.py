@@ -24,6 +24,7 @@ class Kernel:
 
     def __init__(self, times, spills=(), fails=(), wrong=()):
         self.times, self.spills, self.fails, self.wrong = times, spills, fails, wrong
+        self.error = triton.runtime.errors.OutOfResources(1, 0, "registers")
         self.launches = 0
         self.n_spills = 0
         self.output = torch.arange(6.0)
@@ -31,7 +32,7 @@ class Kernel:
     def run(self, choice):
         place = tuple(({"num_warps": 4, "num_stages": 2, "KEYS": 32} | choice).values())
         if place in self.fails:
-            raise triton.runtime.errors.OutOfResources(1, 0, "registers")
+            raise self.error
         self.launches += 1
         self.last = self.times.get(place, 9.0)
         self.n_spills = int(place in self.spills)
@@ -78,6 +79,30 @@ def test_what_spills_or_does_not_fit_is_left_out(tmp_path):
     nothing_fits = Kernel({}, fails=[(4, 2, 32)])
     with pytest.raises(triton.runtime.errors.OutOfResources):  # the default must
         nothing_fits.tuned(Tuner(tmp_path / "b.json", kernel.time))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("PassManager::run failed"), AssertionError()])
+def test_what_the_compiler_fails_on_is_left_out(tmp_path, error):
+    kernel = Kernel({(8, 2, 32): 1.0, (2, 2, 32): 2.0}, fails=[(8, 2, 32)])
+    kernel.error = error
+    assert kernel.tuned(Tuner(tmp_path / "a.json", kernel.time)) == {"num_warps": 2}
+
+
+def test_a_device_that_failed_is_said(tmp_path):
+    kernel = Kernel({}, fails=[(8, 2, 32)])
+    kernel.error = torch.AcceleratorError("an illegal memory access was encountered")
+    with pytest.raises(torch.AcceleratorError):
+        kernel.tuned(Tuner(tmp_path / "a.json", kernel.time))
+
+
+def test_without_memory_for_a_comparison_there_is_none(tmp_path, monkeypatch):
+    kernel = Kernel({(8, 2, 32): 1.0})
+
+    def fails(self):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "clone", fails)
+    assert kernel.tuned(Tuner(tmp_path / "a.json", kernel.time)) == {}
 
 
 def test_what_computes_something_else_is_refused_with_a_warning(tmp_path):
