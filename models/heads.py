@@ -615,9 +615,9 @@ HEADS: dict[str, type[Head]] = {  # without a choice, the first that can learn a
     "classification": ClassificationHead,
     "dense": DenseHead,
     "features": FeatureHead,
+    "stars": StarHead,
     "mask2former": Mask2FormerHead,
     "hcformer": HCFormerHead,
-    "stars": StarHead,
     "point_classification": PointClassificationHead,
     "point_segmentation": PointSegmentationHead,
 }

@@ -76,6 +76,8 @@ def describe(
     else:
         many = samples_in_words(len(validation), statistics.counts)
         say(f"{validation.source}: {many} to be scored on")
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    say(f"model: {model.name} with the head {model.head_name}, {numbers:,} parameters")
     errors = [
         error
         for dataset in (training, validation)

@@ -45,7 +45,7 @@ from pointformer.train.pictures import (
     object_diameter,
     open_data,
 )
-from pointformer.train.recipe import Recipe, write_recipe
+from pointformer.train.recipe import Recipe, read_recipe, write_recipe
 from pointformer.train.report import draw_token_maps
 from pointformer.train.trainer import Trainer
 
@@ -329,7 +329,8 @@ def train(
     Args:
         device: "cuda" is a GPU for each process of `torchrun`.
         out: folder of a new run, or of one with the same recipe, which goes on from its newest
-            checkpoint; the budget and what does not change the result may be others.
+            checkpoint; the budget and what does not change the result may be others. A run that is
+            done and had more than the budget stays as it is.
         say: shows a line.
 
     Raises:
@@ -379,10 +380,21 @@ def train(
         )
         run = Run(trainer, batches, validation, out, speak)
         processes.alike(run.resume)
+        if run.scores is not None and trainer.used >= 1 and _budget_in(out) != recipe.budget:
+            speak(
+                f"nothing to train: {trainer.steps} steps are done, which is all of this budget; "
+                f"{out} is as it was"
+            )
+            return run.scores
         if processes.main:
             with atomic_path(out / RECIPE) as temporary:
                 temporary.write_text(write_recipe(recipe), "utf-8")
         return run.finish()
+
+
+def _budget_in(out: Path) -> Budget | None:
+    """The budget of the run in a folder."""
+    return read_recipe(out / RECIPE).budget if (out / RECIPE).exists() else None
 
 
 def _made(recipe: Recipe, training: Dataset, processes: Processes) -> tuple[Model, Task]:

@@ -191,6 +191,18 @@ def test_a_run_that_is_told_to_end_saves_what_it_did(folder, tmp_path, monkeypat
     assert [row["step"] for row in scores] == ["2", "4", "6"]
 
 
+def test_a_run_that_had_more_than_the_budget_stays_as_it_is(folder, tmp_path):
+    lines = []
+    scores = train(recipe_of(folder, "budget.steps=3"), tmp_path / "run", say=silent)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    again = train(recipe_of(folder, "budget.steps=2"), tmp_path / "run", say=lines.append)
+    np.testing.assert_equal(again, scores)
+    assert lines[-1].startswith("nothing to train: 3 steps are done, which is all of this budget")
+    assert {path: path.read_bytes() for path in before} == before
+    train(recipe_of(folder, "budget.steps=4"), tmp_path / "run", say=lines.append)
+    assert read_recipe(tmp_path / "run" / "recipe.yaml").budget.steps == 4
+
+
 @pytest.mark.parametrize("place", ["first step", "batch", "validation"])
 def test_a_run_that_is_told_to_end_does_not_wait(folder, tmp_path, monkeypatch, place):
     """For kernels that are compiled in the first step, for a batch, or for scores."""
@@ -790,7 +802,7 @@ def test_a_training_before_is_forgotten(stages):
 
 def test_heads_by_task():
     kinds = [Category(1, "round"), Category(2, "long")]
-    heads = {"semantic": "dense", "instance": "mask2former", "panoptic": "mask2former",
+    heads = {"semantic": "dense", "instance": "stars", "panoptic": "mask2former",
              "classification": "classification"}  # fmt: skip
     for task, head in heads.items():
         model = make_model(read_recipe(task=task, model="aff_nano"), kinds)
@@ -799,7 +811,9 @@ def test_heads_by_task():
     assert (
         make_model(read_recipe(task="instance", model="aff_nano"), kinds[:1]).head_name == "dense"
     )
-    with pytest.raises(ValueError, match=r"head: 'dense' cannot find 2 kinds .*: mask2former, hcf"):
+    with pytest.raises(
+        ValueError, match=r"head: 'dense' cannot find 2 kinds .*: stars, mask2"
+    ):
         make_model(read_recipe(task="instance", model="aff_nano", head="dense"), kinds)
     with pytest.raises(ValueError, match=r"head: 'dense' cannot find .*: classification$"):
         make_model(read_recipe(task="classification", model="aff_nano", head="dense"), kinds)
