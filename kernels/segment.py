@@ -159,7 +159,7 @@ def _differentiate_reduce(ctx, grad, _):
         table = torch.where(share > 0, table / share, 0.0)
     elif ctx.reduce == "logsumexp":
         mode = "exps"
-        kept = kept.masked_fill(kept.isneginf(), 0.0)  # as torch: no NaN where all are -inf
+        kept = kept.masked_fill(kept.isneginf(), 0.0)  # no NaN where all are -inf
     shift = kept if mode != "copy" else None
     rows, impl = ctx.rows, ctx.impl
     dtype = grad.dtype if ctx.reduce != "std" else torch.float32

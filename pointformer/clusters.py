@@ -118,6 +118,19 @@ def check_neighborhoods(
             wanted = f"{queries} queries among {tokens} tokens"
         raise ValueError(f"neighborhoods: expected those of {wanted}, got {neighborhoods!r}")
     check_tensor("neighborhoods", neighborhoods.cluster_index, ("Q", "R"), (torch.int32,), device)
+    _check_lengths(neighborhoods.clusters)
+
+
+def _check_lengths(clusters: Clusters) -> None:
+    """Raise if a cluster is longer than it may be, for which there would be no room. On CPUs."""
+    offsets = clusters.offsets
+    if type(offsets) is Tensor and offsets.device.type == "cpu" and can_read(offsets):
+        longest = np.diff(offsets.numpy()).max(initial=0)
+        if longest > clusters.cluster_size:
+            raise ValueError(
+                f"neighborhoods: has a cluster of {longest} tokens, its cluster_size is "
+                f"{clusters.cluster_size}"
+            )
 
 
 def check_order(name: str, positions: Tensor, clusters: Clusters, wait: bool = False) -> None:

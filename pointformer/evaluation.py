@@ -261,7 +261,9 @@ def predictions(
             image = read_sample(annotation, reading)
         except ValueError as error:
             if not dataset.skip_bad:
-                raise
+                if "skip_bad" in str(error):
+                    raise
+                raise type(error)(f"{error}; skip_bad (--skip-bad) leaves it out") from None
             dataset.skipped[dataset.entries[index].name] = str(error)
             continue
         if isinstance(image, TokenSet):

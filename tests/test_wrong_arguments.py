@@ -28,6 +28,7 @@ from pointformer import (
     knn,
     nearest_clusters,
 )
+from pointformer._dispatch import choose, lacks_nothing
 from pointformer.annotations import Category
 from pointformer.models import (
     AFFConfig,
@@ -807,3 +808,17 @@ def test_wrong_arguments_are_named(name):
     faults += [f"{use}: accepted" for use in sorted(accepted - expected)]
     faults += [f"{use}: refused" for use in sorted(expected - accepted)]
     assert not faults, "\n".join([f"{len(faults)} faults", *faults])
+
+
+@pytest.mark.parametrize(
+    ("impl", "device", "interpret", "why"),
+    [
+        ("cpu", "cuda", "1", "it needs tensors on the CPU, not on cuda"),
+        ("triton", "meta", "1", "it needs a CUDA or ROCm device, not meta"),
+        ("triton", "cpu", "0", "start Python with TRITON_INTERPRET=1"),
+    ],
+)
+def test_implementations_that_cannot_run_there(impl, device, interpret, why, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    with pytest.raises(ValueError, match=rf"f: impl='{impl}' cannot run .*{why}; use impl="):
+        choose("f", impl, {impl: lacks_nothing}, torch.device(device))

@@ -31,6 +31,20 @@ if TYPE_CHECKING:
 _MOST_THREADS = 1024  # of some thousands starting takes seconds, of more the process dies
 DEFAULT_MODEL, CLOUD_MODEL = "aff_nano.nuclei", "point_nano.lidar"
 
+FORMATS = (
+    "folder",
+    "classes",
+    "ade20k",
+    "cityscapes",
+    "coco",
+    "coco-panoptic",
+    "shards",
+    "objects",
+    "scenes",
+    "arrays",
+)
+"""Of data sets, by name: those of `pointformer.data.FORMATS`, which takes a second to import."""
+
 
 def add_model_arguments(parser: argparse.ArgumentParser, by_inputs: bool = False) -> None:
     """`by_inputs`: the default is `None`, for `inputs.model_for` to choose."""

@@ -27,6 +27,7 @@ from pointformer._files import make_folder
 from pointformer.cli.common import (
     CLOUD_MODEL,
     DEFAULT_MODEL,
+    FORMATS,
     add_model_arguments,
     add_picture_arguments,
     add_result_arguments,
@@ -47,23 +48,10 @@ if TYPE_CHECKING:
     from pointformer.processes import Processes
     from pointformer.tasks import Task
 
-_FORMATS = (
-    "folder",
-    "classes",
-    "ade20k",
-    "cityscapes",
-    "coco",
-    "coco-panoptic",
-    "shards",
-    "objects",
-    "scenes",
-    "arrays",
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder or file of the data set")
-    parser.add_argument("--format", choices=_FORMATS, help="default: what DATA looks like")
+    parser.add_argument("--format", choices=FORMATS, help="default: what DATA looks like")
     parser.add_argument(
         "--split",
         help="default: val; where there are no splits, what the model's training kept to score on, "

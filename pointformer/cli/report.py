@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pointformer.cli.common import add_result_arguments, placed, say
+from pointformer.cli.common import add_result_arguments, placed, say, use_threads
 from pointformer.cli.results import Results
 
 
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "at random; 0: none (default: 200)",
     )
     parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     add_result_arguments(parser)
 
 
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
     if options.pictures < 0:
         raise ValueError(f"--pictures: expected at least 0, got {options.pictures}")
+    use_threads(options.threads)
     for name in (RECIPE, WEIGHTS):
         if not (options.run / name).is_file():
             raise ValueError(f"{options.run / name}: no such file: expected the folder of a run")

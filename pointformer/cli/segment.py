@@ -5,7 +5,7 @@ legend), NAME_labels.png (16-bit ids; with more than 65,535 objects NAME_labels.
 NAME_objects.csv (id, class, score, area, centroid, box) and NAME_summary.json (count, time, tokens
 per stage).
 
-With a --model for point segmentation, for each point cloud (LAS, LAZ, PLY, NPZ, XYZ):
+For each point cloud (LAS, LAZ, PLY, NPZ, XYZ), by point_nano.lidar or a --model of points:
 NAME_points.EXT (the same file with a class per point, "classification", all else as it was),
 NAME_above.png and NAME_side.png (points in the colors of their classes with a legend),
 NAME_classes.csv (code, class, points, share and mean score of each class, and in total) and

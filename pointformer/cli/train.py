@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 
 from pointformer.cli.common import (
+    FORMATS,
     add_task_argument,
     is_out_of_memory,
     printable,
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init", help="NAME.TAG, a .safetensors file or a released checkpoint to start from"
     )
-    parser.add_argument("--format", help="of the data set (default: what it looks like)")
+    parser.add_argument("--format", choices=FORMATS, help="default: what DATA looks like")
     parser.add_argument(
         "--val-share",
         type=float,

@@ -486,8 +486,8 @@ def _coco_file(request: _Request, key: bytes) -> tuple[Path, Path]:
     if len(files) > 1:
         names = " and ".join(str(file) for file in files[:2])
         raise ValueError(
-            f"{request.path}: both {names} may be the annotations; move one away, or "
-            "choose (--annotations of `evaluate`)"
+            f"{request.path}: both {names} may be the annotations; move one away (`evaluate` takes "
+            "--annotations)"
         )
     file = files[0]
     year = _SPLIT_IN_NAME.search(file.stem.lower())

@@ -36,7 +36,11 @@ class GELU(nn.GELU):
     memory would take as long as the function itself."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+        return (
+            super().forward(x)
+            if torch.is_grad_enabled()
+            else (torch.ops.aten.gelu_(x, approximate=self.approximate))
+        )
 
 
 class FeedForward(nn.Sequential):

@@ -95,7 +95,8 @@ def segment_logsumexp(
 ) -> Tensor:
     """Logarithm of the sum of the exponentials of each segment's rows: (S, ...).
 
-    -inf for segments without rows. Arguments and errors as for `segment_reduce`.
+    -inf for segments without rows. Where all rows are -inf, so is the result, and their gradients
+    are 0. Arguments and errors as for `segment_reduce`.
     """
     given = (sizes, offsets, index, count)
     rows = _in_segments("segment_logsumexp", values, *given, check_values, impl)

@@ -49,7 +49,9 @@ def segment_reduce(values: Tensor, offsets: Tensor, reduce: str, correction: int
     elif reduce == "logsumexp":
         largest, _ = _first_largest(x, segment, count)
         shift = largest.masked_fill(largest.isinf(), 0.0)
-        found = _sum((x - shift[segment]).exp(), segment, count).log() + shift
+        total = _sum((x - shift[segment]).exp(), segment, count)
+        some = total != 0  # where all are -inf, so is the result, and no gradient is NaN
+        found = total.where(some, 1.0).log().where(some, -torch.inf) + shift
     else:
         found = _sum(x, segment, count)
         if reduce != "sum":

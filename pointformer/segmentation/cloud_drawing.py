@@ -138,6 +138,7 @@ def cloud_pictures(result: SegmentedCloud) -> dict[str, Image.Image]:
     for name, view in views.items():
         picture = view.draw(_shaded(colors[result.classes], heights))
         words = [f"{len(positions):,} points from {'above' if name == 'above' else 'the side'}"]
+        words.append("the higher the brighter")
         if view.stretch > 1:
             words.append(f"heights {view.stretch:.1f} times as long")
         if view.outside:

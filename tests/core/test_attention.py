@@ -27,7 +27,7 @@ from helpers.attention import (
     registered_arguments,
 )
 from pointformer import TokenSet
-from pointformer.clusters import Neighborhoods
+from pointformer.clusters import Clusters, Neighborhoods
 from pointformer.kernels.cpu import attention_backward
 from pointformer.ops import neighborhood_attention
 from pointformer.reference.attention import neighborhood_attention as reference_attention
@@ -659,3 +659,43 @@ def test_fused_heeds_the_scale(scale, cluster_size):
     for name, grad in grads.items():
         error = (found_grads[name] - grad).abs().max()
         assert error <= 1e-5 * grad.abs().max() + 1e-4, name
+
+
+@pytest.mark.parametrize("cluster_size", [3, 16])
+def test_sums_over_chunks_may_cancel(cluster_size):
+    """48 tokens, three chunks: the gradients of the first and last undo each other."""
+    tensors, positions, neighborhoods = make_inputs(
+        (48,), cluster_size=cluster_size, features=0, bias=False, dtype=torch.float32
+    )
+    for name in ("query", "key", "value"):
+        tensors[name].zero_()
+    neighborhoods.cluster_index[:] = torch.tensor([0, 1, 2])
+    cotangent = torch.ones(48, 2, 8)
+    cotangent[:16], cotangent[32:] = 1e9, -1e9
+    _, grads = gradients(tensors, positions, neighborhoods, cotangent, impl="cpu")
+    share = 16 / (1 + 3 * cluster_size)
+    torch.testing.assert_close(grads["blank_value"], torch.full((2, 8), share))
+
+
+@pytest.mark.parametrize("cluster_size", [1, 3, 8])
+def test_nan_gradients_reach_what_the_query_saw(cluster_size):
+    inputs = make_inputs((40,), cluster_size=cluster_size, num_clusters=2, dtype=torch.float32)
+    cotangent = torch.ones(40, 2, 8)
+    cotangent[11, 1, 3] = torch.nan
+    both = (gradients(*inputs, cotangent, impl=impl)[1] for impl in ("reference", "cpu"))
+    for expected, found in zip(*map(dict.values, both), strict=True):
+        assert torch.equal(found.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_clusters_longer_than_they_say_are_refused(impl):
+    """Kernels would write beyond their memory."""
+    positions = torch.rand(40, 2)
+    clusters = Clusters(
+        torch.arange(40), torch.tensor([0, 40], dtype=torch.int32),
+        positions.mean(0, keepdim=True), (40,), (1,), 1,
+    )  # fmt: skip
+    near = Neighborhoods(torch.zeros(40, 1, dtype=torch.int32), clusters)
+    x = torch.rand(40, 1, 8)
+    with pytest.raises(ValueError, match="has a cluster of 40 tokens, its cluster_size is 1"):
+        neighborhood_attention(x, x, x, positions, near, impl=impl)

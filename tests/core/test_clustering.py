@@ -691,3 +691,10 @@ def test_clusters_larger_than_the_samples_cost_nothing():
     rows, mask = around.members()
     assert rows.shape == mask.shape == (10, 10)
     assert mask.sum(1).tolist() == [5] * 10
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_both_zeros_are_one_number(impl):
+    positions = torch.tensor([[0.0, 0], [0.0, 0], [-0.0, 0], [1.0, 0], [-0.0, 0], [2.0, 0]])
+    order = balanced_cluster(positions, 1, curve="kd", impl=impl).order
+    assert order.tolist() == [0, 1, 2, 4, 3, 5]

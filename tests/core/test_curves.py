@@ -93,3 +93,13 @@ def test_fused_codes_equal_torch(curve, dimensions):
 def test_wrong_cells_are_named():
     with pytest.raises(ValueError, match=r"cells: expected int64 .* got a float32 tensor"):
         hilbert_code(torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("bits", [3, 5, 8, 20])
+def test_peano_has_digits_for_all_cells_of_so_many_bits(bits, dimensions):
+    last = min(2**bits, 3 ** (39 // dimensions)) - 1
+    cells = torch.tensor([[last] * dimensions, [last, *[0] * (dimensions - 1)]])
+    assert torch.equal(peano_code(cells, bits), peano_code(cells))
+    found = fused_curve_code("peano", cells, cells[:1] + 1, bits, "cpu")
+    assert torch.equal(found, peano_code(cells))

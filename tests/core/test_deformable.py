@@ -264,3 +264,10 @@ def test_autocast_changes_no_bits():
     expected = two_tokens(value=value, impl="reference")
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(two_tokens(value=value, impl="reference"), expected)
+
+
+def test_more_queries_than_a_thread_takes_at_once():
+    case = make_case(queries=70)
+    exact = with_gradients(case, torch.float64, impl="reference")
+    for name, found in with_gradients(case, impl="cpu").items():
+        assert (found - exact[name]).abs().max() <= 5e-5 * exact[name].abs().max(), name

@@ -85,3 +85,10 @@ def test_weights_of_any_dtype(dtype):
     low = features.bfloat16()
     out = weighted_gather(low, index, weights, impl="cpu")
     assert torch.equal(out, weighted_gather(low.float(), index, weights, impl="cpu").bfloat16())
+
+
+def test_more_rows_than_a_thread_takes_at_once():
+    case = make_case(300, 400, 3, 9)
+    exact = with_gradients(*case, torch.float64, "reference")
+    for ours, truth in zip(with_gradients(*case, torch.float32, "cpu"), exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-5)

@@ -317,3 +317,7 @@ def test_gradients_where_eps_matters(impl, eps):
     found = with_gradients(case, impl=impl)
     for name, value in exact.items():
         assert (found[name] - value).abs().max() <= 5e-5 * value.abs().max(), name
+
+
+def test_more_rows_than_a_thread_takes_at_once():
+    assert_as_accurate(make_case(300, 400))

@@ -539,3 +539,23 @@ def test_eps_of_the_norm(impl):
     found = value_and_gradients(scored_merge, case, names, eps=eps, impl=impl)
     for name, value in exact.items():
         assert (found[name] - value).abs().max() <= 1e-4 * value.abs().max(), name
+
+
+def test_a_cluster_of_more_pairs_than_a_block():
+    assert_as_accurate(scored_merge, make_case((150,), 75, 2), ("features", "scores", *NET))
+
+
+def test_sums_over_chunks_may_cancel():
+    """96 clusters of one token, three chunks: gradients of the first and the last cancel."""
+    case = make_case((96,), 1, 1, channels=1, drop=0.0)
+    case["center_index"] = torch.arange(96)
+    case["neighborhoods"].cluster_index[:] = torch.arange(96)[:, None]
+    case |= {"features": torch.ones(96, 1), "scores": torch.ones(96)}
+    grads = []
+    for large in (1e9, 0.0):
+        leaf = case["norm_bias"].clone().requires_grad_()
+        out = scored_merge(**case | {"norm_bias": leaf}, impl="cpu")
+        cotangent = torch.ones_like(out)
+        cotangent[:32], cotangent[64:] = large, -large
+        grads += torch.autograd.grad(out, leaf, cotangent)
+    torch.testing.assert_close(*grads)

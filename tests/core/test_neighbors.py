@@ -490,3 +490,12 @@ def test_what_is_not_looked_for_passes():
     clusters = balanced_cluster(positions, 4)
     nearest_clusters(positions, clusters, 2, check_values=False)  # rows in input order
     Neighborhoods.from_lists(torch.tensor([[1, 1]]), positions, check_values=False)  # twice
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_dense_sample_does_not_narrow_the_search_in_the_next(dimensions):
+    dense = torch.rand(100, dimensions, generator=torch.Generator().manual_seed(0)) / 1000
+    axes = [torch.arange(20.0), torch.arange(15.0), torch.zeros(1)][:dimensions]
+    positions = torch.cat([dense, torch.cartesian_prod(*axes) * 5])
+    found, expected = (knn(positions, 3, sizes=(100, 300), impl=impl) for impl in IMPLS)
+    assert torch.equal(found, expected)

@@ -290,3 +290,27 @@ def test_correction_of_deviations(correction, impl):
 def test_a_count_that_is_one_too_small(impl):
     with pytest.raises(IndexError, match="index: segment 4 of 4 does not exist"):
         segment_reduce(VALUES, index=INDEX, count=4, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_where_all_are_minus_infinity_are_zero(impl):
+    values = torch.tensor([-torch.inf, -torch.inf, 1.0, 1.0], requires_grad=True)
+    segment_logsumexp(values, sizes=[2, 2], impl=impl).backward(torch.ones(2))
+    assert values.grad.tolist() == [0.0, 0.0, 0.5, 0.5]
+
+
+def test_gradients_of_deviations_add_up_to_zero():
+    """Also where rows are almost equal, and most of a difference is the mean's rounding."""
+    values = 1000 + torch.randn(5000, 1, generator=torch.Generator().manual_seed(0)) / 1000
+    segment_reduce(values.requires_grad_(), "std", sizes=[5000], impl="cpu").sum().backward()
+    assert abs(values.grad.double().sum()) < 1e-6 * values.grad.abs().sum()
+
+
+def test_offsets_and_index_of_any_strides():
+    values = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1], [1, 0], [1, 0]])[:, 0]
+    expected = torch.stack([values[index == n].sum(0) for n in (0, 1)])
+    torch.testing.assert_close(segment_reduce(values, "sum", index=index, impl="cpu"), expected)
+    offsets = torch.tensor([[0, 9], [2, 9], [6, 9]])[:, 0]
+    found = segment_reduce(values, "sum", offsets=offsets, impl="cpu")
+    torch.testing.assert_close(found, torch.stack([values[:2].sum(0), values[2:].sum(0)]))

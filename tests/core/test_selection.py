@@ -690,3 +690,13 @@ def test_infinite_scores_have_no_say_at_alpha_zero():
 def test_a_stride_that_float32_does_not_hold_is_named():
     with pytest.raises(ValueError, match="stride: expected a number from"):
         select_centers(torch.rand(9), torch.rand(9, 2), rate=0.5, stride=1e-300, lattice=False)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_of_more_reserved_tokens_than_room_the_first_are_kept_in_order(impl):
+    positions = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 0.0], [4.0, 0.0], [0.0, 0.0]])
+    index, keep = select_centers(
+        torch.zeros(5), positions, extent=(5, 1), rate=0.2, stride=2, impl=impl
+    )
+    assert keep == (2,)
+    assert index.tolist() == [0, 1]

@@ -11,7 +11,7 @@ from helpers import scenes
 from helpers.clouds import write_objects, write_scenes
 from helpers.scenes import encoded, picture, pixels, rectangles, save
 from pointformer.annotations import Category
-from pointformer.cli.evaluate import _FORMATS
+from pointformer.cli.common import FORMATS as NAMES
 from pointformer.data import ADE20K, FORMATS, find_source, open_dataset, open_splits
 from pointformer.data.annotations import matched_classes, renumbered
 
@@ -134,7 +134,7 @@ def test_a_format_is_recognized(tmp_path, name):
 
 
 def test_the_command_line_knows_all_formats():
-    assert set(_FORMATS) == set(FORMATS)
+    assert set(NAMES) == set(FORMATS)
 
 
 def test_a_folder_of_nothing_known_is_an_error(tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numba
 import numpy as np
@@ -205,3 +206,13 @@ def test_nothing_is_compiled_after_warmup(tmp_path, monkeypatch):
         out = tmp_path / f"out{n}"
         assert compiled("segment", picture, "--out", out, *options)[-1] == "0 compiled:"
     assert compiled("warmup")[-1] == "0 compiled:"
+
+
+def test_builds_of_other_cpus_and_versions_are_not_taken(monkeypatch):
+    kept, codegen = cache.KernelCache(double), mock.Mock()
+    names = []
+    for cpu, version in (("znver4", "1.0"), ("core2", "1.0"), ("core2", "1.1")):
+        codegen.magic_tuple.return_value = ("x86_64", cpu)
+        monkeypatch.setattr(numba, "__version__", version)
+        names.append(kept._name((), codegen))
+    assert len(set(names)) == 3

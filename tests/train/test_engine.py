@@ -811,9 +811,7 @@ def test_heads_by_task():
     assert (
         make_model(read_recipe(task="instance", model="aff_nano"), kinds[:1]).head_name == "dense"
     )
-    with pytest.raises(
-        ValueError, match=r"head: 'dense' cannot find 2 kinds .*: stars, mask2"
-    ):
+    with pytest.raises(ValueError, match=r"head: 'dense' cannot find 2 kinds .*: stars, mask2"):
         make_model(read_recipe(task="instance", model="aff_nano", head="dense"), kinds)
     with pytest.raises(ValueError, match=r"head: 'dense' cannot find .*: classification$"):
         make_model(read_recipe(task="classification", model="aff_nano", head="dense"), kinds)

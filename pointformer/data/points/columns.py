@@ -108,7 +108,8 @@ def feature_of(name: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         raise ValueError(
             f"has no {brief(name)} with a number for each point, which the model wants, only "
             f"{have or 'x, y, z'}; "
-            "if it has another name, name all in the order of the training (--features)"
+            "if it has another name, name all in the order of the training (--features of "
+            "`segment`, data.features of `train`)"
         )
     values = np.asarray(columns[column])
     if values.ndim == 2 and values.shape[1] == 1:
