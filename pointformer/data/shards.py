@@ -159,7 +159,8 @@ def _braces_expanded(pattern: str) -> list[str]:
         low, high = int(span[1]), int(span[2])
         if abs(high - low) >= _MOST_SHARDS:
             raise ValueError(f"{pattern}: {match[0]} stands for more than {_MOST_SHARDS:,} names")
-        width = max(map(len, span.groups())) if "0" in (span[1][0], span[2][0]) else 1
+        padded = any(len(end) > 1 and end[0] == "0" for end in span.groups())
+        width = max(map(len, span.groups())) if padded else 1
         numbers = range(low, high + 1) if low <= high else range(low, high - 1, -1)
         parts = [f"{number:0{width}d}" for number in numbers]
     else:

@@ -253,14 +253,14 @@ class ColorJitter(_Checked):
     Attributes:
         brightness: at most such a share of the range from black to white is added.
         contrast, saturation: factors are in 1 - this to 1 + this.
-        hue: at most such a share of a turn.
+        hue: at most such a share of a turn; 18 of OpenCV's 180 levels, as published.
         probability: of each of the four.
     """
 
     brightness: float = 32 / 255
     contrast: float = 0.5
     saturation: float = 0.5
-    hue: float = 18 / 360
+    hue: float = 18 / 180
     probability: float = 0.5
 
     def __call__(

@@ -35,6 +35,8 @@ class Table:
                 rows = list(csv.reader(file))
             self.columns = rows[0] if rows else []
             kept = [row for row in rows[1:] if self._is_kept(row, step)]
+            if not kept:  # the names may be cut off too
+                self.columns = []
         self._write(kept)
         made = [row for row in kept if int(row[0]) == step]  # the only ones that can be made again
         self.before = [dict(zip(self.columns, row, strict=True)) for row in made]

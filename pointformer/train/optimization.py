@@ -168,7 +168,7 @@ class Budget:
         if self.steps is not None:
             shares.append(steps / self.steps)
         if self.epochs is not None:
-            shares.append(steps / math.ceil(self.epochs * epoch_steps - 1e-9))  # rounding
+            shares.append(steps / max(1, math.ceil(self.epochs * epoch_steps - 1e-9)))  # rounding
         if self.minutes is not None:
             shares.append(seconds / (60 * self.minutes))
         return min(1.0, max(shares))

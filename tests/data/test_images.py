@@ -1204,3 +1204,9 @@ def test_numbers_for_no_data_may_have_few_digits(tmp_path, tag):
     known[2, :5], values[2, :5] = np.nan, np.finfo(np.float32).min
     tifffile.imwrite(tmp_path / "a.tif", values, extratags=[(42113, "s", 0, tag, True)])
     assert np.array_equal(read_image(tmp_path / "a.tif"), read_image(known))
+
+
+def test_nan_is_black_whatever_the_levels():
+    values = np.array([[np.nan, -np.inf, -1, 0, np.inf]], np.float32)
+    for inverted, expected in ((False, [0, 0, 0, 128, 255]), (True, [0, 255, 255, 128, 0])):
+        assert to_8_bits(values, (-1.0, 1.0), inverted=inverted).tolist() == [expected]

@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -479,3 +480,7 @@ def test_names_of_classes_may_be_bytes(tmp_path):
         np.savez(tmp_path / path, **arrays)
         dataset = open_dataset(tmp_path / path, task=task, split="train")
         assert [c.name for c in dataset.categories] == [name for name in names if name != "ignored"]
+
+
+def test_defaults_of_changes():
+    assert tuple(asdict(RandomMirror()).values()) == (0.5, 0.5)

@@ -16,7 +16,7 @@ import tifffile
 from helpers.scenes import SIZE, encoded, pixels, rectangles, shard
 from pointformer.data import find_source, open_dataset, open_splits
 from pointformer.data import shards as module
-from pointformer.data.shards import read_shards, shard_files
+from pointformer.data.shards import _braces_expanded, read_shards, shard_files
 from pointformer.data.statistics import examine, without_bad
 from pointformer.train.loading import Batches
 
@@ -383,3 +383,12 @@ def test_read_shards_needs_a_known_task(tmp_path):
     ):
         read_shards(shard_files(tmp_path), "panoptic")
     assert os.listdir(tmp_path) == ["train-0000.tar"]  # nothing is written beside them
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [("{8..010}", ["008", "009", "010"]), ("{08..10}", ["08", "09", "10"]),
+     ("{9..11}", ["9", "10", "11"]), ("{0..10}", [str(n) for n in range(11)])],
+)  # fmt: skip
+def test_braces_are_those_of_a_shell(pattern, names):
+    assert _braces_expanded(pattern) == names

@@ -2,14 +2,21 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from helpers import scenes
 from helpers.scenes import save
-from pointformer.data import open_dataset, read_coco_instances, read_folder, statistics
-from pointformer.data.statistics import examine, without_bad
+from pointformer.data import Category, open_dataset, read_coco_instances, read_folder, statistics
+from pointformer.data.statistics import (
+    PictureFacts,
+    Statistics,
+    examine,
+    left_out_lines,
+    without_bad,
+)
 
 
 def cells(root, sizes=((40, 60), (40, 60), (20, 20)), side=5):
@@ -254,3 +261,37 @@ def test_few_small_objects_need_no_larger_pictures(tmp_path):
     (small,) = examine(open_dataset(tmp_path, task="instance"), "objects").advice(4)
     assert small.startswith("2 of 50 objects (4%) are smaller")
     assert small.endswith("and are easily missed")
+
+
+def test_crops_may_be_too_large_along_one_side(tmp_path):
+    (large,) = examine(cells(tmp_path), "objects").advice(2, (30, 10))
+    assert large.startswith("crops of 10 x 30 px are larger than 1 of the 3 pictures")
+
+
+def test_what_was_found_is_of_its_labels(tmp_path):
+    for name in ("cat", "dog"):
+        save(tmp_path / name / f"{name}.png", np.zeros((8, 8), np.uint8))
+    dataset = open_dataset(tmp_path, task="classification")
+    cat, dog = dataset.entries
+    changed = replace(dog, label=0, read=lambda: replace(dog.read(), label=0))
+    for entries, counts in (([cat, dog], [1, 1]), ([cat, changed], [2, 0])):
+        dataset.entries[:] = entries
+        assert examine(dataset, "pictures", cache=tmp_path / "found.json").per_class == counts
+
+
+def test_what_was_found_is_of_its_classes(tmp_path):
+    dataset = classes(tmp_path, [0, 0, 2])
+    other = open_dataset(tmp_path, categories=[Category(n, f"{n}") for n in (0, 2, 1)])
+    for some, counts in ((dataset, [112, 0, 56]), (other, [112, 56, 0])):
+        assert examine(some, "pixels", cache=tmp_path / "found.json").per_class == counts
+
+
+def test_of_many_classes_and_errors_the_first_are_named():
+    categories = tuple(Category(n, str(n)) for n in range(9))
+    facts = PictureFacts("a", (8, 8), tuple((n, 1) for n in range(9)))
+    for number, end in ((8, "7 12.5%"), (9, "7 11.1%, and 1 more")):
+        some = Statistics(categories[:number], (replace(facts, classes=facts.classes[:number]),),
+                          "pictures")  # fmt: skip
+        assert some.lines()[1].endswith(end)
+    assert left_out_lines("abcde") == ["a", "b", "c", "d", "e"]
+    assert left_out_lines("abcdefg") == ["a", "b", "c", "d", "e", "and 2 more"]

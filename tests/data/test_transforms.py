@@ -2,8 +2,9 @@
 
 import colorsys
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -711,3 +712,87 @@ def test_what_cannot_be_is_one_line(made, message):
     with pytest.raises(ValueError, match=message) as error:
         made()
     assert "\n" not in str(error.value)
+
+
+def test_maps_are_sampled_at_the_middles_of_pixels():
+    columns = np.tile(np.arange(9, dtype=np.int32), (3, 1))
+    before = Annotation("a", None, (3, 9), "a", semantic=columns)
+    _, after = Resize((1, 3))(picture(3, 9), before, np.random.default_rng(0))
+    assert after.semantic.tolist() == [[1, 4, 7]]
+
+
+def test_flips_are_those_that_are_asked_for():
+    image, nothing = picture(5, 7), Annotation("a", None, (5, 7), "a")
+    for flip, expected in (
+        (RandomFlip(1.0, 0.0), image[:, ::-1]),
+        (RandomFlip(0.0, 1.0), image[::-1]),
+    ):
+        found, _ = flip(image, nothing, np.random.default_rng(0))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_turns_are_no_mirror_images():
+    image, nothing = picture(5, 7), Annotation("a", None, (5, 7), "a")
+    turned = [RandomTurn()(image, nothing, np.random.default_rng(n))[0] for n in range(40)]
+    assert {t.tobytes() for t in turned} == {np.rot90(image, n).tobytes() for n in range(4)}
+
+
+def test_a_patch_has_the_area_of_its_share():
+    """In the middle, where nothing of it is cut off."""
+    images = torch.arange(2.0)[:, None, None, None].expand(-1, 3, 20, 40)
+    rng = SimpleNamespace(beta=lambda *_: 0.75, integers=lambda side: side // 2, random=lambda: 0.0)
+    mixed, _, share = Mix(mixup=0)(images, rng)
+    assert share == 0.75
+    assert mixed[0, 0].sum() == 10 * 20
+
+
+def test_what_was_smaller_in_the_picture_is_on_top_in_crops_of_crops():
+    pixels = np.zeros((2, 20, 20), bool)
+    pixels[0, :, 10:] = pixels[1, 5:15, 5:15] = True
+    masks = [Mask.of(some) for some in pixels]
+    segments = tuple(Segment(n, n, mask.area, mask=mask) for n, mask in enumerate(masks))
+    before = Annotation("a", None, (20, 20), "a", segments=segments)
+    crops = Chain((CenterCrop(10), CenterCrop(4)))
+    _, after = crops(picture(20, 20), before, np.random.default_rng(0))
+    assert (after.classes() == 1).all()
+
+
+def test_a_mirror_image_that_touches_itself_at_a_corner_is_one_object():
+    ids = np.zeros((4, 4), np.int32)
+    ids[1, 1] = ids[2, 2] = 1
+    rng = SimpleNamespace(uniform=lambda *_: 1.0, integers=lambda *_, endpoint: -4)
+    crop = RandomCrop(12, beyond="mirror")
+    _, after = crop(picture(4, 4), Annotation.of_objects(ids), rng)
+    assert [segment.area for segment in after.segments] == [2] * 9
+
+
+def test_a_window_may_be_as_high_as_the_picture():
+    transform = RandomResizedCrop(10, areas=(0.5, 0.5), ratios=(1.0, 1.0))
+    image, nothing = picture(10, 20), Annotation("a", None, (10, 20), "a")
+    found = [transform(image, nothing, np.random.default_rng(n))[0] for n in range(100)]
+    assert {int(crop[0, 0, 1]) // STEP for crop in found} == set(range(11))
+
+
+def test_the_magnitude_varies_by_the_spread():
+    image, label = colored(), Annotation("a", None, (24, 32), "a", label=1)
+
+    def kinds(spread):
+        transform = RandAugment(1, 5.0, spread, 1.0)
+        results = [transform(image, label, np.random.default_rng(n))[0] for n in range(100)]
+        return len({result.tobytes() for result in results})
+
+    assert kinds(0.0) <= 26 < 50 < kinds(1.0)
+
+
+def test_defaults():
+    """What recipes that say nothing else are trained with."""
+    for transform, expected in (
+        (RandomResizedCrop(8), (8, (0.08, 1.0), (3 / 4, 4 / 3), "bicubic")),
+        (RandomFlip(), (0.5, 0.0)),
+        (RandomCurves(), (0.15, 0.15, 0.2, 0.1)),
+        (ColorJitter(), (32 / 255, 0.5, 0.5, 18 / 180, 0.5)),
+        (RandAugment(), (2, 9.0, 0.5, 0.5)),
+        (RandomErasing(), (0.25, (0.02, 1 / 3), (0.3, 1 / 0.3))),
+        (Mix(), (0.8, 1.0, 1.0, 0.5)),
+    ):
+        assert tuple(asdict(transform).values()) == expected

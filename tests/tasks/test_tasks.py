@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pointformer import TokenSet, segment
-from pointformer.annotations import VOID, Category, Segment, SegmentMap
+from pointformer.annotations import VOID, Category, Mask, Objects, Segment, SegmentMap
 from pointformer.data import Annotation, Dataset, open_picture
 from pointformer.data.annotations import Entry
 from pointformer.data.point_sets import PointAnnotation, PointDataset
@@ -19,13 +19,14 @@ from pointformer.data.transforms import CenterCrop, Resize
 from pointformer.evaluation import evaluate
 from pointformer.models import AFFConfig, Model, Output, PointConfig
 from pointformer.models.inference import evaluating
+from pointformer.models.mask2former import MaskPredictions
 from pointformer.prediction import predict, predict_points, to_tensor, windows_for
 from pointformer.scored_parts import PartsFolder
 from pointformer.segmentation.tiling import Tile
 from pointformer.tasks import TASKS, MapTask, task_of
 from pointformer.tasks.borders import instances_from_logits
 from pointformer.tasks.classification import Classification
-from pointformer.tasks.instance import InstanceBorders
+from pointformer.tasks.instance import InstanceBorders, InstanceMasks, InstanceStars
 from pointformer.tasks.masks import targets_of
 from pointformer.tasks.panoptic import Panoptic
 from pointformer.tasks.points import PointSegmentation
@@ -555,3 +556,45 @@ def test_options_of_the_loss_of_masks_are_used(monkeypatch):
     assert (seen["points"], seen["weights"].mask, seen["weights"].dice) == (77, 3.0, 5.0)
     (target,) = seen["targets"]
     assert (target.stride, target.masks.shape[1:]) == (4, (10, 13))
+
+
+def test_probabilities_of_copies_are_averaged():
+    copies = [(np.array([0.75, 0.25]), False), (np.array([0.25, 0.75]), True)]
+    assert Classification(CATEGORIES[:2]).average(copies).tolist() == [0.5, 0.5]
+
+
+def test_borders_are_learned_alike_in_a_batch_and_in_a_list():
+    logits = torch.randn(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+    ids = np.repeat([0, 1, 2, 2, 0], 4)[None].repeat(16, 0).astype(np.int32)
+    pictures = [Annotation.of_objects(ids), Annotation.of_objects(ids[:, ::-1])]
+    task = InstanceBorders(CATEGORIES[1:2], inside_weight=2.0)
+    torch.testing.assert_close(task.loss(list(logits), pictures), task.loss(logits, pictures))
+
+
+def test_queries_find_no_stuff():
+    grid = TokenSet.from_grid(torch.ones(1, 3, 4, 4))
+    output = MaskPredictions(9 * torch.eye(4)[None, :3], grid.features, grid)
+    (found,) = InstanceMasks(CATEGORIES).decode(output, [(16, 16)])
+    assert set(found.classes.tolist()) == {1, 2}
+
+
+def test_points_go_back_to_their_sets():
+    classes = torch.tensor([0, 1, 2, 2, 1])
+    found = PointSegmentation(CATEGORIES).decode(torch.eye(3)[classes], [(2, 1), (3, 1)])
+    assert [part.tolist() for part in found] == [[0, 1], [2, 2, 1]]
+
+
+def test_objects_of_any_score_can_be_shown():
+    masks = [Mask.of(np.ones((4, 4), bool))]
+    found = Objects(masks, np.array([0]), np.array([0.3], np.float32), (4, 4))
+    task = InstanceStars(CATEGORIES[1:2])
+    assert [task.shown(found, least).ids.max() for least in (None, 0.0, 0.4)] == [0, 1, 0]
+
+
+def test_objects_are_shown_and_scored_from_the_score_of_the_model_on():
+    model = made("hcformer", "instance")
+    model.min_score = 0.3
+    task = task_of(model)
+    assert task.min_score == 0.3
+    assert task.metrics()[0].min_scores == (0.3,)
+    assert task.metrics((0.2, 0.4))[0].min_scores == (0.2, 0.4)

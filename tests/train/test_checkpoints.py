@@ -17,7 +17,7 @@ from pointformer.train.checkpoints import (
     save_checkpoint,
 )
 from pointformer.train.ending import Ending, left_to_parent
-from pointformer.train.logs import Table, read_table
+from pointformer.train.logs import Logs, Table, read_table
 
 
 def test_the_newest_are_kept_one_for_each_step(tmp_path):
@@ -198,3 +198,40 @@ def test_a_damaged_table_is_read_as_far_as_it_goes(tmp_path):
     assert columns["step"].tolist() == [1, 2]
     assert columns["loss"][0] == 0.5
     assert columns["loss"][1] != columns["loss"][1]  # NaN
+
+
+def test_of_two_checkpoints_of_a_step_the_later_one_is_kept(tmp_path):
+    for step in (9, 10, 10):
+        save_checkpoint(tmp_path, step, {"value": torch.rand(3)}, keep=2)
+    assert [path.name[:13] for path in list_checkpoints(tmp_path)] == [
+        "step-00000010", "step-00000009",
+    ]  # fmt: skip
+    (tmp_path / f"step-00000010-{'a' * 16}.pt").touch()
+    pair = list_checkpoints(tmp_path)[:2]
+    for first, second in (pair, pair[::-1]):
+        os.utime(first, ns=(0, 2 * 10**9))
+        os.utime(second, ns=(0, 10**9))
+        assert list_checkpoints(tmp_path)[:2] == [first, second]
+
+
+def test_scores_on_the_way_and_at_the_end_are_two_rows_of_a_step(tmp_path):
+    for final in (1, 0):  # the run was over, and then made longer
+        with Logs(tmp_path, 4) as logs:
+            logs.add_scores(4, {"final": final, "AP": 0.5})
+    assert read_table(tmp_path / "scores.csv")["final"].tolist() == [1, 0]
+
+
+def test_tensorboard_keeps_the_step_that_a_run_goes_on_from(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "torch.utils.tensorboard.SummaryWriter", lambda path, purge_step: seen.append(purge_step)
+    )
+    for step in (0, 4):
+        Logs(tmp_path, step)
+    assert seen == [None, 5]
+
+
+def test_names_of_columns_that_were_cut_off_are_written_anew(tmp_path):
+    (tmp_path / "log.csv").write_text("step,lo")
+    Table(tmp_path / "log.csv", 0).add(1, {"loss": 0.5, "lr": 1})
+    assert read_table(tmp_path / "log.csv")["loss"].tolist() == [0.5]

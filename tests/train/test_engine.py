@@ -39,7 +39,7 @@ from pointformer.train.initial import make_model
 from pointformer.train.loading import Batches
 from pointformer.train.logs import read_table
 from pointformer.train.optimization import Budget
-from pointformer.train.pictures import object_diameter
+from pointformer.train.pictures import describe, object_diameter
 from pointformer.train.recipe import read_recipe
 from pointformer.train.report import write_report
 from pointformer.train.run import train
@@ -1031,3 +1031,89 @@ def test_blocks_are_computed_again_where_that_is_wanted(tmp_path, wanted, times)
     block.attn.register_forward_pre_hook(lambda module, inputs: seen.append(module))
     trainer.step(next(Batches(dataset, None, batch=2, seed=0).steps()))
     assert len(seen) == times
+
+
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [("instance", "options.drop_path=0.5"), ("classification", "augmentation.mix={}")],
+)
+def test_the_step_decides_what_is_random_in_it(tmp_path, task, change):
+    dataset = dataset_of(tmp_path, task, 4, 32)
+    recipe = recipe_of("x", "budget.steps=4", "batch=4", "optimizer.learning_rate=0", change,
+                       "freeze_batch_norm=true", task=task)  # fmt: skip
+    trainer = trainer_of(dataset, recipe)
+    batch = next(Batches(dataset, None, batch=4, seed=0).steps())
+    for _ in range(3):  # of the same pictures and weights
+        trainer.step(batch)
+    trainer.check()
+    assert len({row["loss"] for row in trainer.recent}) == 3
+
+
+def test_frozen_batch_norm_does_not_learn(tmp_path):
+    dataset = dataset_of(tmp_path, "instance", 2, 32)
+    changes = ["budget.steps=1", "freeze_batch_norm=true", "schedule.warmup=0"]
+    trainer = trainer_of(dataset, recipe_of("x", *changes))
+    norm = trainer.model.backbone.patch_embed.bn
+    before = {name: v.clone() for name, v in norm.state_dict().items()}
+    trainer.step(next(Batches(dataset, None, batch=2, seed=0).steps()))
+    assert same(norm.state_dict(), before)
+
+
+def test_a_longer_run_is_scored_again_at_its_end(folder, tmp_path):
+    recipe = recipe_of(folder, "budget.steps=1", "validation.times=0")
+    for steps in (1, 2):
+        train(replace(recipe, budget=Budget(steps=steps)), tmp_path, say=silent)
+    found = [(row["step"], row["final"]) for row in rows(tmp_path / "scores.csv")]
+    assert found == [("1", "1"), ("2", "1")]
+
+
+def test_the_same_pictures_are_scored_each_time(folder, tmp_path, monkeypatch):
+    seen = []
+
+    def noted(model, dataset, *args, **options):
+        seen.append([entry.name for entry in dataset.entries])
+        return SimpleNamespace(metrics=[], scores={}, pictures=len(dataset))
+
+    monkeypatch.setattr(run, "evaluate", noted)
+    changes = ["budget.steps=7", "validation.times=6", "validation.pictures=1"]
+    train(recipe_of(folder, *changes, "validation.token_maps=0"), tmp_path, say=silent)
+    assert len(seen) == 7
+    assert seen[:6] == [seen[0]] * 6
+
+
+def test_what_was_waited_and_what_could_be_loaded(folder, tmp_path, monkeypatch):
+    """Of each line of the log; workers load at the same time."""
+    now, loss, steps = [0.0], Trainer._loss, Batches.steps
+
+    def worked(self, images, annotations):
+        now[0] += 1
+        return loss(self, images, annotations)
+
+    def loaded(self, start=0):
+        self.workers = 0
+        for batch in steps(self, start):
+            now[0] += 3
+            yield batch._replace(seconds=2.0)
+
+    monkeypatch.setattr(Trainer, "_loss", worked)
+    monkeypatch.setattr(Batches, "steps", loaded)
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    changes = ["budget.steps=3", "validation.times=0", "log_every=1", "workers=4"]
+    train(recipe_of(folder, *changes), tmp_path, say=silent)
+    log = read_table(tmp_path / "log.csv")
+    assert log["waiting"].tolist() == [0.75] * 3
+    assert log["loaded_per_second"].tolist() == [4.0] * 3
+
+
+def test_crops_are_compared_with_what_pictures_are_magnified_to():
+    facts = tuple(PictureFacts(str(n), (40, 50), ((0, 900), (1, 1100))) for n in range(2))
+    statistics = Statistics((Category(0, "a"), Category(1, "b")), facts, "pixels")
+    data, model = (
+        SimpleNamespace(source="here", skipped={}),
+        SimpleNamespace(config=None, name="m", head_name="dense", parameters=list),
+    )
+    for change, number in (("scales=[1,1.5]", 1), ("scales=[1,1.6]", 0), ("measure=fit", 0)):
+        crop = ["augmentation={}", "augmentation.crop.size=64", f"augmentation.crop.{change}"]
+        lines = []
+        describe(data, None, statistics, read_recipe("semantic.yaml", crop), model, lines.append)
+        assert sum(line.startswith("advice: crops of 64 x 64") for line in lines) == number, change

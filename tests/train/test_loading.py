@@ -202,3 +202,8 @@ def test_what_cannot_be_read_is_named_in_one_line(dataset, workers):
 def test_wrong_arguments(dataset, options, message):
     with pytest.raises(ValueError, match=message):
         Batches(dataset, seed=0, **options)
+
+
+def test_weighted_samples_are_in_random_order(dataset):
+    order = Batches(dataset, batch=7, seed=0, weights=[1] * 7).indices(0).tolist()
+    assert order != sorted(order)

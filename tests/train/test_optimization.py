@@ -181,3 +181,15 @@ def test_a_step_by_hand(tmp_path):
     assert not averaged.training
     run.check()
     assert [row["gradient"] > 0.01 for row in run.recent] == [True] * 3
+
+
+def test_biases_of_any_shape_do_not_decay():
+    model = nn.Module()
+    model.bias = nn.Parameter(torch.ones(2, 3))
+    (group,) = parameter_groups(model, Optimizer())
+    assert group["weight_decay"] == 0
+
+
+def test_a_budget_of_less_than_a_step_is_one():
+    assert Budget(epochs=1e-10).used(0, 0, 4) == 0
+    assert Budget(epochs=1e-10).used(1, 0, 4) == 1

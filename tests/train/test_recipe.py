@@ -8,7 +8,9 @@ from pointformer.data.transforms import RandomCrop, RandomTurn
 from pointformer.train.optimization import Budget
 from pointformer.train.recipe import (
     RECIPES,
+    Checkpoints,
     Recipe,
+    Validation,
     describe_fields,
     read_recipe,
     write_recipe,
@@ -225,3 +227,26 @@ def test_options_and_bad_pictures_in_other_runs():
     some = replace(recipe, options={"alpha": 2.0}, data=replace(recipe.data, skip_bad=True))
     assert recipe.differences(asdict(some)) == ["options.alpha 2.0, now not given"]
     assert some.differences(asdict(recipe)) == ["options.alpha not given, now 2.0"]
+
+
+def test_defaults():
+    assert asdict(Checkpoints()) == {"minutes": 5.0, "steps": None, "keep": 3}
+    assert asdict(Validation()) == {
+        "times": 4, "pictures": 16, "token_maps": 2, "resize": None, "crop": None, "tile": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["accumulate=2", "data.val_share=0.2"])
+def test_what_decides_the_result_may_not_change_within_a_run(change):
+    recipe = read_recipe("instance.yaml", ["batch=8"])
+    other = read_recipe("instance.yaml", ["batch=8", change])
+    (difference,) = other.differences(asdict(recipe))
+    assert difference.startswith(change.partition("=")[0])
+
+
+def test_pictures_are_changed_in_this_order():
+    names = ("resized_crop", "crop", "flip", "turn", "jitter", "curves", "rand_augment", "erase")
+    changes = [f"augmentation.{n}={{}}" for n in names if "crop" not in n]
+    changes += [f"augmentation.{n}.size=8" for n in names if "crop" in n]
+    chain = read_recipe("classification.yaml", ["augmentation={}", *changes]).augmentation
+    assert list(chain.transform().transforms) == [getattr(chain, name) for name in names]

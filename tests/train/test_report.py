@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from helpers.training import KINDS, TINY, dataset_of, recipe_of, trainer_of, write_folder
 from pointformer import cli
-from pointformer.data import Annotation
+from pointformer.data import Annotation, Category
 from pointformer.models import create_model
 from pointformer.tasks.semantic import SemanticClasses
 from pointformer.train import report
@@ -184,3 +185,21 @@ def test_the_curves_have_what_was_logged(tmp_path):
     # A rate of 0 has no logarithm.
     assert [panel.get_yscale() for panel in panels] == ["log", "linear", "linear", "log"]
     assert panels[1].get_ylim() == (0, 1)
+
+
+def test_of_large_pictures_the_middle_is_drawn():
+    image = np.arange(600)[:, None, None].repeat(400, 1).repeat(3, 2)
+    middle = report._middle(image)
+    assert middle.shape == (512, 400, 3)
+    assert (middle[0, 0, 0], middle[-1, 0, 0]) == (44, 555)
+
+
+def test_what_is_found_is_a_share_of_what_is_annotated(monkeypatch):
+    truth = np.repeat([0, 1], 6)[:, None].repeat(12, 1).astype(np.int32)
+    annotation = Annotation("a", None, (12, 12), 0, semantic=truth)
+    seen = annotation, np.zeros((12, 12, 3), np.uint8), 0 * truth
+    monkeypatch.setattr(report, "predictions", lambda *args, **options: [seen])
+    task = SemanticClasses([Category(0, "a"), Category(1, "b")])
+    model = SimpleNamespace(of_points=False)
+    found = report._examined(model, task, [None], 1, 0, lambda line: None)
+    assert [row["cells"][1] for row in found["classes"]] == [(1, 1), (0, 1)]
