@@ -130,6 +130,8 @@ def map_folder(root: str | os.PathLike[str], task: str, split: str) -> Path:
     name, other = ("labels", "instances") if task == "semantic" else ("instances", "labels")
     path, there = folder_of(root, name, split), folder_of(root, other, split)
     if there.is_dir() and not path.is_dir():
+        if there == Path(root) / other / split:
+            path = Path(root) / name / split
         holds = "" if pictures_by_name(there, MAP_SUFFIXES) else f" ({without_maps(there)})"
         raise ValueError(
             f"{path}: there is no such folder, only {there}{holds}; maps of objects, for "

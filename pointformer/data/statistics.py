@@ -251,7 +251,7 @@ def examine(
             if progress:
                 from tqdm import tqdm
 
-                bar = tqdm(results, "checking", total=len(missing), unit="image", leave=False)
+                bar = tqdm(results, "checking", total=len(missing), unit="sample", leave=False)
                 results = iter(bar)
             for index, result in zip(missing, results, strict=True):
                 found[index] = result

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -36,7 +37,8 @@ from pointformer.data.transforms import (
     RandomTurn,
     Resize,
 )
-from pointformer.models.heads import TASK_NAMES
+from pointformer.models.config import AFFConfig, PointConfig, SwinConfig
+from pointformer.models.heads import HEADS, TASK_NAMES, options_of
 from pointformer.rates import Rates
 from pointformer.tasks import TASKS
 from pointformer.train.optimization import Budget, Optimizer, Schedule
@@ -527,7 +529,35 @@ def describe_fields() -> str:
     parser.add_class_arguments(Recipe)
     # Without what is of the parser: files and help of groups, with the lines that explain them.
     foreign = r"(?m)^  --[\w.]+( CONFIG|\.help)\b.*\n( {8,}.*\n)*"
-    return re.sub(r"(?m)^  --", "    ", re.sub(foreign, "", parser.format_help())).rstrip()
+    text = re.sub(r"(?m)^  --", "    ", re.sub(foreign, "", parser.format_help())).rstrip()
+    parts = [_line(name, _defaults(part)) for name, part in _parts(Recipe)]
+    backbones = {"aff": AFFConfig, "swin": SwinConfig, "point": PointConfig}
+    options = [_line(f"of {name}_*", _defaults(kind)) for name, kind in backbones.items()]
+    options += [_line(f"of the head {head}", own) for head in HEADS if (own := options_of(head))]
+    lines = [text, "", "Of what is not there unless it is given:", *parts, ""]
+    lines += ["What options may say, see the classes and heads in `pointformer.models`:", *options]
+    return "\n".join(lines)
+
+
+def _parts(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and classes of the fields that may be `None` and have fields of their own."""
+    for name, hint in get_type_hints(kind).items():
+        optional = [part for part in get_args(hint) if is_dataclass(part)]
+        if is_dataclass(hint):
+            yield from _parts(hint, f"{prefix}{name}.")
+        for part in optional:
+            yield f"{prefix}{name}", part
+
+
+def _defaults(kind: Any) -> dict[str, object]:
+    return {part.name: part.default for part in fields(kind)}
+
+
+def _line(title: str, defaults: Mapping[str, object]) -> str:
+    words = [name if d is MISSING else f"{name}={d}" for name, d in defaults.items()]
+    indents = {"initial_indent": "    ", "subsequent_indent": " " * 24}
+    text = f"{title}: {', '.join(words)}" if words else title
+    return textwrap.fill(text, 79, break_on_hyphens=False, **indents)
 
 
 def _parser() -> Any:

@@ -187,6 +187,10 @@ def test_all_fields_are_described():
     for line in text.splitlines():  # of the parser's own help no ends are left
         assert line.strip() not in ("exit.", "and exit.", "Path to a configuration file.")
     assert "the highest, of the head" in text
+    words = " ".join(text.split())
+    for part in ("augmentation.crop: size, scales=", "rates: least", "validation.resize: size,",
+                 "of aff_*: dims", "reserve_share=", "of the head stars: channels=64"):  # fmt: skip
+        assert part in words
     assert Recipe().budget == Budget()
 
 
