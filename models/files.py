@@ -23,9 +23,7 @@ from pointformer._checks import (
 )
 from pointformer._files import atomic_path
 from pointformer.annotations import OBJECT, Category
-from pointformer.models.backbone import Backbone
 from pointformer.models.config import GridConfig, ModelConfig, PointConfig, config_from
-from pointformer.models.grid import GridBackbone
 from pointformer.models.heads import (
     CLASSIFIERS,
     HEADS,
@@ -35,11 +33,10 @@ from pointformer.models.heads import (
     output_of,
     tasks_of,
 )
-from pointformer.models.model import Model, Preprocess, configured, new_model
+from pointformer.models.model import Model, Preprocess, configured, new_model, unwrapped
 from pointformer.models.points import PointPreprocess
 from pointformer.models.state import (
     WHOLE_HEAD,
-    WRAPPERS,
     CheckpointError,
     copy_weights,
     is_safetensors,
@@ -75,19 +72,19 @@ def save_model(
             of which is named; or the model has been given what it cannot have, such as too few
             categories.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     if not isinstance(inner, Model):
         raise TypeError(f"model: expected a Model, wrapped or not, got {type(inner).__name__}")
-    config: Any = _unwrapped(inner.backbone).config
+    config: Any = unwrapped(inner.backbone).config
     if isinstance(config, GridConfig):
         raise ValueError(f"{inner.name}: a foreign backbone is not saved; use torch.save")
-    look = inner.preprocess
-    if type(look) not in (Preprocess, PointPreprocess):
+    look: Any = unwrapped(inner.preprocess)
+    if type(look) is not (PointPreprocess if isinstance(config, PointConfig) else Preprocess):
         raise ValueError(
             f"{inner.name}: preprocess: a foreign {type(look).__name__} is not saved; use "
             "torch.save"
         )
-    if isinstance(config, PointConfig) and isinstance(look, PointPreprocess):
+    if isinstance(config, PointConfig):
         config = config.override(unit=look.unit)
     if trained is not None and not isinstance(trained, Mapping):
         raise TypeError(f"trained: expected a dict, got {describe(trained)}")
@@ -123,16 +120,6 @@ def save_model(
     with atomic_path(path) as temporary:
         # Not `save_file`, whose files only their owner can read.
         temporary.write_bytes(serialized(copies, metadata))
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of wrappers: a `Model`, a backbone, or whatever has none of their names."""
-    while not isinstance(module, Model | Backbone | GridBackbone):
-        inside = [module._modules[name] for name in WRAPPERS if name in module._modules]
-        if not inside or inside[0] is None:
-            break
-        module = inside[0]
-    return module
 
 
 def _can_save(value: object) -> bool:

@@ -110,10 +110,15 @@ def _check_like(captured: Any, given: Any) -> None:
     if isinstance(captured, Tensor) and isinstance(given, Tensor):
         same = (captured.shape, captured.dtype) == (given.shape, given.dtype)
     else:
-        alike = np.array_equal if isinstance(captured, np.ndarray) else operator.eq
+        alike = _same_arrays if isinstance(captured, np.ndarray) else operator.eq
         same = type(captured) is type(given) and bool(alike(captured, given))
     if not same:
         raise ValueError(f"inputs: expected {brief(captured)}, as captured, got {brief(given)}")
+
+
+def _same_arrays(one: np.ndarray, other: np.ndarray) -> bool:
+    nan = one.dtype.kind in "fc"
+    return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=nan)
 
 
 def _form(inputs: Any) -> str:

@@ -23,7 +23,7 @@ from pointformer._checks import (
 )
 from pointformer.annotations import Category
 from pointformer.models.aff import AFF
-from pointformer.models.backbone import StageOutput
+from pointformer.models.backbone import Backbone, StageOutput
 from pointformer.models.config import (
     AFFConfig,
     GridConfig,
@@ -41,7 +41,20 @@ from pointformer.nn.parallel import BatchPart
 
 IMPLS = ("reference", "cpu", "triton", None)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# What wraps modules leaves these in the names of weights: torch.compile; DataParallel,
+# DistributedDataParallel and averaged models; FSDP; activation checkpointing.
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in gray
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of wrappers: a `Model`, a backbone, or whatever has none of their names."""
+    while not isinstance(module, Model | Backbone | GridBackbone):
+        inside = [module._modules[name] for name in WRAPPERS if name in module._modules]
+        if not inside or inside[0] is None:
+            break
+        module = inside[0]
+    return module
 
 
 class Preprocess(nn.Module):
@@ -266,7 +279,7 @@ class Model(nn.Module):
     def reconfigure(self, **changes: object) -> None:
         """Change `rate`, `neighborhood_size` or, of an AFF, `alpha`, `spread` or `reach` for the
         following calls."""
-        backbone = self._plain_backbone
+        backbone = unwrapped(self.backbone)
         if not isinstance(backbone, AFF | PointBackbone):
             raise ValueError(
                 f"reconfigure: the tokens of {self.name} are a grid, nothing can change"
@@ -276,18 +289,13 @@ class Model(nn.Module):
     @contextlib.contextmanager
     def reconfigured(self, **changes: object) -> Iterator[None]:
         """`reconfigure` for the calls within this context only."""
-        backbone = self._plain_backbone
+        backbone: Any = unwrapped(self.backbone)
         before = backbone.config
         self.reconfigure(**changes)
         try:
             yield
         finally:
             backbone.config = before
-
-    @property
-    def _plain_backbone(self) -> Any:
-        """Without what `torch.compile` puts around it."""
-        return getattr(self.backbone, "_orig_mod", self.backbone)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training keeps only the inputs of the backbone's blocks, and runs each again in
@@ -299,10 +307,11 @@ class Model(nn.Module):
         blocks = [module for module in self.backbone.modules() if isinstance(module, Block)]
         for block in blocks:
             block.recompute = enable
-        if isinstance(self.backbone, GridBackbone):
-            if not hasattr(self.backbone.module, "set_grad_checkpointing"):
+        backbone = unwrapped(self.backbone)
+        if isinstance(backbone, GridBackbone):
+            if not hasattr(backbone.module, "set_grad_checkpointing"):
                 raise ValueError(f"set_grad_checkpointing: the backbone of {self.name} has none")
-            self.backbone.module.set_grad_checkpointing(enable)  # type: ignore[operator]
+            backbone.module.set_grad_checkpointing(enable)  # type: ignore[operator]
 
     def set_batch_part(self, part: BatchPart) -> None:
         """Which part of the batches in training this process has, for random numbers by sample."""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pointformer._checks import brief, describe
-from pointformer.models.model import Model
+from pointformer.models.model import WRAPPERS, Model
 
 T = TypeVar("T")
 
@@ -28,14 +28,11 @@ class CheckpointError(ValueError):
     """A file cannot be used as the checkpoint it was given as; the message names the file."""
 
 
-# What wraps modules leaves these in the names of weights: torch.compile; DataParallel,
-# DistributedDataParallel and averaged models; FSDP; activation checkpointing.
-WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# The name that every backbone's weights begin with: ours, the released.
 _OWN_FIRST = ("patch_embed.conv1.weight", "patch_embed.linear.weight")  # of pictures, of points
+# The name that every backbone's weights begin with: ours, the released.
 _FIRST_WEIGHT = r"(?:backbone\.)?patch_embed\.(?:conv1|linear|proj1)\.weight"
-# What containers call averages of weights: words, or begins or ends of such.
-_AVERAGES = re.compile(r"(?<![a-z])(ema|averaged|teacher|swa)|(ema|averaged|teacher|swa)(?![a-z])")
+_AVERAGES = {"ema", "averaged", "teacher", "swa"}  # words for averages of weights in containers
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _NOT_WEIGHTS = {"n_averaged", "criterion.empty_weight"}  # of averaged models, and of a loss
 WHOLE_HEAD = ("head.",)
 
@@ -156,7 +153,7 @@ def state_of(
                 f"{source}: key {brief(key)} fits {len(matching)} of the weights in it: {names}"
             )
         return _in_a_model(found[matching[0]])
-    plain = [n for n in names if not _AVERAGES.search(n.lower())]
+    plain = [n for n in names if not _AVERAGES & {word.lower() for word in _WORD.findall(n)}]
     name = (plain or names)[0]
     if len(names) > 1:
         _warn(f"{source}: took {name!r} of the weights in it, {names}; key chooses others")

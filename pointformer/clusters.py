@@ -122,15 +122,24 @@ def check_neighborhoods(
 
 
 def _check_lengths(clusters: Clusters) -> None:
-    """Raise if a cluster is longer than it may be, for which there would be no room. On CPUs."""
+    """Raise if clusters are not parts of the tokens, or longer than they may be: kernels would read
+    and write beyond their memory. On CPUs."""
     offsets = clusters.offsets
-    if type(offsets) is Tensor and offsets.device.type == "cpu" and can_read(offsets):
-        longest = np.diff(offsets.numpy()).max(initial=0)
-        if longest > clusters.cluster_size:
-            raise ValueError(
-                f"neighborhoods: has a cluster of {longest} tokens, its cluster_size is "
-                f"{clusters.cluster_size}"
-            )
+    if type(offsets) is not Tensor or offsets.device.type != "cpu" or not can_read(offsets):
+        return
+    ends = offsets.numpy()
+    lengths = np.diff(ends)
+    whole = len(lengths) == clusters.num_clusters and lengths.min(initial=0) >= 0
+    if not whole or ends[0] != 0 or ends[-1] != clusters.num_tokens:
+        raise ValueError(
+            f"neighborhoods: the offsets of its {clusters.num_clusters} clusters do not rise from "
+            f"0 to {clusters.num_tokens}, its tokens"
+        )
+    if lengths.max(initial=0) > clusters.cluster_size:
+        raise ValueError(
+            f"neighborhoods: has a cluster of {lengths.max()} tokens, its cluster_size is "
+            f"{clusters.cluster_size}"
+        )
 
 
 def check_order(name: str, positions: Tensor, clusters: Clusters, wait: bool = False) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 import pointformer
 from pointformer import TokenSet
-from pointformer.data.annotations import Annotation, Dataset
+from pointformer.data.annotations import SKIP_HINT, Annotation, Dataset
 from pointformer.data.images import MAX_PIXELS, Reading, open_picture
 from pointformer.data.point_sets import read_sample
 from pointformer.data.statistics import samples_in_words
@@ -258,12 +258,17 @@ def predictions(
     for index in indices:
         try:
             annotation = dataset[index]
+        except ValueError as error:
+            if not dataset.skip_bad:
+                hint = "" if str(error).endswith(SKIP_HINT) else f"; {SKIP_HINT}"
+                raise ValueError(f"{error}{hint}") from error
+            dataset.skipped[dataset.entries[index].name] = str(error)
+            continue
+        try:
             image = read_sample(annotation, reading)
         except ValueError as error:
             if not dataset.skip_bad:
-                if "skip_bad" in str(error):
-                    raise
-                raise type(error)(f"{error}; skip_bad (--skip-bad) leaves it out") from None
+                raise
             dataset.skipped[dataset.entries[index].name] = str(error)
             continue
         if isinstance(image, TokenSet):

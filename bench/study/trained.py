@@ -108,8 +108,8 @@ class Trained:
         return cls(name, digest.hexdigest()[:16], model, task, validation, recipe)
 
     def about(self) -> dict[str, Any]:
-        """Of each line of the results. `seen`: `sight`, where it is anything but all of a picture
-        at its own size."""
+        """Of each line of the results. `sight`: how it sees pictures, where that is anything but
+        whole, at their own size."""
         seen = {name: value for name, value in self.sight().items() if value is not None}
         return {
             "model": self.name,
@@ -117,14 +117,14 @@ class Trained:
             "data": Path(self.recipe.data.path or "").resolve().name,
             "pictures": len(self.validation),
             "score": MAIN[self.task.name],
-            **({"seen": json.loads(json.dumps(seen, default=asdict))} if seen else {}),
+            **({"sight": json.loads(json.dumps(seen, default=asdict))} if seen else {}),
             **made_on(),
         }
 
     def lines(self, results: Path) -> list[dict[str, Any]]:
         """Those of this model on these data that are in a file already."""
         about = self.about()
-        same = ("model", "weights", "data", "pictures", "seen")
+        same = ("model", "weights", "data", "pictures", "sight")
         return [
             line
             for line in read_lines(results)

@@ -455,7 +455,7 @@ def _prepare(value, positions, offsets, weights, query_positions, canvas, lookup
         lookup = torch.nn.functional.pad(lookup, (0, near - lookup.shape[2]), value=-1)
     tensors = (value, positions, offsets, weights, query_positions, canvas, lookup, power)
     tensors = [x.contiguous() for x in tensors]
-    if tensors[0].data_ptr() % 4:  # pairs of half precision are read as one word
+    if value.dtype == torch.bfloat16 and tensors[0].data_ptr() % 4:  # pairs are read as one word
         tensors[0] = tensors[0].clone()
     width, unit = _channels(channels, near)
     sizes = (queries, tokens, heads, levels, levels * points, channels // unit, *division(points))

@@ -99,6 +99,8 @@ class Tuner:
         if _capturing():
             return choices[0]
         chosen = self._search(key, choices, run, outputs, budget)
+        if chosen is None:
+            return choices[0]
         # Other processes write too; what was chosen here stays.
         self.choices = {**self._read(), **self.choices, key: chosen}
         self._write()
@@ -111,11 +113,12 @@ class Tuner:
         run: Callable[[Choice], object],
         outputs: Sequence[Tensor],
         budget: float,
-    ) -> Choice:
+    ) -> Choice | None:
+        """`None` where there is no memory to compare at the moment."""
         try:
             before = [output.clone() for output in outputs]
         except torch.OutOfMemoryError:
-            return choices[0]
+            return None
         expected: list[Tensor] = []
         times: list[tuple[float, int]] = []
         for number, choice in enumerate(choices):
@@ -133,7 +136,7 @@ class Tuner:
                 try:
                     expected = [output.clone() for output in outputs]
                 except torch.OutOfMemoryError:
-                    break
+                    return None
             elif getattr(compiled, "n_spills", 0):
                 continue
             elif not all(agree(*pair, budget) for pair in zip(outputs, expected, strict=True)):
@@ -147,7 +150,7 @@ class Tuner:
             times.append((self.time(functools.partial(run, choice)), number))
         for output, content in zip(outputs, before, strict=True):
             output.copy_(content)
-        return choices[min(times, default=(0.0, 0))[1]]
+        return choices[min(times)[1]]
 
     def _read(self) -> dict[str, Choice]:
         try:

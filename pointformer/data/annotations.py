@@ -23,6 +23,8 @@ from pointformer.data.images import Reading, image_size, is_turned, read_image
 from pointformer.data.json_files import FLAG, NUMBER, TEXT, WHOLE, read_json, repeated, value_of
 from pointformer.data.packed import FileState, PictureFile, file_of, is_there, state_of
 
+SKIP_HINT = "skip_bad (--skip-bad) leaves out what is bad"
+
 
 @dataclass(frozen=True, eq=False)
 class Annotation:
@@ -332,7 +334,7 @@ class Dataset(Sequence[Annotation]):
 def _error_of(problems: Mapping[str, str]) -> ValueError:
     first, *more = dict.fromkeys(problems.values())
     others = f" (and {len(more)} more such errors)" if more else ""
-    return ValueError(f"{first}{others}; skip_bad (--skip-bad) leaves out what is bad")
+    return ValueError(f"{first}{others}; {SKIP_HINT}")
 
 
 def distinct_color(index: int) -> tuple[int, int, int]:

@@ -95,8 +95,9 @@ def pictures_in(
 
 def archives_in(path: Path) -> list[Path]:
     """The .npz files that a path stands for: itself, or those in a folder."""
-    suffixes = frozenset({".npz"})
-    return [path] if is_picture(path, suffixes) else pictures_in(path, suffixes=suffixes)
+    if path.is_file():
+        return [path] if path.suffix.lower() == ".npz" else []
+    return pictures_in(path, suffixes=frozenset({".npz"}))
 
 
 def picture_name(

@@ -55,8 +55,8 @@ def from_pyg(data: Any) -> TokenSet:
     if data.batch is not None:
         samples = data.num_graphs if isinstance(data, kinds.Batch) else None
         sizes = sizes_from_batch(data.batch, samples)
-    elif (ptr := data.to_dict().get("ptr")) is not None:
-        sizes = sizes_from_ptr(ptr)
+    elif (ptr := data.to_dict().get("ptr")) is not None and ptr[-1:].tolist() == [len(data.pos)]:
+        sizes = sizes_from_ptr(ptr)  # of graphs; of others it is that of their edges
     origin, extent = (data.to_dict().get(name) for name in ("origin", "extent"))
     return set_of("data.pos", data.pos, features, sizes, origin, fields, extent)
 

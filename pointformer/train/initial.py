@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +36,7 @@ def make_model(
 
 
 def _made(recipe: Recipe, categories: Sequence[Category], channels: int | None) -> Model:
-    head, classes = head_for(recipe.task, len(categories), recipe.head)
+    head, classes = _head(recipe, len(categories))
     options: dict[str, Any] = {"head": head, "num_classes": classes, "task": recipe.task}
     options["categories"] = list(categories)
     if channels is not None:
@@ -72,6 +74,16 @@ def _made(recipe: Recipe, categories: Sequence[Category], channels: int | None) 
     fresh = [f"backbone.stages.{stage}." for stage in range(recipe.init_stages, stages)]
     copy_weights(model, trained.state_dict(), recipe.init, fresh=(*WHOLE_HEAD, *fresh))
     return model
+
+
+def _head(recipe: Recipe, kinds: int) -> tuple[str, int]:
+    """Name of the head, and how many classes it must have: that of the initial weights where it can
+    learn the task and nothing else is asked for."""
+    if recipe.head is None and recipe.init is not None and recipe.init_stages is None:
+        with warnings.catch_warnings(), contextlib.suppress(ValueError):
+            warnings.simplefilter("ignore")  # of what does not fit, which is not what is asked for
+            return head_for(recipe.task, kinds, _trained_model(recipe).head_name)
+    return head_for(recipe.task, kinds, recipe.head)
 
 
 def _trained_model(recipe: Recipe, **options: Any) -> Model:

@@ -45,7 +45,7 @@ from pointformer.train.pictures import (
     object_diameter,
     open_data,
 )
-from pointformer.train.recipe import Recipe, read_recipe, write_recipe
+from pointformer.train.recipe import Recipe, write_recipe
 from pointformer.train.report import draw_token_maps
 from pointformer.train.trainer import Trainer
 
@@ -86,6 +86,7 @@ class Run:
         self.validations = 0  # that were due on the way
         self.scores: dict[str, float] | None = None  # of the end, once it is reached
         self.min_score: float | None = None  # chosen with the last ones
+        self.budget: dict[str, Any] | None = None  # of the run before that this one goes on with
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that can be read, if there is any.
@@ -113,6 +114,7 @@ class Run:
                 )
             self.validations, self.scores = state["validations"], state["scores"]
             self.min_score = state["min_score"]
+            self.budget = state["recipe"]["budget"]
             self.say(f"goes on from {path.name}")
 
     def finish(self) -> dict[str, float]:
@@ -380,7 +382,8 @@ def train(
         )
         run = Run(trainer, batches, validation, out, speak)
         processes.alike(run.resume)
-        if run.scores is not None and trainer.used >= 1 and _budget_in(out) != recipe.budget:
+        over = run.budget not in (None, asdict(recipe.budget)) and trainer.used >= 1
+        if over and run.scores is not None and (out / WEIGHTS).is_file():
             speak(
                 f"nothing to train: {trainer.steps} steps are done, which is all of this budget; "
                 f"{out} is as it was"
@@ -390,11 +393,6 @@ def train(
             with atomic_path(out / RECIPE) as temporary:
                 temporary.write_text(write_recipe(recipe), "utf-8")
         return run.finish()
-
-
-def _budget_in(out: Path) -> Budget | None:
-    """The budget of the run in a folder."""
-    return read_recipe(out / RECIPE).budget if (out / RECIPE).exists() else None
 
 
 def _made(recipe: Recipe, training: Dataset, processes: Processes) -> tuple[Model, Task]:

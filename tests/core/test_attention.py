@@ -699,3 +699,12 @@ def test_clusters_longer_than_they_say_are_refused(impl):
     x = torch.rand(40, 1, 8)
     with pytest.raises(ValueError, match="has a cluster of 40 tokens, its cluster_size is 1"):
         neighborhood_attention(x, x, x, positions, near, impl=impl)
+    for ends in ([0, 400], [1, 40], [0], [0, 60, 40]):
+        other = Clusters(
+            clusters.order, torch.tensor(ends, dtype=torch.int32), clusters.centers,
+            (40,), (1,), 400,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match="offsets of its 1 clusters do not rise from 0 to 40"):
+            neighborhood_attention(
+                x, x, x, positions, Neighborhoods(near.cluster_index, other), impl=impl
+            )

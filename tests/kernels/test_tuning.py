@@ -96,13 +96,19 @@ def test_a_device_that_failed_is_said(tmp_path):
 
 
 def test_without_memory_for_a_comparison_there_is_none(tmp_path, monkeypatch):
-    kernel = Kernel({(8, 2, 32): 1.0})
+    clone = torch.Tensor.clone
+    for last in (0, 1):  # before the first launch, and after it
+        kernel, copies = Kernel({(8, 2, 32): 1.0}), []
 
-    def fails(self):
-        raise torch.OutOfMemoryError("out of memory")
+        def copy(self, last=last, copies=copies):
+            if len(copies) == last:
+                raise torch.OutOfMemoryError("out of memory")
+            copies.append(self)
+            return clone(self)
 
-    monkeypatch.setattr(torch.Tensor, "clone", fails)
-    assert kernel.tuned(Tuner(tmp_path / "a.json", kernel.time)) == {}
+        monkeypatch.setattr(torch.Tensor, "clone", copy)
+        assert kernel.tuned(Tuner(tmp_path / "a.json", kernel.time)) == {}
+        assert not (tmp_path / "a.json").exists()  # there may be enough the next time
 
 
 def test_what_computes_something_else_is_refused_with_a_warning(tmp_path):

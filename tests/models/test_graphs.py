@@ -109,8 +109,9 @@ def test_what_cannot_be_captured():
 
 
 def test_arrays_of_numpy_are_values_that_stay(recorded):
-    run = capture(lambda x, factor: x * float(factor[0]), torch.ones(2), np.array([3.0, 4.0]))
-    assert run(torch.ones(2), np.array([3.0, 4.0])).tolist() == [3, 3]
-    for other in (np.array([3.0, 5.0]), np.array([3.0])):
+    values = np.array([3.0, np.nan])
+    run = capture(lambda x, factor: x * float(factor[0]), torch.ones(2), values)
+    assert run(torch.ones(2), values.copy()).tolist() == [3, 3]
+    for other in (np.array([3.0, 5.0]), np.array([3.0]), values.astype(np.float32)):
         with pytest.raises(ValueError, match="inputs: expected"):
             run(torch.ones(2), other)

@@ -586,7 +586,9 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["model_SWA", "swa", "Teacher", "EMA"])
+@pytest.mark.parametrize(
+    "name", ["model_SWA", "swa", "Teacher", "EMA", "modelEmaState", "studentEMAWeights", "a.ema"]
+)
 def test_averages_are_known_by_any_of_their_names(name):
     raw, average = small(seed=0).state_dict(), small(seed=1).state_dict()
     model = small(seed=2)
@@ -628,6 +630,7 @@ def test_units_of_points_belong_to_the_file(tmp_path):
     ("spoil", "message"),
     [
         ({"preprocess": torch.nn.Identity()}, "small: preprocess: a foreign Identity is not saved"),
+        ({"preprocess": PointPreprocess()}, "a foreign PointPreprocess is not saved"),
         ({"min_score": 1.5}, "min_score: expected a number in"),
         ({"categories": [Category(n, str(n)) for n in range(5)]}, "5 categories for"),
     ],
@@ -639,6 +642,13 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, spoil, message):
     with pytest.raises(ValueError, match=message):
         save_model(model, tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_preprocessing_may_be_wrapped(tmp_path):
+    model = small()
+    model.preprocess = torch.compile(Preprocess((0.1, 0.2, 0.3)))
+    save_model(model, tmp_path / "m.safetensors")
+    assert load_model(tmp_path / "m.safetensors").preprocess.mean == (0.1, 0.2, 0.3)
 
 
 def test_containers_of_models_of_points(tmp_path, monkeypatch):
@@ -663,8 +673,9 @@ def test_weights_of_a_backbone_alone():
 def test_words_in_which_an_average_is_spelled_by_chance():
     raw, average = small(seed=0).state_dict(), small(seed=1).state_dict()
     model = small(seed=2)
-    with pytest.warns(UserWarning, match="took 'semantic' of the weights in it"):
-        load_state(model, {"semantic": raw, "other": average}, "m.pth")
+    for name in ("semantic", "schema", "cinema"):
+        with pytest.warns(UserWarning, match=f"took '{name}' of the weights in it"):
+            load_state(model, {name: raw, "other": average}, "m.pth")
     assert all(torch.equal(value, raw[key]) for key, value in model.state_dict().items())
 
 

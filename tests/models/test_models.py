@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from pointformer import TokenSet, nearest_clusters, spread_scores
 from pointformer.models import (
@@ -36,10 +37,12 @@ def tiny(head="classification", num_classes=5, **overrides) -> Model:
 
 def test_a_compiled_backbone_is_reconfigured():
     model = tiny()
-    own, model.backbone = model.backbone, torch.compile(model.backbone)
-    with model.reconfigured(rate=0.5):
-        assert own.config.rate == model.config.rate == 0.5
-    assert own.config.rate == model.config.rate == TINY.rate
+    own = model.backbone
+    for wrapped in (torch.compile(own), checkpoint_wrapper(own)):
+        model.backbone = wrapped
+        with model.reconfigured(rate=0.5):
+            assert own.config.rate == model.config.rate == 0.5
+        assert own.config.rate == model.config.rate == TINY.rate
 
 
 def images(*shapes, seed=0):

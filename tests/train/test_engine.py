@@ -800,6 +800,21 @@ def test_a_training_before_is_forgotten(stages):
     assert started.trained is started.min_score is started.object_diameter is None
 
 
+def test_the_head_of_initial_weights_is_kept_where_it_can_learn_the_task(tmp_path):
+    kinds = [Category(1, "round"), Category(2, "long")]
+    few = {"queries": 4, "dim": 16, "hidden": 16, "pixel_hidden": 16, "pixel_layers": 1,
+           "decoder_layers": 1}  # fmt: skip
+    made = create_model("aff_nano", head="mask2former", task="instance", num_classes=2,
+                        categories=kinds, **few)  # fmt: skip
+    save_model(made, tmp_path / "m.safetensors")
+    for task, head in (("instance", "mask2former"), ("semantic", "mask2former")):
+        recipe = read_recipe(task=task, init=str(tmp_path / "m.safetensors"))
+        assert make_model(recipe, kinds).head_name == head
+    recipe = read_recipe(task="classification", init=str(tmp_path / "m.safetensors"))
+    with pytest.warns(UserWarning, match="kept: the backbone and 0 of"):
+        assert make_model(recipe, kinds).head_name == "classification"
+
+
 def test_heads_by_task():
     kinds = [Category(1, "round"), Category(2, "long")]
     heads = {"semantic": "dense", "instance": "stars", "panoptic": "mask2former",

@@ -366,7 +366,7 @@ def test_lines_of_what_was_seen_otherwise_are_not_its_own(monkeypatch, tmp_path)
     ]
     for number, trained in enumerate(sides):
         assert trained.lines(results) == []
-        script.add_line(results, trained.about() | {"number": number})
+        script.add_line(results, trained.about() | {"number": number, "seen": [1, 2]})
         (line,) = trained.lines(results)
         assert line["number"] == number
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def write_classes(path: Path, source: Path, codes: np.ndarray) -> None:
         val_types={p.name: p.val_dtype for p in lists},
         comments=vertex.comments,
     )
-    if not content.text:  # plyfile swaps no bytes of elements with lists
-        content.byte_order = "<"
+    every = [p for part in content.elements for p in part.properties]
+    if not content.text and any(isinstance(p, plyfile.PlyListProperty) for p in every):
+        # Of elements with lists plyfile writes the others in the machine's order, whatever it says.
+        content.byte_order = {"little": "<", "big": ">"}[sys.byteorder]
     content.elements = [element if e.name == "vertex" else e for e in content.elements]
     content.write(str(path))
