@@ -555,9 +555,11 @@ def _defaults(kind: Any) -> dict[str, object]:
 
 def _line(title: str, defaults: Mapping[str, object]) -> str:
     words = [name if d is MISSING else f"{name}={d}" for name, d in defaults.items()]
-    indents = {"initial_indent": "    ", "subsequent_indent": " " * 24}
+    first, others = "    ", " " * 24
     text = f"{title}: {', '.join(words)}" if words else title
-    return textwrap.fill(text, 79, break_on_hyphens=False, **indents)
+    return textwrap.fill(
+        text, 79, initial_indent=first, subsequent_indent=others, break_on_hyphens=False
+    )
 
 
 def _parser() -> Any:
