@@ -230,8 +230,8 @@ def _backward_of(model: Model, images: Tensor) -> Callable[[], object]:
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """Those in a model's output: `MaskPredictions` is no tree to torch."""
-    for leaf in pytree.tree_leaves(value):
+    """Those that a model computes: of `MaskPredictions` not the positions of their tokens."""
+    for leaf in pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, MaskPredictions)):
         if isinstance(leaf, Tensor):
             yield leaf
         elif isinstance(leaf, MaskPredictions):

@@ -323,6 +323,7 @@ TABLE = {
         (["--data", "elsewhere"], field("data.path", "open_data"), "elsewhere"),
         (["--pictures", "7"], option("write_report", "pictures"), 7),
         (["--device", "cuda:1"], lambda seen: seen["to"], ["cuda:1"]),
+        (["--threads", "3"], lambda seen: seen.get("set_num_threads"), ((3,), {})),
         (["--overwrite"], option("Results", "overwrite"), True),
         (["--debug", "--pictures", "-1"], lambda seen: "print_exception" in seen, True),
     ],

@@ -216,8 +216,9 @@ def test_captions_of_pictures_say_what_is_special(monkeypatch):
     )  # fmt: skip
     cloud_pictures(result)
     assert said == [
-        "2,000 points from above, without 1 far away",
-        "2,000 points from the side, heights 10.0 times as long, without 1 far away",
+        "2,000 points from above, the higher the brighter, without 1 far away",
+        "2,000 points from the side, the higher the brighter, heights 10.0 times as long, "
+        "without 1 far away",
     ]
 
 
@@ -239,7 +240,7 @@ def test_pictures_are_as_wide_as_their_captions():
     points = torch.rand(2000, 3) * torch.tensor([1.0, 100.0, 1.0])
     kinds = np.zeros(2000, np.int32), np.ones(2000, np.float32)
     result = SegmentedCloud(TokenSet(points), *kinds, (Category(0, "a"),), 0.0)
-    length = caption_font().getlength("2,000 points from above")
+    length = caption_font().getlength("2,000 points from above, the higher the brighter")
     assert cloud_pictures(result)["above"].width >= length
 
 
