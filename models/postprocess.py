@@ -24,7 +24,7 @@ def image_masks(
     """Mask logits per image: (Q, H, W), `image_sizes` being (H, W) of the images the model saw."""
     stride = predictions.stride
     cells = _cells(predictions, image_sizes)
-    _check_count("output_sizes", output_sizes, len(cells))
+    _check_one_each("output_sizes", output_sizes, len(cells))
     wanted: Sequence[tuple[int, int] | None] = (
         [None] * len(cells) if output_sizes is None else output_sizes
     )
@@ -37,7 +37,7 @@ def image_masks(
 def _cells(predictions: MaskPredictions, image_sizes: Sizes) -> list[Tensor]:
     """Mask logits per image on the finest grid's cells, (Q, h, w), which `image_sizes` must fit."""
     cells, stride = predictions.masks(), predictions.stride
-    _check_count("image_sizes", image_sizes, len(cells))
+    _check_one_each("image_sizes", image_sizes, len(cells))
     for number, (maps, (height, width)) in enumerate(zip(cells, image_sizes, strict=True)):
         if tuple(maps.shape[-2:]) != (-(-height // stride), -(-width // stride)):
             raise ValueError(
@@ -47,7 +47,7 @@ def _cells(predictions: MaskPredictions, image_sizes: Sizes) -> list[Tensor]:
     return list(cells)
 
 
-def _check_count(name: str, sizes: Sized | None, images: int) -> None:
+def _check_one_each(name: str, sizes: Sized | None, images: int) -> None:
     if sizes is not None and len(sizes) != images:
         raise ValueError(f"{name}: expected one for each of {images} images, got {len(sizes)}")
 
@@ -77,7 +77,7 @@ def semantic_scores(
     """
     scores = []
     classes = predictions.class_logits.softmax(2)[..., :-1]
-    _check_count("output_sizes", output_sizes, len(classes))
+    _check_one_each("output_sizes", output_sizes, len(classes))
     for number, maps in enumerate(image_masks(predictions, image_sizes)):
         score = torch.einsum("qk,qhw->khw", classes[number], maps.sigmoid())
         if output_sizes is not None:
@@ -106,7 +106,7 @@ def instances(
     """
     found = []
     sizes = image_sizes if output_sizes is None else output_sizes
-    _check_count("output_sizes", output_sizes, len(image_sizes))
+    _check_one_each("output_sizes", output_sizes, len(image_sizes))
     for number, cells in enumerate(_cells(predictions, image_sizes)):
         probability = predictions.class_logits[number].softmax(1)[:, :-1]
         classes = probability.shape[1]

@@ -118,10 +118,10 @@ def check_neighborhoods(
             wanted = f"{queries} queries among {tokens} tokens"
         raise ValueError(f"neighborhoods: expected those of {wanted}, got {neighborhoods!r}")
     check_tensor("neighborhoods", neighborhoods.cluster_index, ("Q", "R"), (torch.int32,), device)
-    _check_lengths(neighborhoods.clusters)
+    _check_offsets(neighborhoods.clusters)
 
 
-def _check_lengths(clusters: Clusters) -> None:
+def _check_offsets(clusters: Clusters) -> None:
     """Raise if clusters are not parts of the tokens, or longer than they may be: kernels would read
     and write beyond their memory. On CPUs."""
     offsets = clusters.offsets

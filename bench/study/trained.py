@@ -110,14 +110,14 @@ class Trained:
     def about(self) -> dict[str, Any]:
         """Of each line of the results. `sight`: how it sees pictures, where that is anything but
         whole, at their own size."""
-        seen = {name: value for name, value in self.sight().items() if value is not None}
+        sight = {name: value for name, value in self.sight().items() if value is not None}
         return {
             "model": self.name,
             "weights": self.weights,
             "data": Path(self.recipe.data.path or "").resolve().name,
             "pictures": len(self.validation),
             "score": MAIN[self.task.name],
-            **({"sight": json.loads(json.dumps(seen, default=asdict))} if seen else {}),
+            **({"sight": json.loads(json.dumps(sight, default=asdict))} if sight else {}),
             **made_on(),
         }
 

@@ -36,11 +36,9 @@ class GELU(nn.GELU):
     memory would take as long as the function itself."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (
-            super().forward(x)
-            if torch.is_grad_enabled()
-            else (torch.ops.aten.gelu_(x, approximate=self.approximate))
-        )
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        return torch.ops.aten.gelu_(x, approximate=self.approximate)
 
 
 class FeedForward(nn.Sequential):
